@@ -1,0 +1,105 @@
+"""Frozen dataclasses <-> plain mappings <-> YAML <-> ``--set key=value``.  Unknown keys and wrong types raise."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from errata.errors import ConfigError
+
+C = TypeVar("C")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The fields of a config as plain values (tuples become lists)."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def build(cls: type[C], values: Mapping[str, Any]) -> C:
+    """``cls(**values)`` with each value checked against the field's type."""
+    hints = typing.get_type_hints(cls)
+    fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    out = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            raise ConfigError(f"{cls.__name__} has no setting {key!r}; {hint}")
+        out[key] = _convert(f"{cls.__name__}.{key}", value, hints[key])
+    return cls(**out)
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        errors = []
+        for option in (a for a in args if a is not type(None)):
+            try:
+                return _convert(name, value, option)
+            except ConfigError as error:
+                errors.append(error)
+        raise errors[0]
+    if origin is typing.Literal:
+        if value not in args:
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, args))}, not {value!r}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} must be a list, not {value!r}")
+        return tuple(_convert(f"{name}[{i}]", v, args[0]) for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is int and isinstance(value, bool) or not isinstance(value, hint):
+        raise ConfigError(f"{name} must be {hint.__name__}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, not {value!r}")
+    return value
+
+
+def parse_sets(sets: Iterable[str]) -> dict[str, Any]:
+    """``["lr=3e-4", "layers=[1,2]"]`` -> values, each read as YAML."""
+    import yaml
+
+    out: dict[str, Any] = {}
+    for text in sets:
+        key, equals, raw = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {text!r}: write key=value")
+        try:
+            value = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {text!r}: the value is not valid YAML") from None
+        if isinstance(value, str):  # YAML 1.1 reads 3e-4 as a text
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        out[key.strip()] = value
+    return out
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must hold one mapping of setting to value")
+    return value

@@ -1,0 +1,61 @@
+"""One exception tree.  Every message says where, what, and what to do next.
+
+    ErrataError                exit code 1
+    ├── InputError             2   a file or record the user gave: file:line
+    ├── ConfigError            2   an unknown or ill-typed setting
+    ├── UnknownName            2   a method, benchmark, metric … that is not registered
+    ├── ModelError             3   a model that cannot be loaded or does not fit
+    ├── PatchError             4   a patch that is broken or belongs to another model
+    ├── FitError               5   an optimisation that went to NaN
+    └── StorageError           6   a disk that is full or cannot be written
+"""
+
+from __future__ import annotations
+
+
+class ErrataError(Exception):
+    """Base of every error errata raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(ErrataError):
+    """Bad input from a file or an argument."""
+
+    exit_code = 2
+
+
+class ConfigError(ErrataError):
+    """A setting that does not exist or has the wrong type."""
+
+    exit_code = 2
+
+
+class UnknownName(ErrataError):
+    """A name the registry does not hold."""
+
+    exit_code = 2
+
+
+class ModelError(ErrataError):
+    """A model that cannot be used as asked."""
+
+    exit_code = 3
+
+
+class PatchError(ErrataError):
+    """A patch that cannot be read or does not belong to this model."""
+
+    exit_code = 4
+
+
+class FitError(ErrataError):
+    """An optimisation that failed."""
+
+    exit_code = 5
+
+
+class StorageError(ErrataError):
+    """Nothing could be written; whatever was there before is untouched."""
+
+    exit_code = 6

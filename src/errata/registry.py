@@ -1,0 +1,42 @@
+"""Names to code, lazily: adding a method, benchmark, family or op is one line here and one file there."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any
+
+from errata.errors import UnknownName
+
+# kind -> name -> "module:attribute".  Nothing is imported before it is asked for.
+ENTRIES: dict[str, dict[str, str]] = {
+    "method": {
+        "baft": "errata.methods.baft:BaFT",
+        "reft": "errata.methods.reft:ReFT",
+    },
+    "benchmark": {
+        "almanac": "errata.benchmarks.almanac:Almanac",
+    },
+    "op": {
+        "low_rank": "errata.patch:LowRank",
+        "dense": "errata.patch:Dense",
+        "subspace": "errata.methods.subspace:Subspace",
+    },
+}
+
+
+def names(kind: str) -> list[str]:
+    """What is registered under a kind, sorted."""
+    return sorted(ENTRIES[kind])
+
+
+def get(kind: str, name: str) -> Any:
+    """The class behind a name; `UnknownName` with the nearest names otherwise."""
+    try:
+        target = ENTRIES[kind][name]
+    except KeyError:
+        near = difflib.get_close_matches(str(name).lower(), ENTRIES[kind], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names(kind))}"
+        raise UnknownName(f"no {kind} named {name!r}; {hint}") from None
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)

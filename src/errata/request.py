@@ -1,0 +1,186 @@
+"""What an editor sees (`EditRequest`), what a scorer sees (`Probe`), and a benchmark record (`Case`).
+
+JSON Lines in and out; an error names file and line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errata.errors import InputError
+
+PROBE_KINDS = ("rewrite", "rephrase", "neighbour", "unrelated", "two_hop", "reverse", "alias")
+
+
+def _text(name: str, value: object, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, str):
+        raise InputError(f"{name} must be a text, not {type(value).__name__}")
+    if not value.strip():
+        raise InputError(f"{name} is empty; give at least one word")
+
+
+@dataclass(frozen=True, slots=True)
+class EditRequest:
+    """One fact to write.
+
+    prompt        text that the target should follow; must contain ``subject`` where that is given
+    target        the new answer
+    old           the answer before, where known
+    paraphrases   other prompts with the same answer; the editor may train on them
+    unrelated     (prompt, answer) pairs that should stay; the editor may use them for locality regularisation
+    """
+
+    prompt: str
+    target: str
+    subject: str | None = None
+    old: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    unrelated: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        _text("prompt", self.prompt)
+        _text("target", self.target)
+        _text("subject", self.subject, optional=True)
+        _text("old", self.old, optional=True)
+        if isinstance(self.paraphrases, str) or isinstance(self.unrelated, str):
+            raise InputError("paraphrases and unrelated are lists, not texts")
+        object.__setattr__(self, "paraphrases", tuple(self.paraphrases))
+        for i, paraphrase in enumerate(self.paraphrases):
+            _text(f"paraphrases[{i}]", paraphrase)
+        pairs = []
+        for i, pair in enumerate(self.unrelated):
+            if isinstance(pair, str) or len(tuple(pair)) != 2:
+                raise InputError(f"unrelated[{i}] must be a pair [prompt, answer]")
+            for part, value in zip(("prompt", "answer"), pair, strict=True):
+                _text(f"unrelated[{i}] {part}", value)
+            pairs.append((pair[0], pair[1]))
+        object.__setattr__(self, "unrelated", tuple(pairs))
+        if self.subject is not None and self.subject not in self.prompt:
+            raise InputError(f"subject {self.subject!r} does not occur in prompt {self.prompt!r}; spell it as the prompt does")
+
+    @property
+    def id(self) -> str:
+        """Hash of the content: equal requests have equal ids on every machine."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; absent fields left out."""
+        out: dict[str, Any] = {"prompt": self.prompt, "target": self.target}
+        if self.subject is not None:
+            out["subject"] = self.subject
+        if self.old is not None:
+            out["old"] = self.old
+        if self.paraphrases:
+            out["paraphrases"] = list(self.paraphrases)
+        if self.unrelated:
+            out["unrelated"] = [list(pair) for pair in self.unrelated]
+        return out
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> EditRequest:
+        """The inverse of `to_dict`; unknown keys raise."""
+        return _make(cls, record, required=("prompt", "target"), known=cls.__slots__)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One question asked to score an edit.  ``target`` None means "whatever the model said before the edit"."""
+
+    kind: str
+    prompt: str
+    target: str | None = None
+
+    def __post_init__(self) -> None:
+        _text("probe kind", self.kind)
+        _text("probe prompt", self.prompt)
+        _text("probe target", self.target, optional=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A request with the probes that score it: one benchmark record.  What trains may not score."""
+
+    request: EditRequest
+    probes: tuple[Probe, ...]
+
+    def __post_init__(self) -> None:
+        training = {*self.request.paraphrases, *(prompt for prompt, _ in self.request.unrelated)}
+        for probe in self.probes:
+            if probe.prompt in training:
+                raise InputError(f"probe {probe.prompt!r} is also training text of its request; a model may not be scored on what it was shown")
+            if probe.kind != "rewrite" and probe.prompt == self.request.prompt:
+                raise InputError(f"probe {probe.prompt!r} of kind {probe.kind!r} is the edited prompt itself; call it 'rewrite'")
+
+
+def _make(cls: Any, record: object, *, required: tuple[str, ...], known: Iterable[str]) -> Any:
+    if not isinstance(record, Mapping):
+        raise InputError(f"expected an object like {{\"prompt\": …, \"target\": …}}, found {type(record).__name__}")
+    known = tuple(known)
+    unknown = sorted(set(record) - set(known))
+    if unknown:
+        raise InputError(f"unknown key {unknown[0]!r}; known keys are {', '.join(known)}")
+    missing = [key for key in required if key not in record]
+    if missing:
+        raise InputError(f"key {missing[0]!r} is missing")
+    for key in ("paraphrases", "unrelated"):
+        if key in record and not isinstance(record[key], list | tuple):
+            raise InputError(f"{key} must be a list, not {type(record[key]).__name__}")
+    return cls(**record)
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """("file:line", parsed JSON) of each non-empty line."""
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a JSON Lines file") from None
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=_no_constant)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            hint = " (the file is one JSON list; write one object a line)" if number == 1 and line.lstrip().startswith(b"[") else ""
+            raise InputError(f"{where}: not valid JSON: {error}{hint}; each line holds one object") from None
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+
+
+def _no_constant(name: str) -> float:
+    raise InputError(f"{name} is not a JSON value")
+
+
+def read_requests(path: str | Path) -> list[EditRequest]:
+    """All requests of a JSON Lines file; raises `InputError` with file:line, also for a request given twice."""
+    out: dict[str, str] = {}
+    requests = []
+    for where, record in read_lines(path):
+        try:
+            request = EditRequest.from_dict(record)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if request.id in out:
+            raise InputError(f"{where}: the same request stands at {out[request.id]}; remove one")
+        out[request.id] = where
+        requests.append(request)
+    if not requests:
+        raise InputError(f"{path}: holds no request; write one JSON object a line, at least with prompt and target")
+    return requests
+
+
+def write_requests(path: str | Path, requests: Iterable[EditRequest]) -> None:
+    """One JSON object a line."""
+    Path(path).write_text("".join(json.dumps(r.to_dict(), ensure_ascii=False) + "\n" for r in requests), encoding="utf-8")
