@@ -28,7 +28,7 @@ class Recipe:
     """Everything that decides the weights."""
 
     seed: int = 20261121
-    steps: int = 3600
+    steps: int = 2700
     rows: int = 128  # fact sentences a step
     text_rows: int = 4
     length: int = 192  # tokens of a text row

@@ -1,0 +1,276 @@
+"""How ReFT and BaFT are trained: one batch over all independent edits, through the tail.
+
+A *problem* is one patch to make: one request (`edit_each`), or several that share one patch (`edit`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errata.bank import Bank, Stack, live
+from errata.config import build, to_dict
+from errata.errors import ConfigError
+from errata.fit import Fitted, fit
+from errata.methods.subspace import gate, orthonormal, start
+from errata.model import LM
+from errata.patch import Op, Patch, Site
+from errata.request import EditRequest
+from errata.tail import Tail, capture, cut
+from errata.tokens import IGNORED, pad_id
+
+S = TypeVar("S", bound="SubspaceEditor")
+RELATIVE_DEPTHS = (9 / 32, 18 / 32, 24 / 32, 28 / 32)  # the paper's LLaMA layers
+Progress = Callable[[int, int, float], None]
+
+
+def layers_for(depth: int) -> tuple[int, ...]:
+    """The rule for a model without a preset: blocks at LLaMA's relative depths."""
+    return tuple(sorted({min(depth - 1, int(depth * f + 0.5)) for f in RELATIVE_DEPTHS}))
+
+
+@dataclass(frozen=True)
+class SubspaceEditor:
+    """Hyper-parameters that ReFT and BaFT share (BaFT Table 5).
+
+    layers      0-based block numbers (the paper does not say from what it counts; pyreft counts from 0); None: by `layers_for`
+    last        how many last prompt tokens are edited, besides every output token
+    lr, steps   for one request; ``batched_lr``, ``batched_steps`` for several in one patch
+    stop        early stop on the task loss; ``stop_on`` says whether its mean or its sum over target tokens (the paper does not)
+    loss        the task loss is the printed sum over target tokens, or the mean
+    init        "pyreft" (A, b random) or "identity" (A ← R, b ← 0: Φ(h) = h at the start)
+    end         text trained after the target ("." or an EOS), so that a free answer ends there; the paper does not say whether y holds one
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    gate_kind: ClassVar[str] = "none"
+
+    rank: int = 12
+    layers: tuple[int, ...] | None = None
+    last: int = 3
+    lr: float = 3e-4
+    steps: int = 40
+    batched_lr: float = 1e-4
+    batched_steps: int = 70
+    stop: float = 0.01
+    stop_on: Literal["mean", "sum"] = "mean"
+    loss: Literal["sum", "mean"] = "sum"
+    weight_decay: float = 0.0
+    init: Literal["pyreft", "identity"] = "pyreft"
+    end: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.last < 1 or self.steps < 1 or self.batched_steps < 1:
+            raise ConfigError(f"{self.name}: rank, last and steps must be at least 1")
+        if self.lr <= 0 or self.batched_lr <= 0:
+            raise ConfigError(f"{self.name}: a learning rate must be positive")
+        if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
+            raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
+
+    @classmethod
+    def for_model(cls: type[S], lm: LM, **settings: Any) -> S:
+        """The preset for this model (see ``PRESETS`` in the method's file), with ``settings`` on top."""
+        return build(cls, {**preset(cls, lm.name), **settings})
+
+    def at(self, lm: LM) -> tuple[int, ...]:
+        """The blocks to edit on this model; `ConfigError` for one that does not exist."""
+        chosen = layers_for(lm.depth) if self.layers is None else self.layers
+        wrong = [b for b in chosen if not 0 <= b < lm.depth]
+        if wrong or self.rank > lm.width:
+            what = f"block {wrong[0]} does not exist (0 to {lm.depth - 1})" if wrong else f"rank {self.rank} exceeds the width {lm.width}"
+            raise ConfigError(f"{self.name}: {what}; set layers and rank for this model")
+        return chosen
+
+    def edit(self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None) -> Patch:
+        """One patch for all requests.  If the last patch of ``on`` came from this method with these layers and rank, the edit
+        goes on from its parameters and replaces it (BaFT §2.4, continual editing); the optimiser starts anew."""
+        on = live(tuple(on))
+        before = on[-1] if on and self._goes_on(lm, on[-1]) else None
+        return Training(self, lm, [list(requests)], on[:-1] if before else on, before, runner).run(progress)[0]
+
+    def edit_each(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> list[Patch]:
+        """A patch for each request, as if it were made alone on ``on``; all trained in one batch."""
+        on = live(tuple(on))
+        before = on[-1] if on and self._goes_on(lm, on[-1]) else None
+        return Training(self, lm, [[r] for r in requests], on[:-1] if before else on, before, runner).run(progress)
+
+    def _goes_on(self, lm: LM, patch: Patch) -> bool:
+        blocks = tuple(op.site.block for op in patch.ops)
+        return patch.method == self.name and blocks == self.at(lm) and patch.ops[0].tensors["R"].shape[0] == self.rank
+
+    def regularise(self, training: Training, p: Mapping[str, Tensor], gates: Mapping[int, Tensor], alive: Tensor) -> Tensor:
+        """Terms added to the task loss, [e]; none for ReFT."""
+        return torch.zeros(len(alive), device=alive.device)
+
+
+def preset(cls: type[SubspaceEditor], name: str) -> dict[str, Any]:
+    """The preset whose key occurs in the model's name (longest key first); {} when none does."""
+    table: dict[str, dict[str, Any]] = getattr(cls, "PRESETS", {})
+    plain = name.lower().replace("_", "-")
+    return next((dict(table[k]) for k in sorted(table, key=len, reverse=True) if k in plain), {})
+
+
+@dataclass
+class Training:
+    """One run of the optimiser over E problems."""
+
+    editor: Any
+    lm: LM
+    problems: list[list[EditRequest]]
+    on: Stack
+    before: Patch | None
+    runner_class: Any
+    owner: Tensor = field(init=False)  # [B] the problem of each row
+    irrelevant: tuple[dict[int, Tensor], Tensor, Tensor] | None = field(init=False, default=None)
+    gate_means: dict[int, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not all(self.problems):
+            raise ConfigError(f"{self.editor.name}: nothing to edit; give at least one request")
+        self.blocks = self.editor.at(self.lm)
+        rows = [(i, text, r.target) for i, rs in enumerate(self.problems) for r in rs for text in (r.prompt, *r.paraphrases)]
+        device = self.lm.device
+        self.owner = torch.tensor([i for i, _, _ in rows], device=device)
+        encoded = self.lm.encode([text for _, text, _ in rows], [target + self.editor.end for _, _, target in rows])
+        cut_rows = cut(encoded, self.editor.last, pad_id(self.lm.tokenizer), device)
+        self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks), self.on) if self.problems else None
+        self._view: tuple[int, Any, Tensor] = (len(self.problems), self.runner, self.owner)
+
+    def run(self, progress: Progress | None = None) -> list[Patch]:
+        """Train and pack; an empty list of problems is an empty list of patches."""
+        if not self.problems:
+            return []
+        began, e = time.perf_counter(), self.editor
+        joint = max(map(len, self.problems)) > 1
+        fitted = fit(
+            self._start(), self._loss, steps=e.batched_steps if joint else e.steps, lr=e.batched_lr if joint else e.lr,
+            stop=e.stop or None, weight_decay=e.weight_decay, progress=progress,
+        )  # fmt: skip
+        return self._pack(fitted, (time.perf_counter() - began) / len(self.problems))
+
+    def _start(self) -> dict[str, Tensor]:
+        """Parameters named "block.name", [E, …]: those of the patch gone on from, else fresh ones (the same for every problem)."""
+        e, out = self.editor, {}
+        precision = torch.promote_types(torch.float32, self.lm.dtype)  # float32, or wider where the model is
+        for i, block in enumerate(self.blocks):
+            if self.before is None:
+                own = start(e.rank, self.lm.width, e.gate_kind, e.init, e.seed * 1000 + block, self.lm.device)
+            else:
+                own = {("X" if k == "R" else k): t.to(self.lm.device) for k, t in self.before.ops[i].tensors.items()}
+            out |= {f"{block}.{k}": t.to(precision).expand(len(self.problems), *t.shape) for k, t in own.items()}
+        return out
+
+    def at_block(self, p: Mapping[str, Tensor], block: int) -> dict[str, Tensor]:
+        """The op's parameters at one block, with R made orthonormal."""
+        own = {k.partition(".")[2]: t for k, t in p.items() if k.startswith(f"{block}.")}
+        own["R"] = orthonormal(own.pop("X"))
+        return own
+
+    def rows_of(self, alive: Tensor) -> tuple[Any, Tensor]:
+        """(runner, owner) of the rows whose problems still run; cut anew only when some have ended."""
+        if self._view[0] != len(alive):
+            position = torch.full((len(self.problems),), -1, device=alive.device)
+            position[alive] = torch.arange(len(alive), device=alive.device)
+            kept = (position[self.owner] >= 0).nonzero().squeeze(1)
+            self._view = (len(alive), self.runner.select(kept), position[self.owner[kept]])
+        return self._view[1], self._view[2]
+
+    def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
+        e = self.editor
+        runner, owner = self.rows_of(alive)
+        tape: dict[Any, Tensor] = {}
+        straight = len(owner) == len(alive)  # a row a problem, in order: no gathering
+        per_block = {b: self.at_block(p, b) for b in self.blocks}
+        settings = {"gate": e.gate_kind, "last": e.last}
+        banks = [Bank("subspace", Site(b), settings, per_block[b], None if straight else owner) for b in self.blocks]
+        logits = runner.logits(banks, tape)
+        labels = runner.rows.labels
+        where = labels != IGNORED
+        nll = F.cross_entropy(logits[where].to(torch.promote_types(torch.float32, logits.dtype)), labels[where], reduction="none")
+        row = where.nonzero()[:, 0]
+        summed = torch.zeros(len(owner), device=nll.device, dtype=nll.dtype).index_add(0, row, nll)
+        mean = summed / where.sum(1)
+        task = self.per_problem(summed if e.loss == "sum" else mean, owner, len(alive))
+        compared = self.per_problem(summed if e.stop_on == "sum" else mean, owner, len(alive)).detach()
+        gates = {}
+        if e.gate_kind != "none":
+            valid = runner.rows.valid.unsqueeze(-1).to(nll.dtype)
+            for b in self.blocks:
+                w = tape[Site(b), "gate"]
+                gates[b] = w
+                self.note_means(b, self.per_problem((w * valid).sum(1), owner, len(alive), valid.sum(1)), alive)
+        return task + e.regularise(self, per_block, gates, alive), compared
+
+    def per_problem(self, values: Tensor, owner: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+        """Weighted mean of row values [B, …] over each problem's rows, [e, …]."""
+        weights = torch.ones_like(values) if weights is None else weights
+        total = torch.zeros((count, *values.shape[1:]), device=values.device, dtype=values.dtype).index_add(0, owner, values)
+        norm = torch.zeros((count, *weights.shape[1:]), device=values.device, dtype=values.dtype).index_add(0, owner, weights)
+        return total / norm
+
+    def note_means(self, block: int, means: Tensor, alive: Tensor) -> None:
+        """Keep each problem's mean gate weights [e, r], with their gradient for this step."""
+        self.current_means = getattr(self, "current_means", {})
+        self.current_means[block] = means
+        if block not in self.gate_means:
+            self.gate_means[block] = torch.zeros(len(self.problems), means.shape[1], device=means.device, dtype=means.dtype)
+        self.gate_means[block][alive] = means.detach()
+
+    def irrelevant_states(self, last: int) -> tuple[dict[int, Tensor], Tensor, Tensor] | None:
+        """States of the requests' ``unrelated`` texts under ``on``: ({block: [U, T, d]}, where [U, T, 1], owner [U]); None without any."""
+        if self.irrelevant is None:
+            pairs = [(i, *pair) for i, rs in enumerate(self.problems) for r in rs for pair in r.unrelated]
+            if not pairs:
+                return None
+            encoded = self.lm.encode([p for _, p, _ in pairs], [a for _, _, a in pairs])
+            states, position, lengths = capture(self.lm, encoded, self.blocks, self.on)
+            where = (position >= 0) & (position >= lengths[:, None] - last)
+            keep = where.any(0)  # columns that hold a position of some row
+            owner = torch.tensor([i for i, _, _ in pairs], device=position.device)
+            self.irrelevant = ({b: h[:, keep].to(torch.promote_types(torch.float32, h.dtype)) for b, h in states.items()}, where[:, keep].unsqueeze(-1), owner)
+        return self.irrelevant
+
+    def _pack(self, fitted: Fitted, seconds: float) -> list[Patch]:
+        e, blocks, patches = self.editor, {}, []
+        with torch.no_grad():
+            blocks = {b: self.at_block(fitted.params, b) for b in self.blocks}
+        old = self.before
+        for i, requests in enumerate(self.problems):
+            ops = tuple(
+                Op("subspace", Site(b), {k: t[i].clone() for k, t in blocks[b].items()}, {"gate": e.gate_kind, "last": e.last}) for b in self.blocks
+            )
+            state = {}
+            for b, means in self.gate_means.items():
+                past = old.state[f"weights.{b}"].to(means.device) if old else torch.zeros_like(means[i])
+                state[f"weights.{b}"] = past + means[i]
+                state["edits"] = torch.tensor([self.past_edits + 1.0])
+            notes = {"steps": int(fitted.steps[i]), "loss": round(float(fitted.loss[i]), 6), "seconds": round(seconds, 4)}
+            settings = {f.name: to_dict(e)[f.name] for f in fields(e)} | {"layers": list(self.blocks)}
+            every = (*(old.requests if old else ()), *requests)
+            patches.append(Patch(e.name, settings, self.lm.fingerprint, every, ops, state, (old.id,) if old else (), notes))
+        return patches
+
+    @property
+    def past_edits(self) -> float:
+        """Edits already counted in the running gate means."""
+        return float(self.before.state["edits"][0]) if self.before and "edits" in self.before.state else 0.0
+
+    def past_weights(self, block: int) -> Tensor | float:
+        """Running sum over past edits of their mean gate weights [r]."""
+        return self.before.state[f"weights.{block}"].to(self.lm.device) if self.before else 0.0
+
+
+def gate_on(p: Mapping[str, Tensor], kind: str, states: Tensor, owner: Tensor) -> Tensor:
+    """Gate weights of problem ``owner[u]`` at the given states [U, T, d]."""
+    return gate({k: p[k][owner] for k in ("V", "g") if k in p}, kind, states)

@@ -1,0 +1,231 @@
+"""`Tail`: run the frozen part of a batch once, the part an edit can change many times.
+
+Causal attention means that no position before the first intervened one, and no block below the first intervened one,
+can change.  So once per batch: the prefix through all blocks (its keys and values are kept), and the active tokens
+through the lower blocks (the hidden states that enter the first touched block are kept).  Then each optimisation step
+runs only the active tokens through the upper blocks.  The logits are those of the full forward pass.
+
+`Whole` has the same interface and runs everything every time: it is what the tail is tested and timed against.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from errata.bank import Bank, Plan, Stack
+from errata.model import LM
+from errata.tokens import IGNORED, Encoded
+
+
+@dataclass
+class Rows:
+    """Rows cut at their first active token.
+
+    prefix [B, S] padded on the left, active [B, A] padded on the right, mask [B, S + A]; labels [B, A] hold at each
+    position the target token it should predict, else IGNORED.
+    """
+
+    prefix: Tensor
+    active: Tensor
+    mask: Tensor
+    labels: Tensor
+    prompt_lengths: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """[B, A]: active tokens that are not padding."""
+        return self.mask[:, self.prefix.shape[1] :].bool()
+
+    def select(self, rows: Tensor) -> Rows:
+        return Rows(self.prefix[rows], self.active[rows], self.mask[rows], self.labels[rows], self.prompt_lengths[rows])
+
+
+def cut(encoded: Sequence[Encoded], last: int, fill: int, device: torch.device) -> Rows:
+    """Cut each row ``last`` tokens before the end of its prompt (fewer where the prompt is shorter)."""
+    starts = [max(0, e.prompt_length - last) for e in encoded]
+    wide, long = max(starts), max(len(e.ids) - s for e, s in zip(encoded, starts, strict=True))
+    prefix, active = torch.full((len(encoded), wide), fill), torch.full((len(encoded), long), fill)
+    mask, labels = torch.zeros((len(encoded), wide + long), dtype=torch.long), torch.full((len(encoded), long), IGNORED)
+    for i, (e, s) in enumerate(zip(encoded, starts, strict=True)):
+        prefix[i, wide - s :] = torch.tensor(e.ids[:s], dtype=torch.long)
+        n = len(e.ids) - s
+        active[i, :n] = torch.tensor(e.ids[s:])
+        mask[i, wide - s : wide + n] = 1
+        labels[i, e.prompt_length - s - 1 : n - 1] = torch.tensor(e.target, dtype=torch.long)
+    lengths = torch.tensor([e.prompt_length for e in encoded])
+    return Rows(*(t.to(device) for t in (prefix, active, mask, labels, lengths)))
+
+
+class Runner(Protocol):
+    """Logits of the active tokens under given banks."""
+
+    rows: Rows
+
+    def logits(self, banks: Sequence[Bank], tape: dict[Any, Tensor] | None = None) -> Tensor: ...
+    def select(self, rows: Tensor) -> Runner: ...
+
+
+def _under(lm: LM, on: Stack, rows: Rows) -> dict[Any, list[Bank]]:
+    """The banks of the frozen stack, compiled once."""
+    return lm.plan([on], None, len(rows.active)).banks
+
+
+def _plan(under: dict[Any, list[Bank]], rows: Rows, banks: Sequence[Bank], tape: dict[Any, Tensor] | None) -> Plan:
+    plan = Plan({site: list(own) for site, own in under.items()}, rows.prompt_lengths, tape)
+    for bank in banks:
+        plan.add(bank)
+    return plan
+
+
+class Whole:
+    """Everything, every time."""
+
+    def __init__(self, lm: LM, rows: Rows, first_block: int = 0, on: Stack = ()) -> None:
+        self.lm, self.rows, self.on = lm, rows, on
+        self.under = _under(lm, on, rows)
+
+    def logits(self, banks: Sequence[Bank], tape: dict[Any, Tensor] | None = None) -> Tensor:
+        """[B, A, V]; gradients flow to the banks' parameters."""
+        ids, wide = torch.cat([self.rows.prefix, self.rows.active], 1), self.rows.prefix.shape[1]
+        with self.lm.running(_plan(self.under, self.rows, banks, tape)):
+            out: Tensor = self.lm.forward(ids, self.rows.mask, use_cache=False).logits[:, wide:]
+        for key, noted in (tape or {}).items():
+            tape[key] = noted[:, wide:]  # type: ignore[index]
+        return out
+
+    def select(self, rows: Tensor) -> Whole:
+        return Whole(self.lm, self.rows.select(rows), 0, self.on)
+
+
+class Tail:
+    """The frozen part once (in the constructor), the active part in `logits`.
+
+    ``first_block``: no bank given to `logits` touches a block below it.  ``on``: patches that run underneath, frozen.
+    The state kept is the prefix's keys and values of the blocks from ``first_block`` on, and one hidden state a token.
+    """
+
+    def __init__(self, lm: LM, rows: Rows, first_block: int = 0, on: Stack = ()) -> None:
+        self.lm, self.rows, self.on, self.first = lm, rows, on, first_block
+        self.cache: Any = None
+        self.under = _under(lm, on, rows)
+        with torch.no_grad(), lm.running(_plan(self.under, rows, (), None)):
+            wide = rows.prefix.shape[1]
+            if wide:
+                # a row without a prefix has an all-masked left part, which its active tokens never attend to
+                out = lm.forward(rows.prefix, rows.mask[:, :wide], use_cache=True, **lm.last_only)
+                self.cache = out.past_key_values
+            self.hidden, self.tuple = self._enter()
+
+    def _enter(self) -> tuple[Tensor, bool]:
+        """Hidden states [B, A, D] that enter the first block, and whether blocks return tuples here."""
+        seen: dict[str, Any] = {}
+
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen["hidden"] = args[0] if args else kwargs["hidden_states"]
+            raise _Reached
+
+        def after(_: Any, __: Any, output: Any) -> None:
+            seen["tuple"] = isinstance(output, tuple)
+
+        block = self.lm.blocks[self.first]
+        handles = [block.register_forward_pre_hook(before, with_kwargs=True), self.lm.blocks[0].register_forward_hook(after)]
+        try:
+            self._forward()
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen["hidden"].detach(), bool(seen.get("tuple", False))
+
+    def _forward(self) -> Any:
+        more: dict[str, Any] = {"use_cache": False}
+        if self.cache is not None:
+            more = {"past_key_values": _fork(self.cache), "use_cache": True}
+        return self.lm.forward(self.rows.active, self.rows.mask, **more)
+
+    @contextmanager
+    def _shortcut(self) -> Iterator[None]:
+        """Blocks below the first hand their input through; the stored hidden states enter at the first."""
+
+        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (self.hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": self.hidden}
+
+        def through(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+            return (hidden_states,) if self.tuple else hidden_states
+
+        below = list(self.lm.blocks[: self.first])
+        own = [b.__dict__.get("forward") for b in below]  # device_map keeps its wrapper in the instance
+        handle = self.lm.blocks[self.first].register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            for block in below:
+                block.__dict__["forward"] = through
+            yield
+        finally:
+            handle.remove()
+            for block, forward in zip(below, own, strict=True):
+                if forward is None:
+                    del block.__dict__["forward"]
+                else:
+                    block.__dict__["forward"] = forward
+
+    def logits(self, banks: Sequence[Bank], tape: dict[Any, Tensor] | None = None) -> Tensor:
+        """[B, A, V]; gradients flow to the banks' parameters."""
+        with self.lm.running(_plan(self.under, self.rows, banks, tape)), self._shortcut():
+            out: Tensor = self._forward().logits
+        return out
+
+    def select(self, rows: Tensor) -> Tail:
+        """The tail of some rows only."""
+        other = copy.copy(self)
+        other.rows, other.hidden = self.rows.select(rows), self.hidden[rows]
+        if self.cache is not None:
+            other.cache = _fork(self.cache)
+            for layer in other.cache.layers:
+                if layer.keys is not None:
+                    layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        return other
+
+
+class _Reached(Exception):  # noqa: N818  a signal, not an error
+    """Stops the forward pass once the hidden states are known."""
+
+
+def _fork(cache: Any) -> Any:
+    """A cache that shares its tensors with ``cache``; appending to it makes new tensors and leaves ``cache`` as it is."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
+def capture(lm: LM, encoded: Sequence[Encoded], blocks: Sequence[int], on: Stack = ()) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+    """Block outputs {block: [B, T, D]}, position [B, T] (-1: padding) and prompt lengths [B] of rows under ``on``."""
+    batch = lm.batch(encoded).to(lm.device)
+    seen: dict[int, Tensor] = {}
+
+    def keep(block: int) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            seen[block] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        return hook
+
+    plan = lm.plan([on], None, len(encoded))
+    plan.prompt_lengths = batch.prompt_lengths
+    with torch.no_grad(), lm.running(plan):  # the plan's hooks run first, so what is kept is under ``on``
+        handles = [lm.blocks[b].register_forward_hook(keep(b)) for b in blocks]
+        try:
+            lm.forward(batch.ids, batch.mask, use_cache=False, **lm.last_only)
+        finally:
+            for handle in handles:
+                handle.remove()
+    position = (batch.mask.cumsum(1) - 1).masked_fill(batch.mask == 0, -1)
+    return seen, position, batch.prompt_lengths

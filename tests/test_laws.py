@@ -1,0 +1,273 @@
+"""The laws of `docs/architecture.md`, for every registered method on every family in float32 and bfloat16.
+
+Methods come from the registry and families from `families.FAMILIES`: a new one of either is tested without a word here.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from families import FAMILIES, SENTENCES, lm
+
+from errata import registry
+from errata.bank import Bank
+from errata.config import build
+from errata.methods.subspace import orthonormal, start
+from errata.model import LM
+from errata.patch import Op, Patch, Site, merge
+from errata.request import EditRequest
+from errata.tail import Tail, Whole, cut
+from errata.tokens import IGNORED
+
+METHODS = registry.names("method")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+REQUESTS = [
+    EditRequest("The capital of France is", "Rome", "France", unrelated=(("The language of Spain is", "Spanish"),)),
+    EditRequest("The language of Italy is", "Madrid", "Italy", unrelated=(("The capital of Japan is", "Tokyo"),)),
+    EditRequest("In Rome people speak", "French", "Rome", unrelated=(("The capital of Spain is", "Madrid"),)),
+]
+PROMPTS = [p for p, _ in SENTENCES]
+QUICK = {"baft": {"rank": 4, "lr": 0.02, "end": "."}, "reft": {"rank": 4, "lr": 0.02, "end": "."}}
+each_method = pytest.mark.parametrize("method", METHODS)
+each_family = pytest.mark.parametrize("family", list(FAMILIES))
+each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+def editor(method: str, **settings: object) -> object:
+    return build(registry.get("method", method), {**QUICK.get(method, {}), **settings})
+
+
+@functools.cache
+def model(family: str, dtype: str = "float32") -> LM:
+    return lm(family, DTYPES[dtype])
+
+
+@functools.cache
+def patches(method: str, family: str, dtype: str = "float32") -> tuple[Patch, ...]:
+    return tuple(editor(method).edit_each(model(family, dtype), REQUESTS))
+
+
+def rows(base: LM, side: str = "left", texts: list[str] | None = None) -> tuple:
+    encoded = base.encode(texts or PROMPTS)
+    return base.batch(encoded, side), [len(e.ids) for e in encoded]
+
+
+def last_logits(base: LM, side: str, stacks: list, which: list[int], texts: list[str] | None = None) -> torch.Tensor:
+    batch, lengths = rows(base, side, texts)
+    out = base.logits(batch, stacks, which)
+    ends = torch.tensor([-1 if side == "left" else n - 1 for n in lengths])
+    return out[torch.arange(len(out)), ends].float()
+
+
+def near(dtype: str) -> dict[str, float]:
+    return {"atol": 2e-4, "rtol": 1e-3} if dtype == "float32" else {"atol": 0.25, "rtol": 0.1}
+
+
+@each_dtype
+@each_family
+@each_method
+def test_an_edit_changes_the_answer_and_undo_is_exact(method: str, family: str, dtype: str) -> None:
+    base = model(family, dtype)
+    weights = copy.deepcopy(base.hf.state_dict())
+    batch, _ = rows(base)
+    before = base.logits(batch)
+    for request, patch in zip(REQUESTS, patches(method, family, dtype), strict=True):
+        with base.under(patch):
+            assert base.complete(request.prompt) == request.target
+        assert not base.stack
+    a, b, c = patches(method, family, dtype)
+    base.attach(a, b, c)
+    assert not torch.equal(base.logits(batch), before)
+    base.detach(b.id)
+    base.detach(c.id, a.id)
+    assert torch.equal(base.logits(batch), before)
+    assert all(torch.equal(v, weights[k]) for k, v in base.hf.state_dict().items())
+
+
+def exact(family: str) -> tuple[str, dict[str, int]]:
+    """(dtype, settings) for identities.  Gemma-2's eager attention casts float64's lowest mask value to float32, which is -inf and
+    then NaN, so that family is held to float32 and few steps."""
+    return ("float32", {"steps": 3}) if family == "gemma2" else ("float64", {})
+
+
+def assert_same(one: Patch, other: Patch) -> None:
+    """In float64: Adam divides by the gradient's size, so rounding of a gradient near zero may move a parameter by a step."""
+    for a, b in zip(one.ops, other.ops, strict=True):
+        for name, tensor in a.tensors.items():
+            torch.testing.assert_close(b.tensors[name], tensor, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@each_family
+@each_method
+def test_independence(method: str, family: str) -> None:
+    dtype, few = exact(family)
+    base = model(family, dtype)
+    for request, together in zip(REQUESTS, editor(method, **few).edit_each(base, REQUESTS), strict=True):
+        assert_same(editor(method, **few).edit(base, [request]), together)
+
+
+@each_dtype
+@each_family
+@each_method
+def test_rows(method: str, family: str, dtype: str) -> None:
+    base = model(family, dtype)
+    a, b, c = patches(method, family, dtype)
+    stacks = [(), (a,), (b,), (c,), (a, b)]
+    which = [i % 5 for i in range(len(PROMPTS))]
+    mixed = last_logits(base, "left", stacks, which)
+    for i, stack in enumerate(which):
+        alone = last_logits(base, "left", [stacks[stack]], [0], [PROMPTS[i]])
+        torch.testing.assert_close(mixed[i], alone[0], **near(dtype))
+
+
+@each_dtype
+@each_family
+@each_method
+def test_padding_cache_and_raw_calls_agree(method: str, family: str, dtype: str) -> None:
+    base = model(family, dtype)
+    patch = patches(method, family, dtype)[0]
+    count = len(PROMPTS)
+    left, right = (last_logits(base, side, [(patch,)], [0] * count) for side in ("left", "right"))
+    torch.testing.assert_close(left, right, **near(dtype))
+    with base.under(patch):
+        batch, _ = rows(base)
+        raw = base.hf(
+            input_ids=batch.ids, attention_mask=batch.mask, position_ids=(batch.mask.cumsum(1) - 1).clamp_min(0)
+        ).logits[:, -1].float()  # fmt: skip
+        torch.testing.assert_close(raw, left, **near(dtype))
+        texts = base.generate(PROMPTS, max_new_tokens=4, stop=())
+        if dtype == "float32":
+            ours = base.hf.generate(input_ids=batch.ids, attention_mask=batch.mask, max_new_tokens=4, do_sample=False)
+            theirs = [base.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ours[:, batch.ids.shape[1] :]]
+            assert texts == theirs
+    # uncached: the same tokens by full forward passes with the prompt's length given
+    if dtype == "float32":
+        encoded = base.encode(PROMPTS[:3])
+        for i, row in enumerate(encoded):
+            ids = list(row.ids)
+            for _ in range(4):
+                grown = base.batch([type(row)(tuple(ids), row.prompt_length)])
+                token = int(base.logits(grown, [(patch,)])[0, -1].argmax())
+                if token == base.tokenizer.eos_token_id:
+                    break
+                ids.append(token)
+            assert base.tokenizer.decode(ids[len(row.ids) :], skip_special_tokens=True).strip() == texts[i]
+
+
+@each_dtype
+@each_family
+@each_method
+def test_round_trip(method: str, family: str, dtype: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    base = model(family, dtype)
+    patch = patches(method, family, dtype)[0]
+    again = Patch.load(patch.save(tmp_path / "p"))
+    assert again.id == patch.id and again.requests == patch.requests
+    batch, _ = rows(base)
+    assert torch.equal(base.logits(batch, [(patch,)]), base.logits(batch, [(again,)]))
+
+
+@each_method
+def test_determinism(method: str) -> None:
+    base, other = lm("llama"), lm("llama")
+    state = torch.get_rng_state()
+    ids = {editor(method).edit(b, REQUESTS[:1]).id for b in (base, other, base)}
+    assert len(ids) == 1
+    assert editor(method, seed=1).edit(base, REQUESTS[:1]).id not in ids
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def random_bank(base: LM, block: int, count: int, dtype: torch.dtype, gate: str = "shared_logit") -> Bank:
+    own = {k: t.to(dtype) for k, t in start(4, base.width, gate, "pyreft", block, base.device).items()}
+    own["R"] = orthonormal(own.pop("X"))
+    stacked = {k: torch.stack([t * (1 + 0.1 * i) if k != "R" else t for i in range(count)]).requires_grad_() for k, t in own.items()}
+    return Bank("subspace", Site(block), {"gate": gate, "last": 3}, stacked)
+
+
+@pytest.mark.parametrize("first", [0, 2, 3])
+@each_family
+def test_tail_equals_full_forward_with_gradients_in_float64(family: str, first: int) -> None:
+    dtype = DTYPES[exact(family)[0]]
+    base = lm(family, dtype)
+    close = {"atol": 1e-9, "rtol": 1e-7} if dtype == torch.float64 else {"atol": 1e-4, "rtol": 1e-4}
+    encoded = base.encode([r.prompt for r in REQUESTS] + ["In Rome"], [r.target for r in REQUESTS] + ["Madrid"])
+    cut_rows = cut(encoded, 3, 0, base.device)
+    where = cut_rows.labels != IGNORED
+    logits, gradients = [], []
+    for runner in (Tail(base, cut_rows, first), Whole(base, cut_rows, first)):
+        banks = [random_bank(base, b, 4, dtype) for b in range(first, base.depth)]
+        out = runner.logits(banks)[where]
+        loss = out.log_softmax(-1).square().sum()
+        gradients.append(torch.autograd.grad(loss, [t for bank in banks for t in bank.params.values()]))
+        logits.append(out)
+        some = torch.tensor([0, 2])  # a tail of some rows is the tail of those rows
+        picked = [Bank(b.kind, b.site, b.settings, {k: t[some] for k, t in b.params.items()}) for b in banks]
+        torch.testing.assert_close(runner.select(some).logits(picked)[where[some]], runner.logits(banks)[some][where[some]], **close)
+    torch.testing.assert_close(*logits, **close)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, **{k: v * 100 for k, v in close.items()})  # sums over many logits
+
+
+@each_family
+@each_method
+def test_tail_and_full_forward_reach_the_same_patch(method: str, family: str) -> None:
+    dtype, few = exact(family)
+    base = model(family, dtype)
+    whole = editor(method, **few).edit_each(base, REQUESTS, runner=Whole)
+    for a, b in zip(whole, editor(method, **few).edit_each(base, REQUESTS), strict=True):
+        assert_same(a, b)
+
+
+@each_family
+def test_merge_of_weight_like_patches(family: str) -> None:
+    base = model(family)
+    generator = torch.Generator().manual_seed(0)
+    from errata.families import linear_sizes, resolve
+
+    inner, outer = linear_sizes(resolve(base.blocks[1], base.family.mlp_down))
+
+    def make(kind: str) -> Patch:
+        shapes = {"weight": (outer, inner)} if kind == "dense" else {"down": (2, inner), "up": (outer, 2)}
+        tensors = {k: 0.3 * torch.randn(s, generator=generator) for k, s in shapes.items()}
+        return Patch("test", {}, base.fingerprint, (), (Op(kind, Site(1, "mlp_down"), tensors),))
+
+    for a, b in [(make("low_rank"), make("low_rank")), (make("dense"), make("dense"))]:
+        batch, _ = rows(base)
+        under = base.logits(batch, [(a, b)])
+        torch.testing.assert_close(base.logits(batch, [(merge((a, b)),)]), under, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(under, base.logits(batch), atol=1e-3)
+        nothing = base.logits(batch, [(a, a.scale(-1.0))])
+        torch.testing.assert_close(nothing, base.logits(batch), atol=1e-4, rtol=1e-4)
+
+
+@each_family
+def test_gates(family: str) -> None:
+    """A closed gate is the identity bit for bit; BaFT with weights 1 is ReFT."""
+    base = model(family)
+    patch = patches("baft", family)[0]
+
+    def with_gate(value: float) -> Patch:
+        # logits of the gate are h·(v_k + v_0): a state-independent ±∞ is not representable, so use gate "none" or a zero update
+        ops = tuple(Op(op.kind, op.site, {**op.tensors, **_opened(op, value)}, {**op.settings, "gate": "none"}) for op in patch.ops)
+        return Patch("test", {}, base.fingerprint, (), ops)
+
+    def _opened(op: Op, value: float) -> dict[str, torch.Tensor]:
+        r = op.tensors["R"]
+        return {"A": r + value * (op.tensors["A"] - r), "b": value * op.tensors["b"]}
+
+    batch, _ = rows(base)
+    assert torch.equal(base.logits(batch, [(with_gate(0.0),)]), base.logits(batch))
+    h = torch.randn(2, 5, base.width, dtype=torch.float64)
+    ones = {k: t.double()[None] for k, t in patch.ops[0].tensors.items()}
+    from errata.bank import Context
+    from errata.methods.subspace import Subspace
+
+    context = Context(torch.arange(5).expand(2, 5), torch.tensor([5, 5]))
+    kind = {"gate": "none", "last": 5}
+    out = Subspace.apply(ones, kind, h, h, Site(0), context)
+    r, a, b = (ones[k][0] for k in ("R", "A", "b"))
+    torch.testing.assert_close(out @ r.T, h @ a.T + b, atol=1e-6, rtol=1e-5)  # R Φ(h) = A h + b
+    away = out - h
+    torch.testing.assert_close(away - away @ r.T @ r, torch.zeros_like(h), atol=1e-6, rtol=0)  # (I − RᵀR)(Φ(h) − h) = 0
