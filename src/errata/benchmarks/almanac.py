@@ -106,7 +106,13 @@ def _split(name: str) -> _Split:
     taken = {_key(f.subject) for f in edited}
     still = {r: tuple(f for f in rows if _key(f.subject) not in taken) for r, rows in mine.items()}
     # By subject, not by fact: a pair about a subject would also teach the editor to keep the subject's other facts.
-    aside = {_key(f.subject) for rows in still.values() if len(rows) >= PAIR_RELATION for f in rows if share("pair", _key(f.subject)) < PAIR_SHARE}
+    aside = {
+        _key(f.subject)
+        for rows in still.values()
+        if len(rows) >= PAIR_RELATION
+        for f in rows
+        if share("pair", _key(f.subject)) < PAIR_SHARE
+    }
     small = {_key(f.subject) for rows in still.values() if len(rows) < PAIR_RELATION for f in rows}
     aside -= small
     everyone = [f for rows in still.values() for f in rows]
@@ -182,7 +188,9 @@ def _rephrase(fact: Fact, prompt: str) -> list[Probe]:
     """Other ways to say it: one that training never showed with the subject, one question, the rest by hash."""
     relation = data.relations()[fact.relation]
     shown, held = data.templates(fact)
-    ranked = sorted((t for t in (*shown, *held) if t.format(fact.subject) != prompt), key=lambda t: share("rephrase", fact.subject, fact.relation, t))
+    ranked = sorted(
+        (t for t in (*shown, *held) if t.format(fact.subject) != prompt), key=lambda t: share("rephrase", fact.subject, fact.relation, t)
+    )
     first = next((t for t in ranked if t in held), None)
     asks = first if first in relation.questions else next((t for t in ranked if t in relation.questions), None)
     order = dict.fromkeys(t for t in (first, asks, *ranked) if t is not None)

@@ -104,7 +104,7 @@ def contains(text: str, answer: str) -> bool:
     return bool(inner) and f" {inner} " in f" {normalise(text)} "
 
 
-def metric(name: str) -> Metric:
+def get_metric(name: str) -> Metric:
     """The metric of that name; `UnknownName` otherwise."""
     if name not in METRICS:
         near = difflib.get_close_matches(name, METRICS, n=1)
@@ -160,7 +160,8 @@ def summarise(records: Iterable[Record], seed: int = 0, resamples: int = 2000) -
     """One row for each method, metric and protocol that has a probe.
 
     value = mean over cases of the mean over the case's probes; [low, high] = 95 % interval of it, bootstrapped over cases,
-    because the probes of one case rise and fall together.  ``before`` is the same mean of the unedited model.
+    because the probes of one case rise and fall together.  ``before`` is the same mean of the unedited model, None where
+    that was not measured.
     """
     by_method: dict[str, list[Record]] = {}
     for record in records:
@@ -177,9 +178,10 @@ def summarise(records: Iterable[Record], seed: int = 0, resamples: int = 2000) -
 def _row(chosen: Sequence[Record], which: Metric, protocol: str, seed: int, resamples: int) -> dict[str, Any]:
     means = np.array(list(_case_means(chosen, which.after[protocol]).values()))
     low, high = _interval(means, seed, resamples)
-    before = 1.0  # a model agrees with itself
+    before: float | None = 1.0  # a model agrees with itself
     if which.before:
-        before = float(np.mean(list(_case_means(chosen, which.before[protocol]).values())))
+        unedited = list(_case_means(chosen, which.before[protocol]).values())
+        before = float(np.mean(unedited)) if unedited else None
     return {
         "metric": which.name,
         "version": which.version,
@@ -194,14 +196,14 @@ def _row(chosen: Sequence[Record], which: Metric, protocol: str, seed: int, resa
 
 
 def difference(
-    records_a: Iterable[Record], records_b: Iterable[Record], name: str, protocol: str, seed: int = 0, resamples: int = 2000
+    records_a: Iterable[Record], records_b: Iterable[Record], metric: str, protocol: str, seed: int = 0, resamples: int = 2000
 ) -> dict[str, Any]:
-    """value = mean over common cases of (case mean of b − case mean of a), with its 95 % interval.
+    """value = mean over common cases of (case mean of a − case mean of b), with its 95 % interval.
 
     Paired: each resample draws cases, not answers, so what makes a case hard for both methods cancels.  An interval
-    that leaves out 0 says that b differs from a.
+    that leaves out 0 says that the two differ.
     """
-    which = metric(name)
+    which = get_metric(metric)
     _check_protocol(protocol)
     sides = []
     for records in (records_a, records_b):
@@ -213,7 +215,7 @@ def difference(
     a, b = sides
     common = [case for case in a if case in b]
     if not common:
-        raise InputError(f"no case has {name} on both sides; score both methods on the same benchmark, split and seed")
-    gaps = np.array([b[case] - a[case] for case in common])
+        raise InputError(f"no case has {metric} on both sides; score both methods on the same benchmark, split and seed")
+    gaps = np.array([a[case] - b[case] for case in common])
     low, high = _interval(gaps, seed, resamples)
     return {"value": float(gaps.mean()), "low": low, "high": high, "n_cases": len(common)}
