@@ -6,13 +6,11 @@ from a model, a file or a user is escaped, so a model that was taught to say ``<
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from errata.report.scatter import scatter
-from errata.report.tables import PROTOCOLS, counts, grid, methods, protocols
+from errata.report.tables import PROTOCOLS, counts, escape, grid, methods, protocols
 
 Row = Mapping[str, Any]
 Record = Mapping[str, Any]
@@ -29,12 +27,14 @@ KINDS: Final[dict[str, str]] = {
 POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 STYLE: Final = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --back: #fff; --panel: #f6f8fa; --good: #116329; --bad: #a40e26;
-  --c0: #0072b2; --c1: #b84a00; --c2: #007a58; --c3: #a8487f; --c4: #6a4fc1; --c5: #8a6100; --c6: #444c56; --c7: #008299; }
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --back: #fff; --panel: #f6f8fa; --good: #116329;
+  --bad: #a40e26; --c0: #0072b2; --c1: #b84a00; --c2: #007a58; --c3: #a8487f; --c4: #6a4fc1; --c5: #8a6100; --c6: #444c56; --c7: #008299; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b1; --line: #373e47; --back: #0d1117; --panel: #161b22;
-  --good: #56d364; --bad: #ff7b72; --c0: #58a6e8; --c1: #f0883e; --c2: #3fc797; --c3: #e08cc0; --c4: #a58bf5; --c5: #d6a520; --c6: #adbac7; --c7: #39c5d8; } }
+  --good: #56d364; --bad: #ff7b72; --c0: #58a6e8; --c1: #f0883e; --c2: #3fc797; --c3: #e08cc0; --c4: #a58bf5; --c5: #d6a520;
+  --c6: #adbac7; --c7: #39c5d8; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--back); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--back); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1rem; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 0; } p.soft, figcaption, .kind, .count { color: var(--soft); font-size: .875rem; }
 dl.notes { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; font-size: .9rem; }
@@ -49,7 +49,8 @@ svg .axis { stroke: var(--soft); } svg .gridline { stroke: var(--line); }
 .legend { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .875rem; }
 input[type=search] { width: 100%; max-width: 30rem; padding: .5rem .7rem; font: inherit; color: inherit; background: var(--panel);
   border: 1px solid var(--line); border-radius: .4rem; }
-.case { border: 1px solid var(--line); border-radius: .5rem; margin: 1rem 0; overflow: hidden; } .case header { background: var(--panel); padding: .5rem .7rem; }
+.case { border: 1px solid var(--line); border-radius: .5rem; margin: 1rem 0; overflow: hidden; }
+.case header { background: var(--panel); padding: .5rem .7rem; }
 .case tr:last-child td { border-bottom: 0; } .new { color: var(--c0); font-weight: 600; }
 .yes::before { content: "✓ "; color: var(--good); font-weight: 700; } .no::before { content: "✗ "; color: var(--bad); font-weight: 700; }
 .label { display: none; }
@@ -76,12 +77,6 @@ SCRIPT: Final = """
 """
 
 
-def escape(value: object) -> str:
-    """A text for any place in the page.  Lone surrogates and control characters, which HTML cannot hold, become "�"."""
-    text = str(value).encode("utf-8", "replace").decode("utf-8")
-    return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "�", text), quote=True)
-
-
 def page(title: str, summary_rows: Sequence[Row], records: Sequence[Record], notes: Mapping[str, object], max_cases: int = 200) -> str:
     """The page as one text.  ``notes`` (what to say about the run) are shown as name and value, in order.
 
@@ -92,11 +87,15 @@ def page(title: str, summary_rows: Sequence[Row], records: Sequence[Record], not
     if figures := [f"<figure>{drawing}</figure>" for p in protocols(summary_rows) if (drawing := scatter(summary_rows, p))]:
         body += ["<h2>Reliability against locality</h2>", '<div class="figures">', *figures, "</div>"]
     body.append(_cases(records, max_cases))
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n'
-        "<body>\n" + "\n".join(part for part in body if part) + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    head = [
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{STYLE}</style>",
+    ]
+    lines = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *filter(None, body), f"<script>{SCRIPT}</script>"]
+    return "\n".join([*lines, "</body>", "</html>", ""])
 
 
 def _notes(notes: Mapping[str, object]) -> str:
@@ -130,13 +129,16 @@ def _cases(records: Sequence[Record], max_cases: int) -> str:
     if not grouped:
         return ""
     shown = list(grouped.values())[:max_cases]
-    left = len(grouped) - len(shown)
-    limit = f" The first {len(shown)} of {len(grouped)} cases are shown." if left else ""
-    return (
-        '<h2>What the model said</h2>\n<p class="soft">Greedy text before and after each edit; ✓ and ✗ compare it with the answer that the probe wants.'
-        f"{limit}</p>\n"
-        '<input type="search" id="filter" hidden placeholder="Filter the cases: words of a prompt or an answer" aria-label="Filter the cases">\n'
-        '<p class="count" id="count" aria-live="polite"></p>\n' + "\n".join(_case(rows, names) for rows in shown)
+    limit = f" The first {len(shown)} of {len(grouped)} cases are shown." if len(shown) < len(grouped) else ""
+    hint = "Filter the cases: words of a prompt or an answer"
+    return "\n".join(
+        [
+            "<h2>What the model said</h2>",
+            f'<p class="soft">Greedy text before and after each edit; ✓ and ✗ compare it with the wanted answer.{limit}</p>',
+            f'<input type="search" id="filter" hidden placeholder="{hint}" aria-label="{hint}">',
+            '<p class="count" id="count" aria-live="polite"></p>',
+            *(_case(rows, names) for rows in shown),
+        ]
     )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from errata.report.tables import HEADINGS, PROTOCOLS, methods
+from errata.report.tables import HEADINGS, PROTOCOLS, escape, methods
 
 Row = Mapping[str, Any]
+Scale = Callable[[float], float]
 
 WIDTH, HEIGHT = 400, 340
 LEFT, TOP, RIGHT, BOTTOM = 52, 14, 388, 290  # the plotting area
@@ -40,7 +40,8 @@ def _ticks(start: float) -> list[float]:
 
 
 def _drawing(points: Sequence[tuple[str, Row, Row]], locality: str, protocol: str) -> str:
-    x0, y0 = (_floor([float(point[i]["low"]) for point in points]) for i in (1, 2))
+    x0 = _floor([float(across["low"]) for _, across, _ in points])
+    y0 = _floor([float(up["low"]) for _, _, up in points])
 
     def x(value: float) -> float:
         return LEFT + (RIGHT - LEFT) * (value - x0) / (1 - x0)
@@ -58,16 +59,16 @@ def _drawing(points: Sequence[tuple[str, Row, Row]], locality: str, protocol: st
             f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="8" fill="{colour}"/>',
             f'<text x="{cx:.1f}" y="{cy + 4:.1f}" text-anchor="middle" style="fill: var(--back); font-weight: 700">{i + 1}</text>',
         ]
-    name = html.escape(PROTOCOLS.get(protocol, protocol).partition(":")[0])
-    spoken = "; ".join(f"{html.escape(m)} {float(a['value']):.3f}, {float(b['value']):.3f}" for m, a, b in points)
-    legend = "".join(f'<li><b style="color: var(--c{i % COLOURS})">{i + 1}</b> {html.escape(m)}</li>' for i, (m, _, _) in enumerate(points))
+    name = escape(PROTOCOLS.get(protocol, protocol).partition(":")[0])
+    spoken = "; ".join(f"{escape(m)} {float(a['value']):.3f}, {float(b['value']):.3f}" for m, a, b in points)
+    legend = "".join(f'<li><b style="color: var(--c{i % COLOURS})">{i + 1}</b> {escape(m)}</li>' for i, (m, _, _) in enumerate(points))
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}, reliability and locality: {spoken}">{"".join(parts)}</svg>'
         f'<figcaption>{name}; the upper right corner is best<ol class="legend">{legend}</ol></figcaption>'
     )
 
 
-def _axes(x0: float, y0: float, x: Any, y: Any, locality: str) -> list[str]:
+def _axes(x0: float, y0: float, x: Scale, y: Scale, locality: str) -> list[str]:
     parts = []
     for tick in _ticks(x0):
         parts.append(_line(x(tick), TOP, x(tick), BOTTOM, 'class="gridline"'))

@@ -5,6 +5,8 @@ Teacher-forced and generated numbers answer different questions, so they never s
 
 from __future__ import annotations
 
+import html
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -28,6 +30,12 @@ PROTOCOLS: Final[dict[str, str]] = {
     "generated": "Generated: the model's own text equals the answer",
 }
 BEFORE: Final = "unedited model"
+
+
+def escape(value: object) -> str:
+    """A text for any place in the page.  Lone surrogates and control characters, which HTML cannot hold, become "�"."""
+    text = str(value).encode("utf-8", "replace").decode("utf-8")
+    return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "�", text), quote=True)
 
 
 def protocols(rows: Iterable[Row]) -> list[str]:
