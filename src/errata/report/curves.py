@@ -1,0 +1,129 @@
+"""Curves as image files: how an edit holds as more follow (`retention`), and what a setting does (`sweep`).
+
+Drawn on matplotlib's figure objects without pyplot, so no window system and no global style is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.errors import ErrataError, InputError, StorageError
+from errata.report.tables import HEADINGS, PROTOCOLS, methods, metrics, protocols
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+# Told apart by colour-blind readers, and by marker where printed grey.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ErrataError("curves need matplotlib, which is not installed; pip install matplotlib") from None
+    figure = Figure(figsize=(5.2 * panels, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False)
+    return figure, list(axes[0])
+
+
+def _check(rows: Sequence[Row], needed: tuple[str, ...]) -> None:
+    if not rows:
+        raise InputError("there is no row to draw a curve of")
+    for i, row in enumerate(rows):
+        if missing := [key for key in needed if key not in row]:
+            raise InputError(f"row {i} of the curve has no {missing[0]!r}; it needs {', '.join(needed)}")
+        numbers = [key for key in needed if key in ("T", "x", "value", "low", "high")]
+        if bad := [key for key in numbers if not isinstance(row[key], int | float) or not math.isfinite(row[key])]:
+            raise InputError(f"row {i} of the curve: {bad[0]} must be a finite number, not {row[bad[0]]!r}")
+
+
+def _lines(axes: Axes, rows: Sequence[Row], x: str) -> None:
+    """One line per method (colour) and metric (marker), with whiskers from low to high."""
+    names, columns = methods(rows), metrics(rows)
+    for i, name in enumerate(names):
+        for j, column in enumerate(columns):
+            points = sorted((row for row in rows if row["method"] == name and row["metric"] == column), key=lambda row: float(row[x]))
+            if not points:
+                continue
+            values = [float(p["value"]) for p in points]
+            # A resampled interval can miss the mean by rounding; whiskers may not be negative.
+            below = [max(0.0, v - float(p["low"])) for v, p in zip(values, points, strict=True)]
+            above = [max(0.0, float(p["high"]) - v) for v, p in zip(values, points, strict=True)]
+            axes.errorbar(
+                [float(p[x]) for p in points],
+                values,
+                yerr=[below, above],
+                label=_plain(f"{name}: {HEADINGS.get(column, column)}"),
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[j % len(MARKERS)],
+                linestyle=("-", "--", "-.", ":")[j % 4],
+                markersize=4,
+                capsize=2,
+                linewidth=1.2,
+            )
+
+
+def _plain(text: str) -> str:
+    # Dollar signs would start a formula, and a leading underscore would hide the line from the legend.
+    return text.replace("$", r"\$").replace("_", " ").strip()
+
+
+def _draw(rows: Sequence[Row], path: str | Path, x: str, label: str, log: bool) -> None:
+    shown = protocols(rows)
+    figure, panels = _figure(len(shown))
+    for axes, protocol in zip(panels, shown, strict=True):
+        mine = [row for row in rows if row["protocol"] == protocol]
+        _lines(axes, mine, x)
+        if log:
+            axes.set_xscale("log")
+        ticks = sorted({float(row[x]) for row in mine})
+        if len(ticks) <= 8:
+            axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            axes.minorticks_off()
+        axes.set_xlabel(_plain(label))
+        axes.set_ylabel("share of probes")
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_title(_plain(PROTOCOLS.get(protocol, protocol).partition(":")[0]), fontsize=10)
+        axes.grid(True, alpha=0.25)
+        axes.legend(fontsize=7)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:  # an ending matplotlib cannot write
+        raise InputError(f"{path}: {error}") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror}); check the folder and the space left") from None
+
+
+def retention(rows: Sequence[Row], path: str | Path) -> None:
+    """Metrics after T edits, T on a logarithmic axis.
+
+    A row holds method, metric, protocol, T ≥ 1, value, low, high.  One panel for each protocol.
+    """
+    _check(rows, ("method", "metric", "protocol", "T", "value", "low", "high"))
+    if any(row["T"] < 1 for row in rows):
+        raise InputError("T counts edits and must be at least 1")
+    _draw(rows, path, "T", "edits applied (T)", log=True)
+
+
+def sweep(rows: Sequence[Row], path: str | Path) -> None:
+    """Metrics over the values ``x`` of one setting.
+
+    A row holds method, metric, protocol, setting (its name, the same in all rows), x, value, low, high.  The axis is
+    logarithmic where the values are positive and span more than a factor of 20.
+    """
+    _check(rows, ("method", "metric", "protocol", "setting", "x", "value", "low", "high"))
+    settings = sorted({str(row["setting"]) for row in rows})
+    if len(settings) > 1:
+        raise InputError(f"a sweep shows one setting, not {', '.join(settings)}; draw one curve for each")
+    least, most = min(row["x"] for row in rows), max(row["x"] for row in rows)
+    _draw(rows, path, "x", settings[0], log=least > 0 and most / least > 20)
