@@ -1,0 +1,85 @@
+"""The three scenarios, as functions from (model, editor, cases) to patches and records.
+
+single     each request alone on the base, scored under its own patch (all in one batch: `edit_each`, rows)
+batched    joint edits of n requests, one after another on the growing stack; scored on the final stack
+continual  one request at a time on the growing stack; at each mark T everything edited so far is scored on the stack as it then
+           is, and each case once more right after its own edit: two different numbers, whose difference is forgetting
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from errata.bank import Stack, live
+from errata.errors import ConfigError
+from errata.model import LM
+from errata.patch import Patch
+from errata.request import Case
+from errata.score.queries import Answers, score
+
+Progress = Callable[[str, int, int], None]
+Records = list[dict[str, Any]]
+GROUP = 256  # single edits trained at once
+
+
+def _scoring(progress: Progress | None) -> Callable[[int, int], None] | None:
+    return (lambda done, total: progress("scoring", done, total)) if progress else None
+
+
+def single(
+    lm: LM, editor: Any, cases: Sequence[Case], progress: Progress | None = None, answers: Answers | None = None, label: str | None = None
+) -> tuple[list[Patch], Records]:
+    """A patch a case, and the records of each case under its own patch.  ``label`` names the method in the records."""
+    patches: list[Patch] = []
+    for start in range(0, len(cases), GROUP):
+        patches += editor.edit_each(lm, [c.request for c in cases[start : start + GROUP]])
+        if progress:
+            progress("editing", len(patches), len(cases))
+    return patches, score(lm, cases, [(p,) for p in patches], label or editor.name, _scoring(progress), answers)
+
+
+def batched(
+    lm: LM, editor: Any, cases: Sequence[Case], size: int, progress: Progress | None = None, answers: Answers | None = None, label: str | None = None
+) -> tuple[Stack, Records]:
+    """Joint edits of ``size`` requests on the growing stack; records of every case on the final stack."""
+    if size < 1:
+        raise ConfigError(f"a batch holds at least one edit, not {size}")
+    stack: Stack = ()
+    for start in range(0, len(cases), size):
+        chunk = [c.request for c in cases[start : start + size]]
+        stack = live((*stack, editor.edit(lm, chunk, on=stack)))
+        if progress:
+            progress("editing", start + len(chunk), len(cases))
+    return stack, score(lm, cases, [stack] * len(cases), label or editor.name, _scoring(progress), answers)
+
+
+def continual(
+    lm: LM,
+    editor: Any,
+    cases: Sequence[Case],
+    marks: Sequence[int],
+    progress: Progress | None = None,
+    answers: Answers | None = None,
+    label: str | None = None,
+) -> tuple[Stack, dict[int, Records], Records]:
+    """(final stack, {T: records of cases 1..T on the stack after T edits}, records of each case right after its own edit)."""
+    if not marks or sorted(set(marks)) != list(marks) or marks[0] < 1 or marks[-1] > len(cases):
+        raise ConfigError(f"marks must rise from at least 1 to at most the number of cases ({len(cases)}); got {list(marks)}")
+    answers = answers if answers is not None else Answers()
+    stack: Stack = ()
+    at: dict[int, Records] = {}
+    pending: list[tuple[Case, Stack]] = []
+    immediate: Records = []
+    name = label or editor.name
+    for i, case in enumerate(cases[: marks[-1]], 1):
+        stack = live((*stack, editor.edit(lm, [case.request], on=stack)))
+        pending.append((case, stack))
+        if i in marks or len(pending) == GROUP:  # rows let many stacks be scored at once, so the scores can wait
+            immediate += score(lm, [c for c, _ in pending], [s for _, s in pending], name, None, answers)
+            pending = []
+        if i in marks:
+            at[i] = score(lm, cases[:i], [stack] * i, name, _scoring(progress), answers)
+        if progress:
+            progress("editing", i, marks[-1])
+    return stack, at, immediate
