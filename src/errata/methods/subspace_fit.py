@@ -42,7 +42,8 @@ class SubspaceEditor:
     layers      0-based block numbers (the paper does not say from what it counts; pyreft counts from 0); None: by `layers_for`
     last        how many last prompt tokens are edited, besides every output token
     lr, steps   for one request; ``batched_lr``, ``batched_steps`` for several in one patch
-    stop        early stop on the task loss; ``stop_on`` says whether its mean or its sum over target tokens (the paper does not)
+    stop        early stop when the "training loss" is below it: ``stop_on`` says whether that is the task loss as mean or as sum
+                over target tokens, or the total with the regularisers (mean task loss + R_bal + R_loc); the paper does not say
     loss        the task loss is the printed sum over target tokens, or the mean
     init        "pyreft" (A, b random) or "identity" (A ← R, b ← 0: Φ(h) = h at the start)
     end         text trained after the target ("." or an EOS), so that a free answer ends there; the paper does not say whether y holds one
@@ -61,7 +62,7 @@ class SubspaceEditor:
     batched_lr: float = 1e-4
     batched_steps: int = 70
     stop: float = 0.01
-    stop_on: Literal["mean", "sum"] = "mean"
+    stop_on: Literal["mean", "sum", "total"] = "mean"
     loss: Literal["sum", "mean"] = "sum"
     weight_decay: float = 0.0
     init: Literal["pyreft", "identity"] = "pyreft"
@@ -89,6 +90,11 @@ class SubspaceEditor:
             what = f"block {wrong[0]} does not exist (0 to {lm.depth - 1})" if wrong else f"rank {self.rank} exceeds the width {lm.width}"
             raise ConfigError(f"{self.name}: {what}; set layers and rank for this model")
         return chosen
+
+    def count(self, lm: LM) -> int:
+        """Trainable numbers on this model, counted as the paper does (Table 3): every stored entry, R as r·d."""
+        one = start(self.rank, lm.width, self.gate_kind, self.init, self.seed, torch.device("cpu"))
+        return len(self.at(lm)) * sum(t.numel() for t in one.values())
 
     def edit(self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None) -> Patch:
         """One patch for all requests.  If the last patch of ``on`` came from this method with these layers and rank, the edit
@@ -202,7 +208,7 @@ class Training:
         summed = torch.zeros(len(owner), device=nll.device, dtype=nll.dtype).index_add(0, row, nll)
         mean = summed / where.sum(1)
         task = self.per_problem(summed if e.loss == "sum" else mean, owner, len(alive))
-        compared = self.per_problem(summed if e.stop_on == "sum" else mean, owner, len(alive)).detach()
+        compared = self.per_problem(summed if e.stop_on == "sum" else mean, owner, len(alive))
         gates = {}
         if e.gate_kind != "none":
             valid = runner.rows.valid.unsqueeze(-1).to(nll.dtype)
@@ -210,7 +216,8 @@ class Training:
                 w = tape[Site(b), "gate"]
                 gates[b] = w
                 self.note_means(b, self.per_problem((w * valid).sum(1), owner, len(alive), valid.sum(1)), alive)
-        return task + e.regularise(self, per_block, gates, alive), compared
+        extra = e.regularise(self, per_block, gates, alive)
+        return task + extra, (compared + extra if e.stop_on == "total" else compared).detach()
 
     def per_problem(self, values: Tensor, owner: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
         """Weighted mean of row values [B, …] over each problem's rows, [e, …]."""
