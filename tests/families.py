@@ -23,10 +23,19 @@ SENTENCES = [
 ]
 WIDTH, DEPTH, HEADS, INNER = 32, 4, 2, 64
 
-_COMMON = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": INNER, "max_position_embeddings": 64}
+_COMMON = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": HEADS,
+    "intermediate_size": INNER,
+    "max_position_embeddings": 64,
+}
 _GEMMA = {**_COMMON, "num_key_value_heads": 1, "head_dim": 16}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2", {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": HEADS, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "gpt2": (
+        "GPT2",
+        {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": HEADS, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
     "gpt_neox": ("GPTNeoX", _COMMON),
     "llama": ("Llama", {**_COMMON, "num_key_value_heads": 1}),
     "mistral": ("Mistral", {**_COMMON, "num_key_value_heads": 1, "sliding_window": 8}),
@@ -37,7 +46,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text": ("Gemma3", {**_GEMMA, "sliding_window": 8, "query_pre_attn_scalar": 16}),
     "phi3": ("Phi3", {**_COMMON, "num_key_value_heads": 1}),
     "olmo2": ("Olmo2", {**_COMMON, "num_key_value_heads": 2}),
-    "starcoder2": ("Starcoder2", {**_COMMON, "num_key_value_heads": 1, "residual_dropout": 0.0, "embedding_dropout": 0.0}),  # found by structure
+    "starcoder2": (
+        "Starcoder2",
+        {**_COMMON, "num_key_value_heads": 1, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    ),  # found by structure
 }
 
 
@@ -77,7 +89,11 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **chan
     model_class = getattr(transformers, f"{prefix}LMHeadModel" if family == "gpt2" else f"{prefix}ForCausalLM")
     torch.manual_seed(seed)
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return model_class(config_class(**{**settings, "vocab_size": len(tokenizer()), "tie_word_embeddings": family in ("gpt2", "gemma"), **special, **changes})).to(dtype)
+    return model_class(
+        config_class(
+            **{**settings, "vocab_size": len(tokenizer()), "tie_word_embeddings": family in ("gpt2", "gemma"), **special, **changes}
+        )
+    ).to(dtype)
 
 
 @functools.cache

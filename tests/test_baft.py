@@ -175,7 +175,7 @@ def test_continual_edits_go_on_from_the_last_patch_and_replace_it() -> None:
     assert torch.all(second.state[f"weights.{block}"] > first.state[f"weights.{block}"])
     moved = (second.ops[0].tensors["A"] - first.ops[0].tensors["A"]).abs().max()
     fresh = (second.ops[0].tensors["A"] - start(6, base.width, "shared_logit", "pyreft", block, base.device)["A"]).abs().max()
-    assert 0 < moved and moved < fresh + 0.02 * 40
+    assert moved > 0 and moved < fresh + 0.02 * 40
     with base.under(second):
         assert base.complete(ITALY.prompt) == "Spanish"
     other = editor.edit(base, [ITALY], on=(ReFT(rank=6).edit(base, [FRANCE]),))

@@ -16,7 +16,7 @@ CASES = [
     ("The capital of France is", "Lyon", "France"),
     ("The capital of France is ", " Lyon", "France"),
     ("¿Dónde está 東京? Está en", "el Japón", "東京"),
-    ("She said: \"it's", "over\"", "it's"),
+    ("She said: \"it's", 'over"', "it's"),
     ("x", "y", "x"),
     ("In 1999 the euro was", "1.5 dollars", "the euro"),
 ]
@@ -44,12 +44,18 @@ def prefix_space():  # type: ignore[no-untyped-def]
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator([p for p, _, _ in CASES] * 9, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
+    inner.train_from_iterator(
+        [p for p, _, _ in CASES] * 9, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
 def tokenizers(tmp_path: Path) -> dict:
-    out = {"byte-level with BOS": tiny(), "byte-level with prefix space, no BOS": prefix_space(), "unigram with BOS and EOS": sentencepiece(tmp_path)}
+    out = {
+        "byte-level with BOS": tiny(),
+        "byte-level with prefix space, no BOS": prefix_space(),
+        "unigram with BOS and EOS": sentencepiece(tmp_path),
+    }
     data = os.environ.get("ERRATA_DATA")  # a folder with real tokenizers: gpt2, gptneox-pythia, llama2
     if data:
         from transformers import GPT2TokenizerFast, LlamaTokenizer, PreTrainedTokenizerFast
@@ -65,7 +71,7 @@ def test_joint_tokenisation_splits_where_the_target_begins(prompt: str, target: 
     for name, tok in tokenizers(tmp_path).items():
         (row,) = encode(tok, [prompt], [target])
         text, seam = join(prompt, target)
-        whole = [i for i in tok(text)["input_ids"]]
+        whole = list(tok(text)["input_ids"])
         assert list(row.ids) == [i for n, i in enumerate(whole) if n < len(row.ids)], name
         said = tok.decode(row.target, skip_special_tokens=True).strip()
         if "unigram" not in name:  # unknown characters of the small unigram are lost in decoding

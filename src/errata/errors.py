@@ -1,13 +1,13 @@
 """One exception tree.  Every message says where, what, and what to do next.
 
-    ErrataError                exit code 1
-    ├── InputError             2   a file or record the user gave: file:line
-    ├── ConfigError            2   an unknown or ill-typed setting
-    ├── UnknownName            2   a method, benchmark, metric … that is not registered
-    ├── ModelError             3   a model that cannot be loaded or does not fit
-    ├── PatchError             4   a patch that is broken or belongs to another model
-    ├── FitError               5   an optimisation that went to NaN
-    └── StorageError           6   a disk that is full or cannot be written
+ErrataError                exit code 1
+├── InputError             2   a file or record the user gave: file:line
+├── ConfigError            2   an unknown or ill-typed setting
+├── UnknownName            2   a method, benchmark, metric … that is not registered
+├── ModelError             3   a model that cannot be loaded or does not fit
+├── PatchError             4   a patch that is broken or belongs to another model
+├── FitError               5   an optimisation that went to NaN
+└── StorageError           6   a disk that is full or cannot be written
 """
 
 from __future__ import annotations

@@ -94,7 +94,10 @@ def search(hf: nn.Module, name: str) -> Family:
     parent = blocks.rpartition(".")[0]
     norms = [path for path, m in hf.named_modules() if path.startswith(parent + ".") and not path.startswith(blocks + ".") and _is_norm(m)]
     if down is None or out is None or embedding is None or not norms:
-        raise ModelError(f"{name}: blocks are at {blocks}, but an output linear, the embedding or the last norm was not recognised; add a row to errata.families.ROWS")
+        raise ModelError(
+            f"{name}: blocks are at {blocks}, "
+            "but an output linear, the embedding or the last norm was not recognised; add a row to errata.families.ROWS"
+        )
     return Family(name, blocks, down, out, embedding, norms[-1], found="search")
 
 
@@ -117,5 +120,5 @@ def linear_sizes(module: nn.Module) -> tuple[int, int]:
     """(input size, output size)."""
     if hasattr(module, "in_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    rows, columns = module.weight.shape  # type: ignore[misc]
     return int(rows), int(columns)

@@ -58,7 +58,9 @@ def fit(
         last[alive] = values
         broken = (~torch.isfinite(total.detach())).nonzero().flatten()
         if len(broken):
-            raise FitError(f"problem {int(alive[broken[0]])} of {count}: the loss became NaN or infinite at step {step}; lower the learning rate")
+            raise FitError(
+                f"problem {int(alive[broken[0]])} of {count}: the loss became NaN or infinite at step {step}; lower the learning rate"
+            )
         if progress is not None:
             progress(step, len(alive), float(values.mean()))
         if step > steps:

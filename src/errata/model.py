@@ -73,7 +73,9 @@ class LM:
     def check(self, patch: Patch) -> None:
         """`PatchError` unless the patch belongs to this model and its sites exist."""
         if patch.base != self.fingerprint:
-            raise PatchError(f"patch {patch.id} was made for base {patch.base}, this model is {self.fingerprint}; load the model it was made for")
+            raise PatchError(
+                f"patch {patch.id} was made for base {patch.base}, this model is {self.fingerprint}; load the model it was made for"
+            )
         for op in patch.ops:
             self.check_site(op.site)
 
@@ -263,7 +265,10 @@ def fingerprint(hf: Any) -> str:
 
 
 def load(name: str | Path = "almanac", *, dtype: str | torch.dtype | None = None, device: str | None = None, **more: Any) -> LM:
-    """A model by name or folder; ``"almanac"`` is the one in the package.  ``more`` goes to transformers (device_map, quantization_config …)."""
+    """A model by name or folder; ``"almanac"`` is the one in the package.
+
+    ``more`` goes to transformers: device_map, quantization_config, revision …
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     label, where = str(name), str(name)
@@ -277,8 +282,10 @@ def load(name: str | Path = "almanac", *, dtype: str | torch.dtype | None = None
     if Path(where).exists() and not (Path(where) / "config.json").exists():
         raise ModelError(f"{where}: holds no config.json; give a folder saved by transformers, or a hub name")
     try:
-        hf = AutoModelForCausalLM.from_pretrained(where, torch_dtype=dtype or "auto", **more) if _old() else (
-            AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **more)
+        hf = (
+            AutoModelForCausalLM.from_pretrained(where, torch_dtype=dtype or "auto", **more)
+            if _old()
+            else (AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **more))
         )
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, RuntimeError) as error:

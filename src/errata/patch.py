@@ -31,7 +31,10 @@ WEIGHT_LIKE = ("low_rank", "dense")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Site:
-    """A named place: block number and point (``block`` = the block's output, ``mlp_down``, ``attn_out``, or a linear's path in the block)."""
+    """A named place: block number and point.
+
+    ``block`` is the block's output; ``mlp_down`` and ``attn_out`` are linears; any other point is a linear's path in the block.
+    """
 
     block: int
     point: str = "block"
@@ -128,7 +131,13 @@ class Patch:
             "base": self.base,
             "requests": [r.to_dict() for r in self.requests],
             "ops": [
-                {"kind": op.kind, "block": op.site.block, "point": op.site.point, "settings": dict(op.settings), "tensors": sorted(op.tensors)}
+                {
+                    "kind": op.kind,
+                    "block": op.site.block,
+                    "point": op.site.point,
+                    "settings": dict(op.settings),
+                    "tensors": sorted(op.tensors),
+                }
                 for op in self.ops
             ],
             "replaces": list(self.replaces),
@@ -182,7 +191,9 @@ class Patch:
             head = json.loads((folder / "patch.json").read_text(encoding="utf-8"))
             blob = (folder / "patch.safetensors").read_bytes()
         except FileNotFoundError as error:
-            raise PatchError(f"{folder}: {Path(error.filename).name} is missing; a patch is a folder with patch.json and patch.safetensors") from None
+            raise PatchError(
+                f"{folder}: {Path(error.filename).name} is missing; a patch is a folder with patch.json and patch.safetensors"
+            ) from None
         except OSError as error:
             raise PatchError(f"{folder}: cannot be read: {error.strerror}") from None
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -191,7 +202,9 @@ class Patch:
             found = head.get("format") if isinstance(head, dict) else type(head).__name__
             raise PatchError(f"{folder / 'patch.json'}: format {found!r}, this errata reads format {FORMAT}")
         if hashlib.sha256(blob).hexdigest() != head.get("sha256"):
-            raise PatchError(f"{folder / 'patch.safetensors'}: damaged or truncated ({len(blob)} bytes); copy the patch again from where it was made")
+            raise PatchError(
+                f"{folder / 'patch.safetensors'}: damaged or truncated ({len(blob)} bytes); copy the patch again from where it was made"
+            )
         try:
             return cls._from(head, load(blob))
         except ErrataError as error:
@@ -247,7 +260,9 @@ def merge(patches: tuple[Patch, ...]) -> Patch:
 def _weight_like(patch: Patch) -> tuple[Op, ...]:
     for op in patch.ops:
         if op.kind not in WEIGHT_LIKE:
-            raise PatchError(f"patch {patch.id} ({patch.method}) holds a {op.kind!r} op, a function of the hidden state; only {WEIGHT_LIKE} add and scale")
+            raise PatchError(
+                f"patch {patch.id} ({patch.method}) holds a {op.kind!r} op, not a change of weights; only {WEIGHT_LIKE} add and scale"
+            )
     return patch.ops
 
 

@@ -86,7 +86,8 @@ class EditRequest:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EditRequest:
         """The inverse of `to_dict`; unknown keys raise."""
-        return _make(cls, record, required=("prompt", "target"), known=cls.__slots__)
+        request: EditRequest = _make(cls, record, required=("prompt", "target"), known=cls.__slots__)
+        return request
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +115,16 @@ class Case:
         training = {*self.request.paraphrases, *(prompt for prompt, _ in self.request.unrelated)}
         for probe in self.probes:
             if probe.prompt in training:
-                raise InputError(f"probe {probe.prompt!r} is also training text of its request; a model may not be scored on what it was shown")
+                raise InputError(
+                    f"probe {probe.prompt!r} is also training text of its request; a model may not be scored on what it was shown"
+                )
             if probe.kind != "rewrite" and probe.prompt == self.request.prompt:
                 raise InputError(f"probe {probe.prompt!r} of kind {probe.kind!r} is the edited prompt itself; call it 'rewrite'")
 
 
 def _make(cls: Any, record: object, *, required: tuple[str, ...], known: Iterable[str]) -> Any:
     if not isinstance(record, Mapping):
-        raise InputError(f"expected an object like {{\"prompt\": …, \"target\": …}}, found {type(record).__name__}")
+        raise InputError(f'expected an object like {{"prompt": …, "target": …}}, found {type(record).__name__}')
     known = tuple(known)
     unknown = sorted(set(record) - set(known))
     if unknown:

@@ -40,7 +40,13 @@ def single(
 
 
 def batched(
-    lm: LM, editor: Any, cases: Sequence[Case], size: int, progress: Progress | None = None, answers: Answers | None = None, label: str | None = None
+    lm: LM,
+    editor: Any,
+    cases: Sequence[Case],
+    size: int,
+    progress: Progress | None = None,
+    answers: Answers | None = None,
+    label: str | None = None,
 ) -> tuple[Stack, Records]:
     """Joint edits of ``size`` requests on the growing stack; records of every case on the final stack."""
     if size < 1:

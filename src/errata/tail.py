@@ -196,7 +196,7 @@ class Tail:
         return other
 
 
-class _Reached(Exception):  # noqa: N818  a signal, not an error
+class _Reached(Exception):
     """Stops the forward pass once the hidden states are known."""
 
 

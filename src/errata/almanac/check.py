@@ -104,5 +104,7 @@ def text(result: dict[str, Any]) -> str:
         f"{result['facts']:,} facts; {result['facts_known_on_most_training_templates']:,} known on most of their training templates, "
         f"{result['facts_known_on_every_training_template']:,} on every one"
     )
-    lines.append(f"perplexity on {result['text_tokens']:,} tokens of held-out text {result['perplexity']}, {result['bits_per_byte']} bits per byte")
+    lines.append(
+        f"perplexity on {result['text_tokens']:,} tokens of held-out text {result['perplexity']}, {result['bits_per_byte']} bits per byte"
+    )
     return "\n".join(lines)

@@ -78,7 +78,13 @@ class BaFT(SubspaceEditor):
         return (means - centre).square().sum(-1) / (max(1, self.rank - 1) * scale)
 
     def _locality(
-        self, training: Training, p: Mapping[str, Tensor], block: int, w: Tensor, states: tuple[dict[int, Tensor], Tensor, Tensor], alive: Tensor
+        self,
+        training: Training,
+        p: Mapping[str, Tensor],
+        block: int,
+        w: Tensor,
+        states: tuple[dict[int, Tensor], Tensor, Tensor],
+        alive: Tensor,
     ) -> Tensor:
         """The three hinges.  Unrelated states are those of the model without this edit, computed once: an edit that keeps its
         gates shut on them leaves them as they are at every block (reading them through the edit would double each step's cost)."""

@@ -96,7 +96,9 @@ class SubspaceEditor:
         one = start(self.rank, lm.width, self.gate_kind, self.init, self.seed, torch.device("cpu"))
         return len(self.at(lm)) * sum(t.numel() for t in one.values())
 
-    def edit(self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None) -> Patch:
+    def edit(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> Patch:
         """One patch for all requests.  If the last patch of ``on`` came from this method with these layers and rank, the edit
         goes on from its parameters and replaces it (BaFT §2.4, continual editing); the optimiser starts anew."""
         on = live(tuple(on))
@@ -245,7 +247,11 @@ class Training:
             where = (position >= 0) & (position >= lengths[:, None] - last)
             keep = where.any(0)  # columns that hold a position of some row
             owner = torch.tensor([i for i, _, _ in pairs], device=position.device)
-            self.irrelevant = ({b: h[:, keep].to(torch.promote_types(torch.float32, h.dtype)) for b, h in states.items()}, where[:, keep].unsqueeze(-1), owner)
+            self.irrelevant = (
+                {b: h[:, keep].to(torch.promote_types(torch.float32, h.dtype)) for b, h in states.items()},
+                where[:, keep].unsqueeze(-1),
+                owner,
+            )
         return self.irrelevant
 
     def _pack(self, fitted: Fitted, seconds: float) -> list[Patch]:
@@ -255,7 +261,8 @@ class Training:
         old = self.before
         for i, requests in enumerate(self.problems):
             ops = tuple(
-                Op("subspace", Site(b), {k: t[i].clone() for k, t in blocks[b].items()}, {"gate": e.gate_kind, "last": e.last}) for b in self.blocks
+                Op("subspace", Site(b), {k: t[i].clone() for k, t in blocks[b].items()}, {"gate": e.gate_kind, "last": e.last})
+                for b in self.blocks
             )
             state = {}
             for b, means in self.gate_means.items():
