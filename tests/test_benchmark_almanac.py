@@ -11,7 +11,7 @@ import pytest
 
 from errata import registry
 from errata.benchmarks import facts as data
-from errata.benchmarks.almanac import SPLITS, Almanac, _key
+from errata.benchmarks.almanac import BYSTANDERS, SPLITS, Almanac, _key, _split
 from errata.errors import InputError
 from errata.request import PROBE_KINDS, Case
 from errata.request import EditRequest as Request
@@ -117,6 +117,13 @@ def test_nothing_edited_is_wanted_unchanged_by_another_case(split: str, said: di
         _key(said[p].subject) for case in cases(split) for p in (*prompts(case, "neighbour", "unrelated"), *pair_prompts(case.request))
     ]
     assert not set(subjects) & set(bystanders)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_relation_keeps_enough_to_measure_locality_on(split: str) -> None:
+    asked = _split(split).asked
+    assert set(asked) == set(data.relations())
+    assert min(len(rows) for rows in asked.values()) >= BYSTANDERS
 
 
 @pytest.mark.parametrize("split", SPLITS)
