@@ -75,7 +75,7 @@ def _lines(axes: Axes, rows: Sequence[Row], x: str) -> None:
 
 def _plain(text: str) -> str:
     # Dollar signs would start a formula, and a leading underscore would hide the line from the legend.
-    return text.replace("$", r"\$").replace("_", " ").strip()
+    return text.replace("$", r"\$").lstrip("_ ")
 
 
 def _draw(rows: Sequence[Row], path: str | Path, x: str, label: str, log: bool) -> None:

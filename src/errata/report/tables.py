@@ -33,9 +33,8 @@ BEFORE: Final = "unedited model"
 
 
 def escape(value: object) -> str:
-    """A text for any place in the page.  Lone surrogates and control characters, which HTML cannot hold, become "�"."""
-    text = str(value).encode("utf-8", "replace").decode("utf-8")
-    return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "�", text), quote=True)
+    """A text for any place in a page.  Lone surrogates and control characters, which HTML cannot hold, become "�"."""
+    return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "�", str(value)), quote=True)
 
 
 def protocols(rows: Iterable[Row]) -> list[str]:

@@ -1,0 +1,209 @@
+"""Metrics: the arithmetic by hand, the interval against a known distribution, and nothing that is ever NaN."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from errata.errors import InputError, UnknownName
+from errata.score import metrics
+from errata.score.metrics import METRICS, PROTOCOLS, contains, difference, exact_match, get_metric, normalise, summarise
+
+
+def record(kind: str = "rewrite", case: str = "c0", method: str = "m", **changes: Any) -> dict[str, Any]:
+    base = {
+        "method": method, "case": case, "kind": kind, "prompt": "p", "target": "t",
+        "tf_before": 0.0, "tf_after": 1.0, "tf_agree": 0.5, "gen_before": "x", "gen_after": "t",
+        "gen_match_before": False, "gen_match_after": True, "gen_agree": False, "known": True,
+    }  # fmt: skip
+    return {**base, **changes}
+
+
+def value(rows: list[dict[str, Any]], metric: str, protocol: str, key: str = "value") -> Any:
+    (row,) = (r for r in rows if r["metric"] == metric and r["protocol"] == protocol)
+    return row[key]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  The  Eiffel Tower. ", "eiffel tower"),
+        ("an apple a day", "apple day"),
+        ("São Paulo!", "são paulo"),
+        ("Сент-Луис", "сент луис"),
+        ("東京", "東京"),
+        ("Cote d'Ivoire", "cote divoire"),
+        ("Cote d’Ivoire", "cote divoire"),
+        ("e\u0301", "é"),
+        ("U.S.", "u s"),
+        ("The The", "the the"),
+        ("3.5", "3 5"),
+        ("...", ""),
+        ("", ""),
+    ],
+)
+def test_normalise(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+    assert normalise(normalise(text)) == expected
+
+
+def test_exact_match_and_contains() -> None:
+    assert exact_match("the Paris.", "paris")
+    assert not exact_match("Paris, France", "Paris")
+    assert not exact_match("", "")
+    assert not exact_match("...", "!")
+    assert contains("It is in Paris, France.", "paris france")
+    assert not contains("Parisian", "Paris")
+    assert not contains("anything", "")
+
+
+def test_each_metric_reads_its_kinds_and_fields() -> None:
+    rows = summarise(
+        [
+            record("rewrite", tf_after=1.0, gen_match_after=True),
+            record("rephrase", tf_after=0.5, gen_match_after=False, tf_before=0.25),
+            record("two_hop", tf_after=0.0, gen_match_after=False),
+            record("reverse", tf_after=0.3, gen_match_after=False),
+            record("alias", tf_after=0.6, gen_match_after=True),
+            record("neighbour", tf_after=0.8, tf_agree=0.9, gen_match_after=True, gen_agree=True, known=True),
+            record("unrelated", tf_after=0.2, tf_agree=0.7, gen_match_after=False, gen_agree=True, known=False),
+        ]
+    )
+    forced = {r["metric"]: r["value"] for r in rows if r["protocol"] == "teacher_forced"}
+    generated = {r["metric"]: r["value"] for r in rows if r["protocol"] == "generated"}
+    assert forced == pytest.approx(
+        {
+            "reliability": 1.0, "generality": 0.5, "portability": 0.3, "two_hop": 0.0, "reverse": 0.3, "alias": 0.6,
+            "locality_agreement": 0.8, "locality_correct": 0.5, "locality_correct_known": 0.8,
+        }
+    )  # fmt: skip
+    assert generated == pytest.approx(
+        {
+            "reliability": 1.0, "generality": 0.0, "portability": 1 / 3, "two_hop": 0.0, "reverse": 0.0, "alias": 1.0,
+            "locality_agreement": 1.0, "locality_correct": 0.5, "locality_correct_known": 1.0,
+        }
+    )  # fmt: skip
+    assert value(rows, "generality", "teacher_forced", "before") == 0.25
+    assert value(rows, "locality_agreement", "generated", "before") == 1.0
+    assert set(forced) == set(METRICS)
+
+
+def test_a_case_counts_once_however_many_probes_it_has() -> None:
+    rows = summarise([record("rephrase", "a", tf_after=0.0) for _ in range(9)] + [record("rephrase", "b", tf_after=1.0)])
+    assert value(rows, "generality", "teacher_forced") == 0.5
+    assert value(rows, "generality", "teacher_forced", "n_cases") == 2
+    assert value(rows, "generality", "teacher_forced", "n_probes") == 10
+
+
+def test_interval_is_over_cases_not_probes() -> None:
+    """Ten equal probes a case tell no more than one: the interval must not shrink."""
+    few = [record("rephrase", f"c{i}", tf_after=float(i % 2)) for i in range(40)]
+    one, ten = (summarise(rows)[0] for rows in (few, few * 10))
+    assert (one["low"], one["high"]) == pytest.approx((ten["low"], ten["high"]))
+    assert one["high"] - one["low"] > 0.25
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    """300 samples of 60 draws from Beta(2, 3), mean 0.4: coverage of a 95 % interval is 0.95 ± 0.04 (3 s.e.)."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for i in range(300):
+        low, high = metrics._interval(rng.beta(2, 3, size=60), seed=i, resamples=500)
+        hits += low <= 0.4 <= high
+    assert 0.90 <= hits / 300 <= 0.985
+
+
+def test_interval_width_matches_theory() -> None:
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = metrics._interval(values, seed=0, resamples=4000)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
+
+
+def test_chunked_resampling_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few indices at a time must still make all resamples."""
+    sizes: list[int] = []
+    real = np.quantile
+
+    def counted(means: Any, q: Any) -> Any:
+        sizes.append(len(means))
+        return real(means, q)
+
+    monkeypatch.setattr(np, "quantile", counted)
+    for chunk in (7, 64, 1 << 21):
+        monkeypatch.setattr(metrics, "CHUNK", chunk)
+        metrics._interval(np.linspace(0, 1, 10), seed=0, resamples=101)
+    assert sizes == [101, 101, 101]
+
+
+def test_order_of_records_and_seed() -> None:
+    rows = [record("rephrase", f"c{i}", tf_after=(i % 7) / 7) for i in range(50)]
+    mixed = rows[:]
+    random.Random(0).shuffle(mixed)
+    assert summarise(rows) == summarise(mixed)
+    assert summarise(rows, seed=1)[0]["low"] != summarise(rows, seed=2)[0]["low"]
+
+
+def test_one_row_a_method_and_none_for_what_was_not_asked() -> None:
+    rows = summarise([record("rewrite", method="b"), record("rewrite", method="a"), record("alias", method="a")])
+    assert list(dict.fromkeys(r["method"] for r in rows)) == ["b", "a"]
+    assert {(r["method"], r["metric"]) for r in rows} == {("b", "reliability"), ("a", "reliability"), ("a", "portability"), ("a", "alias")}
+    assert {r["protocol"] for r in rows} == set(PROTOCOLS)
+    assert {r["version"] for r in rows} == {1}
+
+
+def test_never_nan() -> None:
+    assert summarise([]) == []
+    assert summarise([record("neighbour", known=False)], resamples=10)[-1]["metric"] == "locality_correct"
+    rows = summarise([record("rewrite", tf_after=None), record("rephrase", tf_before=None)], resamples=10)
+    assert not [r for r in rows if r["metric"] == "reliability" and r["protocol"] == "teacher_forced"]
+    assert value(rows, "reliability", "generated") == 1.0
+    assert value(rows, "generality", "teacher_forced", "before") is None
+    assert all(math.isfinite(r[key]) for r in rows for key in ("value", "low", "high"))
+
+
+def test_difference_is_paired_on_common_cases() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0, 0.8, size=80)
+    a = [record("rewrite", f"c{i}", "a", tf_after=float(h + 0.1)) for i, h in enumerate(hard)]
+    b = [record("rewrite", f"c{i}", "b", tf_after=float(h)) for i, h in enumerate(hard)] + [record("rewrite", "only b", "b", tf_after=0.0)]
+    found = difference(a, b, "reliability", "teacher_forced")
+    assert found == pytest.approx({"value": 0.1, "low": 0.1, "high": 0.1, "n_cases": 80})
+    turned = difference(b, a, "reliability", "teacher_forced")
+    assert turned["value"] == pytest.approx(-0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        (([record()], [record(case="other")], "reliability", "generated"), InputError, "no case has reliability on both sides"),
+        (([], [], "reliability", "generated"), InputError, "no case has reliability"),
+        (([record()], [record()], "reliabilty", "generated"), UnknownName, "no metric named 'reliabilty'; did you mean 'reliability'"),
+        (([record()], [record()], "zzz", "generated"), UnknownName, "there are reliability, "),
+        (([record()], [record()], "reliability", "free"), InputError, "no protocol 'free'; there are teacher_forced and generated"),
+        (([record(), record(method="n")], [record()], "reliability", "generated"), InputError, "one method on each side, not of m, n"),
+    ],
+)
+def test_bad_difference(arguments: tuple[Any, ...], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        difference(*arguments)
+
+
+def test_bad_records_and_settings() -> None:
+    broken = record()
+    del broken["tf_after"]
+    with pytest.raises(InputError, match="a record of case 'c0' has no 'tf_after'"):
+        summarise([broken])
+    with pytest.raises(InputError, match="resamples must be at least 1, not 0"):
+        summarise([record()], resamples=0)
+
+
+def test_every_metric_says_what_it_means() -> None:
+    for name, metric in METRICS.items():
+        assert get_metric(name) is metric
+        assert set(metric.after) == set(PROTOCOLS)
+        assert metric.note
+        assert metric.version >= 1

@@ -1,0 +1,274 @@
+"""Reports: right numbers in the right table, and a page that loads nothing and runs nothing it was given."""
+
+from __future__ import annotations
+
+import builtins
+import html.parser
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errata.errors import ErrataError, InputError, StorageError
+from errata.report.curves import retention, sweep
+from errata.report.page import page
+from errata.report.scatter import scatter
+from errata.report.tables import escape, markdown, terminal
+
+VOID = {"meta", "input", "line", "circle"}
+
+
+def row(method: str = "baft", metric: str = "reliability", protocol: str = "generated", value: float = 0.9, **more: Any) -> dict[str, Any]:
+    base = {"method": method, "metric": metric, "protocol": protocol, "value": value, "low": value - 0.05, "high": value + 0.05}
+    return {**base, "n_cases": 30, "n_probes": 90, "before": 0.125, "version": 1, **more}
+
+
+def record(kind: str = "rewrite", method: str = "baft", case: str = "c0", **changes: Any) -> dict[str, Any]:
+    base = {
+        "method": method, "case": case, "kind": kind, "prompt": f"{kind} of {case}", "target": "Rome",
+        "gen_before": "Paris", "gen_after": "Rome",
+        "gen_match_before": False, "gen_match_after": True, "gen_agree": False,
+    }  # fmt: skip
+    return {**base, **changes}
+
+
+ROWS = [
+    row(m, k, p, v)
+    for p, shift in (("teacher_forced", 0.0), ("generated", 0.2))
+    for m, k, v in (
+        ("baft", "locality_agreement", 0.911 - shift),
+        ("baft", "reliability", 0.822 - shift),
+        ("reft", "reliability", 0.733 - shift),
+        ("reft", "locality_agreement", 0.644 - shift),
+    )
+]
+
+
+class Reader(html.parser.HTMLParser):
+    """Checks nesting and keeps tags with attributes, and the text outside style and script."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+
+    def count(self, tag: str, **attributes: str) -> int:
+        return sum(t == tag and all(a.get(k.rstrip("_")) == v for k, v in attributes.items()) for t, a in self.tags)
+
+
+@pytest.mark.parametrize("write", [terminal, markdown])
+def test_protocols_never_share_a_table(write: Callable[[Any], str]) -> None:
+    text = write(ROWS)
+    forced, generated = text.split("Generated:")
+    assert "Teacher-forced:" in forced
+    assert "82.2 [77.2, 87.2]" in forced
+    assert "82.2" not in generated
+    assert "62.2 [57.2, 67.2]" in generated
+    assert "62.2" not in forced
+    assert write([]) == ""
+
+
+def test_markdown_lines_hold_methods_and_metrics_in_reading_order() -> None:
+    lines = [line for line in markdown(ROWS[:4]).splitlines() if line.startswith("|")]
+    assert lines == [
+        "| method | reliability | locality (as before) |",
+        "| --- | ---: | ---: |",
+        "| unedited model | 12.5 | 12.5 |",
+        "| baft | 82.2 [77.2, 87.2] | 91.1 [86.1, 96.1] |",
+        "| reft | 73.3 [68.3, 78.3] | 64.4 [59.4, 69.4] |",
+    ]
+
+
+def test_missing_cells_counts_and_differing_before() -> None:
+    text = markdown([row("a"), row("b", before=0.5, n_cases=28), row("b", "alias", before=None)])
+    assert "| unedited model, cases of a | 12.5 | – |" in text
+    assert "| unedited model, cases of b | 50.0 | – |" in text
+    assert "| a | 90.0 [85.0, 95.0] | – |" in text
+    assert "reliability 28–30 cases, 90 probes" in text
+
+
+def test_markdown_cells_cannot_break_the_table() -> None:
+    (line,) = (line for line in markdown([row("a|b\n<i>\\")]).splitlines() if "90.0" in line)
+    assert line.startswith("| a\\|b &lt;i>\\\\ | 90.0")
+
+
+def test_terminal_columns_align_with_wide_letters() -> None:
+    lines = terminal([row("方法"), row("m")]).splitlines()
+    (wide,) = (line for line in lines if line.startswith("方法"))
+    (plain,) = (line for line in lines if line.startswith("m "))
+    assert wide.index("90.0") + 2 == plain.index("90.0")
+
+
+EVIL = "<script>alert('x')</script>\"><img src=http://evil.example/x.png onerror=alert(1)>"
+
+
+def test_page_escapes_everything_it_was_given() -> None:
+    records = [record(k, EVIL, EVIL, prompt=EVIL, target=EVIL, gen_before=EVIL, gen_after=EVIL) for k in ("rewrite", "odd" + EVIL)]
+    rows = [row(EVIL, k, EVIL if k == "x" else "generated") for k in ("reliability", "locality_agreement", "x", EVIL)]
+    text = page(EVIL, rows, records, {EVIL: EVIL})
+    read = Reader(text)
+    assert read.count("script") == 1, "the page's own"
+    assert text.count("<script") == 1
+    assert read.count("img") == 0
+    assert not [a for _, attrs in read.tags for a in attrs if a.startswith("on")]
+    assert read.text.count("<script>alert('x')</script>") >= 8, "shown as text"
+
+
+def test_page_loads_nothing() -> None:
+    text = page("t", ROWS, [record()], {"model": "almanac"})
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|fetch\(|XMLHttpRequest", text)
+    read = Reader(text)
+    assert not [(tag, a) for tag, attrs in read.tags for a in attrs if a in ("src", "href", "srcset", "data", "action")]
+    (policy,) = (a["content"] for tag, a in read.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+
+
+def test_page_fits_dark_and_narrow_screens() -> None:
+    text = page("t", ROWS, [record()], {})
+    assert "prefers-color-scheme: dark" in text
+    assert re.search(r"@media \(max-width: \d+rem\)", text)
+    assert Reader(text).count("meta", name="viewport") == 1
+    used = set(re.findall(r"var\((--[\w-]+)\)", text))
+    assert used <= set(re.findall(r"(--[\w-]+):", text))
+
+
+def test_page_shows_scores_by_protocol_and_notes() -> None:
+    read = Reader(page("A run", ROWS, [], {"model": "almanac", "cases": 30}))
+    forced, generated = read.text.split("Generated scores")
+    assert "Teacher-forced scores" in forced
+    assert "[77.2, 87.2]" in forced
+    assert "[57.2, 67.2]" in generated
+    assert read.count("table", class_="scores") == 2
+    assert read.count("svg") == 2
+    assert "almanac" in read.text
+    assert read.count("input") == 0, "no cases, no filter"
+
+
+def test_page_groups_probes_by_case_with_a_column_a_method() -> None:
+    records = [
+        record(kind, method, case, gen_after=f"{method} on {kind}", gen_match_after=method == "baft")
+        for method in ("baft", "reft")
+        for case in ("c0", "c1")
+        for kind in ("neighbour", "rewrite", "rephrase")
+        if (method, case, kind) != ("reft", "c1", "rephrase")
+    ]
+    text = page("t", [], records, {})
+    read = Reader(text)
+    assert read.count("section", class_="case") == 2
+    first, second = text.split('<section class="case">')[1:]
+    assert re.findall(r'<td class="kind">(\w+)</td>', first) == ["prompt", "rephrase", "neighbour"]
+    assert re.findall(r'<th scope="col">(\w+)</th>', first) == ["probe", "question", "wanted", "before", "baft", "reft"]
+    assert first.count('class="yes"') == 3
+    assert first.count('class="no"') == 6  # three "before", three of reft
+    assert "<td>–</td>" in second
+    assert "baft on neighbour" in first
+    assert 'id="filter"' in text
+
+
+def test_probe_without_a_target_is_judged_by_agreement() -> None:
+    text = page("t", [], [record("neighbour", target=None, gen_match_after=False, gen_agree=True, gen_after="")], {})
+    assert "as before" in text
+    assert text.count('class="yes"') == 1
+    assert text.count('class="no"') == 0
+    assert "(nothing)" in text
+
+
+def test_page_says_how_many_cases_it_leaves_out() -> None:
+    text = page("t", [], [record(case=f"c{i}") for i in range(12)], {}, max_cases=5)
+    assert "The first 5 of 12 cases are shown." in text
+    assert text.count('<section class="case">') == 5
+
+
+def test_text_no_file_can_hold() -> None:
+    assert escape("a\x00b\ud800c\x1b") == "a�b�c�"
+    assert escape("\"'<&\n") == "&quot;&#x27;&lt;&amp;\n"
+    page("t", [row("m\ud800"), row("m\ud800", "locality_agreement")], [record(gen_after="\udfff")], {}).encode("utf-8")
+
+
+def test_scatter_points_stand_where_the_numbers_say() -> None:
+    assert scatter([row()], "generated") == ""
+    rows = [row("a", value=0.9), row("a", "locality_agreement", value=0.6), row("b", value=0.6), row("b", "locality_agreement", value=0.9)]
+    (ax, ay), (bx, by) = [
+        tuple(map(float, pair)) for pair in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', scatter(rows, "generated"))
+    ]
+    assert ax > bx, "more reliable is further right"
+    assert ay > by, "more local is further up"
+    assert scatter(rows, "teacher_forced") == ""
+    perfect = [row("a", k, value=1.0, low=1.0, high=1.0) for k in ("reliability", "locality_correct")]
+    assert 'cx="388.0" cy="14.0"' in scatter(perfect, "generated")
+
+
+CURVE = [
+    row(m, k, p, v, T=t, setting="rank_$r$", x=x)
+    for m in ("baft", "_reft")
+    for k in ("reliability", "locality_agreement")
+    for p in ("teacher_forced", "generated")
+    for t, x, v in ((1, 0.001, 0.9), (100, 0.1, 0.5))
+]
+
+
+@pytest.mark.parametrize("draw", [retention, sweep])
+def test_curves_are_drawn(draw: Callable[[Any, Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "curve.png"
+    draw(CURVE, path)
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert len(content) > 5000
+
+
+@pytest.mark.parametrize(
+    ("draw", "rows", "says"),
+    [
+        (retention, [], "no row to draw"),
+        (retention, [row()], "row 0 of the curve has no 'T'"),
+        (retention, [row(T=0)], "must be at least 1"),
+        (retention, [row(T=1, low=float("nan"))], "row 0 of the curve: low must be a finite number, not nan"),
+        (sweep, [row(x=1, setting="a"), row(x=1, setting="b")], "shows one setting, not a, b"),
+    ],
+)
+def test_bad_curves(draw: Callable[[Any, Path], None], rows: list[Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=says):
+        draw(rows, tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
+
+
+def test_curves_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"gone.*cannot be written"):
+        retention(CURVE[:1], tmp_path / "gone" / "c.png")
+    with pytest.raises(InputError, match=r"c\.xyz: "):
+        retention(CURVE[:1], tmp_path / "c.xyz")
+
+
+def test_curves_without_matplotlib_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ErrataError, match=r"curves need matplotlib.*pip install matplotlib"):
+        retention(CURVE, tmp_path / "c.png")
