@@ -109,7 +109,6 @@ class Needy:
     must: int
 
 
-@pytest.mark.xfail(strict=True, raises=(TypeError, IsADirectoryError), reason="config.py lets these out as bare Python errors")
 @pytest.mark.parametrize("what", ["missing field", "folder"])
 def test_settings_python_refuses(what: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):

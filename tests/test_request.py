@@ -79,7 +79,6 @@ UNNAMED: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, raises=(TypeError, KeyError, ValueError), reason="request.py lets TypeError, KeyError and ValueError out")
 @pytest.mark.parametrize("name", UNNAMED)
 def test_bad_line_that_python_refuses(name: str, tmp_path: Path) -> None:
     bad, says = UNNAMED[name]

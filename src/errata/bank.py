@@ -108,7 +108,7 @@ def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.dev
     for i, stack in enumerate(stacks):
         for op in (op for patch in live(stack) for op in patch.ops):
             per_site.setdefault(op.site, [[] for _ in stacks])[i].append(op)
-    for site, columns in per_site.items():
+    for columns in per_site.values():
         for depth in range(max(map(len, columns))):
             groups: dict[Any, list[int]] = {}
             for i, ops in enumerate(columns):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -36,6 +37,13 @@ def build(cls: type[C], values: Mapping[str, Any]) -> C:
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
             raise ConfigError(f"{cls.__name__} has no setting {key!r}; {hint}")
         out[key] = _convert(f"{cls.__name__}.{key}", value, hints[key])
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if f.name not in out and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{cls.__name__} needs the setting {missing[0]!r}; give it")
     return cls(**out)
 
 
@@ -82,10 +90,8 @@ def parse_sets(sets: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise ConfigError(f"--set {text!r}: the value is not valid YAML") from None
         if isinstance(value, str):  # YAML 1.1 reads 3e-4 as a text
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         out[key.strip()] = value
     return out
 
@@ -98,6 +104,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(value, dict):

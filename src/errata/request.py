@@ -56,7 +56,7 @@ class EditRequest:
             _text(f"paraphrases[{i}]", paraphrase)
         pairs = []
         for i, pair in enumerate(self.unrelated):
-            if isinstance(pair, str) or len(tuple(pair)) != 2:
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise InputError(f"unrelated[{i}] must be a pair [prompt, answer]")
             for part, value in zip(("prompt", "answer"), pair, strict=True):
                 _text(f"unrelated[{i}] {part}", value)
@@ -155,7 +155,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
             yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=_no_constant)
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
             hint = " (the file is one JSON list; write one object a line)" if number == 1 and line.lstrip().startswith(b"[") else ""
             raise InputError(f"{where}: not valid JSON: {error}{hint}; each line holds one object") from None
         except InputError as error:

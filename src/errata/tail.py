@@ -39,6 +39,11 @@ class Rows:
     prompt_lengths: Tensor
 
     @property
+    def labelled(self) -> Tensor:
+        """[B, A]: positions that should predict a target token."""
+        return self.labels != IGNORED
+
+    @property
     def valid(self) -> Tensor:
         """[B, A]: active tokens that are not padding."""
         return self.mask[:, self.prefix.shape[1] :].bool()
@@ -64,7 +69,7 @@ def cut(encoded: Sequence[Encoded], last: int, fill: int, device: torch.device) 
 
 
 class Runner(Protocol):
-    """Logits of the active tokens under given banks."""
+    """Logits [M, V] at the M labelled positions of the active tokens (row by row) under given banks."""
 
     rows: Rows
 
@@ -92,13 +97,13 @@ class Whole:
         self.under = _under(lm, on, rows)
 
     def logits(self, banks: Sequence[Bank], tape: dict[Any, Tensor] | None = None) -> Tensor:
-        """[B, A, V]; gradients flow to the banks' parameters."""
+        """[M, V]; gradients flow to the banks' parameters."""
         ids, wide = torch.cat([self.rows.prefix, self.rows.active], 1), self.rows.prefix.shape[1]
         with self.lm.running(_plan(self.under, self.rows, banks, tape)):
             out: Tensor = self.lm.forward(ids, self.rows.mask, use_cache=False).logits[:, wide:]
         for key, noted in (tape or {}).items():
             tape[key] = noted[:, wide:]  # type: ignore[index]
-        return out
+        return out[self.rows.labelled]
 
     def select(self, rows: Tensor) -> Whole:
         return Whole(self.lm, self.rows.select(rows), 0, self.on)
@@ -179,9 +184,19 @@ class Tail:
                     block.__dict__["forward"] = forward
 
     def logits(self, banks: Sequence[Bank], tape: dict[Any, Tensor] | None = None) -> Tensor:
-        """[B, A, V]; gradients flow to the banks' parameters."""
-        with self.lm.running(_plan(self.under, self.rows, banks, tape)), self._shortcut():
-            out: Tensor = self._forward().logits
+        """[M, V]; gradients flow to the banks' parameters."""
+        where = self.rows.labelled
+
+        def pick(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            # what comes after the head (soft caps, scales) acts on each number alone, so it may see the picked positions only
+            return (args[0][where].unsqueeze(0), *args[1:])
+
+        head = self.lm.hf.get_output_embeddings().register_forward_pre_hook(pick)
+        try:
+            with self.lm.running(_plan(self.under, self.rows, banks, tape)), self._shortcut():
+                out: Tensor = self._forward().logits[0]
+        finally:
+            head.remove()
         return out
 
     def select(self, rows: Tensor) -> Tail:

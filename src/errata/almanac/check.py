@@ -66,7 +66,10 @@ def check(lm: LM, facts_per_relation: int | None = None, progress: Progress | No
 
 @torch.no_grad()
 def perplexity(lm: LM) -> dict[str, Any]:
-    """exp(mean NLL per token) on held-out encyclopaedic text in rows of ``LENGTH`` tokens, and bits per byte (comparable across tokenizers)."""
+    """exp(mean NLL per token) on held-out encyclopaedic text in rows of ``LENGTH`` tokens.
+
+    Bits per byte besides, which can be compared across tokenizers.
+    """
     paragraphs = corpus.text("heldout").split("\n")
     rows, used, ids = [], 0, []
     for i, row in enumerate(lm.tokenizer(paragraphs, add_special_tokens=False)["input_ids"]):

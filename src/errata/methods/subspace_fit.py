@@ -23,10 +23,12 @@ from errata.model import LM
 from errata.patch import Op, Patch, Site
 from errata.request import EditRequest
 from errata.tail import Tail, capture, cut
-from errata.tokens import IGNORED, pad_id
+from errata.tokens import pad_id
 
 S = TypeVar("S", bound="SubspaceEditor")
 RELATIVE_DEPTHS = (9 / 32, 18 / 32, 24 / 32, 28 / 32)  # the paper's LLaMA layers
+ENOUGH_ROWS = 12  # of one batch, for the products to run at full rate on a few cores
+MOST_ROWS = 128
 Progress = Callable[[int, int, float], None]
 
 
@@ -108,10 +110,15 @@ class SubspaceEditor:
     def edit_each(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> list[Patch]:
-        """A patch for each request, as if it were made alone on ``on``; all trained in one batch."""
+        """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length."""
         on = live(tuple(on))
         before = on[-1] if on and self._goes_on(lm, on[-1]) else None
-        return Training(self, lm, [[r] for r in requests], on[:-1] if before else on, before, runner).run(progress)
+        under = on[:-1] if before else on
+        patches: dict[int, Patch] = {}
+        for group in by_length(lm, requests, self.end):
+            problems = [[requests[i]] for i in group]
+            patches |= zip(group, Training(self, lm, problems, under, before, runner).run(progress), strict=True)
+        return [patches[i] for i in range(len(requests))]
 
     def _goes_on(self, lm: LM, patch: Patch) -> bool:
         blocks = tuple(op.site.block for op in patch.ops)
@@ -120,6 +127,18 @@ class SubspaceEditor:
     def regularise(self, training: Training, p: Mapping[str, Tensor], gates: Mapping[int, Tensor], alive: Tensor) -> Tensor:
         """Terms added to the task loss, [e]; none for ReFT."""
         return torch.zeros(len(alive), device=alive.device)
+
+
+def by_length(lm: LM, requests: Sequence[EditRequest], end: str) -> list[list[int]]:
+    """Request numbers in groups that pad little: sorted by target length, cut where a group of enough rows would grow wider."""
+    lengths = [len(e.target) for e in lm.encode([r.prompt for r in requests], [r.target + end for r in requests])]
+    groups: list[list[int]] = []
+    for i in sorted(range(len(requests)), key=lambda i: lengths[i]):
+        if groups and (len(groups[-1]) < ENOUGH_ROWS or lengths[groups[-1][0]] == lengths[i]) and len(groups[-1]) < MOST_ROWS:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def preset(cls: type[SubspaceEditor], name: str) -> dict[str, Any]:
@@ -204,8 +223,8 @@ class Training:
         banks = [Bank("subspace", Site(b), settings, per_block[b], None if straight else owner) for b in self.blocks]
         logits = runner.logits(banks, tape)
         labels = runner.rows.labels
-        where = labels != IGNORED
-        nll = F.cross_entropy(logits[where].to(torch.promote_types(torch.float32, logits.dtype)), labels[where], reduction="none")
+        where = runner.rows.labelled
+        nll = F.cross_entropy(logits.to(torch.promote_types(torch.float32, logits.dtype)), labels[where], reduction="none")
         row = where.nonzero()[:, 0]
         summed = torch.zeros(len(owner), device=nll.device, dtype=nll.dtype).index_add(0, row, nll)
         mean = summed / where.sum(1)
