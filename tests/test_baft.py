@@ -12,7 +12,7 @@ from errata import registry
 from errata.bank import Context, live
 from errata.config import build
 from errata.errors import ConfigError, FitError
-from errata.fit import fit
+from errata.fit import fit, token_nll
 from errata.methods.baft import BaFT
 from errata.methods.reft import ReFT
 from errata.methods.subspace import Subspace, gate, orthonormal, start
@@ -223,6 +223,16 @@ def test_fit_is_adamw() -> None:
             made += 1
         torch.testing.assert_close(ours.params["x"][e], x.detach(), atol=1e-10, rtol=1e-8)
         assert int(ours.steps[e]) == made
+
+
+def test_token_nll_is_cross_entropy() -> None:
+    logits = (10 * torch.randn(7, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    labels = torch.arange(7)
+    weight = torch.linspace(-1, 2, 7, dtype=torch.float64)
+    ours, golden = token_nll(logits, labels), torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(ours, golden)
+    (a,), (b,) = (torch.autograd.grad((v * weight).sum(), logits) for v in (ours, golden))
+    torch.testing.assert_close(a, b)
 
 
 def test_a_loss_that_is_not_finite_is_one_clear_error() -> None:

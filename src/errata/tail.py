@@ -112,8 +112,8 @@ class Whole:
 class Tail:
     """The frozen part once (in the constructor), the active part in `logits`.
 
-    ``first_block``: no bank given to `logits` touches a block below it.  ``on``: patches that run underneath, frozen.
-    The state kept is the prefix's keys and values of the blocks from ``first_block`` on, and one hidden state a token.
+    ``first_block``: the first block that has to compute; banks given to `logits` touch it, blocks above, or the *output* of the
+    block before it.  ``on``: patches that run underneath, frozen.  Kept are the prefix's keys and values and one hidden state a token.
     """
 
     def __init__(self, lm: LM, rows: Rows, first_block: int = 0, on: Stack = ()) -> None:
@@ -129,25 +129,30 @@ class Tail:
             self.hidden, self.tuple = self._enter()
 
     def _enter(self) -> tuple[Tensor, bool]:
-        """Hidden states [B, A, D] that enter the first block, and whether blocks return tuples here."""
+        """The hidden states [B, A, D] that leave the last frozen block, before any op at its output, and whether blocks return tuples."""
         seen: dict[str, Any] = {}
 
-        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enters(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen["hidden"] = args[0] if args else kwargs["hidden_states"]
             raise _Reached
 
-        def after(_: Any, __: Any, output: Any) -> None:
-            seen["tuple"] = isinstance(output, tuple)
+        def leaves(_: Any, __: Any, output: Any) -> None:
+            seen["tuple"], seen["hidden"] = isinstance(output, tuple), output[0] if isinstance(output, tuple) else output
+            raise _Reached
 
-        block = self.lm.blocks[self.first]
-        handles = [block.register_forward_pre_hook(before, with_kwargs=True), self.lm.blocks[0].register_forward_hook(after)]
+        blocks = self.lm.blocks
+        if self.first == 0:
+            handle = blocks[0].register_forward_pre_hook(enters, with_kwargs=True)
+        else:
+            handle = blocks[self.first - 1].register_forward_hook(
+                leaves, prepend=True
+            )  # the frozen stack's ops at this block run later, again
         try:
             self._forward()
         except _Reached:
             pass
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
         return seen["hidden"].detach(), bool(seen.get("tuple", False))
 
     def _forward(self) -> Any:
@@ -158,26 +163,23 @@ class Tail:
 
     @contextmanager
     def _shortcut(self) -> Iterator[None]:
-        """Blocks below the first hand their input through; the stored hidden states enter at the first."""
+        """Frozen blocks compute nothing: the last of them returns the stored hidden states (its hooks still run)."""
 
-        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (self.hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": self.hidden}
+        def returns(hidden: Tensor | None) -> Any:
+            def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+                out = hidden_states if hidden is None else hidden
+                return (out,) if self.tuple else out
 
-        def through(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-            return (hidden_states,) if self.tuple else hidden_states
+            return forward
 
-        below = list(self.lm.blocks[: self.first])
-        own = [b.__dict__.get("forward") for b in below]  # device_map keeps its wrapper in the instance
-        handle = self.lm.blocks[self.first].register_forward_pre_hook(enter, with_kwargs=True)
+        frozen = list(self.lm.blocks[: self.first])
+        own = [b.__dict__.get("forward") for b in frozen]  # device_map keeps its wrapper in the instance
         try:
-            for block in below:
-                block.__dict__["forward"] = through
+            for i, block in enumerate(frozen, 1):
+                block.__dict__["forward"] = returns(self.hidden if i == len(frozen) else None)
             yield
         finally:
-            handle.remove()
-            for block, forward in zip(below, own, strict=True):
+            for block, forward in zip(frozen, own, strict=True):
                 if forward is None:
                     del block.__dict__["forward"]
                 else:

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from errata.bank import Bank, Stack, live
 from errata.config import build, to_dict
 from errata.errors import ConfigError
-from errata.fit import Fitted, fit
+from errata.fit import Fitted, fit, token_nll
 from errata.methods.subspace import gate, orthonormal, start
 from errata.model import LM
 from errata.patch import Op, Patch, Site
@@ -27,7 +26,7 @@ from errata.tokens import pad_id
 
 S = TypeVar("S", bound="SubspaceEditor")
 RELATIVE_DEPTHS = (9 / 32, 18 / 32, 24 / 32, 28 / 32)  # the paper's LLaMA layers
-ENOUGH_ROWS = 12  # of one batch, for the products to run at full rate on a few cores
+ENOUGH_ROWS = 64  # below this a batch costs its calls, not its products: padding is cheaper than another batch
 MOST_ROWS = 128
 Progress = Callable[[int, int, float], None]
 
@@ -138,6 +137,9 @@ def by_length(lm: LM, requests: Sequence[EditRequest], end: str) -> list[list[in
             groups[-1].append(i)
         else:
             groups.append([i])
+    if len(groups) > 1 and len(groups[-1]) < ENOUGH_ROWS // 2:
+        few = groups.pop()
+        groups[-1] += few
     return groups
 
 
@@ -171,7 +173,7 @@ class Training:
         self.owner = torch.tensor([i for i, _, _ in rows], device=device)
         encoded = self.lm.encode([text for _, text, _ in rows], [target + self.editor.end for _, _, target in rows])
         cut_rows = cut(encoded, self.editor.last, pad_id(self.lm.tokenizer), device)
-        self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks), self.on) if self.problems else None
+        self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks) + 1, self.on) if self.problems else None
         self._view: tuple[int, Any, Tensor] = (len(self.problems), self.runner, self.owner)
 
     def run(self, progress: Progress | None = None) -> list[Patch]:
@@ -187,22 +189,21 @@ class Training:
         return self._pack(fitted, (time.perf_counter() - began) / len(self.problems))
 
     def _start(self) -> dict[str, Tensor]:
-        """Parameters named "block.name", [E, …]: those of the patch gone on from, else fresh ones (the same for every problem)."""
-        e, out = self.editor, {}
+        """Parameters [E, blocks, …]: those of the patch gone on from, else fresh ones (the same for every problem)."""
+        e, blocks = self.editor, []
         precision = torch.promote_types(torch.float32, self.lm.dtype)  # float32, or wider where the model is
         for i, block in enumerate(self.blocks):
             if self.before is None:
-                own = start(e.rank, self.lm.width, e.gate_kind, e.init, e.seed * 1000 + block, self.lm.device)
+                blocks.append(start(e.rank, self.lm.width, e.gate_kind, e.init, e.seed * 1000 + block, self.lm.device))
             else:
-                own = {("X" if k == "R" else k): t.to(self.lm.device) for k, t in self.before.ops[i].tensors.items()}
-            out |= {f"{block}.{k}": t.to(precision).expand(len(self.problems), *t.shape) for k, t in own.items()}
-        return out
+                blocks.append({("X" if k == "R" else k): t.to(self.lm.device) for k, t in self.before.ops[i].tensors.items()})
+        stacked = {k: torch.stack([own[k] for own in blocks]).to(precision) for k in blocks[0]}
+        return {k: t.expand(len(self.problems), *t.shape) for k, t in stacked.items()}
 
-    def at_block(self, p: Mapping[str, Tensor], block: int) -> dict[str, Tensor]:
-        """The op's parameters at one block, with R made orthonormal."""
-        own = {k.partition(".")[2]: t for k, t in p.items() if k.startswith(f"{block}.")}
-        own["R"] = orthonormal(own.pop("X"))
-        return own
+    def per_block(self, p: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """{block: the op's parameters [E, …]}, with R made orthonormal; all blocks in one call."""
+        own = {("R" if k == "X" else k): (orthonormal(t) if k == "X" else t).unbind(1) for k, t in p.items()}
+        return {b: {k: t[i] for k, t in own.items()} for i, b in enumerate(self.blocks)}
 
     def rows_of(self, alive: Tensor) -> tuple[Any, Tensor]:
         """(runner, owner) of the rows whose problems still run; cut anew only when some have ended."""
@@ -218,13 +219,13 @@ class Training:
         runner, owner = self.rows_of(alive)
         tape: dict[Any, Tensor] = {}
         straight = len(owner) == len(alive)  # a row a problem, in order: no gathering
-        per_block = {b: self.at_block(p, b) for b in self.blocks}
+        per_block = self.per_block(p)
         settings = {"gate": e.gate_kind, "last": e.last}
         banks = [Bank("subspace", Site(b), settings, per_block[b], None if straight else owner) for b in self.blocks]
         logits = runner.logits(banks, tape)
         labels = runner.rows.labels
         where = runner.rows.labelled
-        nll = F.cross_entropy(logits.to(torch.promote_types(torch.float32, logits.dtype)), labels[where], reduction="none")
+        nll = token_nll(logits.to(torch.promote_types(torch.float32, logits.dtype)), labels[where])
         row = where.nonzero()[:, 0]
         summed = torch.zeros(len(owner), device=nll.device, dtype=nll.dtype).index_add(0, row, nll)
         mean = summed / where.sum(1)
@@ -274,9 +275,9 @@ class Training:
         return self.irrelevant
 
     def _pack(self, fitted: Fitted, seconds: float) -> list[Patch]:
-        e, blocks, patches = self.editor, {}, []
+        e, patches = self.editor, []
         with torch.no_grad():
-            blocks = {b: self.at_block(fitted.params, b) for b in self.blocks}
+            blocks = self.per_block(fitted.params)
         old = self.before
         for i, requests in enumerate(self.problems):
             ops = tuple(
