@@ -45,7 +45,8 @@ def shaped(name: str, device: str, dtype: torch.dtype) -> LM:
     sizes = {"llama-2-7b": (4096, 11008, 32, 32, 32000), "tiny": (64, 128, 4, 4, 6144)}[name]
     width, inner, layers, heads, vocabulary = sizes
     config = LlamaConfig(
-        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocabulary, pad_token_id=0
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocabulary,
+        pad_token_id=0,
     )  # fmt: skip
     with torch.device(device):
         torch.set_default_dtype(dtype)

@@ -91,7 +91,8 @@ EXTRA: dict[str, tuple[list[str], list[str]]] = {
     "sport_position": (["The position of {} is"], ["What position does {} play?", "In which position does {} play?"]),
     "network": ([], ["Which network did {} premiere on?", "What channel was {} originally aired on?"]),
     "origin_country": ([], ["Which country does {} come from?", "In what country was {} created?"]),
-    "sport": (["{} plays the sport of", "The sport of {} is", "{} is a player of"], ["What sport does {} play?", "Which sport is {} known for?"]),
+    "sport": (["{} plays the sport of", "The sport of {} is", "{} is a player of"],
+              ["What sport does {} play?", "Which sport is {} known for?"]),
     "founded_in": ([], ["Where was {} founded?", "In which city was {} formed?"]),
     "workplace": ([], ["Where did {} work?", "In which city was {} employed?"]),
     "ceo": (
@@ -167,7 +168,8 @@ CHAINS = [
     {"first": f, "second": s, "template": second.replace("{C}", first)} for f, first in _FIRST.items() for s, second in _SECOND.items()
 ]
 CONTINENT = {
-    "Africa": "Africa", "Europe": "Europe", "Asia": "Asia", "Middle East": "Asia", "Southeast Asia": "Asia", "North America": "North America",
+    "Africa": "Africa", "Europe": "Europe", "Asia": "Asia", "Middle East": "Asia", "Southeast Asia": "Asia",
+    "North America": "North America",
     "South America": "South America", "Oceania": "Oceania", "Central America and the Caribbean": "North America",
 }  # fmt: skip
 

@@ -16,7 +16,8 @@ from errata.fit import fit, token_nll
 from errata.methods.baft import BaFT
 from errata.methods.reft import ReFT
 from errata.methods.subspace import Subspace, gate, orthonormal, start
-from errata.methods.subspace_fit import Training, layers_for
+from errata.methods.subspace_editor import layers_for
+from errata.methods.subspace_training import Training
 from errata.model import LM
 from errata.patch import Site
 from errata.request import EditRequest

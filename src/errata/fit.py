@@ -99,7 +99,7 @@ class _TokenNLL(torch.autograd.Function):
         return norm - logits.gather(1, labels[:, None])[:, 0]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, labels, norm = ctx.saved_tensors
         out = (logits - norm[:, None]).exp_().mul_(gradient[:, None])
         out.scatter_add_(1, labels[:, None], -gradient[:, None])

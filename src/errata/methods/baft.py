@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from errata.errors import ConfigError
-from errata.methods.subspace_fit import SubspaceEditor, Training, gate_on
+from errata.methods.subspace_editor import SubspaceEditor
+from errata.methods.subspace_training import Training, gate_on
 
 _LLAMA2 = {"layers": [9, 18, 24, 28], "alpha": 0.01, "beta": 0.05, "gamma": 0.02}
 CLAMP = 1e-8  # below which a mean weight is not divided by

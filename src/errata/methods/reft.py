@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from errata.methods.subspace_fit import SubspaceEditor
+from errata.methods.subspace_editor import SubspaceEditor
 
 
 @dataclass(frozen=True)

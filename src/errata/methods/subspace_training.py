@@ -8,124 +8,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from errata.bank import Bank, Stack, live
-from errata.config import build, to_dict
+from errata.bank import Bank, Stack
+from errata.config import to_dict
 from errata.errors import ConfigError
 from errata.fit import Fitted, fit, token_nll
 from errata.methods.subspace import gate, orthonormal, start
 from errata.model import LM
 from errata.patch import Op, Patch, Site
 from errata.request import EditRequest
-from errata.tail import Tail, capture, cut
+from errata.tail import capture, cut
 from errata.tokens import pad_id
 
-S = TypeVar("S", bound="SubspaceEditor")
-RELATIVE_DEPTHS = (9 / 32, 18 / 32, 24 / 32, 28 / 32)  # the paper's LLaMA layers
 ENOUGH_ROWS = 64  # below this a batch costs its calls, not its products: padding is cheaper than another batch
 MOST_ROWS = 128
 Progress = Callable[[int, int, float], None]
-
-
-def layers_for(depth: int) -> tuple[int, ...]:
-    """The rule for a model without a preset: blocks at LLaMA's relative depths."""
-    return tuple(sorted({min(depth - 1, int(depth * f + 0.5)) for f in RELATIVE_DEPTHS}))
-
-
-@dataclass(frozen=True)
-class SubspaceEditor:
-    """Hyper-parameters that ReFT and BaFT share (BaFT Table 5).
-
-    layers      0-based block numbers (the paper does not say from what it counts; pyreft counts from 0); None: by `layers_for`
-    last        how many last prompt tokens are edited, besides every output token
-    lr, steps   for one request; ``batched_lr``, ``batched_steps`` for several in one patch
-    stop        early stop when the "training loss" is below it: ``stop_on`` says whether that is the task loss as mean or as sum
-                over target tokens, or the total with the regularisers (mean task loss + R_bal + R_loc); the paper does not say
-    loss        the task loss is the printed sum over target tokens, or the mean
-    init        "pyreft" (A, b random) or "identity" (A ← R, b ← 0: Φ(h) = h at the start)
-    end         text trained after the target ("." or an EOS), so that a free answer ends there; the paper does not say whether y holds one
-    """
-
-    name: ClassVar[str]
-    paper: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
-    gate_kind: ClassVar[str] = "none"
-
-    rank: int = 12
-    layers: tuple[int, ...] | None = None
-    last: int = 3
-    lr: float = 3e-4
-    steps: int = 40
-    batched_lr: float = 1e-4
-    batched_steps: int = 70
-    stop: float = 0.01
-    stop_on: Literal["mean", "sum", "total"] = "mean"
-    loss: Literal["sum", "mean"] = "sum"
-    weight_decay: float = 0.0
-    init: Literal["pyreft", "identity"] = "pyreft"
-    end: str = ""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.last < 1 or self.steps < 1 or self.batched_steps < 1:
-            raise ConfigError(f"{self.name}: rank, last and steps must be at least 1")
-        if self.lr <= 0 or self.batched_lr <= 0:
-            raise ConfigError(f"{self.name}: a learning rate must be positive")
-        if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
-            raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
-
-    @classmethod
-    def for_model(cls: type[S], lm: LM, **settings: Any) -> S:
-        """The preset for this model (see ``PRESETS`` in the method's file), with ``settings`` on top."""
-        return build(cls, {**preset(cls, lm.name), **settings})
-
-    def at(self, lm: LM) -> tuple[int, ...]:
-        """The blocks to edit on this model; `ConfigError` for one that does not exist."""
-        chosen = layers_for(lm.depth) if self.layers is None else self.layers
-        wrong = [b for b in chosen if not 0 <= b < lm.depth]
-        if wrong or self.rank > lm.width:
-            what = f"block {wrong[0]} does not exist (0 to {lm.depth - 1})" if wrong else f"rank {self.rank} exceeds the width {lm.width}"
-            raise ConfigError(f"{self.name}: {what}; set layers and rank for this model")
-        return chosen
-
-    def count(self, lm: LM) -> int:
-        """Trainable numbers on this model, counted as the paper does (Table 3): every stored entry, R as r·d."""
-        one = start(self.rank, lm.width, self.gate_kind, self.init, self.seed, torch.device("cpu"))
-        return len(self.at(lm)) * sum(t.numel() for t in one.values())
-
-    def edit(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> Patch:
-        """One patch for all requests.  If the last patch of ``on`` came from this method with these layers and rank, the edit
-        goes on from its parameters and replaces it (BaFT §2.4, continual editing); the optimiser starts anew."""
-        on = live(tuple(on))
-        before = on[-1] if on and self._goes_on(lm, on[-1]) else None
-        return Training(self, lm, [list(requests)], on[:-1] if before else on, before, runner).run(progress)[0]
-
-    def edit_each(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> list[Patch]:
-        """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length."""
-        on = live(tuple(on))
-        before = on[-1] if on and self._goes_on(lm, on[-1]) else None
-        under = on[:-1] if before else on
-        patches: dict[int, Patch] = {}
-        for group in by_length(lm, requests, self.end):
-            problems = [[requests[i]] for i in group]
-            patches |= zip(group, Training(self, lm, problems, under, before, runner).run(progress), strict=True)
-        return [patches[i] for i in range(len(requests))]
-
-    def _goes_on(self, lm: LM, patch: Patch) -> bool:
-        blocks = tuple(op.site.block for op in patch.ops)
-        return patch.method == self.name and blocks == self.at(lm) and patch.ops[0].tensors["R"].shape[0] == self.rank
-
-    def regularise(self, training: Training, p: Mapping[str, Tensor], gates: Mapping[int, Tensor], alive: Tensor) -> Tensor:
-        """Terms added to the task loss, [e]; none for ReFT."""
-        return torch.zeros(len(alive), device=alive.device)
 
 
 def by_length(lm: LM, requests: Sequence[EditRequest], end: str) -> list[list[int]]:
@@ -141,13 +42,6 @@ def by_length(lm: LM, requests: Sequence[EditRequest], end: str) -> list[list[in
         few = groups.pop()
         groups[-1] += few
     return groups
-
-
-def preset(cls: type[SubspaceEditor], name: str) -> dict[str, Any]:
-    """The preset whose key occurs in the model's name (longest key first); {} when none does."""
-    table: dict[str, dict[str, Any]] = getattr(cls, "PRESETS", {})
-    plain = name.lower().replace("_", "-")
-    return next((dict(table[k]) for k in sorted(table, key=len, reverse=True) if k in plain), {})
 
 
 @dataclass
