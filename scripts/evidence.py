@@ -1,0 +1,163 @@
+"""The figures in docs/results: quality of the methods on the almanac, each from one command.
+
+    python scripts/evidence.py sweep        # dev: learning rate, rank, layers of BaFT and ReFT      -> sweep.json, sweep.png
+    python scripts/evidence.py single       # test: BaFT beside ReFT and two ablations, single edits  -> single.json/.md/.html
+    python scripts/evidence.py continual    # test: T = 1, 10, 100, 1000 in one pass                  -> continual.json/.md/.png
+    python scripts/evidence.py ablation     # test: the paper's Table 4, T = 100                      -> ablation.json/.md
+
+Hyper-parameters are chosen on ``dev`` only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import errata
+from errata import registry, run
+from errata.model import LM
+from errata.report import curves, page, tables
+from errata.request import Case
+from errata.score.metrics import difference, summarise
+from errata.score.queries import Answers
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "results"
+SHOWN = ("reliability", "generality", "portability", "locality_agreement", "locality_correct")
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # rows of the paper's Table 4
+    "reft": ("reft", {}),
+    "ss-w": ("baft", {"gate": "subspace", "balance": False, "locality": False}),
+    "ba-w": ("baft", {"locality": False}),
+    "ss-w & lr": ("baft", {"gate": "subspace", "balance": False}),
+    "baft": ("baft", {}),
+    "baft, no balance": ("baft", {"balance": False}),
+}
+
+
+def editor(lm: LM, name: str, **settings: Any) -> Any:
+    return registry.get("method", name).for_model(lm, **settings)
+
+
+def cases(split: str, n: int) -> list[Case]:
+    return list(registry.get("benchmark", "almanac")().load(split, n))
+
+
+def rows_of(records: Sequence[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
+    return [{**row, **more} for row in summarise(records) if row["metric"] in SHOWN]
+
+
+def write(name: str, payload: dict[str, Any]) -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / f"{name}.json").write_text(json.dumps(payload, indent=1) + "\n")
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        print(f"  {row['metric']:20} {row['protocol']:15} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]", flush=True)
+
+
+def sweep(lm: LM, n: int) -> None:
+    """One knob at a time around the preset, on dev."""
+    chosen, answers, rows = cases("dev", n), Answers(), []
+    grid: list[tuple[str, str, dict[str, Any], float]] = []
+    for method in ("baft", "reft"):
+        grid += [(method, "lr", {"lr": lr}, lr) for lr in (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)]
+        grid += [(method, "rank", {"rank": r}, r) for r in (1, 2, 4, 12, 32)]
+        for i, layers in enumerate(([2, 5, 6, 7], [2, 5], [5, 6, 7], [2], [5], [7])):
+            grid.append((method, "layers " + ",".join(map(str, layers)), {"layers": layers}, float(i)))
+    for method, setting, values, x in grid:
+        _, records = run.single(lm, editor(lm, method, **values), chosen, answers=answers)
+        found = rows_of(records, setting=setting, x=x)
+        rows += found
+        print(method, values, {r["metric"]: round(r["value"], 3) for r in found if r["protocol"] == "teacher_forced"}, flush=True)
+    write("sweep", {"n": n, "rows": rows})
+    curves.sweep([r for r in rows if r["setting"] in ("lr", "rank") and r["protocol"] == "teacher_forced"], OUT / "sweep.png")
+
+
+def single(lm: LM, n: int) -> None:
+    chosen, answers, records, seconds = cases("test", n), Answers(), {}, {}
+    for label in ("baft", "reft", "ba-w", "ss-w"):
+        method, values = ABLATIONS[label]
+        began = time.perf_counter()
+        edit = editor(lm, method, **values)
+        edit.edit_each(lm, [c.request for c in chosen])
+        seconds[label] = (time.perf_counter() - began) / n
+        _, records[label] = run.single(lm, edit, chosen, answers=answers, label=label)
+        print(label, f"{seconds[label]:.3f} s an edit", flush=True)
+        show(rows_of(records[label]))
+    rows = [row for own in records.values() for row in rows_of(own)]
+    gaps = {
+        f"{metric} {protocol}": difference(records["baft"], records["reft"], metric, protocol)
+        for metric in SHOWN for protocol in ("teacher_forced", "generated")
+    }  # fmt: skip
+    write("single", {"n": n, "seconds_per_edit": seconds, "rows": rows, "baft_minus_reft": gaps})
+    for name, gap in gaps.items():
+        print("baft - reft", name, gap)
+    (OUT / "single.md").write_text(tables.markdown(rows) + "\n")
+    every = [r for own in (records["baft"], records["reft"]) for r in own]
+    shown = [r for r in rows if r["method"] in ("baft", "reft")]
+    (OUT / "single.html").write_text(page.page("Single editing, almanac test", shown, every, {"cases": n}, max_cases=60))
+
+
+def _continual(lm: LM, chosen: list[Case], label: str, marks: list[int], answers: Answers) -> dict[str, Any]:
+    method, values = ABLATIONS[label]
+    began = time.perf_counter()
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: (  # noqa: E731
+        print(f"  {label} {stage} {done}/{total}", flush=True) if stage == "editing" and done % 200 == 0 else None
+    )
+    _, at, immediate = run.continual(lm, editor(lm, method, **values), chosen, marks, progress, answers, label)
+    rows = [row for mark, records in at.items() for row in rows_of(records, T=mark)]
+    print(label, f"{time.perf_counter() - began:.0f} s", flush=True)
+    show([r for r in rows if r["T"] == marks[-1]])
+    return {"rows": rows, "immediate": rows_of(immediate), "seconds": time.perf_counter() - began}
+
+
+def _table(rows: Sequence[dict[str, Any]], by: str) -> str:
+    """Markdown: a line for each method and ``by``, a column for each metric; one table a protocol."""
+    lines = []
+    for protocol in ("teacher_forced", "generated"):
+        lines += [f"\n{protocol.replace('_', ' ')}\n", f"| method | {by} | " + " | ".join(SHOWN) + " |", "|---" * (2 + len(SHOWN)) + "|"]
+        keys = dict.fromkeys((r["method"], r[by]) for r in rows)
+        for method, x in keys:
+            own = {r["metric"]: r for r in rows if (r["method"], r[by], r["protocol"]) == (method, x, protocol)}
+            cells = [f"{own[m]['value']:.3f} [{own[m]['low']:.3f}, {own[m]['high']:.3f}]" if m in own else "–" for m in SHOWN]
+            lines.append(f"| {method} | {x} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def continual(lm: LM, n: int) -> None:
+    marks = [m for m in (1, 10, 100, 1000) if m <= n]
+    chosen, answers = cases("test", n), Answers()
+    found = {label: _continual(lm, chosen, label, marks, answers) for label in ("baft", "ba-w", "reft")}
+    rows = [row for f in found.values() for row in f["rows"]]
+    write("continual", {"n": n, "marks": marks, **found})
+    immediate = [{**row, "T": "right after"} for f in found.values() for row in f["immediate"]]
+    (OUT / "continual.md").write_text(_table([*rows, *immediate], "T"))
+    curves.retention([r for r in rows if r["protocol"] == "teacher_forced" and r["metric"] != "portability"], OUT / "continual.png")
+
+
+def ablation(lm: LM, n: int) -> None:
+    chosen, answers = cases("test", n), Answers()
+    found = {label: _continual(lm, chosen, label, [n], answers) for label in ABLATIONS}
+    write("ablation", {"n": n, **found})
+    (OUT / "ablation.md").write_text(_table([row for f in found.values() for row in f["rows"]], "T"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["sweep", "single", "continual", "ablation"])
+    parser.add_argument("--n", type=int)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    default = {"sweep": 96, "single": 300, "continual": 1000, "ablation": 100}[args.what]
+    globals()[args.what](errata.load("almanac"), args.n or default)
+
+
+if __name__ == "__main__":
+    main()
