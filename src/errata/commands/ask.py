@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from errata.commands import common, files
-from errata.commands.screen import Screen
+from errata.commands.screen import Screen, said
 
 
 def add(commands: common.Subparsers) -> None:
@@ -28,11 +28,11 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     for patch in stack:
         lm.check(patch)
     sides = ((), stack) if stack else ((),)
-    said = common.answers(lm, [(p, s) for s in sides for p in args.prompts], args.max_new_tokens)
+    texts = common.answers(lm, [(p, s) for s in sides for p in args.prompts], args.max_new_tokens)
     count = len(args.prompts)
-    rows = [{"prompt": p, "base": said[i], "patched": said[count + i] if stack else None} for i, p in enumerate(args.prompts)]
+    rows = [{"prompt": p, "base": texts[i], "patched": texts[count + i] if stack else None} for i, p in enumerate(args.prompts)]
     screen.document({"model": lm.name, "base": lm.fingerprint, "patches": [p.id for p in stack], "answers": rows})
     if stack:
-        screen.table(("prompt", "base", "patched"), [(r["prompt"], r["base"], r["patched"]) for r in rows])
+        screen.table(("prompt", "base", "patched"), [(r["prompt"], said(r["base"]), said(r["patched"])) for r in rows])
     else:
-        screen.table(("prompt", "answer"), [(r["prompt"], r["base"]) for r in rows])
+        screen.table(("prompt", "answer"), [(r["prompt"], said(r["base"])) for r in rows])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata import registry
 from errata.commands import common, files, results
-from errata.commands.screen import Screen
+from errata.commands.screen import Screen, said
 
 if TYPE_CHECKING:
     from errata.patch import Patch
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         "base": lm.fingerprint,
         "seconds_an_edit": {k: round(v, 4) for k, v in seconds.items()},
         "patches": {name: [p.id for p in patches] for name, patches in made.items()},
-        "answers": said(cases, records),
+        "answers": replies(cases, records),
         "summary": rows,
         "differences": results.differences(records, rows),
         "saved": None if args.out is None else str(args.out),
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         )
 
 
-def said(cases: list[Case], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def replies(cases: list[Case], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each case its prompt, the first rephrasing and the first neighbour: what the model said before, and after by method."""
     by_probe: dict[tuple[str, str, str], dict[str, Any]] = {}
     for r in records:
@@ -100,7 +100,7 @@ def _show(screen: Screen, document: dict[str, Any], count: int) -> None:
     for case in document["answers"]:
         for row in case["said"]:
             wanted = row["wanted"] or "as before"
-            lines.append((SHOWN[row["kind"]], row["prompt"], wanted, row["before"], *(row[m] for m in METHODS)))
+            lines.append((SHOWN[row["kind"]], row["prompt"], wanted, said(row["before"]), *(said(row[m]) for m in METHODS)))
     screen.table(("", "asked", "wanted", "before", *METHODS), lines)
     screen.say()
     results.show(screen, document["summary"], document["differences"])

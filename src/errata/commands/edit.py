@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata import registry
 from errata.commands import common, files
-from errata.commands.screen import Progress, Screen, as_json
+from errata.commands.screen import Progress, Screen, as_json, said
 from errata.errors import ConfigError
 from errata.request import EditRequest, read_requests
 
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         patches, stacks = _make(lm, editor, wanted, args.mode, size, progress)
     seconds = time.perf_counter() - began
     sides = [[()] * len(wanted), stacks]
-    said = common.answers(lm, [(r.prompt, s) for side in sides for r, s in zip(wanted, side, strict=True)], TOKENS)
-    document = _document(args, lm, method, wanted, patches, stacks, said, seconds)
+    texts = common.answers(lm, [(r.prompt, s) for side in sides for r, s in zip(wanted, side, strict=True)], TOKENS)
+    document = _document(args, lm, method, wanted, patches, stacks, texts, seconds)
     if args.out is not None:
         with files.staged(args.out, args.force) as folder:
             files.save_patches(folder, patches)
@@ -100,7 +100,7 @@ def _document(
     wanted: list[EditRequest],
     patches: list[Patch],
     stacks: list[Stack],
-    said: list[str],
+    texts: list[str],
     seconds: float,
 ) -> dict[str, Any]:
     """The result as plain values: what ``--json`` prints and ``edit.json`` holds."""
@@ -116,7 +116,7 @@ def _document(
             "as_wanted": exact_match(after, r.target),
             "patch": stack[-1].id,
         }
-        for r, stack, before, after in zip(wanted, stacks, said[:count], said[count:], strict=True)
+        for r, stack, before, after in zip(wanted, stacks, texts[:count], texts[count:], strict=True)
     ]
     kept = [
         {"id": p.id, "edits": len(p.requests), "parameters": p.parameters, "settings": dict(p.settings), "notes": dict(p.notes)}
@@ -138,7 +138,7 @@ def _show(screen: Screen, document: dict[str, Any], args: argparse.Namespace) ->
     rows = document["answers"]
     screen.table(
         ("prompt", "wanted", "before", "after", "as wanted"),
-        [(r["prompt"], r["target"], r["before"], r["after"], "yes" if r["as_wanted"] else "no") for r in rows],
+        [(r["prompt"], r["target"], said(r["before"]), said(r["after"]), "yes" if r["as_wanted"] else "no") for r in rows],
     )
     count, right = len(rows), sum(r["as_wanted"] for r in rows)
     patches = document["patches"]

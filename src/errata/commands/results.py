@@ -13,6 +13,7 @@ from errata.report import tables
 
 Record = Mapping[str, Any]
 Row = Mapping[str, Any]
+LEAST = 10  # cases behind a difference that is pointed out: resampling a handful says nothing
 
 
 def differences(records: Sequence[Record], rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -39,12 +40,13 @@ def show(screen: Screen, rows: Sequence[Row], gaps: Sequence[Row]) -> None:
         screen.table(heads, lines, right=(-1,))
         screen.say(f"Percent, 95 % intervals over cases. {tables.counts(rows, protocol)}.")
         screen.say()
-    shown = [g for g in gaps if g["low"] > 0 or g["high"] < 0]
+    enough = [g for g in gaps if g["n_cases"] >= LEAST]
+    shown = [g for g in enough if g["low"] > 0 or g["high"] < 0]
     for g in shown:
         where = f"{tables.HEADINGS.get(g['metric'], g['metric'])} ({g['protocol'].replace('_', '-')})"
         screen.say(f"{g['method']} − {g['minus']}, {where}: {gap(g)}")
-    if gaps:
-        screen.say("No other paired difference is clear of 0 at 95 %." if shown else "No paired difference is clear of 0 at 95 %.")
+    if enough:
+        screen.say(f"No {'other ' if shown else ''}paired difference over at least {LEAST} cases is clear of 0 at 95 %.")
 
 
 def gap(row: Row) -> str:

@@ -168,7 +168,7 @@ def _document(args: argparse.Namespace, lm: LM, editors: list[Any], scored: Scor
 
 def _retention(screen: Screen, document: dict[str, Any]) -> None:
     """How each method's metrics stand after T edits (generated answers)."""
-    from errata.report.tables import cell
+    from errata.report import tables
 
     rows = [r for r in document.get("retention", ()) if r["protocol"] == "generated"]
     if not rows:
@@ -176,7 +176,7 @@ def _retention(screen: Screen, document: dict[str, Any]) -> None:
     at = sorted({r["T"] for r in rows})
     found = {(r["method"], r["metric"], r["T"]): r for r in rows}
     soon = {(r["method"], r["metric"]): r for r in document["right_after"] if r["protocol"] == "generated"}
-    pairs = list(dict.fromkeys((r["method"], r["metric"]) for r in rows))
+    pairs = [(m, k) for m in tables.methods(rows) for k in tables.metrics(rows) if (m, k, at[-1]) in found]
     screen.say("Generated: the same after T edits, and of each case right after its own edit")
-    lines = [(m, k, cell(soon.get((m, k))), *(cell(found.get((m, k, t))) for t in at)) for m, k in pairs]
+    lines = [(m, k, tables.cell(soon.get((m, k))), *(tables.cell(found.get((m, k, t))) for t in at)) for m, k in pairs]
     screen.table(("method", "metric", "right after", *(f"T = {t}" for t in at)), lines)

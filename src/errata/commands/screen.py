@@ -31,6 +31,11 @@ def write(stream: TextIO, text: str) -> None:
     stream.write(text.encode(encoding, "replace").decode(encoding))
 
 
+def said(text: str | None) -> str:
+    """An answer in a table: an empty one must not look like a missing one."""
+    return "–" if text is None else text or "(nothing)"
+
+
 def is_terminal(stream: Any) -> bool:
     return bool(getattr(stream, "isatty", lambda: False)())
 
