@@ -34,3 +34,9 @@ def write_requests(path: Path) -> Path:
 def leftovers(folder: Path) -> list[str]:
     """Everything in a folder, hidden temporary folders too."""
     return sorted(p.name for p in folder.iterdir())
+
+
+def head(folder: Path, **changes: object) -> None:
+    """Edit patch.json by hand."""
+    path = folder / "patch.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, debug: bool, kind: str = "error: ") -> int:
     if debug:
         traceback.print_exc()
-    write(sys.stderr, f"errata: {kind}{clean(message)}\n")
+    line = " ".join(part.strip() for part in message.splitlines())  # one line, also where a library said several
+    write(sys.stderr, f"errata: {kind}{clean(line)}\n")
     return code
 
 

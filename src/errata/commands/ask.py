@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from errata.commands import common, files
-from errata.commands.screen import Screen, said
+from errata.commands.screen import Screen, clean, said
+from errata.errors import InputError
 
 
 def add(commands: common.Subparsers) -> None:
@@ -23,6 +24,9 @@ def add(commands: common.Subparsers) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
+    for prompt in args.prompts:
+        if clean(prompt) != prompt:
+            raise InputError(f"prompt {prompt!r} holds control characters, or bytes that are not UTF-8; write it as text")
     stack = files.load_patches(args.patch)
     lm = common.load(args)
     for patch in stack:
