@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import TYPE_CHECKING, Any
 
 from errata import registry
 from errata.commands import common, files, results
-from errata.commands.screen import Screen, said
+from errata.commands.screen import Progress, Screen, said
 
 if TYPE_CHECKING:
     from errata.patch import Patch
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with screen.progress() as progress:
         for name in METHODS:
             editor = registry.get("method", name).for_model(lm)
-            made[name], found = scenarios.single(lm, editor, cases, lambda s, d, t, name=name: progress(f"{name}: {s}", d, t), answers)
+            named = functools.partial(_named, progress, name)
+            made[name], found = scenarios.single(lm, editor, cases, named, answers)
             records += found
     rows = summarise(records)
     seconds = {name: sum(float(p.notes.get("seconds", 0.0)) for p in patches) / len(patches) for name, patches in made.items()}
@@ -72,6 +74,10 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         screen.say(
             f"Open {args.out / 'report.html'}, or: errata ask {args.model} 'PROMPT' --patch {args.out / 'patches' / made['baft'][0].id}"
         )
+
+
+def _named(progress: Progress, name: str, stage: str, done: int, total: int) -> None:
+    progress(f"{name}: {stage}", done, total)
 
 
 def replies(cases: list[Case], records: list[dict[str, Any]]) -> list[dict[str, Any]]:

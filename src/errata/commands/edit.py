@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with screen.progress() as progress:
         patches, stacks = _make(lm, editor, wanted, args.mode, size, progress)
     seconds = time.perf_counter() - began
-    sides = [[()] * len(wanted), stacks]
+    sides: list[list[Stack]] = [[()] * len(wanted), stacks]
     texts = common.answers(lm, [(r.prompt, s) for side in sides for r, s in zip(wanted, side, strict=True)], TOKENS)
     document = _document(args, lm, method, wanted, patches, stacks, texts, seconds)
     if args.out is not None:
