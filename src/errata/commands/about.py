@@ -1,0 +1,125 @@
+"""Commands that look and change nothing: ``inspect``, ``patch show``, ``methods``, ``almanac check``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from errata import registry
+from errata.commands import common
+from errata.commands.screen import Screen, finite
+
+QUICK = 20  # facts of each relation that `almanac check --quick` asks
+
+
+def add(commands: common.Subparsers) -> None:
+    common.parser(commands, "inspect", inspect, "show where a model's parts were found")
+    common.parser(commands, "methods", methods, "list the editing methods and their hyper-parameters", model=False)
+    show = _group(commands, "patch", "look at a patch")
+    out = common.parser(show, "show", patch, "show what a patch edits and where it attaches", model=False)
+    out.add_argument("folder", metavar="DIR", help="a patch folder")
+    check = _group(commands, "almanac", "the model in the package")
+    out = common.parser(check, "check", almanac, "ask the almanac everything it should know", model=False)
+    out.add_argument("--model", default="almanac", metavar="PATH", help="another model to ask (the one in the package)")
+    out.add_argument("--quick", action="store_true", help=f"ask about {QUICK} facts of each relation")
+    common.model_options(out)
+
+
+def _group(commands: common.Subparsers, name: str, about: str) -> common.Subparsers:
+    out = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False)
+    inner: common.Subparsers = out.add_subparsers(metavar="COMMAND", required=True, dest=f"{name}_command")
+    return inner
+
+
+def inspect(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.families import is_linear, linear_sizes
+
+    lm = common.load(args)
+    linears = {path: linear_sizes(m) for path, m in lm.blocks[0].named_modules() if is_linear(m)}
+    screen.say(lm.describe())
+    screen.say("Linears of block 0, where patches can attach:")
+    screen.table(("path", "in", "out"), [(path, f"{i:,}", f"{o:,}") for path, (i, o) in linears.items()], right=(-1,))
+    family = dataclasses.asdict(lm.family)
+    screen.document(
+        {
+            "model": lm.name,
+            "class": type(lm.hf).__name__,
+            "fingerprint": lm.fingerprint,
+            "parameters": sum(p.numel() for p in lm.hf.parameters()),
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "device": str(lm.device),
+            "depth": lm.depth,
+            "width": lm.width,
+            "vocabulary": int(lm.config.vocab_size),
+            "family": family,
+            "linears": {path: {"in": i, "out": o} for path, (i, o) in linears.items()},
+        }
+    )
+
+
+def patch(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.patch import Patch
+
+    found = Patch.load(args.folder)
+    screen.say(found.describe())
+    if found.replaces:
+        screen.say(f"went on from (and replaces) {', '.join(found.replaces)}")
+    screen.table(("setting", "value"), [(k, v) for k, v in found.settings.items()])
+    if found.notes:
+        screen.table(("note", "value"), [(k, v) for k, v in found.notes.items()])
+    ops = [
+        {"kind": o.kind, "block": o.site.block, "point": o.site.point, "shapes": {k: list(t.shape) for k, t in o.tensors.items()}}
+        for o in found.ops
+    ]
+    screen.document(
+        {
+            "id": found.id,
+            "method": found.method,
+            "base": found.base,
+            "parameters": found.parameters,
+            "replaces": list(found.replaces),
+            "settings": dict(found.settings),
+            "notes": dict(found.notes),
+            "ops": ops,
+            "requests": [r.to_dict() for r in found.requests],
+        }
+    )
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    if value is dataclasses.MISSING:
+        return None
+    return list(value) if isinstance(value, tuple) else finite(value)
+
+
+def methods(args: argparse.Namespace, screen: Screen) -> None:
+    document = []
+    for name in registry.names("method"):
+        kind = registry.get("method", name)
+        rows = [{"name": f.name, "type": str(f.type), "default": _default(f)} for f in dataclasses.fields(kind)]
+        presets = {k: dict(v) for k, v in getattr(kind, "PRESETS", {}).items()}
+        document.append({"name": name, "paper": kind.paper, "needs": sorted(kind.needs), "settings": rows, "presets": presets})
+    screen.document({"methods": document})
+    for row in document:
+        screen.say(f"{row['name']}: {row['paper']}")
+        if row["needs"]:
+            screen.say(f"needs of a request: {', '.join(row['needs'])} (a ? marks what is used where given)")
+        screen.table(
+            ("setting", "type", "default"),
+            [(s["name"], s["type"], "–" if s["default"] is None else repr(s["default"])) for s in row["settings"]],
+        )
+        if row["presets"]:
+            screen.say(f"presets, chosen by the model's name: {', '.join(row['presets'])}")
+        screen.say()
+
+
+def almanac(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.almanac import check
+
+    lm = common.load(args)
+    with screen.progress() as progress:
+        result = check.check(lm, QUICK if args.quick else None, lambda done, total: progress("asking", done, total))
+    screen.document(result)
+    screen.say(check.text(result).rstrip("\n"))

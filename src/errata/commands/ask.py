@@ -1,0 +1,42 @@
+"""``errata ask``: what the base says, and what it says under patches."""
+
+from __future__ import annotations
+
+import argparse
+
+from errata.commands import common, files
+from errata.commands.screen import Screen, clean, said
+from errata.errors import InputError
+
+
+def add(commands: common.Subparsers) -> None:
+    out = common.parser(commands, "ask", run, "ask a model, with and without patches")
+    out.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to go on from")
+    out.add_argument(
+        "--patch",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DIR",
+        help="patch folders, or a folder made by `errata edit --out`; stacked in this order",
+    )
+    out.add_argument("--max-new-tokens", type=common.positive, default=12, metavar="N", help="length of an answer at most (12)")
+
+
+def run(args: argparse.Namespace, screen: Screen) -> None:
+    for prompt in args.prompts:
+        if clean(prompt) != prompt:
+            raise InputError(f"prompt {prompt!r} holds control characters, or bytes that are not UTF-8; write it as text")
+    stack = files.load_patches(args.patch)
+    lm = common.load(args)
+    for patch in stack:
+        lm.check(patch)
+    sides = ((), stack) if stack else ((),)
+    texts = common.answers(lm, [(p, s) for s in sides for p in args.prompts], args.max_new_tokens)
+    count = len(args.prompts)
+    rows = [{"prompt": p, "base": texts[i], "patched": texts[count + i] if stack else None} for i, p in enumerate(args.prompts)]
+    screen.document({"model": lm.name, "base": lm.fingerprint, "patches": [p.id for p in stack], "answers": rows})
+    if stack:
+        screen.table(("prompt", "base", "patched"), [(r["prompt"], said(r["base"]), said(r["patched"])) for r in rows])
+    else:
+        screen.table(("prompt", "answer"), [(r["prompt"], said(r["base"])) for r in rows])

@@ -1,0 +1,132 @@
+"""Arguments and steps that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from errata import registry
+from errata.commands.screen import quiet
+from errata.config import parse_sets, read_yaml
+from errata.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from errata.model import LM
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[Any]"
+MODES = ("single", "batched", "continual")
+BATCH = 10  # requests in one joint patch, where not given
+AT_ONCE = 64  # prompts answered in one batch
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return value
+
+
+def parser(commands: Subparsers, name: str, run: Any, about: str, *, model: bool = True, json: bool = True) -> argparse.ArgumentParser:
+    """A subcommand's parser with the arguments all have."""
+    out: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False)
+    if model:
+        out.add_argument("model", metavar="MODEL", help="a folder saved by transformers, a hub name, or 'almanac' (in the package)")
+        model_options(out)
+    if json:
+        out.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    out.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks, and what libraries log")
+    out.set_defaults(run=run)
+    return out
+
+
+def model_options(out: argparse.ArgumentParser) -> None:
+    out.add_argument("--dtype", help="float32, bfloat16 …; without it as the model was saved")
+    out.add_argument("--device", help="cpu, cuda, cuda:1 …; without it as transformers chooses")
+
+
+def mode_options(out: argparse.ArgumentParser) -> None:
+    out.add_argument(
+        "--mode", choices=MODES, default="single", help="a patch a request; joint patches of N on a growing stack; one after another"
+    )
+    out.add_argument("--batch-size", type=positive, metavar="N", help=f"requests in one joint patch (batched mode; {BATCH})")
+    out.add_argument(
+        "--set", action="append", default=[], metavar="K=V", help="a hyper-parameter of the method; may be repeated (see `errata methods`)"
+    )
+    out.add_argument("--config", metavar="FILE.yaml", help="hyper-parameters from a file; --set goes on top")
+
+
+def out_options(out: argparse.ArgumentParser) -> None:
+    out.add_argument("--out", type=Path, metavar="DIR", help="folder to save in; without it nothing is saved")
+    out.add_argument("--force", action="store_true", help="replace an earlier result of errata at --out (as a whole)")
+
+
+def batch_size(args: argparse.Namespace) -> int:
+    if args.batch_size is not None and args.mode != "batched":
+        raise ConfigError(f"--batch-size has no meaning in {args.mode} mode; add --mode batched")
+    return int(args.batch_size or BATCH)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Hyper-parameters of --config with those of --set on top."""
+    values: dict[str, Any] = {}
+    if args.config is not None:
+        try:
+            values |= read_yaml(args.config)
+        except OSError as error:
+            raise ConfigError(f"{args.config}: cannot be read ({error.strerror}); give a YAML file") from None
+    values |= parse_sets(args.set)
+    if odd := [k for k in values if not isinstance(k, str)]:
+        raise ConfigError(f"{args.config}: the setting {odd[0]!r} is not a name")
+    return values
+
+
+def editors(names: str) -> list[str]:
+    """The methods of a comma-separated list; `UnknownName` for one that does not exist."""
+    out = [name.strip() for name in names.split(",") if name.strip()]
+    if not out:
+        raise ConfigError(f"--method {names!r} names no method; there are {', '.join(registry.names('method'))}")
+    for name in out:
+        registry.get("method", name)
+    if len(set(out)) < len(out):
+        raise ConfigError(f"--method {names!r} names one method twice")
+    return out
+
+
+def load(args: argparse.Namespace) -> LM:
+    """The model of the command line.  From here to the end of the command, libraries are quiet."""
+    import errata
+
+    args.until_end.enter_context(quiet(args.debug))
+
+    if args.device is not None:
+        import torch
+
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:  # torch says the latter where it was built without CUDA
+            raise ModelError(f"device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return errata.load(args.model, dtype=args.dtype, device=args.device)
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def answers(lm: LM, asked: Iterable[tuple[str, tuple[Any, ...]]], tokens: int) -> list[str]:
+    """Greedy answers to (prompt, stack) pairs; like stacks share a bank, so base and patched models run in one batch."""
+    out: list[str] = []
+    for part in chunks(list(asked), AT_ONCE):
+        out += lm.generate([p for p, _ in part], stacks=[s for _, s in part], rows=range(len(part)), max_new_tokens=tokens)
+    return out
+
+
+def saved(out: Path | None) -> str:
+    """The last line of a command that can save."""
+    return "Nothing was saved; give --out DIR to keep it." if out is None else f"Saved in {out}."

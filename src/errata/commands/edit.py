@@ -1,0 +1,149 @@
+"""``errata edit``: requests to patches, with what the model says before and after."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from errata import registry
+from errata.commands import common, files
+from errata.commands.screen import Progress, Screen, as_json, said
+from errata.errors import ConfigError
+from errata.request import EditRequest, read_requests
+
+if TYPE_CHECKING:
+    from errata.bank import Stack
+    from errata.model import LM
+    from errata.patch import Patch
+
+GROUP = 64  # single edits trained in one batch
+TOKENS = 12  # of an answer at most
+
+
+def add(commands: common.Subparsers) -> None:
+    out = common.parser(commands, "edit", run, "write new facts as patches; the model itself is not changed")
+    out.add_argument("--prompt", help="text that the target should follow")
+    out.add_argument("--target", help="the new answer")
+    out.add_argument("--subject", help="what the fact is about, spelt as in the prompt")
+    out.add_argument("--requests", metavar="FILE.jsonl", help="many edits: one JSON object a line, with prompt, target and maybe subject …")
+    out.add_argument("--method", default="baft", help="see `errata methods` (baft)")
+    common.mode_options(out)
+    common.out_options(out)
+
+
+def requests(args: argparse.Namespace) -> list[EditRequest]:
+    """Those of the file, or the one of the arguments."""
+    single = [name for name in ("prompt", "target", "subject") if getattr(args, name) is not None]
+    if args.requests is not None:
+        if single:
+            raise ConfigError(f"--{single[0]} and --requests exclude each other; put the edit into the file")
+        return read_requests(args.requests)
+    if args.prompt is None or args.target is None:
+        raise ConfigError("nothing to edit; give --prompt and --target, or --requests FILE.jsonl")
+    return [EditRequest(args.prompt, args.target, args.subject)]
+
+
+def _steps(progress: Progress, stage: str, editor: Any) -> Callable[[int, int, float], None]:
+    """The editor's own callback as a bar of its steps."""
+    total = int(getattr(editor, "steps", 1))
+    return lambda step, running, loss: progress(stage, min(step, max(total, 1)), max(total, 1))
+
+
+def _make(lm: LM, editor: Any, wanted: list[EditRequest], mode: str, size: int, progress: Progress) -> tuple[list[Patch], list[Stack]]:
+    """(patches to keep, the stack each request is answered under)."""
+    from errata.bank import live
+
+    if mode == "single":
+        patches: list[Patch] = []
+        for part in common.chunks(wanted, GROUP):
+            stage = f"steps, edits {len(patches) + 1} to {len(patches) + len(part)}"
+            patches += editor.edit_each(lm, part, progress=_steps(progress, stage, editor))
+        return patches, [(p,) for p in patches]
+    stack: Stack = ()
+    done = 0
+    for part in common.chunks(wanted, size if mode == "batched" else 1):
+        stack = live((*stack, editor.edit(lm, part, on=stack)))
+        done += len(part)
+        progress("edits", done, len(wanted))
+    return list(stack), [stack] * len(wanted)
+
+
+def run(args: argparse.Namespace, screen: Screen) -> None:
+    wanted, size, settings = requests(args), common.batch_size(args), common.settings(args)
+    method = args.method
+    kind = registry.get("method", method)
+    if args.out is not None:
+        files.check(args.out, args.force)
+    lm = common.load(args)
+    editor = kind.for_model(lm, **settings)
+    began = time.perf_counter()
+    with screen.progress() as progress:
+        patches, stacks = _make(lm, editor, wanted, args.mode, size, progress)
+    seconds = time.perf_counter() - began
+    sides: list[list[Stack]] = [[()] * len(wanted), stacks]
+    texts = common.answers(lm, [(r.prompt, s) for side in sides for r, s in zip(wanted, side, strict=True)], TOKENS)
+    document = _document(args, lm, method, wanted, patches, stacks, texts, seconds)
+    if args.out is not None:
+        with files.staged(args.out, args.force) as folder:
+            files.save_patches(folder, patches)
+            files.write(folder / files.INDEX, as_json(document) + "\n")
+    screen.document(document)
+    _show(screen, document, args)
+
+
+def _document(
+    args: argparse.Namespace,
+    lm: LM,
+    method: str,
+    wanted: list[EditRequest],
+    patches: list[Patch],
+    stacks: list[Stack],
+    texts: list[str],
+    seconds: float,
+) -> dict[str, Any]:
+    """The result as plain values: what ``--json`` prints and ``edit.json`` holds."""
+    from errata.score.metrics import exact_match
+
+    count = len(wanted)
+    rows = [
+        {
+            "prompt": r.prompt,
+            "target": r.target,
+            "before": before,
+            "after": after,
+            "as_wanted": exact_match(after, r.target),
+            "patch": stack[-1].id,
+        }
+        for r, stack, before, after in zip(wanted, stacks, texts[:count], texts[count:], strict=True)
+    ]
+    kept = [
+        {"id": p.id, "edits": len(p.requests), "parameters": p.parameters, "settings": dict(p.settings), "notes": dict(p.notes)}
+        for p in patches
+    ]
+    return {
+        "model": lm.name,
+        "base": lm.fingerprint,
+        "method": method,
+        "mode": args.mode,
+        "patches": kept,
+        "answers": rows,
+        "seconds": round(seconds, 3),
+        "saved": None if args.out is None else str(args.out),
+    }
+
+
+def _show(screen: Screen, document: dict[str, Any], args: argparse.Namespace) -> None:
+    rows = document["answers"]
+    screen.table(
+        ("prompt", "wanted", "before", "after", "as wanted"),
+        [(r["prompt"], r["target"], said(r["before"]), said(r["after"]), "yes" if r["as_wanted"] else "no") for r in rows],
+    )
+    count, right = len(rows), sum(r["as_wanted"] for r in rows)
+    patches = document["patches"]
+    each = document["seconds"] / count
+    screen.say(f"{right} of {count} as wanted; {document['method']}, {document['seconds']:.2f} s, {each:.2f} s an edit.")
+    names = ", ".join(p["id"] for p in patches[:6]) + (" …" if len(patches) > 6 else "")
+    screen.say(f"{len(patches)} patch{'es' if len(patches) > 1 else ''}: {names}")
+    screen.say(common.saved(args.out))

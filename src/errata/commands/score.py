@@ -1,0 +1,182 @@
+"""``errata score``: methods on a benchmark, with intervals, records and a report."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from errata import registry
+from errata.commands import common, files, results
+from errata.commands.screen import Progress, Screen
+from errata.errors import ConfigError, UnknownName
+
+if TYPE_CHECKING:
+    from errata.model import LM
+    from errata.request import Case
+
+CASES = 100
+
+
+@dataclass
+class Scored:
+    """final: one record a probe and method, for tables and page; every: also those of earlier marks and right after each edit."""
+
+    final: list[dict[str, Any]] = field(default_factory=list)
+    every: list[dict[str, Any]] = field(default_factory=list)
+    at: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    right_after: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def add(commands: common.Subparsers) -> None:
+    out = common.parser(commands, "score", run, "score editing methods on a benchmark")
+    out.add_argument("--method", default="baft", metavar="NAME[,NAME]", help="methods to compare (baft)")
+    out.add_argument("--benchmark", default="almanac", metavar="NAME", help="almanac")
+    out.add_argument("--split", default="test", help="dev (for tuning) or test")
+    out.add_argument("--n", type=common.positive, default=CASES, help=f"cases ({CASES})")
+    out.add_argument("--seed", type=int, default=0, help="of the order of the cases (0)")
+    out.add_argument("--marks", metavar="T,T,…", help="continual mode: score after so many edits (powers of ten and the last)")
+    common.mode_options(out)
+    common.out_options(out)
+
+
+def marks(args: argparse.Namespace) -> list[int]:
+    """When continual mode scores; rising, from 1 to the number of cases."""
+    if args.marks is None:
+        return sorted({t for t in (10**i for i in range(8)) if t < args.n} | {args.n})
+    if args.mode != "continual":
+        raise ConfigError(f"--marks has no meaning in {args.mode} mode; add --mode continual")
+    try:
+        found = [int(part) for part in args.marks.split(",")]
+    except ValueError:
+        raise ConfigError(f"--marks {args.marks!r}: write whole numbers with commas, like 1,10,100") from None
+    if found != sorted(set(found)) or found[0] < 1 or found[-1] > args.n:
+        raise ConfigError(f"--marks {args.marks!r} must rise from at least 1 to at most the number of cases ({args.n})")
+    return found
+
+
+def settings_of(method: str, methods: list[str], values: dict[str, Any]) -> dict[str, Any]:
+    """Settings for one method: plain keys go to all, "reft.lr" only to reft."""
+    for key in values:
+        if "." in key and key.partition(".")[0] not in methods:
+            raise UnknownName(f"setting {key!r}: no method {key.partition('.')[0]!r} is scored here; there are {', '.join(methods)}")
+    plain = {k: v for k, v in values.items() if "." not in k}
+    return plain | {k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{method}.")}
+
+
+def _score(
+    lm: LM, editor: Any, cases: list[Case], args: argparse.Namespace, at: list[int], answers: Any, progress: Progress, into: Scored
+) -> None:
+    """One method in one mode; its records are added to ``into``."""
+    from errata import run as scenarios
+
+    began, edited = time.perf_counter(), 0.0
+
+    def watched(stage: str, done: int, total: int) -> None:
+        nonlocal edited
+        if stage == "editing" and done == total:
+            edited = time.perf_counter() - began
+        progress(f"{editor.name}: {stage}", done, total)
+
+    if args.mode == "single":
+        _, final = scenarios.single(lm, editor, cases, watched, answers)
+        into.every += final
+    elif args.mode == "batched":
+        _, final = scenarios.batched(lm, editor, cases, common.batch_size(args), watched, answers)
+        into.every += final
+    else:
+        _, by_mark, right_after = scenarios.continual(lm, editor, cases, at, watched, answers)
+        final = by_mark[at[-1]]
+        for mark, records in by_mark.items():
+            into.at.setdefault(mark, []).extend(records)
+            into.every += [{**r, "edits": mark} for r in records]
+        into.right_after += right_after
+        into.every += [{**r, "edits": "right after its own"} for r in right_after]
+    into.final += final
+    if args.mode != "continual":  # there the scoring at the marks lies between the edits
+        into.seconds[editor.name] = edited / len(cases)
+
+
+def run(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.score.metrics import summarise
+    from errata.score.queries import Answers
+
+    common.batch_size(args)
+    at, values, methods = marks(args), common.settings(args), common.editors(args.method)
+    benchmark = registry.get("benchmark", args.benchmark)()
+    cases = list(benchmark.load(args.split, args.n, args.seed))
+    if args.out is not None:
+        files.check(args.out, args.force)
+    lm = common.load(args)
+    editors = [registry.get("method", m).for_model(lm, **settings_of(m, methods, values)) for m in methods]
+    scored, answers = Scored(), Answers()
+    with screen.progress() as progress:
+        for editor in editors:
+            _score(lm, editor, cases, args, at, answers, progress, scored)
+    document = _document(args, lm, editors, scored, summarise)
+    if args.out is not None:
+        what = results.notes(lm, benchmark, args.split, len(cases), args.seed, _mode(args), scored.seconds)
+        what |= {f"{e.name} settings": _settings(e) for e in editors}
+        title = f"{' and '.join(methods)} on {lm.name or 'the model'}"
+        with files.staged(args.out, args.force) as folder:
+            results.save(folder, title, document, scored.every, scored.final, what)
+    screen.document(document)
+    results.show(screen, document["summary"], document["differences"])
+    _retention(screen, document)
+    screen.say(common.saved(args.out))
+
+
+def _mode(args: argparse.Namespace) -> str:
+    if args.mode == "batched":
+        return f"batched, {common.batch_size(args)} edits in a patch, scored after all"
+    return {"single": "single: each edit alone", "continual": "continual: one after another, scored after all"}[args.mode]
+
+
+def _settings(editor: Any) -> str:
+    from errata.config import to_dict
+
+    return ", ".join(f"{k}={v}" for k, v in to_dict(editor).items())
+
+
+def _document(args: argparse.Namespace, lm: LM, editors: list[Any], scored: Scored, summarise: Any) -> dict[str, Any]:
+    from errata.config import to_dict
+
+    rows = summarise(scored.final)
+    out = {
+        "model": lm.name,
+        "base": lm.fingerprint,
+        "benchmark": args.benchmark,
+        "split": args.split,
+        "n": args.n,
+        "seed": args.seed,
+        "mode": args.mode,
+        "settings": {e.name: to_dict(e) for e in editors},
+        "seconds_an_edit": {k: round(v, 4) for k, v in scored.seconds.items()},
+        "summary": rows,
+        "differences": results.differences(scored.final, rows),
+        "saved": None if args.out is None else str(args.out),
+    }
+    if args.mode == "batched":
+        out["batch_size"] = common.batch_size(args)
+    if args.mode == "continual":
+        out["retention"] = [{**row, "T": mark} for mark, records in scored.at.items() for row in summarise(records)]
+        out["right_after"] = summarise(scored.right_after)
+    return out
+
+
+def _retention(screen: Screen, document: dict[str, Any]) -> None:
+    """How each method's metrics stand after T edits (generated answers)."""
+    from errata.report import tables
+
+    rows = [r for r in document.get("retention", ()) if r["protocol"] == "generated"]
+    if not rows:
+        return
+    at = sorted({r["T"] for r in rows})
+    found = {(r["method"], r["metric"], r["T"]): r for r in rows}
+    soon = {(r["method"], r["metric"]): r for r in document["right_after"] if r["protocol"] == "generated"}
+    pairs = [(m, k) for m in tables.methods(rows) for k in tables.metrics(rows) if (m, k, at[-1]) in found]
+    screen.say("Generated: the same after T edits, and of each case right after its own edit")
+    lines = [(m, k, tables.cell(soon.get((m, k))), *(tables.cell(found.get((m, k, t))) for t in at)) for m, k in pairs]
+    screen.table(("method", "metric", "right after", *(f"T = {t}" for t in at)), lines)
