@@ -11,12 +11,27 @@ from errata import registry
 
 def section(name: str) -> str:
     method = registry.get("method", name)
-    lines = [f"## {method.__name__} (`{name}`)", "", f"*{method.paper}*", "", "```", inspect.cleandoc(inspect.getmodule(method).__doc__ or ""), "```", ""]
+    lines = [
+        f"## {method.__name__} (`{name}`)",
+        "",
+        f"*{method.paper}*",
+        "",
+        "```",
+        inspect.cleandoc(inspect.getmodule(method).__doc__ or ""),
+        "```",
+        "",
+    ]
     notes = [inspect.getdoc(c) for c in reversed(method.__mro__) if dataclasses.is_dataclass(c)]
     lines += ["```", "\n\n".join(n for n in dict.fromkeys(notes) if n), "```", "", "| setting | default |", "|---|---|"]
     lines += [f"| `{f.name}` | `{f.default!r}` |" for f in dataclasses.fields(method)]
     presets = getattr(method, "PRESETS", {})
-    lines += ["", "Presets:", "", *[f"- `{model}`: {', '.join(f'{k} = {v}' for k, v in values.items())}" for model, values in presets.items()], ""]
+    lines += [
+        "",
+        "Presets:",
+        "",
+        *[f"- `{model}`: {', '.join(f'{k} = {v}' for k, v in values.items())}" for model, values in presets.items()],
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from tiny import FAST, FRANCE, QUICK, leftovers, saved, write_requests
 
 import errata
 from errata.cli import main
-from errata.methods.subspace_fit import SubspaceEditor
+from errata.methods.subspace_editor import SubspaceEditor
 from errata.patch import Patch
 
 

@@ -17,7 +17,7 @@ from errata.cli import main
 from errata.commands import files
 from errata.commands.screen import Screen, as_json, clean
 from errata.errors import StorageError
-from errata.methods.subspace_fit import SubspaceEditor
+from errata.methods.subspace_editor import SubspaceEditor
 from errata.patch import Patch
 
 

@@ -17,7 +17,7 @@ from tiny import FAST, FRANCE, head, leftovers, saved
 
 from errata.cli import main
 from errata.errors import ErrataError, InputError, PatchError, StorageError
-from errata.methods.subspace_fit import SubspaceEditor
+from errata.methods.subspace_editor import SubspaceEditor
 from errata.model import edit
 from errata.patch import Patch
 from errata.request import Case, EditRequest, Probe

@@ -68,7 +68,10 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             raise ConfigError(f"{name} must be a list, not {value!r}")
         return tuple(_convert(f"{name}[{i}]", v, args[0]) for i, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"{name} must be a finite number; this one is too large") from None
     if (hint is int and isinstance(value, bool)) or not isinstance(value, hint):
         raise ConfigError(f"{name} must be {hint.__name__}, not {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -87,7 +90,7 @@ def parse_sets(sets: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {text!r}: write key=value")
         try:
             value = yaml.safe_load(raw)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: an impossible date
             raise ConfigError(f"--set {text!r}: the value is not valid YAML") from None
         if isinstance(value, str):  # YAML 1.1 reads 3e-4 as a text
             with contextlib.suppress(ValueError):
@@ -106,7 +109,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold one mapping of setting to value")

@@ -54,7 +54,10 @@ def fit(
     second = {k: torch.zeros_like(p) for k, p in now.items()}
     for step in range(1, steps + 2):  # the last round only measures
         leaves = {k: p.requires_grad_(True) for k, p in now.items()}
-        total, compared = loss(leaves, alive)
+        try:
+            total, compared = loss(leaves, alive)
+        except torch.linalg.LinAlgError:
+            raise FitError(f"the parameters grew until no basis could be made of them at step {step}; lower the learning rate") from None
         values = compared.detach().to(last.dtype)
         last[alive] = values
         broken = (~torch.isfinite(total.detach())).nonzero().flatten()

@@ -282,11 +282,8 @@ def load(name: str | Path = "almanac", *, dtype: str | torch.dtype | None = None
     if Path(where).exists() and not (Path(where) / "config.json").exists():
         raise ModelError(f"{where}: holds no config.json; give a folder saved by transformers, or a hub name")
     try:
-        hf = (
-            AutoModelForCausalLM.from_pretrained(where, torch_dtype=dtype or "auto", **more)
-            if _old()
-            else (AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **more))
-        )
+        keyword = "torch_dtype" if _old() else "dtype"
+        hf, info = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **{keyword: dtype or "auto"}, **more)
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().split("\n")[0]
@@ -295,6 +292,10 @@ def load(name: str | Path = "almanac", *, dtype: str | torch.dtype | None = None
         if type(error).__name__ != "SafetensorError":
             raise
         raise ModelError(f"{label}: the weights are damaged or truncated ({error}); fetch them again") from error
+    if info["missing_keys"]:  # transformers would go on with random numbers in their place
+        raise ModelError(
+            f"{label}: the weights lack {sorted(info['missing_keys'])[0]!r}; the folder is incomplete or its config.json is another's"
+        )
     return LM(hf if device is None else hf.to(device), tokenizer, label)
 
 

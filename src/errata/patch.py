@@ -196,7 +196,7 @@ class Patch:
             ) from None
         except OSError as error:
             raise PatchError(f"{folder}: cannot be read: {error.strerror}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number with more digits than Python reads
             raise PatchError(f"{folder / 'patch.json'}: not valid JSON ({error}); copy the patch again from where it was made") from None
         if not isinstance(head, dict) or head.get("format") != FORMAT:
             found = head.get("format") if isinstance(head, dict) else type(head).__name__
@@ -209,7 +209,7 @@ class Patch:
             return cls._from(head, load(blob))
         except ErrataError as error:
             raise PatchError(f"{folder / 'patch.json'}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, SafetensorError) as error:
             raise PatchError(f"{folder / 'patch.json'}: incomplete or edited by hand ({type(error).__name__}: {error})") from None
 
     @classmethod

@@ -24,6 +24,10 @@ def _text(name: str, value: object, *, optional: bool = False) -> None:
         raise InputError(f"{name} must be a text, not {type(value).__name__}")
     if not value.strip():
         raise InputError(f"{name} is empty; give at least one word")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} holds half a character (a lone surrogate) at {error.start}; write the whole character") from None
 
 
 @dataclass(frozen=True, slots=True)

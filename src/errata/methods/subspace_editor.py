@@ -65,6 +65,8 @@ class SubspaceEditor:
     def __post_init__(self) -> None:
         if self.rank < 1 or self.last < 1 or self.steps < 1 or self.batched_steps < 1:
             raise ConfigError(f"{self.name}: rank, last and steps must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"{self.name}: seed must be from 0 to 4294967295, not {self.seed}")
         if self.lr <= 0 or self.batched_lr <= 0:
             raise ConfigError(f"{self.name}: a learning rate must be positive")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
