@@ -13,13 +13,13 @@ import torch
 from families import FAMILIES, SENTENCES, lm
 
 from errata import registry
-from errata.bank import Bank
+from errata.bank import Bank, Context
 from errata.config import build
-from errata.methods.subspace import orthonormal, start
+from errata.methods.subspace import Subspace, orthonormal, start
 from errata.model import LM
 from errata.patch import Op, Patch, Site, merge
 from errata.request import EditRequest
-from errata.tail import Tail, Whole, cut
+from errata.tail import Tail, Whole, capture, cut
 from errata.tokens import IGNORED
 
 METHODS = registry.names("method")
@@ -246,32 +246,37 @@ def test_merge_of_weight_like_patches(family: str) -> None:
         torch.testing.assert_close(nothing, base.logits(batch), atol=1e-4, rtol=1e-4)
 
 
-@each_family
-def test_gates(family: str) -> None:
-    """A closed gate is the identity bit for bit; BaFT with weights 1 is ReFT."""
-    base = model(family)
-    patch = patches("baft", family)[0]
-
-    def with_gate(value: float) -> Patch:
-        # logits of the gate are h·(v_k + v_0): a state-independent ±∞ is not representable, so use gate "none" or a zero update
-        ops = tuple(Op(op.kind, op.site, {**op.tensors, **_opened(op, value)}, {**op.settings, "gate": "none"}) for op in patch.ops)
-        return Patch("test", {}, base.fingerprint, (), ops)
-
-    def _opened(op: Op, value: float) -> dict[str, torch.Tensor]:
-        r = op.tensors["R"]
-        return {"A": r + value * (op.tensors["A"] - r), "b": value * op.tensors["b"]}
-
-    batch, _ = rows(base)
-    assert torch.equal(base.logits(batch, [(with_gate(0.0),)]), base.logits(batch))
-    h = torch.randn(2, 5, base.width, dtype=torch.float64)
-    ones = {k: t.double()[None] for k, t in patch.ops[0].tensors.items()}
-    from errata.bank import Context
-    from errata.methods.subspace import Subspace
-
+@pytest.mark.parametrize("kind", ["shared_logit", "rmsnorm", "subspace"])
+def test_gates(kind: str) -> None:
+    """A closed gate is the identity bit for bit; BaFT with weights 1 is ReFT; ReFT's two identities (specification §0.3)."""
+    width = 32
+    p = {k: t.double()[None] for k, t in start(4, width, kind, "pyreft", 0, torch.device("cpu")).items()}
+    p["R"] = orthonormal(p.pop("X"))
+    h = torch.randn(2, 5, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    h[..., 0] = 50.0  # a direction all states share: a gate that reads it is open or shut everywhere
     context = Context(torch.arange(5).expand(2, 5), torch.tensor([5, 5]))
-    kind = {"gate": "none", "last": 5}
-    out = Subspace.apply(ones, kind, h, h, Site(0), context)
-    r, a, b = (ones[k][0] for k in ("R", "A", "b"))
-    torch.testing.assert_close(out @ r.T, h @ a.T + b, atol=1e-6, rtol=1e-5)  # R Φ(h) = A h + b
-    away = out - h
-    torch.testing.assert_close(away - away @ r.T @ r, torch.zeros_like(h), atol=1e-6, rtol=0)  # (I − RᵀR)(Φ(h) − h) = 0
+    reft = Subspace.apply(p, {"gate": "none", "last": 5}, h, h, Site(0), context)
+    for sign, want in ((-1.0, h), (1.0, reft)):
+        reads = torch.zeros_like(p["V"])
+        reads[..., 0] = sign * 1e4
+        assert torch.equal(Subspace.apply({**p, "V": reads}, {"gate": kind, "last": 5}, h, h, Site(0), context), want)
+    r, a, b = (p[k][0] for k in ("R", "A", "b"))
+    torch.testing.assert_close(reft @ r.T, h @ a.T + b, atol=1e-9, rtol=1e-9)  # R Φ(h) = A h + b
+    away = reft - h
+    torch.testing.assert_close(away - away @ r.T @ r, torch.zeros_like(h), atol=1e-9, rtol=0)  # (I − RᵀR)(Φ(h) − h) = 0
+
+
+@each_family
+def test_an_op_outside_its_positions_is_the_identity(family: str) -> None:
+    """Tokens before the last three of the prompt keep their states bit for bit (nothing that reads them can change)."""
+    base = model(family)
+    patch = patches("reft", family)[0]
+    block = patch.ops[0].site.block
+    encoded = base.encode([PROMPTS[0]])
+    seen = {}
+    for name, on in (("base", ()), ("edited", (patch,))):
+        states, position, lengths = capture(base, encoded, [block], on)
+        seen[name] = states[block][0]
+    early = position[0] < lengths[0] - 3
+    assert early.any() and torch.equal(seen["base"][early], seen["edited"][early])
+    assert not torch.allclose(seen["base"][~early], seen["edited"][~early])
