@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/errata demo --out demo-report
+	$(BIN)/errata demo --out demo-report --force
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 """The figures in docs/results: quality of the methods on the almanac, each from one command.
 
-    python scripts/evidence.py sweep        # dev: learning rate, rank, layers of BaFT and ReFT      -> sweep.json, sweep.png
+    python scripts/evidence.py sweep        # dev: learning rate, rank, layers of BaFT and ReFT      -> sweep.json, sweep-*.png
     python scripts/evidence.py single       # test: BaFT beside ReFT and two ablations, single edits  -> single.json/.md/.html
     python scripts/evidence.py continual    # test: T = 1, 10, 100, 1000 in one pass                  -> continual.json/.md/.png
     python scripts/evidence.py ablation     # test: the paper's Table 4, T = 100                      -> ablation.json/.md
@@ -37,6 +37,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # rows of the paper's Tabl
     "baft": ("baft", {}),
     "baft, no balance": ("baft", {"balance": False}),
 }
+# BaFT's total loss keeps it training after the answer is written; ReFT without early stop takes as many steps
+SINGLE = {**{k: ABLATIONS[k] for k in ("baft", "reft", "ba-w", "ss-w")}, "reft, 40 steps": ("reft", {"stop": 0.0})}
 
 
 def editor(lm: LM, name: str, **settings: Any) -> Any:
@@ -76,13 +78,19 @@ def sweep(lm: LM, n: int) -> None:
         rows += found
         print(method, values, {r["metric"]: round(r["value"], 3) for r in found if r["protocol"] == "teacher_forced"}, flush=True)
     write("sweep", {"n": n, "rows": rows})
-    curves.sweep([r for r in rows if r["setting"] in ("lr", "rank") and r["protocol"] == "teacher_forced"], OUT / "sweep.png")
+    plots(lm, n)
+
+
+def plots(lm: LM, n: int) -> None:
+    """The sweep's curves again, from sweep.json."""
+    rows = json.loads((OUT / "sweep.json").read_text())["rows"]
+    for knob in ("lr", "rank"):
+        curves.sweep([r for r in rows if r["setting"] == knob and r["protocol"] == "teacher_forced"], OUT / f"sweep-{knob}.png")
 
 
 def single(lm: LM, n: int) -> None:
     chosen, answers, records, seconds = cases("test", n), Answers(), {}, {}
-    for label in ("baft", "reft", "ba-w", "ss-w"):
-        method, values = ABLATIONS[label]
+    for label, (method, values) in SINGLE.items():
         began = time.perf_counter()
         edit = editor(lm, method, **values)
         edit.edit_each(lm, [c.request for c in chosen])
@@ -150,12 +158,12 @@ def ablation(lm: LM, n: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sweep", "single", "continual", "ablation"])
+    parser.add_argument("what", choices=["sweep", "plots", "single", "continual", "ablation"])
     parser.add_argument("--n", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    default = {"sweep": 96, "single": 300, "continual": 1000, "ablation": 100}[args.what]
+    default = {"sweep": 64, "plots": 0, "single": 300, "continual": 1000, "ablation": 100}[args.what]
     globals()[args.what](errata.load("almanac"), args.n or default)
 
 

@@ -15,7 +15,7 @@ import errata
 ROOT = Path(errata.__file__).parent
 HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 FLOORS = {
-    **dict.fromkeys(("errors", "request", "registry", "config", "benchmarks", "report"), 0),
+    **dict.fromkeys(("errors", "request", "registry", "config", "storage", "benchmarks", "report"), 0),
     **dict.fromkeys(("families", "tokens", "patch"), 1),
     **dict.fromkeys(("bank", "model", "tail", "fit", "stats"), 2),
     **dict.fromkeys(("methods", "trace", "score"), 3),

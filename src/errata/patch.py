@@ -7,12 +7,8 @@ A patch is a value.  It never holds or changes weights of the base; it is saved 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from errata import registry
+from errata import registry, storage
 from errata.errors import ErrataError, PatchError, StorageError
 from errata.request import EditRequest
 
@@ -170,7 +166,9 @@ class Patch:
             "patch.json": json.dumps(head, ensure_ascii=False, indent=1).encode(),
             "README.md": self._readme().encode(),
         }
-        _write_folder(folder, files)
+        with storage.replacing(folder) as temporary:
+            for name, content in files.items():
+                storage.write(temporary / name, content)
         return folder
 
     def _readme(self) -> str:
@@ -274,30 +272,3 @@ def _scaled(op: Op, factor: float) -> Op:
 def _bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous()
     return str((tuple(flat.shape), str(flat.dtype))).encode() + flat.flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """All files or none: a temporary folder beside, flushed to disk, then renamed into place."""
-    temporary: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        temporary.chmod(0o755)
-        for name, content in files.items():
-            with open(temporary / name, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        if folder.exists():  # an exchange in two renames: at no moment are both gone
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            os.rename(folder, old / "patch")
-            os.rename(temporary, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, folder)
-    except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise StorageError(f"{folder}: nothing was written ({why}); free space or choose another place, then try again") from None
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)

@@ -27,13 +27,19 @@ def _scoring(progress: Progress | None) -> Callable[[int, int], None] | None:
     return (lambda done, total: progress("scoring", done, total)) if progress else None
 
 
+def _editing(progress: Progress | None, before: int, group: int, total: int) -> Callable[[int, int, float], None] | None:
+    """Edits that have come to their end, as a count."""
+    return (lambda step, running, loss: progress("editing", before + group - running, total)) if progress else None
+
+
 def single(
     lm: LM, editor: Any, cases: Sequence[Case], progress: Progress | None = None, answers: Answers | None = None, label: str | None = None
 ) -> tuple[list[Patch], Records]:
     """A patch a case, and the records of each case under its own patch.  ``label`` names the method in the records."""
     patches: list[Patch] = []
     for start in range(0, len(cases), GROUP):
-        patches += editor.edit_each(lm, [c.request for c in cases[start : start + GROUP]])
+        group = [c.request for c in cases[start : start + GROUP]]
+        patches += editor.edit_each(lm, group, progress=_editing(progress, start, len(group), len(cases)))
         if progress:
             progress("editing", len(patches), len(cases))
     return patches, score(lm, cases, [(p,) for p in patches], label or editor.name, _scoring(progress), answers)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from errata.almanac import corpus
+from errata.bank import Plan
 from errata.benchmarks.facts import Sentence, facts, relations, sentences
 from errata.model import LM
 from errata.score.queries import Answers, force
@@ -83,7 +84,8 @@ def perplexity(lm: LM) -> dict[str, Any]:
     total, count = 0.0, 0
     for start in range(0, len(rows), 16):
         batch = torch.tensor(rows[start : start + 16], device=lm.device)
-        logits = lm.hf(input_ids=batch).logits[:, :-1].float()
+        with lm.running(Plan()):  # of the base, whatever is attached
+            logits = lm.hf(input_ids=batch).logits[:, :-1].float()
         nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
         total, count = total + float(nll), count + batch[:, 1:].numel()
     mean = total / count

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata import storage
 from errata.errors import PatchError, StorageError
 
 if TYPE_CHECKING:
@@ -51,50 +49,15 @@ def check(out: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def staged(out: Path, force: bool) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` at the end of the ``with`` block; on any error, or Ctrl-C, it vanishes."""
+    """`check`, then `errata.storage.replacing`."""
     check(out, force)
-    final = out.resolve()
-    temporary: Path | None = None
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        temporary.chmod(0o755)
+    with storage.replacing(out) as temporary:
         yield temporary
-        _swap(temporary, final)
-    except StorageError as error:  # a patch that could not be saved names the folder in passing; the user knows ``out``
-        raise StorageError(str(error).replace(str(temporary), str(out))) from None
-    except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise StorageError(f"{out}: nothing was written ({why}); free space or choose another place, then try again") from None
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _swap(temporary: Path, final: Path) -> None:
-    """Rename into place; what was there before comes back if that fails."""
-    if not final.exists():
-        os.rename(temporary, final)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
-    try:
-        os.rename(final, aside / "old")
-        os.rename(temporary, final)
-    except BaseException:
-        if (aside / "old").exists() and not final.exists():
-            os.rename(aside / "old", final)
-        raise
-    finally:
-        if final.exists():  # else the old result lies in ``aside``: better there than gone
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write(path: Path, text: str) -> None:
-    """A text file, on the disk when this returns; lone surrogates, which UTF-8 cannot hold, as "?"."""
-    with open(path, "wb") as stream:
-        stream.write(text.encode("utf-8", "replace"))
-        stream.flush()
-        os.fsync(stream.fileno())
+    """A text file; lone surrogates, which UTF-8 cannot hold, as "?"."""
+    storage.write(path, text.encode("utf-8", "replace"))
 
 
 def save_patches(folder: Path, patches: Sequence[Patch]) -> None:

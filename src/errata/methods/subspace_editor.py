@@ -109,8 +109,12 @@ class SubspaceEditor:
         under = on[:-1] if before else on
         patches: dict[int, Patch] = {}
         for group in by_length(lm, requests, self.end):
-            problems = [[requests[i]] for i in group]
-            patches |= zip(group, Training(self, lm, problems, under, before, runner).run(progress), strict=True)
+            waiting = len(requests) - len(patches) - len(group)
+            told: Progress | None = None
+            if progress is not None:
+                told = _counting(progress, waiting)
+            training = Training(self, lm, [[requests[i]] for i in group], under, before, runner)
+            patches |= zip(group, training.run(told), strict=True)
         return [patches[i] for i in range(len(requests))]
 
     def _goes_on(self, lm: LM, patch: Patch) -> bool:
@@ -120,6 +124,11 @@ class SubspaceEditor:
     def regularise(self, training: Training, p: Mapping[str, Tensor], gates: Mapping[int, Tensor], alive: Tensor) -> Tensor:
         """Terms added to the task loss, [e]; none for ReFT."""
         return torch.zeros(len(alive), device=alive.device)
+
+
+def _counting(progress: Progress, waiting: int) -> Progress:
+    """The same progress with those that wait for their batch counted among the running."""
+    return lambda step, running, loss: progress(step, running + waiting, loss)
 
 
 def preset(cls: type[SubspaceEditor], name: str) -> dict[str, Any]:
