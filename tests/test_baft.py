@@ -12,7 +12,7 @@ from errata import registry
 from errata.bank import Context, live
 from errata.config import build
 from errata.errors import ConfigError, FitError
-from errata.fit import fit, token_nll
+from errata.fit import AdamW, fit, token_nll
 from errata.methods.baft import BaFT
 from errata.methods.reft import ReFT
 from errata.methods.subspace import Subspace, gate, orthonormal, start
@@ -209,7 +209,7 @@ def test_fit_is_adamw() -> None:
         value = (p["x"] - target[alive]).square().sum(1) * torch.tensor([1.0, 5.0, 0.1])[alive]
         return value, value
 
-    ours = fit({"x": begin}, loss, steps=50, lr=0.1, weight_decay=0.01, stop=1e-3)
+    ours = fit({"x": begin}, loss, steps=50, rule=AdamW(0.1, 0.01), stop=1e-3)
     for e in range(3):
         x = begin[e].clone().requires_grad_()
         optimiser = torch.optim.AdamW([x], lr=0.1, weight_decay=0.01)
@@ -238,7 +238,7 @@ def test_token_nll_is_cross_entropy() -> None:
 
 def test_a_loss_that_is_not_finite_is_one_clear_error() -> None:
     with pytest.raises(FitError, match=r"problem 1 of 2.*NaN or infinite at step 1.*lower the learning rate"):
-        fit({"x": torch.ones(2, 1)}, lambda p, alive: (p["x"][:, 0] / (1 - alive.float()) + 0, p["x"][:, 0]), steps=3, lr=0.1)
+        fit({"x": torch.ones(2, 1)}, lambda p, alive: (p["x"][:, 0] / (1 - alive.float()) + 0, p["x"][:, 0]), steps=3, rule=AdamW(0.1))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ FLOORS = {
     **dict.fromkeys(("bank", "model", "tail", "fit", "stats"), 2),
     **dict.fromkeys(("methods", "trace", "score"), 3),
     **dict.fromkeys(("run", "ledger", "export", "almanac"), 4),
-    **dict.fromkeys(("cli", "commands", "serve"), 5),
+    **dict.fromkeys(("__main__", "cli", "commands", "serve"), 5),
 }
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 

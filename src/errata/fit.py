@@ -28,24 +28,52 @@ class Fitted:
     loss: Tensor
 
 
+@dataclass(frozen=True)
+class AdamW:
+    """The update rule, on each number alone (Loshchilov & Hutter 2019; torch's defaults but for the decay)."""
+
+    lr: float
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def update(self, p: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int) -> None:
+        """Update number ``step`` (from 1) of ``p`` and its two moments, in place."""
+        first.lerp_(gradient, 1 - self.betas[0])
+        second.lerp_(gradient.square(), 1 - self.betas[1])
+        scale = (second / (1 - self.betas[1] ** step)).sqrt_().add_(self.eps)
+        p.mul_(1 - self.lr * self.weight_decay).addcdiv_(first, scale, value=-self.lr / (1 - self.betas[0] ** step))
+
+
+def _evaluate(loss: Loss, leaves: Mapping[str, Tensor], alive: Tensor, count: int, step: int) -> tuple[Tensor, Tensor]:
+    """The loss and what is compared with the stop; `FitError` names the problem that went wrong."""
+    try:
+        total, compared = loss(leaves, alive)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise FitError(f"the parameters grew until no basis could be made of them at step {step}; lower the learning rate") from None
+    broken = (~torch.isfinite(total.detach())).nonzero().flatten()
+    if len(broken):
+        raise FitError(
+            f"problem {int(alive[broken[0]])} of {count}: the loss became NaN or infinite at step {step}; lower the learning rate"
+        )
+    return total, compared.detach().float()
+
+
 def fit(
     params: Mapping[str, Tensor],
     loss: Loss,
     *,
     steps: int,
-    lr: float,
+    rule: AdamW,
     stop: float | None = None,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Fitted:
-    """AdamW (decoupled weight decay) for up to ``steps`` updates; problem e ends when its compared loss is below ``stop``.
+    """Up to ``steps`` updates of each problem; problem e ends when its compared loss is below ``stop``.
 
     ``progress(step, running, mean loss)`` is called once a step.  Raises `FitError` when a loss is not finite.
     """
-    count = next(iter(params.values())).shape[0]
-    device = next(iter(params.values())).device
+    some = next(iter(params.values()))
+    count, device = some.shape[0], some.device
     final = {k: p.detach().clone() for k, p in params.items()}
     made, last = torch.zeros(count, dtype=torch.long, device=device), torch.full((count,), torch.inf, device=device)
     alive = torch.arange(count, device=device)
@@ -54,39 +82,23 @@ def fit(
     second = {k: torch.zeros_like(p) for k, p in now.items()}
     for step in range(1, steps + 2):  # the last round only measures
         leaves = {k: p.requires_grad_(True) for k, p in now.items()}
-        try:
-            total, compared = loss(leaves, alive)
-        except torch.linalg.LinAlgError:
-            raise FitError(f"the parameters grew until no basis could be made of them at step {step}; lower the learning rate") from None
-        values = compared.detach().to(last.dtype)
-        last[alive] = values
-        broken = (~torch.isfinite(total.detach())).nonzero().flatten()
-        if len(broken):
-            raise FitError(
-                f"problem {int(alive[broken[0]])} of {count}: the loss became NaN or infinite at step {step}; lower the learning rate"
-            )
+        total, compared = _evaluate(loss, leaves, alive, count, step)
+        last[alive] = compared
         if progress is not None:
-            progress(step, len(alive), float(values.mean()))
-        if step > steps:
-            break
-        keep = values >= stop if stop is not None else torch.ones_like(values, dtype=torch.bool)
-        all_run = bool(keep.all())
-        if not all_run and not bool(keep.any()):
+            progress(step, len(alive), float(compared.mean()))
+        keep = compared >= stop if stop is not None else torch.ones_like(alive, dtype=torch.bool)
+        if step > steps or not bool(keep.any()):
             break
         gradients = dict(zip(leaves, torch.autograd.grad(total.sum(), list(leaves.values())), strict=True))
-        with torch.no_grad():
-            if not all_run:
-                for k in now:
-                    final[k][alive[~keep]] = now[k][~keep].detach()
-                    now[k], first[k], second[k], gradients[k] = (t[keep].detach() for t in (now[k], first[k], second[k], gradients[k]))
-                alive = alive[keep]
-            made[alive] = step
+        now = {k: p.detach() for k, p in now.items()}
+        if not bool(keep.all()):  # the finished leave with the parameters that met the stop
             for k in now:
-                now[k] = now[k].detach()
-                first[k].lerp_(gradients[k], 1 - betas[0])
-                second[k].lerp_(gradients[k].square(), 1 - betas[1])
-                scale = (second[k] / (1 - betas[1] ** step)).sqrt_().add_(eps)
-                now[k].mul_(1 - lr * weight_decay).addcdiv_(first[k], scale, value=-lr / (1 - betas[0] ** step))
+                final[k][alive[~keep]] = now[k][~keep]
+                now[k], first[k], second[k], gradients[k] = now[k][keep], first[k][keep], second[k][keep], gradients[k][keep]
+            alive = alive[keep]
+        made[alive] = step
+        for k in now:
+            rule.update(now[k], gradients[k], first[k], second[k], step)
     for k in now:
         final[k][alive] = now[k].detach()
     return Fitted(final, made, last)

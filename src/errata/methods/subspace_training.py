@@ -16,7 +16,7 @@ from torch import Tensor
 from errata.bank import Bank, Stack
 from errata.config import to_dict
 from errata.errors import ConfigError
-from errata.fit import Fitted, fit, token_nll
+from errata.fit import AdamW, Fitted, fit, token_nll
 from errata.methods.subspace import gate, orthonormal, start
 from errata.model import LM
 from errata.patch import Op, Patch, Site
@@ -76,10 +76,9 @@ class Training:
             return []
         began, e = time.perf_counter(), self.editor
         joint = max(map(len, self.problems)) > 1
-        fitted = fit(
-            self._start(), self._loss, steps=e.batched_steps if joint else e.steps, lr=e.batched_lr if joint else e.lr,
-            stop=e.stop or None, weight_decay=e.weight_decay, progress=progress,
-        )  # fmt: skip
+        rule = AdamW(e.batched_lr if joint else e.lr, e.weight_decay)
+        steps = e.batched_steps if joint else e.steps
+        fitted = fit(self._start(), self._loss, steps=steps, rule=rule, stop=e.stop or None, progress=progress)
         return self._pack(fitted, (time.perf_counter() - began) / len(self.problems))
 
     def _start(self) -> dict[str, Tensor]:
