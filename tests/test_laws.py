@@ -248,7 +248,7 @@ def test_merge_of_weight_like_patches(family: str) -> None:
 
 @pytest.mark.parametrize("kind", ["shared_logit", "rmsnorm", "subspace"])
 def test_gates(kind: str) -> None:
-    """A closed gate is the identity bit for bit; BaFT with weights 1 is ReFT; ReFT's two identities (specification §0.3)."""
+    """A closed gate is the identity bit for bit; BaFT with weights 1 is ReFT; ReFT's two identities."""
     width = 32
     p = {k: t.double()[None] for k, t in start(4, width, kind, "pyreft", 0, torch.device("cpu")).items()}
     p["R"] = orthonormal(p.pop("X"))

@@ -2,8 +2,8 @@
 
     Φ(h) = h + Rᵀ W(h) (A h + b − R h)          R [r, d] with orthonormal rows, A [r, d], b [r], W(h) = diag(w_1 … w_r)
 
-Source: Wu et al. 2024 (ReFT, W = I) and BaFT eq. (2), (3).  Gates (specification §2.3; the published parameter counts
-fit both of the first two and do not tell them apart):
+Source: Wu et al. 2024 (ReFT, W = I) and BaFT eq. (2), (3).  Gates (the published parameter counts
+fit both of the first two and cannot tell them apart):
 
     none           w = 1                                                     ReFT
     shared_logit   w_k = σ(v_k·h + v_0·h),        V [r+1, d], no bias        (S), the default
