@@ -2,7 +2,7 @@
 
     python scripts/evidence.py sweep        # dev: learning rate, rank, layers of BaFT and ReFT      -> sweep.json, sweep-*.png
     python scripts/evidence.py single       # test: BaFT beside ReFT and two ablations, single edits  -> single.json/.md/.html
-    python scripts/evidence.py continual    # test: T = 1, 10, 100, 1000 in one pass                  -> continual.json/.md/.png
+    python scripts/evidence.py continual    # test: T = 1, 10, 100, 1000 in one pass                  -> continual-*.json, continual.md/.png
     python scripts/evidence.py ablation     # test: the paper's Table 4, T = 100                      -> ablation.json/.md
 
 Hyper-parameters are chosen on ``dev`` only.
@@ -138,13 +138,18 @@ def _table(rows: Sequence[dict[str, Any]], by: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def continual(lm: LM, n: int) -> None:
+CONTINUAL = ("baft", "ba-w", "reft")
+
+
+def continual(lm: LM, n: int, only: str | None = None) -> None:
+    """Each label on its own file, so that they can run side by side (``--only``); the table is made of those that are there."""
     marks = [m for m in (1, 10, 100, 1000) if m <= n]
-    chosen, answers = cases("test", n), Answers()
-    found = {label: _continual(lm, chosen, label, marks, answers) for label in ("baft", "ba-w", "reft")}
-    rows = [row for f in found.values() for row in f["rows"]]
-    write("continual", {"n": n, "marks": marks, **found})
-    immediate = [{**row, "T": "right after"} for f in found.values() for row in f["immediate"]]
+    for label in [only] if only else CONTINUAL:
+        write(f"continual-{label}", {"n": n, "marks": marks, **_continual(lm, cases("test", n), label, marks, Answers())})
+    paths = [OUT / f"continual-{label}.json" for label in CONTINUAL]
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    rows = [row for f in found for row in f["rows"]]
+    immediate = [{**row, "T": "right after"} for f in found for row in f["immediate"]]
     (OUT / "continual.md").write_text(_table([*rows, *immediate], "T"))
     curves.retention([r for r in rows if r["protocol"] == "teacher_forced" and r["metric"] != "portability"], OUT / "continual.png")
 
@@ -160,11 +165,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["sweep", "plots", "single", "continual", "ablation"])
     parser.add_argument("--n", type=int)
+    parser.add_argument("--only", choices=CONTINUAL, help="continual: one of the three, to run them side by side")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     default = {"sweep": 64, "plots": 0, "single": 300, "continual": 1000, "ablation": 100}[args.what]
-    globals()[args.what](errata.load("almanac"), args.n or default)
+    more = {"only": args.only} if args.what == "continual" else {}
+    globals()[args.what](errata.load("almanac"), args.n or default, **more)
 
 
 if __name__ == "__main__":
