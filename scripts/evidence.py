@@ -114,6 +114,7 @@ def single(lm: LM, n: int) -> None:
 
 def _continual(lm: LM, chosen: list[Case], label: str, marks: list[int], answers: Answers) -> dict[str, Any]:
     method, values = ABLATIONS[label]
+    values = {**values, "stop_on": "mean"}  # every row stops on the task loss, as ReFT does
     began = time.perf_counter()
     progress: Callable[[str, int, int], None] = lambda stage, done, total: (  # noqa: E731
         print(f"  {label} {stage} {done}/{total}", flush=True) if stage == "editing" and done % 200 == 0 else None
