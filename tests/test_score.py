@@ -1,0 +1,127 @@
+"""Queries and scenarios: the same answers as one at a time, in far fewer passes, scored at the right moment."""
+
+from __future__ import annotations
+
+import pytest
+from families import lm
+
+from errata import run
+from errata.errors import ConfigError
+from errata.methods.baft import BaFT
+from errata.methods.reft import ReFT
+from errata.model import LM
+from errata.request import Case, EditRequest, Probe
+from errata.score.queries import Answers, score
+
+CASES = [
+    Case(
+        EditRequest("The capital of France is", "Rome", "France", "Paris"),
+        (
+            Probe("rewrite", "The capital of France is", "Rome"),
+            Probe("neighbour", "The capital of Japan is", "Tokyo"),
+            Probe("unrelated", "In Rome people speak"),
+        ),
+    ),
+    Case(
+        EditRequest("The language of Italy is", "Spanish", "Italy", "Italian"),
+        (
+            Probe("rewrite", "The language of Italy is", "Spanish"),
+            Probe("neighbour", "The language of Spain is", "Spanish"),
+            Probe("unrelated", "The capital of Japan is", "Tokyo"),
+        ),
+    ),
+    Case(
+        EditRequest("The capital of Spain is", "Tokyo", "Spain", "Madrid"),
+        (Probe("rewrite", "The capital of Spain is", "Tokyo"), Probe("neighbour", "The capital of France is", "Paris")),
+    ),
+]
+EDITOR = ReFT(rank=4, lr=0.02, end=".", layers=(3,))
+
+
+class Counter:
+    """Forward passes of a model."""
+
+    def __init__(self, base: LM) -> None:
+        self.passes = 0
+        self.handle = base.hf.register_forward_pre_hook(self.count)
+
+    def count(self, *_: object) -> None:
+        self.passes += 1
+
+
+def test_routed_scores_are_those_of_each_case_alone() -> None:
+    base = lm("llama")
+    patches = EDITOR.edit_each(base, [c.request for c in CASES])
+    together = score(base, CASES, [(p,) for p in patches], "reft")
+    alone = [r for case, patch in zip(CASES, patches, strict=True) for r in score(base, [case], [(patch,)], "reft")]
+    assert together == alone
+    rewrite = [r for r in together if r["kind"] == "rewrite"]
+    assert all(r["tf_after"] == 1.0 and r["gen_match_after"] and not r["gen_match_before"] and r["known"] for r in rewrite)
+    assert all(r["tf_before"] == 1.0 and r["gen_match_before"] for r in together if r["kind"] == "neighbour")
+
+
+def test_an_empty_stack_agrees_with_the_base() -> None:
+    for record in score(lm("llama"), CASES, [()] * 3, "none"):
+        assert record["tf_agree"] == 1.0 and record["gen_agree"] and record["tf_before"] == record["tf_after"]
+
+
+def test_many_edits_do_not_take_many_times_the_passes() -> None:
+    base = lm("llama")
+    patches = EDITOR.edit_each(base, [c.request for c in CASES])
+    counter = Counter(base)
+    score(base, CASES[:1], [(patches[0],)], "reft")
+    one, counter.passes = counter.passes, 0
+    score(base, CASES, [(p,) for p in patches], "reft")
+    assert counter.passes <= one + 4  # a few more tokens until the longest answer ends; not three times as many
+
+
+def test_the_base_is_asked_once_for_all_methods() -> None:
+    base = lm("llama")
+    patches = EDITOR.edit_each(base, [c.request for c in CASES])
+    answers = Answers()
+    first = score(base, CASES, [(p,) for p in patches], "a", answers=answers)
+    counter = Counter(base)
+    again = score(base, CASES, [(p,) for p in patches], "b", answers=answers)
+    assert counter.passes == 0
+    assert [{**r, "method": "b"} for r in first] == again
+
+
+def test_single() -> None:
+    base = lm("llama")
+    told: list[tuple[str, int, int]] = []
+    patches, records = run.single(base, EDITOR, CASES, lambda *step: told.append(step))
+    assert [p.requests for p in patches] == [(c.request,) for c in CASES]
+    assert len(records) == 8 and {r["case"] for r in records} == {c.request.id for c in CASES}
+    assert ("editing", 3, 3) in told and told[-1][0] == "scoring"
+    assert all(0 <= done <= total for _, done, total in told)
+
+
+@pytest.mark.parametrize("editor", [EDITOR, BaFT(rank=4, lr=0.02, end=".")], ids=["reft", "baft"])
+def test_continual_scores_the_final_stack_and_right_after(editor: ReFT | BaFT) -> None:
+    base = lm("llama")
+    stack, at, immediate = run.continual(base, editor, CASES, [1, 3])
+    assert len(stack) == 1 and len(stack[0].requests) == 3  # each patch went on from the last and replaced it
+    assert {m: len({r["case"] for r in records}) for m, records in at.items()} == {1: 1, 3: 3}
+    assert at[3] == score(base, CASES, [stack] * 3, editor.name)
+    right_after = [r for r in immediate if r["kind"] == "rewrite"]
+    assert len(right_after) == 3 and all(r["tf_after"] == 1.0 for r in right_after)
+    assert at[1] == immediate[: len(at[1])]
+
+
+def test_batched_edits_jointly_on_the_growing_stack() -> None:
+    base = lm("llama")
+    stack, records = run.batched(base, ReFT(rank=6, batched_lr=0.02, end="."), CASES, 2)
+    assert stack[0].requests == tuple(c.request for c in CASES) and len(records) == 8
+    assert sum(r["gen_match_after"] for r in records if r["kind"] == "rewrite") >= 2
+
+
+@pytest.mark.parametrize("marks", [[], [0], [2, 1], [1, 9], [1, 1]])
+def test_marks_that_cannot_be(marks: list[int]) -> None:
+    with pytest.raises(ConfigError, match="marks must rise"):
+        run.continual(lm("llama"), EDITOR, CASES, marks)
+
+
+def test_a_batch_of_nothing() -> None:
+    with pytest.raises(ConfigError, match="at least one edit"):
+        run.batched(lm("llama"), EDITOR, CASES, 0)
+    assert run.single(lm("llama"), EDITOR, []) == ([], [])
