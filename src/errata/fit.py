@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from errata.errors import FitError
 
@@ -37,12 +38,12 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    def update(self, p: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int) -> None:
-        """Update number ``step`` (from 1) of ``p`` and its two moments, in place."""
-        first.lerp_(gradient, 1 - self.betas[0])
-        second.lerp_(gradient.square(), 1 - self.betas[1])
-        scale = (second / (1 - self.betas[1] ** step)).sqrt_().add_(self.eps)
-        p.mul_(1 - self.lr * self.weight_decay).addcdiv_(first, scale, value=-self.lr / (1 - self.betas[0] ** step))
+    def update(self, p: list[Tensor], gradient: list[Tensor], first: list[Tensor], second: list[Tensor], step: int) -> None:
+        """Update number ``step`` (from 1) of the tensors and their moments, in place; torch's fused kernel, one pass over memory."""
+        adamw(
+            p, gradient, first, second, [], [torch.tensor(float(step - 1), device=t.device) for t in p], fused=True, amsgrad=False,
+            beta1=self.betas[0], beta2=self.betas[1], lr=self.lr, weight_decay=self.weight_decay, eps=self.eps, maximize=False,
+        )  # fmt: skip
 
 
 def _evaluate(loss: Loss, leaves: Mapping[str, Tensor], alive: Tensor, count: int, step: int) -> tuple[Tensor, Tensor]:
@@ -97,8 +98,8 @@ def fit(
                 now[k], first[k], second[k], gradients[k] = now[k][keep], first[k][keep], second[k][keep], gradients[k][keep]
             alive = alive[keep]
         made[alive] = step
-        for k in now:
-            rule.update(now[k], gradients[k], first[k], second[k], step)
+        values = [list(d.values()) for d in (now, {k: gradients[k] for k in now}, first, second)]
+        rule.update(values[0], values[1], values[2], values[3], step)
     for k in now:
         final[k][alive] = now[k].detach()
     return Fitted(final, made, last)

@@ -57,7 +57,8 @@ def orthonormal(x: Tensor) -> Tensor:
     map has the entries of ``x`` as free parameters, so counts agree with the published ones, and weight decay cannot break it.
     """
     lower = torch.linalg.cholesky(x @ x.mT)
-    return torch.linalg.solve_triangular(lower, x, upper=False)
+    eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device).expand_as(lower)
+    return torch.linalg.solve_triangular(lower, eye, upper=False) @ x  # the inverse of r×r is small; a solve against d columns is not
 
 
 def start(rank: int, width: int, kind: str, init: str, seed: int, device: torch.device) -> dict[str, Tensor]:

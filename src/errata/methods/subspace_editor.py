@@ -108,7 +108,7 @@ class SubspaceEditor:
         before = on[-1] if on and self._goes_on(lm, on[-1]) else None
         under = on[:-1] if before else on
         patches: dict[int, Patch] = {}
-        for group in by_length(lm, requests, self.end):
+        for group in by_length(lm, requests, self.end, self.last):
             waiting = len(requests) - len(patches) - len(group)
             told: Progress | None = None
             if progress is not None:

@@ -24,23 +24,30 @@ from errata.request import EditRequest
 from errata.tail import capture, cut
 from errata.tokens import pad_id
 
-ENOUGH_ROWS = 64  # below this a batch costs its calls, not its products: padding is cheaper than another batch
+BATCH_TOKENS = 100  # the fixed cost of a batch, in tokens: measured on two cores with the almanac; more on a GPU costs little
 MOST_ROWS = 128
 Progress = Callable[[int, int, float], None]
 
 
-def by_length(lm: LM, requests: Sequence[EditRequest], end: str) -> list[list[int]]:
-    """Request numbers in groups that pad little: sorted by target length, cut where a group of enough rows would grow wider."""
-    lengths = [len(e.target) for e in lm.encode([r.prompt for r in requests], [r.target + end for r in requests])]
-    groups: list[list[int]] = []
-    for i in sorted(range(len(requests)), key=lambda i: lengths[i]):
-        if groups and (len(groups[-1]) < ENOUGH_ROWS or lengths[groups[-1][0]] == lengths[i]) and len(groups[-1]) < MOST_ROWS:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    if len(groups) > 1 and len(groups[-1]) < ENOUGH_ROWS // 2:
-        few = groups.pop()
-        groups[-1] += few
+def by_length(lm: LM, requests: Sequence[EditRequest], end: str, last: int) -> list[list[int]]:
+    """Request numbers in batches of like length, cut where that costs least.
+
+    A batch costs its rows times its longest row, padding included, and `BATCH_TOKENS` for its calls; the cheapest cuts of
+    the rows sorted by length are found by dynamic programming over the places where the length changes.
+    """
+    lengths = [len(e.target) + last for e in lm.encode([r.prompt for r in requests], [r.target + end for r in requests])]
+    order = sorted(range(len(requests)), key=lambda i: lengths[i])
+    steps = [i for i in range(1, len(order)) if lengths[order[i]] != lengths[order[i - 1]]]
+    places = sorted({0, *steps, len(order), *range(0, len(order), MOST_ROWS)})
+    best: dict[int, tuple[int, int]] = {0: (0, 0)}  # rows placed -> (cost, where the last batch began)
+    for stop in places[1:]:
+        reach = [begin for begin in places if begin < stop and stop - begin <= MOST_ROWS]
+        best[stop] = min((best[begin][0] + (stop - begin) * lengths[order[stop - 1]] + BATCH_TOKENS, begin) for begin in reach)
+    groups, stop = [], len(order)
+    while stop:
+        begin = best[stop][1]
+        groups.append(order[begin:stop])
+        stop = begin
     return groups
 
 
