@@ -138,6 +138,8 @@ def test_inspect_methods_and_patch_show(tiny: str, tmp_path: Path, capsys: pytes
     assert shown["ops"][0]["shapes"]["R"] == [2, 32]
     assert main(["patch", "show", str(folder)]) == 0
     assert "'The capital of France is' -> 'Rome'" in capsys.readouterr().out
+    assert main(["patch", "show", str(tmp_path / "o"), "--json"]) == 0  # the whole result, as the README does
+    assert document(capsys) == shown
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

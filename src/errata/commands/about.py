@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from errata import registry
-from errata.commands import common
+from errata.commands import common, files
 from errata.commands.screen import Screen, finite
+
+if TYPE_CHECKING:
+    from errata.patch import Patch
 
 QUICK = 20  # facts of each relation that `almanac check --quick` asks
 
@@ -59,32 +62,37 @@ def inspect(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def patch(args: argparse.Namespace, screen: Screen) -> None:
-    from errata.patch import Patch
+    """A patch, or every patch of a result of ``errata edit --out``."""
+    found = files.load_patches([args.folder])
+    for each in found:
+        _tell(each, screen)
+    screen.document(_patch(found[0]) if len(found) == 1 else {"patches": [_patch(each) for each in found]})
 
-    found = Patch.load(args.folder)
+
+def _tell(found: Patch, screen: Screen) -> None:
     screen.say(found.describe())
     if found.replaces:
         screen.say(f"went on from (and replaces) {', '.join(found.replaces)}")
     screen.table(("setting", "value"), [(k, v) for k, v in found.settings.items()])
     if found.notes:
         screen.table(("note", "value"), [(k, v) for k, v in found.notes.items()])
-    ops = [
-        {"kind": o.kind, "block": o.site.block, "point": o.site.point, "shapes": {k: list(t.shape) for k, t in o.tensors.items()}}
-        for o in found.ops
-    ]
-    screen.document(
-        {
-            "id": found.id,
-            "method": found.method,
-            "base": found.base,
-            "parameters": found.parameters,
-            "replaces": list(found.replaces),
-            "settings": dict(found.settings),
-            "notes": dict(found.notes),
-            "ops": ops,
-            "requests": [r.to_dict() for r in found.requests],
-        }
-    )
+
+
+def _patch(found: Patch) -> dict[str, Any]:
+    return {
+        "id": found.id,
+        "method": found.method,
+        "base": found.base,
+        "parameters": found.parameters,
+        "replaces": list(found.replaces),
+        "settings": dict(found.settings),
+        "notes": dict(found.notes),
+        "ops": [
+            {"kind": o.kind, "block": o.site.block, "point": o.site.point, "shapes": {k: list(t.shape) for k, t in o.tensors.items()}}
+            for o in found.ops
+        ],
+        "requests": [r.to_dict() for r in found.requests],
+    }
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
