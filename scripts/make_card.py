@@ -41,7 +41,7 @@ that subject; *2 hops new* are two-hop questions about subjects for which traini
 - Anything after its sources, and anything those sources have wrong. Facts are as the sources give them.
 - Two-hop questions it was not shown ("2 hops new") far less surely than facts: portability is scored over what it knew (`known` in the records).
 - Language: perplexity on held-out text is that of a very small model that saw {text_tokens_seen:.1f} million tokens of text.
-- Its hidden states are large (norms of about 900 to 2,300 at the edited blocks), a consequence of training with Muon without a bound on the residual stream. A gate
+- Its hidden states are large (norms of about 1,050 to 3,700 at the edited blocks), a consequence of training with Muon without a bound on the residual stream. A gate
   without normalisation saturates on them; BaFT's preset for this model therefore uses the RMS-normalised gate.
 
 ## How it was trained, exactly
