@@ -6,6 +6,35 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))  # for `families`
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny trained llama as a folder."""
+    from tiny import saved
+
+    return str(saved(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def requests(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three edits as JSON Lines."""
+    from tiny import write_requests
+
+    return str(write_requests(tmp_path_factory.mktemp("requests") / "r.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved patch that is whole."""
+    from families import lm
+    from tiny import FRANCE
+
+    from errata.model import edit
+
+    return edit(lm("llama"), FRANCE, "Rome", rank=2, steps=2).save(tmp_path_factory.mktemp("patch") / "good")

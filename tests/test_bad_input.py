@@ -16,7 +16,7 @@ import pytest
 import torch
 from families import lm
 from safetensors.torch import load, save
-from tiny import FAST, FRANCE, head, saved
+from tiny import FAST, FRANCE, head
 
 from errata.cli import main
 from errata.model import edit
@@ -66,16 +66,6 @@ class Bad:
     code: int
     message: str
     argv: Callable[[World], list[str]]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(saved(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return edit(lm("llama"), FRANCE, "Rome", rank=2, steps=2).save(tmp_path_factory.mktemp("patch") / "good")
 
 
 @pytest.fixture

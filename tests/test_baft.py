@@ -181,6 +181,10 @@ def test_continual_edits_go_on_from_the_last_patch_and_replace_it() -> None:
         assert base.complete(ITALY.prompt) == "Spanish"
     other = editor.edit(base, [ITALY], on=(ReFT(rank=6).edit(base, [FRANCE]),))
     assert other.replaces == ()
+    regated = BaFT(rank=6, lr=0.02, end=".", gate="rmsnorm").edit(base, [ITALY], on=(first,))  # another gate cannot go on from this one
+    assert regated.replaces == () and regated.requests == (ITALY,)
+    with base.under(regated):
+        assert base.complete(ITALY.prompt) == "Spanish"
 
 
 def test_batched_edit_writes_every_fact_into_one_patch() -> None:

@@ -6,22 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import FAST, FRANCE, QUICK, leftovers, saved, write_requests
+from tiny import FAST, FRANCE, QUICK, leftovers
 
 import errata
 from errata.cli import main
 from errata.methods.subspace_editor import SubspaceEditor
 from errata.patch import Patch
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(saved(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture(scope="session")
-def requests(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_requests(tmp_path_factory.mktemp("requests") / "r.jsonl"))
 
 
 def document(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:

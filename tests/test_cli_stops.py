@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import FAST, FRANCE, QUICK, leftovers, saved, write_requests
+from tiny import FAST, FRANCE, QUICK, leftovers
 
 from errata.cli import main
 from errata.commands import files
@@ -19,17 +19,6 @@ from errata.commands.screen import Screen, as_json, clean
 from errata.errors import StorageError
 from errata.methods.subspace_editor import SubspaceEditor
 from errata.patch import Patch
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(saved(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture(scope="session")
-def requests(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_requests(tmp_path_factory.mktemp("requests") / "r.jsonl"))
-
 
 # -- stops and pipes -------------------------------------------------------------------------------------------
 

@@ -10,27 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from families import lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAST, FRANCE, head, leftovers, saved
+from tiny import FAST, FRANCE, head, leftovers
 
 from errata.cli import main
 from errata.errors import ErrataError, InputError, PatchError, StorageError
 from errata.methods.subspace_editor import SubspaceEditor
-from errata.model import edit
 from errata.patch import Patch
 from errata.request import Case, EditRequest, Probe
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(saved(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return edit(lm("llama"), FRANCE, "Rome", rank=2, steps=2).save(tmp_path_factory.mktemp("patch") / "good")
 
 
 def edited(model: str, *more: str) -> list[str]:

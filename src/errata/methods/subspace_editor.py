@@ -94,7 +94,7 @@ class SubspaceEditor:
     def edit(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> Patch:
-        """One patch for all requests.  If the last patch of ``on`` came from this method with these layers and rank, the edit
+        """One patch for all requests.  If the last patch of ``on`` came from this method with these layers, rank and gate, the edit
         goes on from its parameters and replaces it (BaFT §2.4, continual editing); the optimiser starts anew."""
         on = live(tuple(on))
         before = on[-1] if on and self._goes_on(lm, on[-1]) else None
@@ -119,7 +119,10 @@ class SubspaceEditor:
 
     def _goes_on(self, lm: LM, patch: Patch) -> bool:
         blocks = tuple(op.site.block for op in patch.ops)
-        return patch.method == self.name and blocks == self.at(lm) and patch.ops[0].tensors["R"].shape[0] == self.rank
+        if patch.method != self.name or blocks != self.at(lm):
+            return False
+        same = {"gate": self.gate_kind, "last": self.last}  # another gate has other parameters
+        return all(op.settings == same and op.tensors["R"].shape[0] == self.rank for op in patch.ops)
 
     def regularise(self, training: Training, p: Mapping[str, Tensor], gates: Mapping[int, Tensor], alive: Tensor) -> Tensor:
         """Terms added to the task loss, [e]; none for ReFT."""

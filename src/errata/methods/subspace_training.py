@@ -63,7 +63,8 @@ class Training:
     runner_class: Any
     owner: Tensor = field(init=False)  # [B] the problem of each row
     irrelevant: tuple[dict[int, Tensor], Tensor, Tensor] | None = field(init=False, default=None)
-    gate_means: dict[int, Tensor] = field(init=False, default_factory=dict)
+    gate_means: dict[int, Tensor] = field(init=False, default_factory=dict)  # of every problem [E, r], detached
+    current_means: dict[int, Tensor] = field(init=False, default_factory=dict)  # of those that run [e, r], with this step's gradient
 
     def __post_init__(self) -> None:
         if not all(self.problems):
@@ -150,7 +151,6 @@ class Training:
 
     def note_means(self, block: int, means: Tensor, alive: Tensor) -> None:
         """Keep each problem's mean gate weights [e, r], with their gradient for this step."""
-        self.current_means = getattr(self, "current_means", {})
         self.current_means[block] = means
         if block not in self.gate_means:
             self.gate_means[block] = torch.zeros(len(self.problems), means.shape[1], device=means.device, dtype=means.dtype)
