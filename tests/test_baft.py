@@ -17,7 +17,7 @@ from errata.methods.baft import BaFT
 from errata.methods.reft import ReFT
 from errata.methods.subspace import Subspace, gate, orthonormal, start
 from errata.methods.subspace_editor import layers_for
-from errata.methods.subspace_training import Training, by_length
+from errata.methods.subspace_training import Training
 from errata.model import LM
 from errata.patch import Site
 from errata.request import EditRequest
@@ -259,17 +259,3 @@ def test_a_loss_that_is_not_finite_is_one_clear_error() -> None:
 def test_settings_that_cannot_work(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         BaFT(**settings).edit(lm("llama"), [FRANCE])
-
-
-def test_batches_of_like_length_hold_every_request_once_and_pad_little() -> None:
-    base = lm("llama")
-    targets = ["Rome"] * 60 + ["Madrid"] * 30 + ["Madrid French Tokyo Madrid"] * 9
-    requests = [EditRequest(f"The capital {'of ' * i}France is", t) for i, t in enumerate(targets)]
-    groups = by_length(base, requests, "", 3)
-    assert sorted(i for g in groups for i in g) == list(range(99))
-    lengths = [len(e.target) + 3 for e in base.encode([r.prompt for r in requests], targets)]
-    cost = sum(len(g) * max(lengths[i] for i in g) + 100 for g in groups)
-    assert len(groups) > 1 and cost < 99 * max(lengths) + 100
-    assert by_length(base, requests[:5], "", 3) == [[0, 1, 2, 3, 4]]
-    assert by_length(base, [], "", 3) == []
-    assert max(map(len, by_length(base, requests[:1] * 300, "", 3))) <= 128

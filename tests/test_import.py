@@ -17,7 +17,7 @@ HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 FLOORS = {
     **dict.fromkeys(("errors", "request", "registry", "config", "storage", "benchmarks", "report"), 0),
     **dict.fromkeys(("families", "tokens", "patch"), 1),
-    **dict.fromkeys(("bank", "model", "tail", "fit", "stats"), 2),
+    **dict.fromkeys(("bank", "model", "tail", "fit", "lanes", "stats"), 2),
     **dict.fromkeys(("methods", "trace", "score"), 3),
     **dict.fromkeys(("run", "ledger", "export", "almanac"), 4),
     **dict.fromkeys(("__main__", "cli", "commands", "serve"), 5),

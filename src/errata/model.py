@@ -32,10 +32,14 @@ class LM:
         self.hf, self.tokenizer, self.name = hf.eval().requires_grad_(False), tokenizer, name
         self.family: Family = find(hf)
         self.config = text_config(hf)
-        self.blocks = resolve(hf, self.family.blocks)
+        self.find_blocks()
         self._attached: Stack = ()
         self._hooks: Hooks | None = None
         self._fingerprint: str | None = None
+
+    def find_blocks(self) -> None:
+        """Look the blocks up in ``hf``."""
+        self.blocks = resolve(self.hf, self.family.blocks)
 
     @property
     def depth(self) -> int:

@@ -196,7 +196,7 @@ class Tail:
         head = self.lm.hf.get_output_embeddings().register_forward_pre_hook(pick)
         try:
             with self.lm.running(_plan(self.under, self.rows, banks, tape)), self._shortcut():
-                out: Tensor = self._forward().logits[0]
+                out: Tensor = self._forward().logits.flatten(0, 1)  # a view; taking [0] would cost a zeroed copy on the way back
         finally:
             head.remove()
         return out

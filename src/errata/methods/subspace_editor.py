@@ -12,8 +12,9 @@ from torch import Tensor
 from errata.bank import Stack, live
 from errata.config import build
 from errata.errors import ConfigError
+from errata.lanes import Progress, in_lanes
 from errata.methods.subspace import start
-from errata.methods.subspace_training import Progress, Training, by_length
+from errata.methods.subspace_training import Training
 from errata.model import LM
 from errata.patch import Patch
 from errata.request import EditRequest
@@ -103,19 +104,16 @@ class SubspaceEditor:
     def edit_each(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> list[Patch]:
-        """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length."""
+        """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length, a batch a core."""
         on = live(tuple(on))
         before = on[-1] if on and self._goes_on(lm, on[-1]) else None
         under = on[:-1] if before else on
-        patches: dict[int, Patch] = {}
-        for group in by_length(lm, requests, self.end, self.last):
-            waiting = len(requests) - len(patches) - len(group)
-            told: Progress | None = None
-            if progress is not None:
-                told = _counting(progress, waiting)
-            training = Training(self, lm, [[requests[i]] for i in group], under, before, runner)
-            patches |= zip(group, training.run(told), strict=True)
-        return [patches[i] for i in range(len(requests))]
+        encoded = lm.encode([r.prompt for r in requests], [r.target + self.end for r in requests])
+
+        def train(model: LM, members: list[int], told: Progress) -> list[Patch]:
+            return Training(self, model, [[requests[i]] for i in members], under, before, runner).run(told)
+
+        return in_lanes(lm, [len(e.target) + self.last for e in encoded], train, progress)
 
     def _goes_on(self, lm: LM, patch: Patch) -> bool:
         blocks = tuple(op.site.block for op in patch.ops)
@@ -127,11 +125,6 @@ class SubspaceEditor:
     def regularise(self, training: Training, p: Mapping[str, Tensor], gates: Mapping[int, Tensor], alive: Tensor) -> Tensor:
         """Terms added to the task loss, [e]; none for ReFT."""
         return torch.zeros(len(alive), device=alive.device)
-
-
-def _counting(progress: Progress, waiting: int) -> Progress:
-    """The same progress with those that wait for their batch counted among the running."""
-    return lambda step, running, loss: progress(step, running + waiting, loss)
 
 
 def preset(cls: type[SubspaceEditor], name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ A *problem* is one patch to make: one request (`edit_each`), or several that sha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,38 +17,13 @@ from errata.bank import Bank, Stack
 from errata.config import to_dict
 from errata.errors import ConfigError
 from errata.fit import AdamW, Fitted, fit, token_nll
+from errata.lanes import Progress
 from errata.methods.subspace import gate, orthonormal, start
 from errata.model import LM
 from errata.patch import Op, Patch, Site
 from errata.request import EditRequest
 from errata.tail import capture, cut
 from errata.tokens import pad_id
-
-BATCH_TOKENS = 100  # the fixed cost of a batch, in tokens: measured on two cores with the almanac; more on a GPU costs little
-MOST_ROWS = 128
-Progress = Callable[[int, int, float], None]
-
-
-def by_length(lm: LM, requests: Sequence[EditRequest], end: str, last: int) -> list[list[int]]:
-    """Request numbers in batches of like length, cut where that costs least.
-
-    A batch costs its rows times its longest row, padding included, and `BATCH_TOKENS` for its calls; the cheapest cuts of
-    the rows sorted by length are found by dynamic programming over the places where the length changes.
-    """
-    lengths = [len(e.target) + last for e in lm.encode([r.prompt for r in requests], [r.target + end for r in requests])]
-    order = sorted(range(len(requests)), key=lambda i: lengths[i])
-    steps = [i for i in range(1, len(order)) if lengths[order[i]] != lengths[order[i - 1]]]
-    places = sorted({0, *steps, len(order), *range(0, len(order), MOST_ROWS)})
-    best: dict[int, tuple[int, int]] = {0: (0, 0)}  # rows placed -> (cost, where the last batch began)
-    for stop in places[1:]:
-        reach = [begin for begin in places if begin < stop and stop - begin <= MOST_ROWS]
-        best[stop] = min((best[begin][0] + (stop - begin) * lengths[order[stop - 1]] + BATCH_TOKENS, begin) for begin in reach)
-    groups, stop = [], len(order)
-    while stop:
-        begin = best[stop][1]
-        groups.append(order[begin:stop])
-        stop = begin
-    return groups
 
 
 @dataclass
