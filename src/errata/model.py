@@ -183,25 +183,32 @@ class LM:
         max_new_tokens: int = 12,
         stop: Sequence[str] = STOPS,
         chat: bool = False,
+        top_k: int | None = None,
+        seed: int = 0,
     ) -> list[str]:
-        """Greedy continuations, each row under its own stack; a row ends at EOS or at the first ``stop`` text (left out)."""
+        """Continuations, each row under its own stack; a row ends at EOS or at the first ``stop`` text (left out).
+
+        Greedy, or sampled from the ``top_k`` likeliest tokens: a row's draws depend on ``seed``, its prompt and how often that
+        prompt stood before it, not on the other rows.
+        """
         if not prompts:
             return []
         batch = self.batch(self.encode(prompts, chat=chat)).to(self.device)
         plan = self.plan(stacks, rows, len(prompts))
         plan.prompt_lengths = batch.prompt_lengths
         with self.running(plan):
-            ids = self._greedy(batch, max_new_tokens, stop)
+            ids = self._decode(batch, max_new_tokens, stop, None if top_k is None else _Sampler(prompts, top_k, seed))
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
         return [_cut(text, stop) for text in texts]
 
-    def _greedy(self, batch: Batch, limit: int, stop: Sequence[str]) -> list[list[int]]:
+    def _decode(self, batch: Batch, limit: int, stop: Sequence[str], sampler: _Sampler | None) -> list[list[int]]:
         ends, ids, mask, cache = self._ends(), batch.ids, batch.mask, None
         new: list[list[int]] = [[] for _ in range(len(ids))]
         done = [False] * len(ids)
         for _ in range(limit):
             out = self.forward(ids, mask, past_key_values=cache, use_cache=True, **self.last_only)
-            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            cache, last = out.past_key_values, out.logits[:, -1]
+            ids = last.argmax(-1, keepdim=True) if sampler is None else sampler(last)
             for i, token in enumerate(ids[:, 0].tolist()):
                 if not done[i]:
                     if token in ends:
@@ -247,6 +254,25 @@ class LM:
                 f"embedding at {f.embedding}, last norm at {f.final_norm}, vocabulary {int(self.config.vocab_size):,}",
             ]
         )
+
+
+class _Sampler:
+    """Draws a token a row from the ``top_k`` likeliest, with a random generator a row."""
+
+    def __init__(self, prompts: Sequence[str], top_k: int, seed: int) -> None:
+        seen: dict[str, int] = {}
+        self.top_k, self.generators = top_k, []
+        for prompt in prompts:
+            seen[prompt] = seen.get(prompt, 0) + 1
+            digest = hashlib.sha256(f"{seed} {seen[prompt]} {prompt}".encode()).digest()
+            self.generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:6], "big")))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """[B, 1] from logits [B, V]."""
+        best, tokens = logits.float().topk(min(self.top_k, logits.shape[-1]))
+        draws = torch.tensor([float(torch.rand((), generator=g)) for g in self.generators], device=logits.device)
+        place = (best.softmax(-1).cumsum(-1) < draws[:, None]).sum(-1, keepdim=True).clamp_max(best.shape[-1] - 1)
+        return tokens.gather(1, place)
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:
