@@ -68,8 +68,11 @@ def fit(
     rule: AdamW,
     stop: float | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    project: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
 ) -> Fitted:
     """Up to ``steps`` updates of each problem; problem e ends when its compared loss is below ``stop``.
+
+    ``project(params, alive)`` puts parameters back into their bounds, in place, after each update.
 
     ``progress(step, running, mean loss)`` is called once a step.  Raises `FitError` when a loss is not finite.
     """
@@ -100,6 +103,8 @@ def fit(
         made[alive] = step
         values = [list(d.values()) for d in (now, {k: gradients[k] for k in now}, first, second)]
         rule.update(values[0], values[1], values[2], values[3], step)
+        if project is not None:
+            project(now, alive)
     for k in now:
         final[k][alive] = now[k].detach()
     return Fitted(final, made, last)

@@ -51,13 +51,13 @@ def cut_by_length(lengths: Sequence[int], most: int, fixed: int) -> list[list[in
     return batches
 
 
-def plan_batches(lengths: Sequence[int], lanes: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], lanes: int, most: int = MOST_ROWS) -> list[list[int]]:
     """The batches that ``lanes`` lanes finish first, dearest first; each lane takes the next one when it is free.
 
     Starts from even cuts of the rows sorted by length and shifts, adds and removes single cuts as long as the last lane ends earlier.
     """
     if lanes == 1 or len(lengths) < 2:
-        return cut_by_length(lengths, MOST_ROWS, FIXED_TOKENS_ALONE)
+        return cut_by_length(lengths, most, FIXED_TOKENS_ALONE)
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     longest = [lengths[i] for i in order]
 
@@ -65,7 +65,7 @@ def plan_batches(lengths: Sequence[int], lanes: int) -> list[list[int]]:
         """When the last lane ends, in tokens; of equal ends, the one with less work altogether is the earlier."""
         edges = [0, *sorted(cuts), len(order)]
         costs = sorted(((b - a) * longest[b - 1] + FIXED_TOKENS for a, b in pairwise(edges)), reverse=True)
-        if max(b - a for a, b in pairwise(edges)) > MOST_ROWS:
+        if max(b - a for a, b in pairwise(edges)) > most:
             return float("inf")
         busy = [0] * lanes
         for cost in costs:
@@ -79,7 +79,7 @@ def plan_batches(lengths: Sequence[int], lanes: int) -> list[list[int]]:
             yield from (rest | {cut + shift} for shift in SHIFTS if 0 < cut + shift < len(order))
         yield from (cuts | {i} for i in range(1, len(order)) if longest[i] != longest[i - 1])
 
-    batches = max(lanes, -(-len(order) // MOST_ROWS))
+    batches = max(lanes, -(-len(order) // most))
     cuts = frozenset(len(order) * i // batches for i in range(1, batches)) - {0}
     while (better := min(near(cuts), key=time, default=cuts)) != cuts and time(better) < time(cuts):
         cuts = better
@@ -155,18 +155,21 @@ class _Board:
                 return
 
 
-def in_lanes(lm: LM, lengths: Sequence[int], work: Work[T], progress: Progress | None = None, lanes: int | None = None) -> list[T]:
+def in_lanes(
+    lm: LM, lengths: Sequence[int], work: Work[T], progress: Progress | None = None, lanes: int | None = None, most: int = MOST_ROWS
+) -> list[T]:
     """What ``work(model, members, progress)`` makes of every problem, in the problems' order.
 
     lengths   tokens that one step of each problem runs; batches hold problems of like length
     work      makes one result a member; ``model`` is ``lm`` or a twin of it, only for the call; it must call ``progress`` once a step
     lanes     as many as torch has threads, when not given
+    most      problems in one batch
 
     The first error of any lane is raised here and the others stop at their next step; so does Ctrl-C.
     """
     threads = torch.get_num_threads()
     lanes = min(lanes or lanes_for(lm), max(1, len(lengths)))
-    board: _Board = _Board(plan_batches(lengths, lanes), progress)
+    board: _Board = _Board(plan_batches(lengths, lanes, most), progress)
     lanes = min(lanes, len(board.batches))
     out: dict[int, T] = {}
     if lanes <= 1:

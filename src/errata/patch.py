@@ -39,6 +39,8 @@ class Site:
 class Positions(Protocol):
     """What an op may know of the call: see `errata.bank.Context`."""
 
+    position: Tensor
+
     def active(self, last: int) -> Tensor: ...
     def note(self, site: Site, name: str, value: Tensor) -> None: ...
 

@@ -13,6 +13,12 @@ ENTRIES: dict[str, dict[str, str]] = {
     "method": {
         "baft": "errata.methods.baft:BaFT",
         "reft": "errata.methods.reft:ReFT",
+        "rome": "errata.methods.rome:ROME",
+        "r-rome": "errata.methods.rome:RROME",
+        "memit": "errata.methods.memit:MEMIT",
+        "pmet": "errata.methods.memit:PMET",
+        "emmet": "errata.methods.emmet:EMMET",
+        "alphaedit": "errata.methods.alphaedit:AlphaEdit",
     },
     "benchmark": {
         "almanac": "errata.benchmarks.almanac:Almanac",
@@ -21,6 +27,7 @@ ENTRIES: dict[str, dict[str, str]] = {
         "low_rank": "errata.patch:LowRank",
         "dense": "errata.patch:Dense",
         "subspace": "errata.methods.subspace:Subspace",
+        "shift": "errata.methods.values:Shift",
     },
 }
 

@@ -54,7 +54,11 @@ class Rows:
 
 def cut(encoded: Sequence[Encoded], last: int, fill: int, device: torch.device) -> Rows:
     """Cut each row ``last`` tokens before the end of its prompt (fewer where the prompt is shorter)."""
-    starts = [max(0, e.prompt_length - last) for e in encoded]
+    return cut_at(encoded, [max(0, e.prompt_length - last) for e in encoded], fill, device)
+
+
+def cut_at(encoded: Sequence[Encoded], starts: Sequence[int], fill: int, device: torch.device) -> Rows:
+    """Cut row i at its token ``starts[i]``, the first that an edit may change."""
     wide, long = max(starts), max(len(e.ids) - s for e, s in zip(encoded, starts, strict=True))
     prefix, active = torch.full((len(encoded), wide), fill), torch.full((len(encoded), long), fill)
     mask, labels = torch.zeros((len(encoded), wide + long), dtype=torch.long), torch.full((len(encoded), long), IGNORED)

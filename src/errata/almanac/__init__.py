@@ -6,4 +6,3 @@
 from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
-TEXT = Path(__file__).parent / "text"

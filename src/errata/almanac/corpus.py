@@ -5,7 +5,6 @@ Because a batch is a pure function of (seed, step), training resumed from a chec
 
 from __future__ import annotations
 
-import lzma
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errata.almanac import TEXT
 from errata.benchmarks.facts import Sentence, facts, sentences
+from errata.texts import bundled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,8 +27,7 @@ IGNORED = -100
 
 def text(name: str) -> str:
     """The bundled encyclopaedic text: ``train`` or ``heldout``."""
-    with lzma.open(TEXT / f"{name}.txt.xz", "rt", encoding="utf-8") as stream:
-        return stream.read()
+    return bundled(name)
 
 
 def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

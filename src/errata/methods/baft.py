@@ -91,7 +91,7 @@ class BaFT(SubspaceEditor):
     ) -> Tensor:
         """The three hinges.  Unrelated states are those of the model without this edit, computed once: an edit that keeps its
         gates shut on them leaves them as they are at every block (reading them through the edit would double each step's cost)."""
-        runner, owner = training.rows_of(alive)
+        runner, owner, _ = training.owned.of(alive)
         count, valid = len(alive), runner.rows.valid.unsqueeze(-1)
         position = torch.full((len(training.problems),), -1, device=alive.device)
         position[alive] = torch.arange(count, device=alive.device)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from errata.bank import Stack, live
-from errata.config import build
 from errata.errors import ConfigError
 from errata.lanes import Progress, in_lanes
+from errata.methods.presets import for_model
 from errata.methods.subspace import start
 from errata.methods.subspace_training import Training
 from errata.model import LM
@@ -76,7 +76,7 @@ class SubspaceEditor:
     @classmethod
     def for_model(cls: type[S], lm: LM, **settings: Any) -> S:
         """The preset for this model (see ``PRESETS`` in the method's file), with ``settings`` on top."""
-        return build(cls, {**preset(cls, lm.name), **settings})
+        return for_model(cls, lm, settings)
 
     def at(self, lm: LM) -> tuple[int, ...]:
         """The blocks to edit on this model; `ConfigError` for one that does not exist."""
@@ -125,10 +125,3 @@ class SubspaceEditor:
     def regularise(self, training: Training, p: Mapping[str, Tensor], gates: Mapping[int, Tensor], alive: Tensor) -> Tensor:
         """Terms added to the task loss, [e]; none for ReFT."""
         return torch.zeros(len(alive), device=alive.device)
-
-
-def preset(cls: type[SubspaceEditor], name: str) -> dict[str, Any]:
-    """The preset whose key occurs in the model's name (longest key first); {} when none does."""
-    table: dict[str, dict[str, Any]] = getattr(cls, "PRESETS", {})
-    plain = name.lower().replace("_", "-")
-    return next((dict(table[k]) for k in sorted(table, key=len, reverse=True) if k in plain), {})

@@ -16,11 +16,12 @@ from torch import Tensor
 from errata.bank import Bank, Stack
 from errata.config import to_dict
 from errata.errors import ConfigError
-from errata.fit import AdamW, Fitted, fit, token_nll
+from errata.fit import AdamW, Fitted, fit
 from errata.lanes import Progress
 from errata.methods.subspace import gate, orthonormal, start
 from errata.model import LM
 from errata.patch import Op, Patch, Site
+from errata.problems import Owned, per_problem, row_nll
 from errata.request import EditRequest
 from errata.tail import capture, cut
 from errata.tokens import pad_id
@@ -51,7 +52,7 @@ class Training:
         encoded = self.lm.encode([text for _, text, _ in rows], [target + self.editor.end for _, _, target in rows])
         cut_rows = cut(encoded, self.editor.last, pad_id(self.lm.tokenizer), device)
         self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks) + 1, self.on) if self.problems else None
-        self._view: tuple[int, Any, Tensor] = (len(self.problems), self.runner, self.owner)
+        self.owned = Owned(self.runner, self.owner, len(self.problems))
 
     def run(self, progress: Progress | None = None) -> list[Patch]:
         """Train and pack; an empty list of problems is an empty list of patches."""
@@ -81,48 +82,28 @@ class Training:
         own = {("R" if k == "X" else k): (orthonormal(t) if k == "X" else t).unbind(1) for k, t in p.items()}
         return {b: {k: t[i] for k, t in own.items()} for i, b in enumerate(self.blocks)}
 
-    def rows_of(self, alive: Tensor) -> tuple[Any, Tensor]:
-        """(runner, owner) of the rows whose problems still run; cut anew only when some have ended."""
-        if self._view[0] != len(alive):
-            position = torch.full((len(self.problems),), -1, device=alive.device)
-            position[alive] = torch.arange(len(alive), device=alive.device)
-            kept = (position[self.owner] >= 0).nonzero().squeeze(1)
-            self._view = (len(alive), self.runner.select(kept), position[self.owner[kept]])
-        return self._view[1], self._view[2]
-
     def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
         e = self.editor
-        runner, owner = self.rows_of(alive)
+        runner, owner, _ = self.owned.of(alive)
         tape: dict[Any, Tensor] = {}
         straight = len(owner) == len(alive)  # a row a problem, in order: no gathering
         per_block = self.per_block(p)
         settings = {"gate": e.gate_kind, "last": e.last}
         banks = [Bank("subspace", Site(b), settings, per_block[b], None if straight else owner) for b in self.blocks]
         logits = runner.logits(banks, tape)
-        labels = runner.rows.labels
-        where = runner.rows.labelled
-        nll = token_nll(logits.to(torch.promote_types(torch.float32, logits.dtype)), labels[where])
-        row = where.nonzero()[:, 0]
-        summed = torch.zeros(len(owner), device=nll.device, dtype=nll.dtype).index_add(0, row, nll)
-        mean = summed / where.sum(1)
-        task = self.per_problem(summed if e.loss == "sum" else mean, owner, len(alive))
-        compared = self.per_problem(summed if e.stop_on == "sum" else mean, owner, len(alive))
+        summed, number = row_nll(logits, runner.rows.labels, runner.rows.labelled)
+        mean = summed / number
+        task = per_problem(summed if e.loss == "sum" else mean, owner, len(alive))
+        compared = per_problem(summed if e.stop_on == "sum" else mean, owner, len(alive))
         gates = {}
         if e.gate_kind != "none":
-            valid = runner.rows.valid.unsqueeze(-1).to(nll.dtype)
+            valid = runner.rows.valid.unsqueeze(-1).to(summed.dtype)
             for b in self.blocks:
                 w = tape[Site(b), "gate"]
                 gates[b] = w
-                self.note_means(b, self.per_problem((w * valid).sum(1), owner, len(alive), valid.sum(1)), alive)
+                self.note_means(b, per_problem((w * valid).sum(1), owner, len(alive), valid.sum(1)), alive)
         extra = e.regularise(self, per_block, gates, alive)
         return task + extra, (compared + extra if e.stop_on == "total" else compared).detach()
-
-    def per_problem(self, values: Tensor, owner: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
-        """Weighted mean of row values [B, …] over each problem's rows, [e, …]."""
-        weights = torch.ones_like(values) if weights is None else weights
-        total = torch.zeros((count, *values.shape[1:]), device=values.device, dtype=values.dtype).index_add(0, owner, values)
-        norm = torch.zeros((count, *weights.shape[1:]), device=values.device, dtype=values.dtype).index_add(0, owner, weights)
-        return total / norm
 
     def note_means(self, block: int, means: Tensor, alive: Tensor) -> None:
         """Keep each problem's mean gate weights [e, r], with their gradient for this step."""

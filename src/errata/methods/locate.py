@@ -1,0 +1,263 @@
+"""What the locate-then-edit methods share: a value vector a request, a key a request, and a low-rank change that maps one to the other.
+
+    value   z = v_0 + δ at the last edited block (see `errata.methods.values`)
+    key     k = input of the MLP's last linear at the subject's last token, averaged over the prompt behind prefixes
+    change  W ← W + (residual) (down),   down [N, I] is what a method is made of,   residual = what is still missing of z
+
+The change runs beside the frozen linear as a ``low_rank`` op of rank N at most; no weight is read.  Several blocks are
+edited one after the other, each on top of those before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from errata.bank import Bank, Stack, live
+from errata.config import to_dict
+from errata.errors import ConfigError, FitError
+from errata.lanes import Progress
+from errata.methods.locate_text import place, place_kl, prefixes
+from errata.methods.presets import for_model
+from errata.methods.values import Found, Objective, Wanted, optimise
+from errata.model import LM
+from errata.patch import Op, Patch, Site
+from errata.read import adds_directly, read, up_to
+from errata.request import EditRequest
+from errata.stats import TOKENS, Moments, moments
+from errata.tail import Tail
+
+E = TypeVar("E", bound="LocateEditor")
+POINT = "mlp_down"
+FIVE = tuple(i / 32 for i in range(4, 9))  # LLaMA's blocks 4 to 8
+
+
+@dataclass(frozen=True)
+class LocateEditor:
+    """Hyper-parameters that the family shares.
+
+    layers           0-based blocks, edited in this order; the value is optimised at the last.  None: at the relative depths of ``DEPTHS``
+    v_lr, v_steps    Adam on δ; ``v_steps`` losses are computed, one update fewer is made, as in the reference code
+    v_decay, kl      λ_wd and λ_KL of the value's loss; ``v_stop`` ends it
+    clamp            ‖δ‖ ≤ clamp ‖v_0‖
+    prefixes         (tokens, count) of the texts sampled to stand before the prompt, beside the bare prompt
+    fact_token       where key and value are: the subject's last token, or the prompt's
+    end              text trained after the target; the papers train none
+    mom2_adjustment  keys whitened by C⁻¹ (the papers); without it C = I (EasyEdit's ROME files)
+    stats            the text behind C (see `errata.texts.open_corpus`), and how many tokens of it
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset({"subject", "stats"})
+    DEPTHS: ClassVar[tuple[float, ...]] = (5 / 32,)  # LLaMA's block 5
+    VALUE_AT: ClassVar[str] = "block"  # where δ is added: the block's output, or the MLP's ("mlp")
+
+    layers: tuple[int, ...] | None = None
+    v_lr: float = 0.5
+    v_steps: int = 25
+    v_decay: float = 1e-3
+    v_stop: float = 0.05
+    kl: float = 0.0625
+    clamp: float = 4.0
+    prefixes: tuple[tuple[int, ...], ...] = ((10, 5),)
+    fact_token: Literal["subject_last", "last"] = "subject_last"
+    end: str = ""
+    mom2_adjustment: bool = True
+    stats: str = "bundled"
+    stats_tokens: int = TOKENS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.v_steps < 1 or self.stats_tokens < 1:
+            raise ConfigError(f"{self.name}: v_steps and stats_tokens must be at least 1")
+        if self.v_lr <= 0 or self.clamp <= 0:
+            raise ConfigError(f"{self.name}: v_lr and clamp must be positive")
+        if min(self.kl, self.v_decay) < 0:
+            raise ConfigError(f"{self.name}: kl and v_decay must not be negative")
+        if any(len(p) != 2 or min(p) < 1 for p in self.prefixes):
+            raise ConfigError(f"{self.name}: prefixes are pairs [tokens, count] of at least 1; got {[list(p) for p in self.prefixes]}")
+        if self.layers is not None and (not self.layers or sorted(set(self.layers)) != list(self.layers)):
+            raise ConfigError(f"{self.name}: layers must name at least one block and rise; got {list(self.layers)}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"{self.name}: seed must be from 0 to 4294967295, not {self.seed}")
+
+    @classmethod
+    def for_model(cls: type[E], lm: LM, **settings: Any) -> E:
+        """The preset for this model, with ``settings`` on top."""
+        return for_model(cls, lm, settings)
+
+    def at(self, lm: LM) -> tuple[int, ...]:
+        """The blocks to edit on this model.
+
+        Where a norm follows what the MLP writes (Gemma 2 and 3, OLMo 2), a change of the linear is no change of equal size of the
+        residual stream, so it can't be shared out over blocks: only the last of them is edited.
+        """
+        chosen = self.layers or tuple(sorted({min(lm.depth - 1, int(lm.depth * f + 0.5)) for f in self.DEPTHS}))
+        wrong = [b for b in chosen if not 0 <= b < lm.depth]
+        if wrong:
+            raise ConfigError(f"{self.name}: block {wrong[0]} does not exist (0 to {lm.depth - 1}); set layers for this model")
+        return chosen if adds_directly(lm, chosen[-1]) else chosen[-1:]
+
+    def objective(self) -> Objective:
+        return Objective(self.v_lr, self.v_steps, self.v_stop, self.kl, self.v_decay, self.clamp)
+
+    def edit(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> Patch:
+        """One patch that writes all requests at once, on top of ``on``."""
+        return Locating(self, lm, [list(requests)], on, runner).run(progress)[0]
+
+    def edit_each(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> list[Patch]:
+        """A patch for each request, as if it were made alone on ``on``: values and keys of all in the same batches."""
+        return Locating(self, lm, [[r] for r in requests], on, runner).run(progress)
+
+    # -- what a method may change ------------------------------------------------------------------------------
+
+    def downs(self, m: Moments | None, keys: Tensor, bare: Tensor, groups: Sequence[list[int]], past: Tensor | None) -> list[Tensor]:
+        """For each problem its ``down`` [n, I], float64.
+
+        keys   [N, I] averaged over prefixes;  bare [N, I] of the bare prompt;  groups: the rows of each problem
+        past   [n_past, I] keys that earlier edits wrote, for methods that keep them
+        """
+        raise NotImplementedError
+
+    def weights(self, count: int) -> list[float]:
+        """Of the bare prompt and of each prefixed one in the average key: half for the bare prompt (MEMIT's groups)."""
+        return [1.0] if count == 1 else [0.5, *[0.5 / (count - 1)] * (count - 1)]
+
+    def divisor(self, left: int) -> float:
+        """The residual is divided by this when ``left`` blocks, this one included, are still to be edited."""
+        return float(left)
+
+    def value_sites(self, block: int, direct: bool) -> list[Site]:
+        """Where δ is added; the first is what the change has to produce."""
+        return [Site(block) if self.VALUE_AT == "block" and direct else Site(block, POINT)]
+
+    def current(self, job: Locating, outputs: Tensor, ops: Sequence[list[Op]]) -> Tensor:
+        """[N, D]: what stands now where the value should be; ``outputs`` [N, T, O] are those of the edited linear behind each prefix."""
+        return job.read_bare(job.value_sites[0], ops) if ops[0] else job.start
+
+    def remember(self, job: Locating, ops: Sequence[list[Op]]) -> list[dict[str, Tensor]]:
+        """State of each patch for edits to come."""
+        return [{} for _ in ops]
+
+
+@dataclass
+class Locating:
+    """One run: all requests of all problems together."""
+
+    editor: Any
+    lm: LM
+    problems: list[list[EditRequest]]
+    on: Stack
+    runner: Any
+
+    def __post_init__(self) -> None:
+        if not all(self.problems):
+            raise ConfigError(f"{self.editor.name}: nothing to edit; give at least one request")
+        self.on = live(tuple(self.on))
+        self.requests = [r for rs in self.problems for r in rs]
+        self.owner = torch.tensor([i for i, rs in enumerate(self.problems) for _ in rs], device=self.lm.device)
+        ends = torch.tensor([0, *map(len, self.problems)]).cumsum(0).tolist()
+        self.groups = [list(range(a, b)) for a, b in pairwise(ends)]
+
+    def run(self, progress: Progress | None = None) -> list[Patch]:
+        if not self.problems:
+            return []
+        began, e, lm = time.perf_counter(), self.editor, self.lm
+        self.blocks = e.at(lm)
+        sites = [Site(b, POINT) for b in self.blocks]
+        self.moments = moments(lm, sites, e.stats, tokens=e.stats_tokens) if e.mom2_adjustment else {}
+        self.before = prefixes(lm, e.prefixes, e.seed)
+        self.placed = [place(lm, r, self.before, e.end, e.name, e.fact_token) for r in self.requests]
+        self.value_sites = e.value_sites(self.blocks[-1], adds_directly(lm, self.blocks[-1]))
+        found = self._values(progress)
+        ops = self._write(torch.stack([f.delta[: lm.width] for f in found]))
+        state = e.remember(self, ops)
+        return self._pack(ops, state, found, (time.perf_counter() - began) / len(self.problems))
+
+    def _values(self, progress: Progress | None) -> list[Found]:
+        e = self.editor
+        self.start = self.read_bare(self.value_sites[0], [])
+        norms = torch.linalg.vector_norm(self.start, dim=-1).tolist()
+        wanted = [
+            Wanted(tuple(rows), place_kl(self.lm, r) if e.kl else None, norm)
+            for r, rows, norm in zip(self.requests, self.placed, norms, strict=True)
+        ]
+        return optimise(self.lm, wanted, self.value_sites, e.objective(), self.on, self.runner, progress)
+
+    def banks(self, ops: Sequence[list[Op]]) -> list[Bank]:
+        """What has been written so far, an entry a problem."""
+        return [
+            Bank(
+                column[0].kind,
+                column[0].site,
+                column[0].settings,
+                {k: torch.stack([op.tensors[k] for op in column]) for k in column[0].tensors},
+            )
+            for column in zip(*ops, strict=True)
+        ]
+
+    def read_bare(self, site: Site, ops: Sequence[list[Op]]) -> Tensor:
+        """[N, O] output of the site at the subject of the bare prompt, under ``on`` and ``ops``."""
+        rows = [up_to(placed[0].row, placed[0].at) for placed in self.placed]
+        return read(self.lm, rows, [site], on=self.on, banks=self.banks(ops), owner=self.owner)[site][1]
+
+    def read_keys(self, block: int, ops: Sequence[list[Op]]) -> tuple[Tensor, Tensor]:
+        """(inputs [N, T, I], outputs [N, T, O]) of the edited linear at the subject behind each of T prefixes."""
+        rows = [up_to(p.row, p.at) for placed in self.placed for p in placed]
+        owner = self.owner.repeat_interleave(len(self.before))
+        x, y = read(self.lm, rows, [Site(block, POINT)], on=self.on, banks=self.banks(ops), owner=owner)[Site(block, POINT)]
+        count = len(self.requests)
+        return x.unflatten(0, (count, -1)), y.unflatten(0, (count, -1))
+
+    def average(self, values: Tensor) -> Tensor:
+        """[N, T, ·] -> [N, ·] with the method's weights of the prefixes."""
+        weights = torch.tensor(self.editor.weights(values.shape[1]), device=values.device, dtype=values.dtype)
+        return torch.einsum("ntd,t->nd", values, weights)
+
+    def _write(self, delta: Tensor) -> list[list[Op]]:
+        """Ops of each problem, a block at a time, each on top of the ones before."""
+        e, goal = self.editor, self.start + delta
+        ops: list[list[Op]] = [[] for _ in self.problems]
+        for i, block in enumerate(self.blocks):
+            x, y = self.read_keys(block, ops)
+            residual = (goal - e.current(self, y, ops)) / e.divisor(len(self.blocks) - i)
+            downs = e.downs(self.moments.get(Site(block, POINT)), self.average(x), x[:, 0], self.groups, self.past(block))
+            for own, group, down in zip(ops, self.groups, downs, strict=True):
+                tensors = {"down": down.to(delta.dtype).contiguous(), "up": residual[group].T.contiguous()}
+                if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+                    raise FitError(
+                        f"{e.name}: the change of block {block} is not finite; lower v_lr, or make the statistics from more text"
+                    )
+                own.append(Op("low_rank", Site(block, POINT), tensors))
+        return ops
+
+    def past(self, block: int) -> Tensor | None:
+        """Keys [n, I] that live patches of this method on the stack wrote at this block."""
+        kept = [p.state[f"keys.{block}"] for p in self.on if p.method == self.editor.name and f"keys.{block}" in p.state]
+        return torch.cat(kept).to(self.lm.device) if kept else None
+
+    def _pack(self, ops: Sequence[list[Op]], state: Sequence[dict[str, Tensor]], found: Sequence[Found], seconds: float) -> list[Patch]:
+        e = self.editor
+        settings = {f.name: to_dict(e)[f.name] for f in fields(e)} | {"layers": list(self.blocks)}
+        patches = []
+        for requests, group, own, kept in zip(self.problems, self.groups, ops, state, strict=True):
+            losses, steps = [found[i].loss for i in group], [found[i].steps for i in group]
+            notes = {
+                "steps": max(steps),
+                "loss": round(sum(losses) / len(losses), 6),
+                "values stopped": sum(loss < e.v_stop for loss in losses),
+                "seconds": round(seconds, 4),
+            }
+            patches.append(Patch(e.name, settings, self.lm.fingerprint, tuple(requests), tuple(own), kept, (), notes))
+        return patches

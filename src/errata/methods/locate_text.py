@@ -1,0 +1,82 @@
+"""The texts a locate-then-edit method reads and trains on: the prompt behind prefixes, with the place of its subject.
+
+ROME, §3.1: the key is averaged over, and the value optimised on, the prompt behind randomly made prefixes, so that neither holds
+only at the start of a text.  Reference code samples them from the model itself behind fixed starters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from errata.errors import InputError
+from errata.model import LM
+from errata.request import EditRequest
+from errata.tokens import Encoded
+
+STARTERS = ("The", "Therefore", "Because", "I", "You")  # of EasyEdit's prefixes
+TOP_K = 5
+KL_PROMPT = "{} is a"  # whose next word after the subject should stay (ROME, appendix)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tokenised text and the token at which it is read and changed."""
+
+    row: Encoded
+    at: int
+
+
+def prefixes(lm: LM, lengths: Sequence[tuple[int, int]], seed: int) -> list[str]:
+    """ "" and then, for each (tokens, count), ``count`` texts of that many sampled tokens behind the starters in turn, each ending in ". ".
+
+    Sampled from the unedited model, top-5, by ``seed`` alone: the same model has the same prefixes in every process.
+    """
+    out = [""]
+    for tokens, count in lengths:
+        starts = [STARTERS[i % len(STARTERS)] for i in range(count)]
+        for start, text in zip(
+            starts, lm.generate(starts, stacks=[()], max_new_tokens=tokens, stop=(), top_k=TOP_K, seed=seed), strict=True
+        ):
+            out.append(f"{start} {text}. ".replace("{", " ").replace("}", " "))
+    return out
+
+
+def subject_end(request: EditRequest, method: str) -> int:
+    """The character of the prompt where its subject ends (first occurrence)."""
+    if request.subject is None:
+        raise InputError(
+            f"{method} edits at the subject's last token; give the subject of {request.prompt!r} (--subject, or the key in JSONL), "
+            "or set fact_token=last to edit at the prompt's last token"
+        )
+    return request.prompt.find(request.subject) + len(request.subject)
+
+
+def place(lm: LM, request: EditRequest, before: Sequence[str], end: str, method: str, fact_token: str) -> list[Placed]:
+    """The prompt with its target behind each of the prefixes, tokenised in one piece."""
+    stop = len(request.prompt.rstrip()) if fact_token == "last" else subject_end(request, method)
+    texts = [prefix + request.prompt for prefix in before]
+    rows = lm.encode(texts, [request.target + end] * len(texts))
+    return [Placed(row, _token_at(lm, row, text, len(prefix) + stop)) for row, text, prefix in zip(rows, texts, before, strict=True)]
+
+
+def place_kl(lm: LM, request: EditRequest) -> Placed | None:
+    """``KL_PROMPT`` about the subject as far as its last token; None without a subject."""
+    if request.subject is None:
+        return None
+    text = KL_PROMPT.format(request.subject)
+    row = lm.encode([text])[0]
+    return Placed(row, _token_at(lm, row, text, len(request.subject)))
+
+
+def _token_at(lm: LM, row: Encoded, text: str, stop: int) -> int:
+    """The last token of the row that holds a character of ``text`` before ``stop``.
+
+    Read off the offsets of the text alone; a row that goes on behind it has the same tokens up to the end of the prompt, or one
+    that runs over it, which then is the prompt's last.
+    """
+    if not lm.tokenizer.is_fast:
+        raise InputError("the place of a subject needs a fast tokenizer (with offsets)")
+    offsets = lm.tokenizer(text.rstrip(), return_offsets_mapping=True)["offset_mapping"]
+    inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > a]
+    return min(inside[-1], row.prompt_length - 1)
