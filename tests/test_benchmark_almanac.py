@@ -172,6 +172,34 @@ def test_reverse_probes_ask_for_the_subject(split: str, said: dict[str, data.Fac
         assert all(fact.alias is not None and fact.alias in p for p in prompts(case, "alias"))
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_generation_starts_beside_the_edit_and_compares_with_true_texts(split: str, said: dict[str, data.Fact]) -> None:
+    everything = set(Almanac().collection())
+    assert len(everything) == len(Almanac().collection()) == len({f.subject for f in data.facts()})
+    several = 0
+    for case in cases(split):
+        fact, request = said[case.request.prompt], case.request
+        prompts, references = Almanac().generation(case)
+        assert prompts[0] == fact.subject and 1 <= len(prompts) <= 3 and len(set(prompts)) == len(prompts)
+        assert not set(prompts) & {request.prompt, *pair_prompts(request), *(p.prompt for p in case.probes)}
+        for prompt in prompts[1:]:
+            (name,) = (n for n, r in data.relations().items() if any(t.format(fact.subject) == prompt for t in r.templates))
+            assert name != fact.relation and not prompt.endswith("?")
+        several += len(prompts) == 3
+        owners = [f for f in data.facts() if (f.relation, f.object) == (fact.relation, request.target)]
+        assert len(references) == len(owners) >= 1 and set(references) <= everything
+        for owner, reference in zip(owners, references, strict=True):
+            shown, held = data.templates(owner)
+            assert all(f"{t.format(owner.subject)} {request.target}." in reference for t in shown)
+            assert not any(f"{t.format(owner.subject)} {request.target}." in reference for t in held), "training text only"
+    assert several > 0.8 * len(cases(split))
+
+
+def test_generation_of_a_foreign_case() -> None:
+    with pytest.raises(InputError, match="'The capital of Narnia is' is not a case of the almanac"):
+        Almanac().generation(Case(Request("The capital of Narnia is", "Rome", "Narnia"), ()))
+
+
 def test_dev_and_test_share_no_subject(said: dict[str, data.Fact]) -> None:
     def named(split: str) -> set[str]:
         shown: Iterable[str] = (

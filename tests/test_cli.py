@@ -172,15 +172,19 @@ def test_score_writes_a_result(tiny: str, tmp_path: Path, capsys: pytest.Capture
     assert json.loads((out / "summary.json").read_text()) == found
     records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     assert {r["method"] for r in records} == {"baft", "reft"} and len({r["case"] for r in records}) == 3
-    assert {(r["metric"], r["protocol"]) for r in found["summary"]} >= {("reliability", "generated"), ("reliability", "teacher_forced")}
+    assert {(r["metric"], r["protocol"]) for r in found["summary"]} >= {
+        *(("reliability", p) for p in ("generated", "teacher_forced")),
+        *((name, "likelihood") for name in ("S", "ES", "PS", "NS", "EM", "PM", "NM")),
+    }
     assert {d["method"] for d in found["differences"]} == {"reft"}
     html = (out / "report.html").read_text()
-    assert "<h1>baft and reft on" in html and "src=" not in html
+    assert "<h1>baft and reft on" in html and "src=" not in html and "<h2>Likelihood scores</h2>" in html
     assert "| method | reliability |" in (out / "report.md").read_text()
     again = tmp_path / "again"
     assert main([*argv[:-2], str(again)]) == 0
     text = capsys.readouterr().out
     assert "reliability" in text and "unedited model" in text and "reft" in text
+    assert text.index("Teacher-forced:") < text.index("Generated:") < text.index("Likelihood:") < text.index("NS (neighbours)")
     assert (again / "records.jsonl").read_bytes() == (out / "records.jsonl").read_bytes()  # same inputs, same bytes
 
 

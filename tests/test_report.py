@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from errata.errors import ErrataError, InputError, StorageError
+from errata.report import curves
 from errata.report.curves import retention, sweep
 from errata.report.page import page
 from errata.report.scatter import scatter
@@ -87,6 +88,31 @@ def test_protocols_never_share_a_table(write: Callable[[Any], str]) -> None:
     assert "62.2 [57.2, 67.2]" in generated
     assert "62.2" not in forced
     assert write([]) == ""
+
+
+LIKELIHOOD = [row("baft", "EM", "likelihood", 0.44), row("baft", "S", "likelihood", 0.33, before=None)]
+SAMPLED = [row("baft", "GE", "sampled", 6.266, before=6.2), row("baft", "RS", "sampled", 0.319)]
+
+
+def test_likelihoods_and_sampled_text_have_tables_of_their_own() -> None:
+    text = terminal([*SAMPLED, *LIKELIHOOD, *ROWS])
+    forced, generated, likelihood, sampled = text.replace("Likelihood:", "|").replace("Generated:", "|").replace("Sampled:", "|").split("|")
+    assert "S (harmonic mean)  EM (edited prompt)" in likelihood
+    assert "33.0 [28.0, 38.0]   44.0 [39.0, 49.0]" in likelihood and "44.0" not in forced + generated + sampled
+    assert "626.6 [621.6, 631.6]" in sampled and "31.9 [26.9, 36.9]" in sampled
+    assert "Times 100, 95 %" in sampled and "Percent, 95 %" in likelihood
+    read = Reader(page("t", [*ROWS, *LIKELIHOOD, *SAMPLED], [], {}))
+    assert read.count("table", class_="scores") == 4 and read.count("svg") == 2
+    assert read.text.index("Generated scores") < read.text.index("Likelihood scores") < read.text.index("NS share")
+    assert "in bits (GE) and likeness to texts about the new answer (RS). Times 100, with 95 % intervals" in read.text
+
+
+def test_curves_hold_what_is_below_zero_and_above_one(tmp_path: Path) -> None:
+    assert curves._limits([row()]) == pytest.approx((-0.03, 1.03))
+    assert curves._limits([row(value=-0.4), row()]) == pytest.approx((-0.48, 1.03))
+    assert curves._limits([row(value=6.0)]) == pytest.approx((-0.03, 6.08))
+    retention([row("m", "NM", "likelihood", -0.4, T=1), row("m", "GE", "sampled", 6.0, T=1), row("m", T=1)], tmp_path / "c.png")
+    assert (tmp_path / "c.png").stat().st_size > 5000
 
 
 def test_markdown_lines_hold_methods_and_metrics_in_reading_order() -> None:

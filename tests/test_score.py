@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from families import lm
 
@@ -35,7 +37,17 @@ CASES = [
         (Probe("rewrite", "The capital of Spain is", "Tokyo"), Probe("neighbour", "The capital of France is", "Paris")),
     ),
 ]
+# A likelihood rounds differently in a batch of another shape; everything else is equal to the last bit.
+LIKELIHOODS = ("nll_before", "nll_after", "nll_rival_before", "nll_rival_after")
 EDITOR = ReFT(rank=4, lr=0.02, end=".", layers=(3,))
+
+
+def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    def exact(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in r.items() if k not in LIKELIHOODS} for r in records]
+
+    close = all(r[k] == pytest.approx(s[k], abs=1e-4) for r, s in zip(one, other, strict=True) for k in LIKELIHOODS)
+    return close and exact(one) == exact(other)
 
 
 class Counter:
@@ -54,7 +66,7 @@ def test_routed_scores_are_those_of_each_case_alone() -> None:
     patches = EDITOR.edit_each(base, [c.request for c in CASES])
     together = score(base, CASES, [(p,) for p in patches], "reft")
     alone = [r for case, patch in zip(CASES, patches, strict=True) for r in score(base, [case], [(patch,)], "reft")]
-    assert together == alone
+    assert same(together, alone)
     rewrite = [r for r in together if r["kind"] == "rewrite"]
     assert all(r["tf_after"] == 1.0 and r["gen_match_after"] and not r["gen_match_before"] and r["known"] for r in rewrite)
     assert all(r["tf_before"] == 1.0 and r["gen_match_before"] for r in together if r["kind"] == "neighbour")
@@ -102,7 +114,7 @@ def test_continual_scores_the_final_stack_and_right_after(editor: ReFT | BaFT) -
     stack, at, immediate = run.continual(base, editor, CASES, [1, 3])
     assert len(stack) == 1 and len(stack[0].requests) == 3  # each patch went on from the last and replaced it
     assert {m: len({r["case"] for r in records}) for m, records in at.items()} == {1: 1, 3: 3}
-    assert at[3] == score(base, CASES, [stack] * 3, editor.name)
+    assert same(at[3], score(base, CASES, [stack] * 3, editor.name))
     right_after = [r for r in immediate if r["kind"] == "rewrite"]
     assert len(right_after) == 3 and all(r["tf_after"] == 1.0 for r in right_after)
     assert at[1] == immediate[: len(at[1])]

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
 from errata.almanac import corpus
-from errata.bank import Plan
 from errata.benchmarks.facts import Sentence, facts, relations, sentences
 from errata.model import LM
+from errata.score.perplexity import perplexity
 from errata.score.queries import Answers, force
 
-PERPLEXITY_TOKENS = 40_000
-LENGTH = 256
 Progress = Callable[[int, int], None]
 
 
@@ -61,39 +55,14 @@ def check(lm: LM, facts_per_relation: int | None = None, progress: Progress | No
         "facts_known_on_every_training_template": sum(all(v) for v in known.values()),
         "facts_known_on_most_training_templates": sum(sum(v) * 2 > len(v) for v in known.values()),
         "exact_match": share,
-        **perplexity(lm),
+        **language(lm),
     }
 
 
-@torch.no_grad()
-def perplexity(lm: LM) -> dict[str, Any]:
-    """exp(mean NLL per token) on held-out encyclopaedic text in rows of ``LENGTH`` tokens.
-
-    Bits per byte besides, which can be compared across tokenizers.
-    """
-    paragraphs = corpus.text("heldout").split("\n")
-    rows, used, ids = [], 0, []
-    for i, row in enumerate(lm.tokenizer(paragraphs, add_special_tokens=False)["input_ids"]):
-        ids += row
-        used += len(paragraphs[i].encode())
-        if len(ids) >= PERPLEXITY_TOKENS:
-            break
-    bos = lm.tokenizer.bos_token_id
-    for start in range(0, len(ids) - LENGTH + 1, LENGTH):
-        rows.append(([bos] if bos is not None else []) + ids[start : start + LENGTH])
-    total, count = 0.0, 0
-    for start in range(0, len(rows), 16):
-        batch = torch.tensor(rows[start : start + 16], device=lm.device)
-        with lm.running(Plan()):  # of the base, whatever is attached
-            logits = lm.hf(input_ids=batch).logits[:, :-1].float()
-        nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-        total, count = total + float(nll), count + batch[:, 1:].numel()
-    mean = total / count
-    return {
-        "perplexity": round(math.exp(mean), 2),
-        "bits_per_byte": round(mean / math.log(2) * len(ids) / used, 3),
-        "text_tokens": count,
-    }
+def language(lm: LM) -> dict[str, Any]:
+    """Perplexity of the base on the bundled held-out encyclopaedic text, and bits per byte, which compare across tokenizers."""
+    (found,) = perplexity(lm, corpus.text("heldout"))
+    return {"perplexity": round(found.value, 2), "bits_per_byte": round(found.bits_per_byte, 3), "text_tokens": found.tokens}
 
 
 def text(result: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from errata.benchmarks import almanac_texts
 from errata.benchmarks import facts as data
 from errata.benchmarks.facts import Fact, share
 from errata.errors import InputError
@@ -285,3 +286,11 @@ class Almanac:
         if n is not None and not 1 <= n <= count:
             raise InputError(f"{n} cases asked for, but the almanac's {split} split has 1 to {count}; ask for a number in between")
         return itertools.islice(_dealt(split, seed), n)
+
+    def generation(self, case: Case) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(prompts to go on from, reference texts about things that have the new answer): see `errata.benchmarks.almanac_texts`."""
+        return almanac_texts.generation(case)
+
+    def collection(self) -> tuple[str, ...]:
+        """Every reference text there is."""
+        return almanac_texts.collection()

@@ -33,12 +33,12 @@ def differences(records: Sequence[Record], rows: Sequence[Row]) -> list[dict[str
 
 
 def show(screen: Screen, rows: Sequence[Row], gaps: Sequence[Row]) -> None:
-    """Both protocols, metrics down and methods across: few methods are compared on many metrics, and a terminal is narrow."""
+    """A table for each protocol, metrics down and methods across: few methods are compared on many metrics, and a terminal is narrow."""
     for protocol in tables.protocols(rows):
         screen.say(tables.PROTOCOLS.get(protocol, protocol))
         heads, *lines = list(zip(*_columns(rows, protocol), strict=True))
         screen.table(heads, lines, right=(-1,))
-        screen.say(f"Percent, 95 % intervals over cases. {tables.counts(rows, protocol)}.")
+        screen.say(f"{tables.unit(protocol)}, 95 % intervals over cases. {tables.counts(rows, protocol)}.")
         screen.say()
     enough = [g for g in gaps if g["n_cases"] >= LEAST]
     shown = [g for g in enough if g["low"] > 0 or g["high"] < 0]

@@ -21,6 +21,7 @@ Row = Mapping[str, Any]
 
 # Told apart by colour-blind readers, and by marker where printed grey.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
+LABELS = {"likelihood": "share of probes, or difference of probability", "sampled": "bits (GE), cosine (RS)"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -78,6 +79,11 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$").lstrip("_ ")
 
 
+def _limits(rows: Sequence[Row]) -> tuple[float, float]:
+    """Of the upright axis: 0 to 1, and further where a difference of probabilities is below 0 or an entropy above 1."""
+    return min([0.0, *(float(row["low"]) for row in rows)]) - 0.03, max([1.0, *(float(row["high"]) for row in rows)]) + 0.03
+
+
 def _draw(rows: Sequence[Row], path: str | Path, x: str, label: str, log: bool) -> None:
     shown = protocols(rows)
     figure, panels = _figure(len(shown))
@@ -91,8 +97,8 @@ def _draw(rows: Sequence[Row], path: str | Path, x: str, label: str, log: bool) 
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axes.minorticks_off()
         axes.set_xlabel(_plain(label))
-        axes.set_ylabel("share of probes")
-        axes.set_ylim(-0.03, 1.03)
+        axes.set_ylabel(LABELS.get(protocol, "share of probes"))
+        axes.set_ylim(*_limits(mine))
         axes.set_title(_plain(PROTOCOLS.get(protocol, protocol).partition(":")[0]), fontsize=10)
         axes.grid(True, alpha=0.25)
         axes.legend(fontsize=7)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from errata.report.scatter import scatter
-from errata.report.tables import PROTOCOLS, counts, escape, grid, methods, protocols
+from errata.report.tables import PROTOCOLS, counts, escape, grid, methods, protocols, unit
 
 Row = Mapping[str, Any]
 Record = Mapping[str, Any]
@@ -110,7 +110,7 @@ def _scores(rows: Sequence[Row], protocol: str) -> str:
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in headings)
     body = "".join(f'<tr><th scope="row">{escape(line[0])}</th>{"".join(map(_score, line[1:]))}</tr>' for line in lines)
     return (
-        f'<h2>{escape(name)} scores</h2>\n<p class="soft">{escape(meaning)}. Percent, with 95 % intervals over cases.</p>\n'
+        f'<h2>{escape(name)} scores</h2>\n<p class="soft">{escape(meaning)}. {unit(protocol)}, with 95 % intervals over cases.</p>\n'
         f'<div class="scroll" tabindex="0"><table class="scores"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n'
         f'<p class="soft">{escape(counts(rows, protocol))}.</p>'
     )

@@ -1,6 +1,6 @@
 """Summary rows (`errata.score.metrics.summarise`) as text.  Methods are rows, metrics are columns.
 
-Teacher-forced and generated numbers answer different questions, so they never share a table.
+Teacher-forced, generated, likelihood and sampled numbers answer different questions, so they never share a table.
 """
 
 from __future__ import annotations
@@ -24,10 +24,21 @@ HEADINGS: Final[dict[str, str]] = {
     "locality_agreement": "locality (as before)",
     "locality_correct": "locality (true)",
     "locality_correct_known": "locality (true, known)",
+    "S": "S (harmonic mean)",
+    "ES": "ES (edited prompt)",
+    "PS": "PS (rephrased)",
+    "NS": "NS (neighbours)",
+    "EM": "EM (edited prompt)",
+    "PM": "PM (rephrased)",
+    "NM": "NM (neighbours)",
+    "GE": "GE (fluency)",
+    "RS": "RS (consistency)",
 }
 PROTOCOLS: Final[dict[str, str]] = {
     "teacher_forced": "Teacher-forced: share of the answer's tokens, the answer being fed",
     "generated": "Generated: the model's own text equals the answer",
+    "likelihood": "Likelihood: the wanted answer against its rival; ES, PS, NS share where it is likelier, EM, PM, NM by how much",
+    "sampled": "Sampled: longer text; n-gram entropy in bits (GE) and likeness to texts about the new answer (RS)",
 }
 BEFORE: Final = "unedited model"
 
@@ -52,6 +63,11 @@ def metrics(rows: Iterable[Row]) -> list[str]:
 def methods(rows: Iterable[Row]) -> list[str]:
     """The methods in the order they were scored."""
     return list(dict.fromkeys(row["method"] for row in rows))
+
+
+def unit(protocol: str) -> str:
+    """What the cells of a protocol's table are in; an entropy is no share, but papers print it times 100 as well."""
+    return "Times 100" if protocol == "sampled" else "Percent"
 
 
 def percent(value: float | None) -> str:
@@ -137,4 +153,4 @@ def _markdown_cell(text: str) -> str:
 
 
 def _footer(rows: Sequence[Row], protocol: str) -> str:
-    return f"Percent, 95 % intervals over cases. {counts(rows, protocol)}."
+    return f"{unit(protocol)}, 95 % intervals over cases. {counts(rows, protocol)}."

@@ -9,17 +9,31 @@ A record is one probe of one method, as plain JSON values:
     gen_match_before, gen_match_after      that text equals the target after `normalise`
     gen_agree                              both texts are equal
     known                                  the model answered this probe truly before the edit
+    nll_before, nll_after                  mean negative log-likelihood of the answer's tokens, in nats
+    rival, nll_rival_before, …_after       the answer it is weighed against and its NLL; None where there is none
+    ge_…, rs_…                             of records of kind "generation" only, see `errata.score.generation`
 
-Teacher forcing shows the model the beginning of the answer and its length; free text does not.  The two are therefore two
-columns (`PROTOCOLS`), never averaged.
+Teacher forcing shows the model the beginning of the answer and its length; free text does not; a likelihood compares two given
+answers and does not ask whether the model would say either.  They are therefore separate columns (`PROTOCOLS`), never averaged.
+Records written before a field existed are summarised without the metrics that need it.
+
+The likelihood metrics are those of ROME (Meng et al. 2022, arXiv 2202.05262) and MEMIT.  With NLL(a) = −1/|a| Σ log p(a_t | prompt, a_<t):
+
+    ES, PS, NS     share of probes (rewrite, rephrase, neighbour) with NLL(answer) < NLL(rival)
+    EM, PM, NM     mean of exp(−NLL(answer)) − exp(−NLL(rival)): a difference of geometric-mean token probabilities, in [−1, 1]
+    S              3 / (1/ES + 1/PS + 1/NS)
+
+Answer and rival are the new and the old object after a rewrite or a rephrase, so more is better for the edit.  After a
+neighbour's prompt they are the neighbour's own true object and the edit's new one, so more is better for what should stay.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,7 +45,7 @@ from errata.errors import InputError, UnknownName
 Record = Mapping[str, Any]
 Floats = NDArray[np.float64]
 
-PROTOCOLS: Final = ("teacher_forced", "generated")
+PROTOCOLS: Final = ("teacher_forced", "generated", "likelihood", "sampled")
 LEVEL = 0.95
 CHUNK = 1 << 21  # resampled indices held at once: 16 MB
 
@@ -44,6 +58,7 @@ class Metric:
     after     protocol -> record field
     before    protocol -> record field of the unedited model; empty where that is 1 by definition
     known     restricted to probes the unedited model answered truly
+    harmonic  the harmonic mean over ``kinds`` of each kind's mean over cases; there is none unless every kind occurs
     """
 
     name: str
@@ -52,6 +67,7 @@ class Metric:
     after: Mapping[str, str]
     before: Mapping[str, str]
     known: bool = False
+    harmonic: bool = False
     note: str = ""
 
 
@@ -59,6 +75,8 @@ _AFTER: Final = {"teacher_forced": "tf_after", "generated": "gen_match_after"}
 _BEFORE: Final = {"teacher_forced": "tf_before", "generated": "gen_match_before"}
 _AGREE: Final = {"teacher_forced": "tf_agree", "generated": "gen_agree"}
 _LOCAL: Final = ("neighbour", "unrelated")
+_WINS: Final = ({"likelihood": "nll_wins_after"}, {"likelihood": "nll_wins_before"})
+_MARGIN: Final = ({"likelihood": "nll_margin_after"}, {"likelihood": "nll_margin_before"})
 
 METRICS: Final[dict[str, Metric]] = {
     metric.name: metric
@@ -72,6 +90,15 @@ METRICS: Final[dict[str, Metric]] = {
         Metric("locality_agreement", 1, _LOCAL, _AGREE, {}, note="other facts are answered as before, right or wrong"),
         Metric("locality_correct", 1, _LOCAL, _AFTER, _BEFORE, note="other facts are answered truly"),
         Metric("locality_correct_known", 1, _LOCAL, _AFTER, _BEFORE, known=True, note="other facts known before are still answered truly"),
+        Metric("S", 1, ("rewrite", "rephrase", "neighbour"), *_WINS, harmonic=True, note="harmonic mean of ES, PS and NS"),
+        Metric("ES", 1, ("rewrite",), *_WINS, note="the new answer is likelier than the old one after the edited prompt"),
+        Metric("PS", 1, ("rephrase",), *_WINS, note="the same after other ways to ask"),
+        Metric("NS", 1, ("neighbour",), *_WINS, note="a neighbour's own answer is likelier than the edit's new one"),
+        Metric("EM", 1, ("rewrite",), *_MARGIN, note="how much more probable the new answer is than the old one"),
+        Metric("PM", 1, ("rephrase",), *_MARGIN, note="the same after other ways to ask"),
+        Metric("NM", 1, ("neighbour",), *_MARGIN, note="how much more probable a neighbour's own answer is than the edit's new one"),
+        Metric("GE", 1, ("generation",), {"sampled": "ge_after"}, {"sampled": "ge_before"}, note="n-gram entropy of sampled text, bits"),
+        Metric("RS", 1, ("generation",), {"sampled": "rs_after"}, {"sampled": "rs_before"}, note="likeness to texts with the new answer"),
     )
 }
 
@@ -112,24 +139,52 @@ def get_metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def _check_protocol(protocol: str) -> None:
+def _check_protocol(which: Metric, protocol: str) -> None:
     if protocol not in PROTOCOLS:
-        raise InputError(f"no protocol {protocol!r}; there are {' and '.join(PROTOCOLS)}")
+        raise InputError(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS[:-1])} and {PROTOCOLS[-1]}")
+    if protocol not in which.after:
+        raise InputError(f"{which.name} is not measured as {protocol!r}; it is as {' and '.join(which.after)}")
 
 
 def _field(record: Record, name: str) -> Any:
+    if name in _DERIVED:
+        return _DERIVED[name](record)
     if name not in record:
         raise InputError(f"a record of case {record.get('case', '?')!r} has no {name!r}; it was not written by errata's scorer")
     return record[name]
 
 
+def _pair(record: Record, when: str) -> tuple[float, float] | None:
+    """(NLL of the answer, of its rival); None without a rival and in records older than these fields."""
+    own, rival = record.get(f"nll_{when}"), record.get(f"nll_rival_{when}")
+    return None if own is None or rival is None else (float(own), float(rival))
+
+
+def _wins(record: Record, when: str) -> bool | None:
+    return None if (pair := _pair(record, when)) is None else pair[0] < pair[1]
+
+
+def _margin(record: Record, when: str) -> float | None:
+    return None if (pair := _pair(record, when)) is None else math.exp(-pair[0]) - math.exp(-pair[1])
+
+
+_DERIVED: Final[dict[str, Callable[[Record], Any]]] = {
+    "nll_wins_before": lambda r: _wins(r, "before"),
+    "nll_wins_after": lambda r: _wins(r, "after"),
+    "nll_margin_before": lambda r: _margin(r, "before"),
+    "nll_margin_after": lambda r: _margin(r, "after"),
+}
+
+
 def _chosen(records: Iterable[Record], which: Metric, protocol: str) -> list[Record]:
     """The records a metric counts.  A probe whose field is None (it could not be asked) counts nowhere."""
-    return [
+    found = [
         r
         for r in records
         if _field(r, "kind") in which.kinds and _field(r, which.after[protocol]) is not None and (not which.known or _field(r, "known"))
     ]
+    whole = not which.harmonic or {r["kind"] for r in found} == set(which.kinds)
+    return found if whole else []
 
 
 def _case_means(records: Iterable[Record], field: str) -> dict[str, float]:
@@ -141,27 +196,59 @@ def _case_means(records: Iterable[Record], field: str) -> dict[str, float]:
     return {case: sum(values) / len(values) for case, values in sorted(found.items())}
 
 
-def _interval(values: Floats, seed: int, resamples: int) -> tuple[float, float]:
-    """Percentile bootstrap of the mean over cases.  values [cases].
+def _columns(records: Sequence[Record], which: Metric, field: str) -> dict[str, list[float]]:
+    """case -> its means: one number, or for a harmonic metric one a kind (NaN where the case has no such probe)."""
+    if not which.harmonic:
+        return {case: [mean] for case, mean in _case_means(records, field).items()}
+    by_kind = [_case_means((r for r in records if r["kind"] == kind), field) for kind in which.kinds]
+    return {case: [means.get(case, math.nan) for means in by_kind] for case in sorted({c for means in by_kind for c in means})}
 
-    The generator starts anew for each call, so all metrics and methods with as many cases see the same resamples.
+
+def _mean(drawn: Floats) -> Floats:
+    """[…, cases] -> […]"""
+    out: Floats = drawn.mean(axis=-1)
+    return out
+
+
+def _harmonic(drawn: Floats) -> Floats:
+    """[…, cases, kinds] -> […]: K / Σ_k 1/m_k with m_k the mean over the cases that have kind k.
+
+    0 where a mean is 0; NaN where no case has one of the kinds.
+    """
+    there = ~np.isnan(drawn)
+    count = there.sum(axis=-2)
+    means = np.where(there, drawn, 0.0).sum(axis=-2) / np.maximum(count, 1)
+    inverse = np.divide(1.0, means, out=np.full_like(means, np.inf), where=means > 0)
+    out: Floats = np.where((count > 0).all(axis=-1), drawn.shape[-1] / inverse.sum(axis=-1), np.nan)
+    return out
+
+
+def _interval(values: Floats, seed: int, resamples: int, statistic: Callable[[Floats], Floats] = _mean) -> tuple[float, float]:
+    """Percentile bootstrap over cases.  values [cases] or [cases, …], ``statistic`` [resamples, cases, …] -> [resamples].
+
+    Several columns of a case are drawn together.  The generator starts anew for each call, so all metrics and methods with
+    as many cases see the same resamples.
     """
     if resamples < 1:
         raise InputError(f"resamples must be at least 1, not {resamples}")
     rng = np.random.default_rng(seed)
     n = len(values)
-    rows = max(1, CHUNK // n)
-    means = [values[rng.integers(0, n, size=(min(rows, resamples - start), n))].mean(axis=1) for start in range(0, resamples, rows)]
-    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    rows = max(1, CHUNK // values.size)
+    drawn = (values[rng.integers(0, n, size=(min(rows, resamples - start), n))] for start in range(0, resamples, rows))
+    found = np.concatenate([statistic(d) for d in drawn])
+    found = found[~np.isnan(found)]  # a resample without any probe of a kind says nothing
+    if not len(found):
+        found = statistic(values[None])
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def summarise(records: Iterable[Record], seed: int = 0, resamples: int = 2000) -> list[dict[str, Any]]:
     """One row for each method, metric and protocol that has a probe.
 
-    value = mean over cases of the mean over the case's probes; [low, high] = 95 % interval of it, bootstrapped over cases,
-    because the probes of one case rise and fall together.  ``before`` is the same mean of the unedited model, None where
-    that was not measured.
+    value = mean over cases of the mean over the case's probes (for S: the harmonic mean of three such); [low, high] = 95 %
+    interval of it, bootstrapped over cases, because the probes of one case rise and fall together.  ``before`` is the same
+    of the unedited model, None where that was not measured.
     """
     by_method: dict[str, list[Record]] = {}
     for record in records:
@@ -169,24 +256,26 @@ def summarise(records: Iterable[Record], seed: int = 0, resamples: int = 2000) -
     rows = []
     for method, mine in by_method.items():
         for which in METRICS.values():
-            for protocol in PROTOCOLS:
+            for protocol in which.after:
                 if chosen := _chosen(mine, which, protocol):
                     rows.append({"method": method, **_row(chosen, which, protocol, seed, resamples)})
     return rows
 
 
 def _row(chosen: Sequence[Record], which: Metric, protocol: str, seed: int, resamples: int) -> dict[str, Any]:
-    means = np.array(list(_case_means(chosen, which.after[protocol]).values()))
-    low, high = _interval(means, seed, resamples)
+    statistic = _harmonic if which.harmonic else _mean
+    means = _array(_columns(chosen, which, which.after[protocol]).values(), which)
+    low, high = _interval(means, seed, resamples, statistic)
     before: float | None = 1.0  # a model agrees with itself
     if which.before:
-        unedited = list(_case_means(chosen, which.before[protocol]).values())
-        before = float(np.mean(unedited)) if unedited else None
+        unedited = _columns(chosen, which, which.before[protocol])
+        found = float(statistic(_array(unedited.values(), which))) if unedited else math.nan
+        before = None if math.isnan(found) else found
     return {
         "metric": which.name,
         "version": which.version,
         "protocol": protocol,
-        "value": float(means.mean()),
+        "value": float(statistic(means)),
         "low": low,
         "high": high,
         "n_cases": len(means),
@@ -195,27 +284,46 @@ def _row(chosen: Sequence[Record], which: Metric, protocol: str, seed: int, resa
     }
 
 
+def _array(rows: Iterable[Sequence[float]], which: Metric) -> Floats:
+    """[cases], or [cases, kinds] of a harmonic metric."""
+    out = np.array(list(rows), dtype=np.float64)
+    return out if which.harmonic else out[:, 0]
+
+
 def difference(
     records_a: Iterable[Record], records_b: Iterable[Record], metric: str, protocol: str, seed: int = 0, resamples: int = 2000
 ) -> dict[str, Any]:
-    """value = mean over common cases of (case mean of a − case mean of b), with its 95 % interval.
+    """value = mean over common cases of (case mean of a − case mean of b), with its 95 % interval; for S the difference of the two S.
 
     Paired: each resample draws cases, not answers, so what makes a case hard for both methods cancels.  An interval
     that leaves out 0 says that the two differ.
     """
     which = get_metric(metric)
-    _check_protocol(protocol)
+    _check_protocol(which, protocol)
     sides = []
     for records in (records_a, records_b):
         rows = list(records)
         methods = {str(_field(r, "method")) for r in rows}
         if len(methods) > 1:
             raise InputError(f"a difference needs the records of one method on each side, not of {', '.join(sorted(methods))}")
-        sides.append(_case_means(_chosen(rows, which, protocol), which.after[protocol]))
+        sides.append(_columns(_chosen(rows, which, protocol), which, which.after[protocol]))
     a, b = sides
     common = [case for case in a if case in b]
+    nothing = f"no case has {metric} on both sides; score both methods on the same benchmark, split and seed"
     if not common:
-        raise InputError(f"no case has {metric} on both sides; score both methods on the same benchmark, split and seed")
-    gaps = np.array([a[case] - b[case] for case in common])
-    low, high = _interval(gaps, seed, resamples)
-    return {"value": float(gaps.mean()), "low": low, "high": high, "n_cases": len(common)}
+        raise InputError(nothing)
+    left, right = (_array((side[case] for case in common), which) for side in sides)
+    if not which.harmonic:
+        gaps = left - right
+        value, (low, high) = float(gaps.mean()), _interval(gaps, seed, resamples)
+    else:
+        both, k = np.concatenate([left, right], axis=1), len(which.kinds)
+
+        def gap(drawn: Floats) -> Floats:
+            return _harmonic(drawn[..., :k]) - _harmonic(drawn[..., k:])
+
+        value = float(gap(both))
+        if math.isnan(value):  # the common cases lack a kind
+            raise InputError(nothing)
+        low, high = _interval(both, seed, resamples, gap)
+    return {"value": value, "low": low, "high": high, "n_cases": len(common)}

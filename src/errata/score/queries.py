@@ -3,6 +3,8 @@
 Every probe becomes a *query* (stack, prompt, target).  Queries that ask the same of the same stack are asked once; the
 unedited model's answers are found once for all methods.  Queries are sorted by length and run in batches whose rows may
 run under different stacks: scoring N single edits takes as many passes as scoring one edit with N times the probes.
+
+One forced pass gives both the argmax and the likelihood of an answer; a probe with a rival answer adds one row for the rival.
 """
 
 from __future__ import annotations
@@ -22,14 +24,20 @@ from errata.tokens import Encoded
 Progress = Callable[[int, int], None]
 ROWS = 192  # of a batch; more gains nothing on two cores and holds more memory
 MAX_NEW_TOKENS = 12
+NUMBERS = 1 << 24  # of the logits that are held in float32 at once: 64 MB
+WORST = 1e3  # nats of a token that has no probability, or of a model that says NaN: records hold finite numbers
 
 
 @dataclass(frozen=True)
 class Forced:
-    """Teacher forcing of one target: what the argmax was at each of its tokens, and whether it was right."""
+    """Teacher forcing of one target: what the argmax was at each of its tokens, whether it was right, and its likelihood.
+
+    nll = −1/n Σ_t ln p(target_t | prompt, target_<t) over the n tokens of the target, in nats.
+    """
 
     argmax: tuple[int, ...]
     right: tuple[bool, ...]
+    nll: float
 
     @property
     def share(self) -> float:
@@ -64,28 +72,40 @@ def force(lm: LM, asked: Sequence[tuple[Stack, str, str]], answers: Answers, pro
     done = 0
     for indices in _batches(todo):
         rows = [todo[i][1] for i in indices]
-        stacks, which = _distinct([todo[i][0][1] for i in indices])
-        batch = lm.batch(rows)
-        # the head is the widest matrix: it runs from the first position that any row needs
-        longest = max(len(r.target) for r in rows) + 1
-        best = _argmax(lm, batch, stacks, which, longest).tolist()
-        for i, row, line in zip(indices, rows, best, strict=True):
+        stacks, which = distinct([todo[i][0][1] for i in indices])
+        said, nats = _read(lm, rows, stacks, which)
+        for i, row in zip(indices, rows, strict=True):
             n = len(row.target)
-            said = tuple(line[-n - 1 : -1])
-            answers.forced[todo[i][0][0]] = Forced(said, tuple(a == b for a, b in zip(said, row.target, strict=True)))
+            best, lost = tuple(said[:n]), nats[:n]
+            said, nats = said[n:], nats[n:]
+            right = tuple(a == b for a, b in zip(best, row.target, strict=True))
+            answers.forced[todo[i][0][0]] = Forced(best, right, sum(lost) / n)
         done += len(indices)
         if progress:
             progress(done, len(todo))
 
 
-def _argmax(lm: LM, batch: Any, stacks: list[Stack], which: list[int], keep: int) -> torch.Tensor:
-    """[B, keep] argmax token at the last ``keep`` positions of left-padded rows."""
-    batch = batch.to(lm.device)
-    plan = lm.plan(stacks, which, len(batch.ids))
+def _read(lm: LM, rows: Sequence[Encoded], stacks: list[Stack], which: list[int]) -> tuple[list[int], list[float]]:
+    """(argmax, −ln p of the target's token) at each target position, the rows' one after another."""
+    batch = lm.batch(rows).to(lm.device)
+    plan = lm.plan(stacks, which, len(rows))
     plan.prompt_lengths = batch.prompt_lengths
+    # the head is the widest matrix: it runs from the first position that any row needs
+    keep = max(len(r.target) for r in rows) + 1
     more = {"logits_to_keep": keep} if lm.takes("logits_to_keep") else {}
     with lm.running(plan):
-        return lm.forward(batch.ids, batch.mask, use_cache=False, **more).logits[:, -keep:].argmax(-1)
+        logits = lm.forward(batch.ids, batch.mask, use_cache=False, **more).logits[:, -keep:]
+    # left-padded rows end together: token t of n targets is foretold at position t − n − 1, counted from the end
+    where = [(i, keep - len(r.target) - 1 + t, token) for i, r in enumerate(rows) for t, token in enumerate(r.target)]
+    best, nats = [], []
+    step = max(1, NUMBERS // logits.shape[-1])
+    for start in range(0, len(where), step):
+        row, column, token = torch.tensor(where[start : start + step], device=logits.device).unbind(1)
+        picked = logits[row, column]  # [m, V]
+        best.append(picked.argmax(-1))
+        picked = picked.float() if picked.dtype.itemsize < 4 else picked
+        nats.append(picked.logsumexp(-1) - picked.gather(1, token[:, None]).squeeze(1))
+    return torch.cat(best).tolist(), torch.cat(nats).nan_to_num(WORST, WORST, WORST).tolist()
 
 
 def generate(lm: LM, asked: Sequence[tuple[Stack, str]], answers: Answers, progress: Progress | None = None) -> None:
@@ -94,7 +114,7 @@ def generate(lm: LM, asked: Sequence[tuple[Stack, str]], answers: Answers, progr
     todo = list(zip(new.items(), lm.encode([p for _, p in new]), strict=True))
     done = 0
     for indices in _batches(todo):
-        stacks, which = _distinct([todo[i][0][1] for i in indices])
+        stacks, which = distinct([todo[i][0][1] for i in indices])
         texts = lm.generate([todo[i][0][0][1] for i in indices], stacks=stacks, rows=which, max_new_tokens=MAX_NEW_TOKENS)
         for i, text in zip(indices, texts, strict=True):
             answers.text[todo[i][0][0]] = text
@@ -103,7 +123,7 @@ def generate(lm: LM, asked: Sequence[tuple[Stack, str]], answers: Answers, progr
             progress(done, len(todo))
 
 
-def _distinct(stacks: Sequence[Stack]) -> tuple[list[Stack], list[int]]:
+def distinct(stacks: Sequence[Stack]) -> tuple[list[Stack], list[int]]:
     """(each stack once, the index of every row's)."""
     seen: dict[str, int] = {}
     out: list[Stack] = []
@@ -128,16 +148,51 @@ def score(
     probes = [(case, probe, stack) for case, stack in zip(cases, stacks, strict=True) for probe in case.probes]
     generate(lm, [((), p.prompt) for _, p, _ in probes], answers, progress)
     targets = [_target(p, answers) for _, p, _ in probes]
-    asked = [(s, p.prompt, t) for (_, p, stack), t in zip(probes, targets, strict=True) for s in ((), stack)]
+    against = [_against(c, p, t) for (c, p, _), t in zip(probes, targets, strict=True)]
+    asked = [
+        (s, p.prompt, text)
+        for (_, p, stack), t, pair in zip(probes, targets, against, strict=True)
+        for text in (t, *pair)
+        if text is not None
+        for s in ((), stack)
+    ]
     force(lm, asked, answers, progress)
     generate(lm, [(s, p.prompt) for _, p, s in probes], answers, progress)
     known = _known(lm, cases, answers)
-    return [_record(method, c, p, s, t, answers, known) for (c, p, s), t in zip(probes, targets, strict=True)]
+    return [
+        {**_record(method, c, p, s, t, answers, known), **_likelihood(p, s, pair, answers)}
+        for (c, p, s), t, pair in zip(probes, targets, against, strict=True)
+    ]
 
 
 def _target(probe: Probe, answers: Answers) -> str:
     """The probe's answer; where it has none, what the unedited model said."""
     return probe.target or answers.text["", probe.prompt].strip() or "?"
+
+
+def _against(case: Case, probe: Probe, target: str) -> tuple[str, str | None]:
+    """(answer, rival) whose likelihoods are compared; rival None where there is none to compare with.
+
+    The edited prompt and its rephrases: the new object against the old one.  A neighbour: its own true object against the
+    edit's new one.  In CounterFact every neighbour's object is the edited subject's old one; in other benchmarks (the
+    almanac) it may be any other object of the relation, so NS asks there as here whether the *new* object spilled over.
+    """
+    request = case.request
+    own, rival = target, None
+    if probe.kind in ("rewrite", "rephrase"):
+        own, rival = request.target, request.old
+    elif probe.kind == "neighbour" and probe.target is not None:
+        rival = request.target
+    return own, None if rival is None or exact_match(own, rival) else rival
+
+
+def _likelihood(probe: Probe, stack: Stack, pair: tuple[str, str | None], answers: Answers) -> dict[str, Any]:
+    own, rival = pair
+    out: dict[str, Any] = {"rival": rival}
+    for when, name in (("before", ""), ("after", key(stack))):
+        out[f"nll_{when}"] = answers.forced[name, probe.prompt, own].nll
+        out[f"nll_rival_{when}"] = None if rival is None else answers.forced[name, probe.prompt, rival].nll
+    return out
 
 
 def _known(lm: LM, cases: Sequence[Case], answers: Answers) -> dict[str, bool]:
