@@ -30,7 +30,15 @@ REQUESTS = [
     EditRequest("In Rome people speak", "French", "Rome", unrelated=(("The capital of Spain is", "Madrid"),)),
 ]
 PROMPTS = [p for p, _ in SENTENCES]
-QUICK = {"baft": {"rank": 4, "lr": 0.02, "end": "."}, "reft": {"rank": 4, "lr": 0.02, "end": "."}}
+_SUBSPACE = {"rank": 4, "lr": 0.02, "end": "."}
+_LOCATE = {"layers": [1], "end": ".", "stats_tokens": 1500, "prefixes": [[2, 2]], "clamp": 20.0}
+QUICK = {
+    "baft": _SUBSPACE,
+    "reft": _SUBSPACE,
+    **dict.fromkeys(("rome", "r-rome", "emmet"), _LOCATE),
+    **dict.fromkeys(("memit", "pmet"), {**_LOCATE, "mom2_weight": 0.01}),
+    "alphaedit": {**_LOCATE, "share": 0.9, "l2": 1e-4},
+}
 each_method = pytest.mark.parametrize("method", METHODS)
 each_family = pytest.mark.parametrize("family", list(FAMILIES))
 each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -36,6 +36,7 @@ class LM:
         self._attached: Stack = ()
         self._hooks: Hooks | None = None
         self._fingerprint: str | None = None
+        self.kept: dict[Any, Any] = {}  # what was found out about the frozen base and costs time: functions of it and the key alone
 
     def find_blocks(self) -> None:
         """Look the blocks up in ``hf``."""

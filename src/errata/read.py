@@ -107,6 +107,12 @@ def adds_directly(lm: LM, block: int) -> bool:
 
     Found by trying: a number added to the linear's output must come out of the block unchanged.
     """
+    if ("adds", block) not in lm.kept:
+        lm.kept["adds", block] = _adds(lm, block)
+    return bool(lm.kept["adds", block])
+
+
+def _adds(lm: LM, block: int) -> bool:
     site, out = Site(block, "mlp_down"), Site(block)
     row = lm.batch([Encoded((0,), 1)]).to(lm.device)
 

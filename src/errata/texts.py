@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import lzma
@@ -39,7 +40,7 @@ def open_corpus(source: str) -> Corpus:
     hub:NAME        a dataset of the Hugging Face hub, hub:NAME:CONFIG:SPLIT (split "train"); needs the package `datasets`
     """
     if source in BUNDLED:
-        return _corpus(source, bundled(BUNDLED[source]).split("\n"))
+        return _bundled(source)
     if source.startswith(HUB):
         return _hub(source)
     path = Path(source)
@@ -49,6 +50,12 @@ def open_corpus(source: str) -> Corpus:
             raise InputError(f"{source}: holds no .txt or .jsonl file")
         return _corpus(source, [text for file in files for text in _file(file)])
     return _corpus(source, _file(path))
+
+
+@functools.cache
+def _bundled(source: str) -> Corpus:
+    """Read once a process: it is part of the package and does not change."""
+    return _corpus(source, bundled(BUNDLED[source]).split("\n"))
 
 
 def _corpus(name: str, texts: Sequence[str]) -> Corpus:

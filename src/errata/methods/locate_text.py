@@ -32,14 +32,17 @@ def prefixes(lm: LM, lengths: Sequence[tuple[int, int]], seed: int) -> list[str]
 
     Sampled from the unedited model, top-5, by ``seed`` alone: the same model has the same prefixes in every process.
     """
-    out = [""]
-    for tokens, count in lengths:
-        starts = [STARTERS[i % len(STARTERS)] for i in range(count)]
-        for start, text in zip(
-            starts, lm.generate(starts, stacks=[()], max_new_tokens=tokens, stop=(), top_k=TOP_K, seed=seed), strict=True
-        ):
-            out.append(f"{start} {text}. ".replace("{", " ").replace("}", " "))
+    key = ("prefixes", tuple(map(tuple, lengths)), seed)
+    if key not in lm.kept:
+        lm.kept[key] = ["", *(text for tokens, count in lengths for text in _sampled(lm, tokens, count, seed))]
+    out: list[str] = lm.kept[key]
     return out
+
+
+def _sampled(lm: LM, tokens: int, count: int, seed: int) -> list[str]:
+    starts = [STARTERS[i % len(STARTERS)] for i in range(count)]
+    texts = lm.generate(starts, stacks=[()], max_new_tokens=tokens, stop=(), top_k=TOP_K, seed=seed)
+    return [f"{start} {text}. " for start, text in zip(starts, texts, strict=True)]
 
 
 def subject_end(request: EditRequest, method: str) -> int:
