@@ -49,7 +49,7 @@ print(json.dumps({"same": state() == before, "modules": sorted(sys.modules), "na
     assert {"load", "edit", "Patch", "LM"} <= set(found["names"])
 
 
-@pytest.mark.parametrize("argument", ["--help", "--version", "edit --help", "score --help", "patch show --help"])
+@pytest.mark.parametrize("argument", ["--help", "--version", "edit --help", "score --help", "patch show --help", "patch bake --help"])
 def test_help_and_version_load_no_torch(argument: str) -> None:
     code = f"""
 import contextlib, io, json, sys

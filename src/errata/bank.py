@@ -78,35 +78,31 @@ class Bank:
         if self.rows is None:
             out = kind.apply(self.params, self.settings, x, y, self.site, context)
             return out
-        groups, everyone = self.groups, len(self.groups.order) == len(self.rows)
-        if not groups.entries:
-            return y
-        if self._by_entry(kind, y.device):
-            out = kind.apply_rows(self.params, groups, self.settings, x, y, self.site, context)
+        if hasattr(kind, "apply_rows") and self._by_entry(y.device):
+            out = kind.apply_rows(self.params, self.groups, self.settings, x, y, self.site, context)
             return out
-        chosen = None if everyone else groups.order
-        if len(groups.entries) == 1:  # an entry for all is broadcast, not copied a row
-            gathered = {k: t[groups.entries[0], None] for k, t in self.params.items()}
-        else:
-            gathered = {k: t[self.rows if chosen is None else self.rows[chosen]] for k, t in self.params.items()}
-        if chosen is None:
+        chosen = (self.rows >= 0).nonzero().squeeze(1)
+        if len(chosen) == len(self.rows):
+            gathered = {k: t[self.rows] for k, t in self.params.items()}
             out = kind.apply(gathered, self.settings, x, y, self.site, context)
             return out
+        if not len(chosen):
+            return y
+        gathered = {k: t[self.rows[chosen]] for k, t in self.params.items()}
         part = kind.apply(gathered, self.settings, x[chosen], y[chosen], self.site, context.select(chosen))
         return y.index_copy(0, chosen, part)
 
-    def _by_entry(self, kind: Any, device: torch.device) -> bool:
-        """Whether to take a product an entry instead of a copy of the parameters a row, where the kind can do both.
+    def _by_entry(self, device: torch.device) -> bool:
+        """Whether to take a product an entry (`Kind.apply_rows`) instead of a copy of the parameters a row.
 
-        Measured on one CPU core, 192 rows of 12 tokens, I = 640, O = 256, milliseconds as copies/by entry, at 1, 20 and 190 entries:
-        dense 68/7.4, 68/8.4, 73/17; rank 1 0.3/0.7, 0.3/0.8, 0.3/1.9; rank 32 4.1/2.0, 4.0/2.2, 4.3/4.8; rank 128 39/5.4, 40/6.2, 43/14.
-        (One padded product over sorted rows was slower than by entry in all but rank 1 at 190 entries: dense 8, 15, 24.)
-        The rule below picks the faster in each.  ``LAUNCH`` on other devices is an estimate: some kernels take the time of 10M copies.
+        Milliseconds, copies/by entry, on one CPU core, 192 rows of 12 tokens, I = 640, O = 256, float32, at 1, 20 and 190 entries:
+        dense 105/12, 108/13, 112/22; rank 1 0.4/0.7, 0.3/0.8, 0.3/1.9; rank 8 1.1/1.2, 1.1/1.5, 1.3/3.2; rank 32 4.8/1.8, 5.2/2.5,
+        5.2/5.6; rank 128 59/6, 60/7, 64/18.  One product over rows sorted and padded to equal groups lost to by entry (dense 8, 15, 24
+        against 7, 8, 17).  The rule picks the faster in all of these.  On other devices ``LAUNCH`` is an estimate: launching an
+        entry's kernels takes as long as copying some 10M numbers.
         """
-        if not hasattr(kind, "apply_rows") or len(self.groups.entries) == 1:
-            return False
         copied = len(self.groups.order) * sum(t[0].numel() for t in self.params.values())
-        return copied > FEW + LAUNCH.get(device.type, 10_000_000) * len(self.groups.entries)
+        return bool(self.groups.entries) and copied > FEW + LAUNCH.get(device.type, 10_000_000) * len(self.groups.entries)
 
 
 @dataclass

@@ -171,7 +171,12 @@ def compact(op: Op) -> Op:
 
 
 def merge(patches: tuple[Patch, ...]) -> Patch:
-    """Weight-like patches of one base as one, with one op a site (see `total`); logits as under the stack."""
+    """Weight-like patches of one base as one, with one op a site (see `total`); logits as under the stack.
+
+    It replaces them, and what they replaced.
+    """
+    gone = tuple(old for p in patches for old in p.replaces)
+    patches = tuple(p for p in patches if p.id not in gone)
     if not patches or len({p.base for p in patches}) != 1:
         raise PatchError("merge needs at least one patch, all for the same base")
     sites: dict[Site, list[Op]] = {}
@@ -180,7 +185,7 @@ def merge(patches: tuple[Patch, ...]) -> Patch:
     requests = tuple(r for p in patches for r in p.requests)
     method = "+".join(dict.fromkeys(p.method for p in patches))
     ops = tuple(total(sites[site]) for site in sorted(sites))
-    return Patch(method, {}, patches[0].base, requests, ops, replaces=tuple(p.id for p in patches))
+    return Patch(method, {}, patches[0].base, requests, ops, replaces=tuple(dict.fromkeys((*gone, *(p.id for p in patches)))))
 
 
 def padded(op: Op, rank: int) -> Op:

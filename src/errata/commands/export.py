@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +72,8 @@ def bake(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def export(args: argparse.Namespace, screen: Screen) -> None:
-    from errata.export import export_lora
     from errata.export.changes import dtype_named
+    from errata.export.lora import export_lora, vllm_rank
 
     dtype_named(args.dtype)
     lm, stack = _loaded(args)
@@ -81,7 +82,8 @@ def export(args: argparse.Namespace, screen: Screen) -> None:
     if report.lost > LOSS:
         screen.say(f"The adapter lacks up to {report.lost:.1%} of the change's norm; ask it before you rely on it.")
     screen.say(f"Load it without errata: PeftModel.from_pretrained(base, {str(args.out)!r}), or with vLLM:")
-    screen.say(f"vllm serve {args.model} --enable-lora --lora-modules edited={args.out}")
+    most = vllm_rank(max(w.rank for w in report.linears))
+    screen.say(f"vllm serve {args.model} --enable-lora --max-lora-rank {most} --lora-modules edited={args.out}")
 
 
 def _tell(screen: Screen, args: argparse.Namespace, lm: LM, stack: tuple[Patch, ...], report: Report, form: str) -> None:
@@ -104,6 +106,7 @@ def _tell(screen: Screen, args: argparse.Namespace, lm: LM, stack: tuple[Patch, 
 
 def merge(args: argparse.Namespace, screen: Screen) -> None:
     from errata.bank import live
+    from errata.weights import compact
     from errata.weights import merge as merged
 
     files.check(args.out, args.force)
@@ -111,6 +114,7 @@ def merge(args: argparse.Namespace, screen: Screen) -> None:
     if len(stack) < 2:
         raise ConfigError("--patch names fewer than two patches that run; nothing to merge")
     patch = merged(stack)
+    patch = dataclasses.replace(patch, ops=tuple(map(compact, patch.ops)))
     with files.staged(args.out, args.force) as temporary:
         patch.save(temporary, overwrite=True)
     screen.document(

@@ -1,4 +1,4 @@
-"""`export_lora`: a stack as a LoRA adapter in PEFT's layout, for PEFT, vLLM and whatever else reads it.
+"""`export_lora`: a stack as a LoRA adapter in PEFT's layout, for PEFT, vLLM (where it adapts that linear) and whatever else reads it.
 
 An adapter computes y + (alpha / r) B (A x) beside a linear; with alpha = r, A = down and B = up that is a low-rank op.
 """
@@ -62,11 +62,11 @@ def export_lora(
     with storage.replacing(out) as temporary:
         tensors.write(temporary / WEIGHTS, lazy)
         storage.write(temporary / CONFIG, json.dumps(_config(lm, found, ranks), indent=2).encode())
-        mark(lm, stack, temporary, USE.format(rank=_allowed(max(ranks.values()))), written, stored)
+        mark(lm, stack, temporary, USE.format(rank=vllm_rank(max(ranks.values()))), written, stored)
     return Report(out, stored, written)
 
 
-def _allowed(rank: int) -> int:
+def vllm_rank(rank: int) -> int:
     """The least of vLLM's choices for ``--max-lora-rank`` that holds it."""
     return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
 
