@@ -17,10 +17,11 @@ from errata.bank import Bank, Context
 from errata.config import build
 from errata.methods.subspace import Subspace, orthonormal, start
 from errata.model import LM
-from errata.patch import Op, Patch, Site, merge
+from errata.patch import Op, Patch, Site
 from errata.request import EditRequest
 from errata.tail import Tail, Whole, capture, cut
 from errata.tokens import IGNORED
+from errata.weights import merge
 
 METHODS = registry.names("method")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

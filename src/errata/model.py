@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata import registry
+from errata import offload, registry
 from errata.bank import Hooks, Plan, Stack, compile_plan, live
 from errata.errors import ModelError, PatchError
 from errata.families import Family, find, linear_sizes, resolve, text_config
@@ -52,8 +52,8 @@ class LM:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.hf.get_input_embeddings().weight.device
-        return device
+        """Where the model computes."""
+        return offload.device(self.hf)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -284,9 +284,9 @@ def _cut(text: str, stop: Sequence[str]) -> str:
 
 def fingerprint(hf: Any) -> str:
     """16 hex digits from every parameter's name and shape and up to 64 of its values, rounded to bfloat16 so that the dtype
-    it was loaded in does not matter.  Parameters on the meta device count by name and shape."""
+    it was loaded in does not matter.  Parameters whose values nobody holds (meta) count by name and shape."""
     digest = hashlib.sha256(str(hf.config.model_type).encode())
-    for name, p in sorted(hf.named_parameters()):
+    for name, p in offload.parameters(hf):
         digest.update(f"{name}{tuple(p.shape)}".encode())
         if p.device.type != "meta":
             flat = p.detach().flatten()

@@ -46,7 +46,11 @@ class Positions(Protocol):
 
 
 class Kind(Protocol):
-    """How one kind of op computes.  ``p`` holds its parameters with a leading axis of 1 or B."""
+    """How one kind of op computes.  ``p`` holds its parameters with a leading axis of 1 or B.
+
+    A kind may also have ``apply_rows(p, groups, settings, x, y, site, context)``: ``p`` with the bank's own leading axis, ``groups``
+    (`errata.weights.Groups`) names the rows of each entry.  It is used where a copy of an entry for each row would be large.
+    """
 
     @staticmethod
     def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor: ...
@@ -65,23 +69,6 @@ class Op:
         """Ops with equal signatures can share a bank."""
         shapes = tuple(sorted((k, tuple(t.shape), str(t.dtype)) for k, t in self.tensors.items()))
         return self.kind, json.dumps(self.settings, sort_keys=True), shapes
-
-
-class LowRank:
-    """Beside a linear: ``y + up (down x)``; ``down`` [R, I], ``up`` [O, R], at every token."""
-
-    @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
-        inner = x.to(p["down"].dtype) @ p["down"].mT
-        return y + (inner @ p["up"].mT).to(y.dtype)
-
-
-class Dense:
-    """Beside a linear: ``y + weight x``; ``weight`` [O, I], at every token."""
-
-    @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
-        return y + (x.to(p["weight"].dtype) @ p["weight"].mT).to(y.dtype)
 
 
 @dataclass(frozen=True)
@@ -234,30 +221,11 @@ class Patch:
 
     def scale(self, factor: float) -> Patch:
         """A weight-like patch times a number; -1 negates it."""
-        return dataclasses.replace(self, ops=tuple(_scaled(op, factor) for op in _weight_like(self)), notes={})
+        return dataclasses.replace(self, ops=tuple(_scaled(op, factor) for op in weight_like(self)), notes={})
 
 
-def merge(patches: tuple[Patch, ...]) -> Patch:
-    """Weight-like patches of one base as one: low-rank factors are concatenated, dense deltas added; logits as under the stack."""
-    if not patches or len({p.base for p in patches}) != 1:
-        raise PatchError("merge needs at least one patch, all for the same base")
-    grouped: dict[tuple[Site, str], Op] = {}
-    for op in (op for p in patches for op in _weight_like(p)):
-        key = (op.site, op.kind)
-        old = grouped.get(key)
-        if old is None:
-            grouped[key] = op
-        elif op.kind == "dense":
-            grouped[key] = dataclasses.replace(op, tensors={"weight": old.tensors["weight"] + op.tensors["weight"]})
-        else:
-            both = {"down": torch.cat([old.tensors["down"], op.tensors["down"]]), "up": torch.cat([old.tensors["up"], op.tensors["up"]], 1)}
-            grouped[key] = dataclasses.replace(op, tensors=both)
-    requests = tuple(r for p in patches for r in p.requests)
-    method = "+".join(dict.fromkeys(p.method for p in patches))
-    return Patch(method, {}, patches[0].base, requests, tuple(grouped[k] for k in sorted(grouped)), replaces=tuple(p.id for p in patches))
-
-
-def _weight_like(patch: Patch) -> tuple[Op, ...]:
+def weight_like(patch: Patch) -> tuple[Op, ...]:
+    """Its ops, all of them changes of weights; `PatchError` otherwise."""
     for op in patch.ops:
         if op.kind not in WEIGHT_LIKE:
             raise PatchError(

@@ -24,8 +24,8 @@ ENTRIES: dict[str, dict[str, str]] = {
         "almanac": "errata.benchmarks.almanac:Almanac",
     },
     "op": {
-        "low_rank": "errata.patch:LowRank",
-        "dense": "errata.patch:Dense",
+        "low_rank": "errata.weights:LowRank",
+        "dense": "errata.weights:Dense",
         "subspace": "errata.methods.subspace:Subspace",
         "shift": "errata.methods.values:Shift",
     },

@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from errata import registry
-from errata.commands import common, files
+from errata.commands import common, export, files
 from errata.commands.screen import Screen, finite
 
 if TYPE_CHECKING:
@@ -19,9 +19,10 @@ QUICK = 20  # facts of each relation that `almanac check --quick` asks
 def add(commands: common.Subparsers) -> None:
     common.parser(commands, "inspect", inspect, "show where a model's parts were found")
     common.parser(commands, "methods", methods, "list the editing methods and their hyper-parameters", model=False)
-    show = _group(commands, "patch", "look at a patch")
-    out = common.parser(show, "show", patch, "show what a patch edits and where it attaches", model=False)
+    group = _group(commands, "patch", "look at patches, and write them for programs without errata")
+    out = common.parser(group, "show", patch, "show what a patch edits and where it attaches", model=False)
     out.add_argument("folder", metavar="DIR", help="a patch folder")
+    export.add(group)
     check = _group(commands, "almanac", "the model in the package")
     out = common.parser(check, "check", almanac, "ask the almanac everything it should know", model=False)
     out.add_argument("--model", default="almanac", metavar="PATH", help="another model to ask (the one in the package)")

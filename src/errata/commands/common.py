@@ -98,8 +98,11 @@ def editors(names: str) -> list[str]:
     return out
 
 
-def load(args: argparse.Namespace) -> LM:
-    """The model of the command line.  From here to the end of the command, libraries are quiet."""
+def load(args: argparse.Namespace, *, as_saved: bool = False) -> LM:
+    """The model of the command line.  From here to the end of the command, libraries are quiet.
+
+    ``as_saved``: in the dtype it was saved in; ``--dtype`` means something else there.
+    """
     import errata
 
     args.until_end.enter_context(quiet(args.debug))
@@ -111,7 +114,7 @@ def load(args: argparse.Namespace) -> LM:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:  # torch says the latter where it was built without CUDA
             raise ModelError(f"device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return errata.load(args.model, dtype=args.dtype, device=args.device)
+    return errata.load(args.model, dtype=None if as_saved else args.dtype, device=args.device)
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -21,10 +21,11 @@ from errata.lanes import Progress
 from errata.methods.locate import LocateEditor, Locating
 from errata.methods.locate_solve import whitened
 from errata.model import LM
-from errata.patch import Op, Patch, merge
+from errata.patch import Op, Patch
 from errata.request import EditRequest
 from errata.stats import Moments
 from errata.tail import Tail
+from errata.weights import merge
 
 _LLAMA = {"layers": [5], "v_steps": 25, "v_decay": 1e-3}
 _PRESETS: dict[str, dict[str, Any]] = {  # EasyEdit hparams/ROME; GPT-2-XL and GPT-J as in the authors' repository

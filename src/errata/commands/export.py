@@ -1,0 +1,124 @@
+"""``errata patch bake``, ``patch export`` and ``patch merge``: patches as one checkpoint, as a LoRA adapter, as one patch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.commands import common, files
+from errata.commands.screen import Screen
+from errata.errors import ConfigError, PatchError
+
+if TYPE_CHECKING:
+    from errata.export.changes import Report
+    from errata.model import LM
+    from errata.patch import Patch
+
+LOSS = 0.01  # share of a change beyond which a loss is worth a sentence
+
+
+def add(group: common.Subparsers) -> None:
+    """Into the group ``errata patch``."""
+    out = _parser(group, "bake", bake, "write a checkpoint with the edits in its weights")
+    out.add_argument("--dtype", help="float32, bfloat16 … of the written weights; without it as the model was saved")
+    out = _parser(group, "export", export, "write the edits as an adapter of the model")
+    out.add_argument("--format", choices=("lora",), required=True, help="lora: as PEFT and vLLM read it")
+    out.add_argument("--rank", type=common.positive, metavar="N", help="rank at most N, at the loss that is then told; without it exact")
+    out.add_argument("--dtype", default="float32", help="float32 (the default), bfloat16 … of the adapter's weights")
+    _parser(group, "merge", merge, "write several patches as one, which runs as fast as one", model=False)
+
+
+def _parser(group: common.Subparsers, name: str, run: Any, about: str, model: bool = True) -> argparse.ArgumentParser:
+    """``--dtype`` is here that of what is written, so the model's own options are not used."""
+    out = common.parser(group, name, run, about, model=False)
+    if model:
+        out.add_argument("model", metavar="MODEL", help="the model that the patches were made for")
+        out.add_argument("--device", help="cpu, cuda, cuda:1 …; without it as transformers chooses")
+    out.add_argument(
+        "--patch",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="DIR",
+        help="patch folders, or a folder made by `errata edit --out`; stacked in this order",
+    )
+    out.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    out.add_argument("--force", action="store_true", help="replace what an earlier run wrote at --out (as a whole)")
+    return out
+
+
+def _loaded(args: argparse.Namespace) -> tuple[LM, tuple[Patch, ...]]:
+    stack = files.load_patches(args.patch)
+    if not stack:
+        raise PatchError(f"{args.patch[0]} holds no patch; name a patch folder")
+    return common.load(args, as_saved=True), stack
+
+
+def bake(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.export import bake as write
+    from errata.export.changes import dtype_named
+
+    dtype_named(args.dtype)  # before a model is loaded for nothing
+    lm, stack = _loaded(args)
+    report = write(lm, stack, args.out, dtype=args.dtype, force=args.force)
+    _tell(screen, args, lm, stack, report, "transformers")
+    if report.lost > LOSS:
+        screen.say(
+            f"Rounding to {report.dtype} moved the edited weights by up to {report.lost:.1%} of the change; ask it before you rely on it."
+        )
+    screen.say(f"Load it without errata: AutoModelForCausalLM.from_pretrained({str(args.out)!r}), or vllm serve {args.out}")
+
+
+def export(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.export.changes import dtype_named
+    from errata.export.lora import export_lora, vllm_rank
+
+    dtype_named(args.dtype)
+    lm, stack = _loaded(args)
+    report = export_lora(lm, stack, args.out, rank=args.rank, dtype=args.dtype, force=args.force)
+    _tell(screen, args, lm, stack, report, args.format)
+    if report.lost > LOSS:
+        screen.say(f"The adapter lacks up to {report.lost:.1%} of the change's norm; ask it before you rely on it.")
+    screen.say(f"Load it without errata: PeftModel.from_pretrained(base, {str(args.out)!r}), or with vLLM:")
+    most = vllm_rank(max(w.rank for w in report.linears))
+    screen.say(f"vllm serve {args.model} --enable-lora --max-lora-rank {most} --lora-modules edited={args.out}")
+
+
+def _tell(screen: Screen, args: argparse.Namespace, lm: LM, stack: tuple[Patch, ...], report: Report, form: str) -> None:
+    screen.document(
+        {
+            "model": lm.name,
+            "base": lm.fingerprint,
+            "patches": [p.id for p in stack],
+            "format": form,
+            "dtype": report.dtype,
+            "lost": report.lost,
+            "linears": [{"path": w.path, "rank": w.rank or None, "lost": w.lost} for w in report.linears],
+            "saved": str(args.out),
+        }
+    )
+    rows = [(w.path, w.rank or "full", f"{w.lost:.1e}") for w in report.linears]
+    screen.table(("edited linear", "rank", "share lost"), rows, right=(-1,))
+    screen.say(common.saved(args.out))
+
+
+def merge(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.bank import live
+    from errata.weights import compact
+    from errata.weights import merge as merged
+
+    files.check(args.out, args.force)
+    stack = live(files.load_patches(args.patch))
+    if len(stack) < 2:
+        raise ConfigError("--patch names fewer than two patches that run; nothing to merge")
+    patch = merged(stack)
+    patch = dataclasses.replace(patch, ops=tuple(map(compact, patch.ops)))
+    with files.staged(args.out, args.force) as temporary:
+        patch.save(temporary, overwrite=True)
+    screen.document(
+        {"id": patch.id, "base": patch.base, "parameters": patch.parameters, "replaces": list(patch.replaces), "saved": str(args.out)}
+    )
+    screen.say(patch.describe())
+    screen.say(common.saved(args.out))

@@ -1,0 +1,190 @@
+"""What a stack changes, linear by linear, and where the result may be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata import __version__, storage
+from errata.bank import Stack, live
+from errata.errors import ConfigError, PatchError, StorageError
+from errata.families import linear_sizes, resolve
+from errata.model import LM
+from errata.patch import WEIGHT_LIKE, Op
+from errata.weights import sizes
+
+MARK = "errata.json"  # says that errata wrote the folder, and from what
+AT_ONCE = 4_000_000  # numbers handled at a time
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a stack adds to one linear: its path from the model, the module, the ops."""
+
+    path: str
+    module: Any
+    ops: tuple[Op, ...]
+
+    @property
+    def transposed(self) -> bool:
+        """GPT-2's Conv1D keeps its weight as [I, O]."""
+        return type(self.module).__name__ == "Conv1D"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(input size, output size)."""
+        return linear_sizes(self.module)
+
+    @property
+    def rank(self) -> int:
+        """Of the factors together; 0 where a dense op is among them."""
+        ranks = [sizes(op)[0] for op in self.ops]
+        return sum(ranks) if all(ranks) else 0
+
+    def rows(self, transposed: bool = False) -> Iterator[Tensor]:
+        """ΔW [O, I] (or its transpose) in float64, some rows at a time."""
+        low = [op.tensors for op in self.ops if op.kind == "low_rank"]
+        dense = [_wide(op.tensors["weight"]) for op in self.ops if op.kind == "dense"]
+        inner, outer = self.sizes
+        left = torch.cat([_wide(t["up"]) for t in low], 1) if low else torch.zeros(outer, 0, dtype=torch.float64)
+        right = torch.cat([_wide(t["down"]) for t in low]) if low else torch.zeros(0, inner, dtype=torch.float64)
+        if transposed:
+            left, right, dense = right.mT, left.mT, [t.mT for t in dense]
+        step = slice_of(right.shape[1])
+        for start in range(0, len(left), step):
+            part = left[start : start + step] @ right
+            for weight in dense:
+                part = part + weight[start : start + step]
+            yield part
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.detach().cpu().double()
+
+
+def slice_of(numbers: int) -> int:
+    """Rows of that many numbers to handle at a time."""
+    return max(1, AT_ONCE // max(1, numbers))
+
+
+def changes(lm: LM, stack: Stack) -> list[Change]:
+    """The stack by linear.  `PatchError` when it is empty, of another base, or not a change of weights."""
+    if not stack:
+        raise PatchError("no patch to export; name at least one")
+    found: dict[str, list[Op]] = {}
+    for patch in live(stack):
+        lm.check(patch)
+        for op in patch.ops:
+            if op.kind not in WEIGHT_LIKE:
+                raise PatchError(
+                    f"patch {patch.id} was made with {patch.method}, whose {op.kind!r} op computes on hidden states and is no change of "
+                    "weights; serve it with errata (attach it, or `errata ask --patch`), or make the edit again with a method that "
+                    "changes weights (rome, memit …; `errata methods` lists them)"
+                )
+            if op.site.point == "block":
+                raise PatchError(
+                    f"patch {patch.id}: its {op.kind!r} op runs beside block {op.site.block}, not beside a linear; serve it with errata"
+                )
+            path = f"{lm.family.blocks}.{op.site.block}.{lm.family.linear_path(op.site.point)}"  # two points may name one linear
+            found.setdefault(path, []).append(op)
+    out = [Change(path, resolve(lm.hf, path), tuple(ops)) for path, ops in found.items()]
+    for change in out:
+        for op in change.ops:
+            if sizes(op)[1:] != change.sizes:
+                raise PatchError(f"{change.path} maps {change.sizes}, a patch {sizes(op)[1:]} (input, output); make the edit again")
+    return out
+
+
+@dataclass(frozen=True)
+class Written:
+    """One linear as written.  ``lost`` = ‖ΔW written − ΔW‖ / ‖ΔW‖ (Frobenius), by rounding and truncation; ``rank`` 0 is dense."""
+
+    path: str
+    rank: int
+    lost: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written where."""
+
+    folder: Path
+    dtype: str
+    linears: tuple[Written, ...]
+
+    @property
+    def lost(self) -> float:
+        """The largest share of a linear's change that was lost."""
+        return max(w.lost for w in self.linears)
+
+
+def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating dtype that weights are stored in."""
+    known = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is None or dtype in known.values():
+        return dtype  # type: ignore[return-value]
+    if dtype not in known:
+        raise ConfigError(f"dtype {str(dtype)!r} cannot hold exported weights; there are {', '.join(known)}")
+    return known[str(dtype)]
+
+
+def base_folder(lm: LM) -> Path | None:
+    """The folder that the model was loaded from, where it is one."""
+    name = str(getattr(lm.hf.config, "_name_or_path", "") or "")
+    return Path(name) if name and Path(name).is_dir() else None
+
+
+def base_file(lm: LM, name: str) -> Path | None:
+    """A file of the base: in its folder, or in the hub's cache (nothing is fetched)."""
+    folder = base_folder(lm)
+    if folder is not None:
+        return folder / name if (folder / name).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    where = str(getattr(lm.hf.config, "_name_or_path", "") or "")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where):
+        return None
+    found = try_to_load_from_cache(where, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def place(lm: LM, folder: Path, force: bool, what: str, names: str, head: str) -> None:
+    """`StorageError` unless ``folder`` is free, or ``force`` and it holds nothing but files that match ``names``, ``head`` among them.
+
+    ``what``: those files in words.
+    """
+    base = base_folder(lm)
+    if base is not None and folder.exists() and folder.resolve() == base.resolve():
+        raise StorageError(f"{folder} is the base model itself, which is never written; give another name")
+    if folder.is_symlink() and not folder.exists():
+        raise StorageError(f"{folder} is a link to nowhere; remove it or give another name")
+    if folder.exists():
+        entries = list(folder.iterdir()) if folder.is_dir() else []
+        ours = (folder / head).is_file() and all(e.is_file() and re.fullmatch(names, e.name) for e in entries)
+        if not folder.is_dir() or (entries and not ours):
+            raise StorageError(f"{folder} exists and is not {what}; it is left alone, give another name")
+        if entries and not force:
+            raise StorageError(f"{folder} exists already; give another name, or force=True (--force) to replace it")
+    above = next(p for p in folder.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise StorageError(f"{folder}: {above} is not a folder that can be written; choose another place")
+
+
+def mark(lm: LM, stack: Stack, folder: Path, use: str, written: Sequence[Written], dtype: str) -> None:
+    """``errata.json`` and ``README.md``: from what the folder was made, and how to use it."""
+    patches = [{"id": p.id, "method": p.method, "edits": len(p.requests)} for p in live(stack)]
+    head: dict[str, Any] = {"errata": __version__, "base": lm.fingerprint, "model": lm.name, "dtype": dtype, "patches": patches}
+    head["linears"] = [{"path": w.path, "rank": w.rank, "lost": w.lost} for w in written]
+    facts = [f"- {r.prompt} **{r.target}**" for p in live(stack) for r in p.requests]
+    shown = facts[:100] + ([f"- … {len(facts) - 100} more"] if len(facts) > 100 else [])
+    text = f"# {lm.name or 'A model'}, edited by errata\n\n{use}\n\n## Edits\n\n" + "\n".join(shown) + "\n"
+    storage.write(folder / MARK, json.dumps(head, ensure_ascii=False, indent=1).encode())
+    storage.write(folder / "README.md", text.encode("utf-8", "replace"))

@@ -1,0 +1,133 @@
+"""`export_lora`: a stack as a LoRA adapter in PEFT's layout, for PEFT, vLLM (where it adapts that linear) and whatever else reads it.
+
+An adapter computes y + (alpha / r) B (A x) beside a linear; with alpha = r, A = down and B = up that is a low-rank op.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata import storage
+from errata.bank import Stack
+from errata.errors import ConfigError, PatchError
+from errata.export import tensors
+from errata.export.changes import Change, Report, Written, base_folder, changes, dtype_named, mark, place
+from errata.export.tensors import Lazy
+from errata.model import LM
+from errata.patch import Op, Site
+from errata.weights import delta, low_rank, rank_of, spectrum
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FILES = r"adapter_model\.safetensors|adapter_config\.json|errata\.json|README\.md"
+USE = (
+    "A LoRA adapter: `PeftModel.from_pretrained(base, THIS_FOLDER)`, or vLLM with `--enable-lora --lora-modules NAME=THIS_FOLDER "
+    "--max-lora-rank {rank}`."
+)
+# A product of float32 factors is of low rank up to this share of its largest singular value: rounding of independent entries
+# adds σ of about ε √(k / min(O, I)), far below.
+EXACT = 16 * torch.finfo(torch.float32).eps
+HINT = 64  # the rank whose loss the refusal tells
+
+
+def export_lora(
+    lm: LM, stack: Stack, folder: str | Path, *, rank: int | None = None, dtype: str | torch.dtype = "float32", force: bool = False
+) -> Report:
+    """Write ``stack`` as a LoRA adapter of ``lm``'s base: exact up to the rounding to ``dtype``.
+
+    ``rank``: keep at most so many singular values a linear; the report tells what share of the change went.  Without it a dense op is
+    accepted only where it is of low rank in truth.
+    """
+    out, wanted = Path(folder), dtype_named(dtype)
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank must be at least 1, not {rank}")
+    found = changes(lm, stack)
+    place(lm, out, force, "a LoRA adapter", FILES, CONFIG)
+    assert wanted is not None
+    adapters = [(change, _factors(change, rank, wanted)) for change in found]
+    ranks = {change.path: int(op.tensors["down"].shape[0]) for change, op in adapters}
+    written = tuple(Written(c.path, ranks[c.path], _lost(c, op)) for c, op in adapters)
+    lazy: dict[str, Lazy] = {}
+    for change, op in adapters:
+        for ours, theirs in (("down", "lora_A"), ("up", "lora_B")):
+            t = op.tensors[ours]
+            lazy[f"base_model.model.{change.path}.{theirs}.weight"] = Lazy(t.dtype, tuple(t.shape), partial(iter, (t,)))
+    stored = str(wanted).removeprefix("torch.")
+    with storage.replacing(out) as temporary:
+        tensors.write(temporary / WEIGHTS, lazy)
+        storage.write(temporary / CONFIG, json.dumps(_config(lm, found, ranks), indent=2).encode())
+        mark(lm, stack, temporary, USE.format(rank=vllm_rank(max(ranks.values()))), written, stored)
+    return Report(out, stored, written)
+
+
+def vllm_rank(rank: int) -> int:
+    """The least of vLLM's choices for ``--max-lora-rank`` that holds it."""
+    return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
+
+
+def _config(lm: LM, found: list[Change], ranks: dict[str, int]) -> dict[str, Any]:
+    """PEFT's `LoraConfig` with every choice that matters spelt out.
+
+    Modules are named by their full paths, which no other module's path ends in.  Patterns leave the first part of the path out: older
+    versions of PEFT look for them behind a dot.
+    """
+    most = max(ranks.values())
+    others = {path.partition(".")[2]: r for path, r in ranks.items() if r != most}
+    base = base_folder(lm)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base.resolve()) if base is not None else lm.name or None,
+        "inference_mode": True,
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": others,
+        "alpha_pattern": dict(others),
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": any(change.transposed for change in found),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _factors(change: Change, limit: int | None, dtype: torch.dtype) -> Op:
+    """One low-rank op for a linear, of the least rank that loses nothing, or of ``limit``."""
+    (inner, outer), site = change.sizes, Site(0, change.path)
+    if change.rank:
+        t = {n: torch.cat([op.tensors[n].detach().cpu().double() for op in change.ops], a) for n, a in (("down", 0), ("up", 1))}
+        op, tolerance = Op("low_rank", site, t), max(inner, outer) * torch.finfo(torch.float64).eps
+    else:
+        op, tolerance = Op("dense", site, {"weight": sum((delta(op) for op in change.ops), torch.zeros((), dtype=torch.float64))}), EXACT
+    left, values, right = spectrum(op)
+    true = rank_of(values, tolerance)
+    if change.rank and true >= change.rank and (limit is None or limit >= change.rank):
+        return Op("low_rank", site, {n: t.to(dtype).contiguous() for n, t in op.tensors.items()})  # the factors as they were made
+    if limit is None and not change.rank and true * (inner + outer) > inner * outer:
+        raise PatchError(
+            f"the change of {change.path} is dense and of rank {true}: as LoRA it would be larger than the matrix; bake it into a "
+            f"checkpoint, or accept a loss with rank=N (--rank N): {HINT} would lose {_beyond(values, HINT):.1%} of its norm"
+        )
+    return low_rank(site, left, values, right, min(true, limit or true), dtype)
+
+
+def _beyond(values: Tensor, rank: int) -> float:
+    """Share of the Frobenius norm that the singular values after ``rank`` hold."""
+    return float(values[rank:].norm() / values.norm()) if values.any() else 0.0
+
+
+def _lost(change: Change, op: Op) -> float:
+    error = size = 0.0
+    for exact, got in zip(change.rows(), Change(change.path, change.module, (op,)).rows(), strict=True):
+        error += float((exact - got).square().sum())
+        size += float(exact.square().sum())
+    return math.sqrt(error / size) if size else 0.0
