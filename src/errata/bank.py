@@ -121,7 +121,8 @@ def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.dev
 
 def _bank(ops: list[Op], members: list[int], count: int, rows: Tensor | None, device: torch.device) -> Bank:
     distinct: dict[int, int] = {}  # one tensor set shared by several stacks is stacked once
-    entries, kept = [], []
+    entries: list[int] = []
+    kept: list[Op] = []
     for op in ops:
         if id(op) not in distinct:
             distinct[id(op)] = len(kept)
