@@ -162,32 +162,8 @@ class Tail:
     def _forward(self) -> Any:
         more: dict[str, Any] = {"use_cache": False}
         if self.cache is not None:
-            more = {"past_key_values": _fork(self.cache), "use_cache": True}
+            more = {"past_key_values": fork(self.cache), "use_cache": True}
         return self.lm.forward(self.rows.active, self.rows.mask, **more)
-
-    @contextmanager
-    def _shortcut(self) -> Iterator[None]:
-        """Frozen blocks compute nothing: the last of them returns the stored hidden states (its hooks still run)."""
-
-        def returns(hidden: Tensor | None) -> Any:
-            def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-                out = hidden_states if hidden is None else hidden
-                return (out,) if self.tuple else out
-
-            return forward
-
-        frozen = list(self.lm.blocks[: self.first])
-        own = [b.__dict__.get("forward") for b in frozen]  # device_map keeps its wrapper in the instance
-        try:
-            for i, block in enumerate(frozen, 1):
-                block.__dict__["forward"] = returns(self.hidden if i == len(frozen) else None)
-            yield
-        finally:
-            for block, forward in zip(frozen, own, strict=True):
-                if forward is None:
-                    del block.__dict__["forward"]
-                else:
-                    block.__dict__["forward"] = forward
 
     def logits(self, banks: Sequence[Bank], tape: dict[Any, Tensor] | None = None) -> Tensor:
         """[M, V]; gradients flow to the banks' parameters."""
@@ -199,7 +175,8 @@ class Tail:
 
         head = self.lm.hf.get_output_embeddings().register_forward_pre_hook(pick)
         try:
-            with self.lm.running(_plan(self.under, self.rows, banks, tape)), self._shortcut():
+            frozen = self.lm.blocks[: self.first]
+            with self.lm.running(_plan(self.under, self.rows, banks, tape)), skipping(frozen, self.hidden, self.tuple):
                 out: Tensor = self._forward().logits.flatten(0, 1)  # a view; taking [0] would cost a zeroed copy on the way back
         finally:
             head.remove()
@@ -210,7 +187,7 @@ class Tail:
         other = copy.copy(self)
         other.rows, other.hidden = self.rows.select(rows), self.hidden[rows]
         if self.cache is not None:
-            other.cache = _fork(self.cache)
+            other.cache = fork(self.cache)
             for layer in other.cache.layers:
                 if layer.keys is not None:
                     layer.keys, layer.values = layer.keys[rows], layer.values[rows]
@@ -221,7 +198,31 @@ class _Reached(Exception):
     """Stops the forward pass once the hidden states are known."""
 
 
-def _fork(cache: Any) -> Any:
+@contextmanager
+def skipping(blocks: Sequence[Any], hidden: Tensor, as_tuple: bool) -> Iterator[None]:
+    """These first blocks compute nothing: the last of them returns ``hidden`` (its hooks still run)."""
+
+    def returns(stored: Tensor | None) -> Any:
+        def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+            out = hidden_states if stored is None else stored
+            return (out,) if as_tuple else out
+
+        return forward
+
+    own = [b.__dict__.get("forward") for b in blocks]  # device_map keeps its wrapper in the instance
+    try:
+        for i, block in enumerate(blocks, 1):
+            block.__dict__["forward"] = returns(hidden if i == len(blocks) else None)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.__dict__["forward"]
+            else:
+                block.__dict__["forward"] = forward
+
+
+def fork(cache: Any) -> Any:
     """A cache that shares its tensors with ``cache``; appending to it makes new tensors and leaves ``cache`` as it is."""
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]

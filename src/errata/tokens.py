@@ -124,6 +124,8 @@ def subject_span(tokenizer: Any, prompt: str, subject: str, *, last: bool = Fals
         raise InputError("subject positions need a fast tokenizer (with offsets)")
     offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
     inside = [i for i, (a, b) in enumerate(offsets) if b > begin and a < begin + len(subject) and b > a]
+    if not inside:  # a normaliser may drop characters
+        raise InputError(f"subject {subject!r} leaves no token in prompt {prompt!r}; give more of its name")
     return inside[0], inside[-1] + 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 INDEX = "edit.json"  # of `errata edit --out`: the patches in the order they stack
 RESULTS = frozenset({INDEX, "patches", "records.jsonl", "summary.json", "report.html", "report.md"})
+TRACE = re.compile(r"trace\.json|trace-(average|\d+)\.(png|svg)")  # of `errata trace --out`
 PATCH = frozenset({"patch.json", "patch.safetensors", "README.md"})
 
 
@@ -28,7 +30,9 @@ def ours(folder: Path) -> bool:
     if (folder / "patch.json").is_file():
         return all(e.name in PATCH for e in entries)
     return all(
-        (e.name == "patches" and ours(e)) or (e.name in RESULTS and e.is_file()) or ((e / "patch.json").is_file() and ours(e))
+        (e.name == "patches" and ours(e))
+        or ((e.name in RESULTS or TRACE.fullmatch(e.name)) and e.is_file())
+        or ((e / "patch.json").is_file() and ours(e))
         for e in entries
     )
 

@@ -1,0 +1,138 @@
+"""Causal traces as heat maps, from the plain numbers that ``trace.json`` holds (`errata trace`).
+
+Drawn without pyplot, like `errata.report.curves`.  An SVG is the same file for the same numbers: text stays text, and no date is written.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.errors import ErrataError, InputError, StorageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {"hidden": "Purples", "mlp": "Greens", "attn": "Reds"}
+WORDS = {"hidden": "hidden state", "mlp": "MLP", "attn": "attention"}
+ROLES = {
+    "subject_first": "first subject token*",
+    "subject_middle": "middle subject tokens*",
+    "subject_last": "last subject token*",
+    "next": "first token after",
+    "further": "further tokens",
+    "last": "last token",
+}
+SHADES = 64
+TICK = 5  # blocks from one labelled tick to the next, on a model of more than 12
+
+
+@dataclass(frozen=True)
+class Panel:
+    """``values`` [labels, blocks]; ``least`` is where the colours begin."""
+
+    kind: str
+    title: str
+    across: str
+    bar: str
+    values: Sequence[Sequence[float]]
+    least: float
+
+
+def fact(record: Mapping[str, Any], window: int, paths: Sequence[str | Path]) -> None:
+    """One traced fact: p(answer) with one state restored, for each token (* subject) and block.
+
+    record: prompt, answer, tokens, span, low, scores {kind: [tokens][blocks]}.
+    """
+    start, end = record["span"]
+    labels = [_plain(t) + ("*" if start <= i < end else "") for i, t in enumerate(record["tokens"])]
+    panels = [
+        Panel(kind, f"impact of restoring {WORDS[kind]}", _across(kind, window), f"p({_plain(record['answer'])})", rows, record["low"])
+        for kind, rows in record["scores"].items()
+    ]
+    _draw(panels, labels, paths)
+
+
+def average(record: Mapping[str, Any], window: int, paths: Sequence[str | Path]) -> None:
+    """Average indirect effects by token role and block.  record: facts, roles {role: {n, mean: {kind: [blocks]}}}."""
+    found = {role: row for role, row in record["roles"].items() if row["n"]}
+    if not found:
+        raise InputError("there is no averaged role to draw")
+    labels = [f"{ROLES[role]} ({row['n']})" for role, row in found.items()]
+    panels = [
+        Panel(kind, f"{WORDS[kind]}, {record['facts']} facts", _across(kind, window), "average indirect effect",
+              [row["mean"][kind] for row in found.values()], 0.0)
+        for kind in next(iter(found.values()))["mean"]
+    ]  # fmt: skip
+    _draw(panels, labels, paths)
+
+
+def _across(kind: str, window: int) -> str:
+    if kind == "hidden":
+        return "single restored block"
+    name = "MLP" if kind == "mlp" else "attention"
+    return f"single restored {name}" if window == 1 else f"centre of {window} restored {name} blocks"
+
+
+def _plain(text: str) -> str:
+    """A token as a label: dollar signs would start a formula; what cannot be seen is shown."""
+    text = text.strip(" ") or "␣"
+    text = "".join("⏎" if c == "\n" else "�" if unicodedata.category(c) in ("Cc", "Cs", "Cn", "Co") else c for c in text)
+    return text.replace("$", r"\$")
+
+
+def _draw(panels: Sequence[Panel], labels: Sequence[str], paths: Sequence[str | Path]) -> None:
+    for panel in panels:
+        if len(panel.values) != len(labels) or not all(math.isfinite(v) for row in panel.values for v in row):
+            raise InputError(f"the {panel.kind} panel must hold a row of finite numbers for each of {len(labels)} labels")
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ErrataError("heat maps need matplotlib, which is not installed; pip install matplotlib") from None
+    wide = 0.055 * max(map(len, labels))
+    figure = Figure(figsize=((2.9 + wide) * len(panels), max(2.0, 0.75 + 0.145 * len(labels))), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _panel(figure, axes, panel, labels)
+    # The hash salt makes the ids in an SVG the same each time.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "errata"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*missing from.*font")  # a script the font lacks is drawn as boxes
+        for path in paths:
+            _save(figure, path)
+
+
+def _panel(figure: Figure, axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
+    from matplotlib import colormaps
+
+    blocks = len(panel.values[0])
+    most = max(max(map(max, panel.values)), panel.least + 1e-3)  # a flat map is drawn in the lightest colour
+    mesh = axes.pcolormesh(panel.values, cmap=colormaps[COLOURS[panel.kind]].resampled(SHADES), vmin=panel.least, vmax=most)
+    axes.invert_yaxis()
+    axes.set_yticks([i + 0.5 for i in range(len(labels))], list(labels), fontsize=7)
+    step = TICK if blocks > 12 else 1
+    ticks = range(0, blocks, step)
+    axes.set_xticks([i + 0.5 for i in ticks], [str(i) for i in ticks], fontsize=7)
+    axes.set_title(panel.title, fontsize=8)
+    axes.set_xlabel(panel.across, fontsize=7)
+    bar = figure.colorbar(mesh, ax=axes)
+    if bar.solids is not None:  # no bitmap inside an SVG, and no hairlines between shades
+        bar.solids.set(rasterized=False, edgecolor="face")
+    bar.ax.tick_params(labelsize=6)
+    bar.ax.set_title(panel.bar, fontsize=6) if len(panel.bar) < 16 else bar.set_label(panel.bar, fontsize=7)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    try:
+        figure.savefig(path, dpi=200, metadata={"Date": None} if str(path).endswith(".svg") else None)
+    except ValueError as error:  # an ending matplotlib cannot write
+        raise InputError(f"{path}: {error}") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror}); check the folder and the space left") from None
