@@ -72,6 +72,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
                     merges.append((left, c))
                 left += c
                 vocab.setdefault(left, len(vocab))
+        merges.append(("Ġ", word))  # the word itself is joined first, then its space
     inner = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
