@@ -126,15 +126,17 @@ def _continual(lm: LM, chosen: list[Case], label: str, marks: list[int], answers
     return {"rows": rows, "immediate": rows_of(immediate), "seconds": time.perf_counter() - began}
 
 
-def _table(rows: Sequence[dict[str, Any]], by: str) -> str:
+def table(rows: Sequence[dict[str, Any]], by: str, metrics: Sequence[str] = SHOWN, heading: str | None = None) -> str:
     """Markdown: a line for each method and ``by``, a column for each metric; one table a protocol."""
     lines = []
-    for protocol in ("teacher_forced", "generated"):
-        lines += [f"\n{protocol.replace('_', ' ')}\n", f"| method | {by} | " + " | ".join(SHOWN) + " |", "|---" * (2 + len(SHOWN)) + "|"]
+    for protocol in dict.fromkeys(r["protocol"] for r in rows):
+        shown = [m for m in metrics if any(r["metric"] == m and r["protocol"] == protocol for r in rows)]
+        head = f"| method | {heading or by} | " + " | ".join(shown) + " |"
+        lines += [f"\n{protocol.replace('_', ' ')}\n", head, "|---" * (2 + len(shown)) + "|"]
         keys = dict.fromkeys((r["method"], r[by]) for r in rows)
         for method, x in keys:
             own = {r["metric"]: r for r in rows if (r["method"], r[by], r["protocol"]) == (method, x, protocol)}
-            cells = [f"{own[m]['value']:.3f} [{own[m]['low']:.3f}, {own[m]['high']:.3f}]" if m in own else "–" for m in SHOWN]
+            cells = [f"{own[m]['value']:.3f} [{own[m]['low']:.3f}, {own[m]['high']:.3f}]" if m in own else "–" for m in shown]
             lines.append(f"| {method} | {x} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -151,7 +153,7 @@ def continual(lm: LM, n: int, only: str | None = None) -> None:
     found = [json.loads(path.read_text()) for path in paths if path.exists()]
     rows = [row for f in found for row in f["rows"]]
     immediate = [{**row, "T": "right after"} for f in found for row in f["immediate"]]
-    (OUT / "continual.md").write_text(_table([*rows, *immediate], "T"))
+    (OUT / "continual.md").write_text(table([*rows, *immediate], "T"))
     curves.retention([r for r in rows if r["protocol"] == "teacher_forced" and r["metric"] != "portability"], OUT / "continual.png")
 
 
@@ -159,7 +161,7 @@ def ablation(lm: LM, n: int) -> None:
     chosen, answers = cases("test", n), Answers()
     found = {label: _continual(lm, chosen, label, [n], answers) for label in ABLATIONS}
     write("ablation", {"n": n, **found})
-    (OUT / "ablation.md").write_text(_table([row for f in found.values() for row in f["rows"]], "T"))
+    (OUT / "ablation.md").write_text(table([row for f in found.values() for row in f["rows"]], "T"))
 
 
 def main() -> None:

@@ -36,8 +36,8 @@ PROMPTS = [p for p, _ in SENTENCES]
 _SUBSPACE = {"rank": 4, "lr": 0.02, "end": "."}
 # At the subject these models, which know eight sentences by heart, cannot be edited: their answers hang on the words after it.
 _LOCATE = {
-    "layers": [0], "end": ".", "stats_tokens": 1500, "prefixes": [], "fact_token": "last", "clamp": 20.0, "kl": 0.0, "v_decay": 0.0, "v_lr": 0.2,
-    "v_steps": 80,
+    "layers": [0], "end": ".", "stats_tokens": 1500, "prefixes": [], "fact_token": "last", "clamp": 20.0, "kl": 0.0, "v_decay": 0.0,
+    "v_lr": 0.2, "v_steps": 80,
 }  # fmt: skip
 _WEAK = {**_LOCATE, "mom2_weight": 1e-3}
 QUICK = {

@@ -14,9 +14,10 @@ from typing import Any
 from errata.bank import Stack, live
 from errata.errors import ConfigError
 from errata.model import LM
-from errata.patch import Patch
+from errata.patch import WEIGHT_LIKE, Patch
 from errata.request import Case
 from errata.score.queries import Answers, score
+from errata.weights import merge
 
 Progress = Callable[[str, int, int], None]
 Records = list[dict[str, Any]]
@@ -30,6 +31,12 @@ def _scoring(progress: Progress | None) -> Callable[[int, int], None] | None:
 def _editing(progress: Progress | None, before: int, group: int, total: int) -> Callable[[int, int, float], None] | None:
     """Edits that have come to their end, as a count."""
     return (lambda step, running, loss: progress("editing", before + group - running, total)) if progress else None
+
+
+def _grown(scored: Stack, patch: Patch) -> Stack:
+    """A stack with one more patch; changes of weights are added up, so that hundreds of growing stacks can be scored in one batch."""
+    both = live((*scored, patch))
+    return (merge(both),) if len(both) > 1 and all(op.kind in WEIGHT_LIKE for p in both for op in p.ops) else both
 
 
 def single(
@@ -74,24 +81,32 @@ def continual(
     progress: Progress | None = None,
     answers: Answers | None = None,
     label: str | None = None,
+    stacks: dict[int, Stack] | None = None,
 ) -> tuple[Stack, dict[int, Records], Records]:
-    """(final stack, {T: records of cases 1..T on the stack after T edits}, records of each case right after its own edit)."""
+    """(final stack, {T: records of cases 1..T on the stack after T edits}, records of each case right after its own edit).
+
+    ``stacks``: filled with what was scored at each mark.
+    """
     if not marks or sorted(set(marks)) != list(marks) or marks[0] < 1 or marks[-1] > len(cases):
         raise ConfigError(f"marks must rise from at least 1 to at most the number of cases ({len(cases)}); got {list(marks)}")
     answers = answers if answers is not None else Answers()
     stack: Stack = ()
+    scored: Stack = ()  # gives the same answers
     at: dict[int, Records] = {}
     pending: list[tuple[Case, Stack]] = []
     immediate: Records = []
     name = label or editor.name
     for i, case in enumerate(cases[: marks[-1]], 1):
-        stack = live((*stack, editor.edit(lm, [case.request], on=stack)))
-        pending.append((case, stack))
+        patch = editor.edit(lm, [case.request], on=stack)
+        stack, scored = live((*stack, patch)), _grown(scored, patch)
+        pending.append((case, scored))
         if i in marks or len(pending) == GROUP:  # rows let many stacks be scored at once, so the scores can wait
             immediate += score(lm, [c for c, _ in pending], [s for _, s in pending], name, None, answers)
             pending = []
         if i in marks:
-            at[i] = score(lm, cases[:i], [stack] * i, name, _scoring(progress), answers)
+            if stacks is not None:
+                stacks[i] = scored
+            at[i] = score(lm, cases[:i], [scored] * i, name, _scoring(progress), answers)
         if progress:
             progress("editing", i, marks[-1])
     return stack, at, immediate

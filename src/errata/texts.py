@@ -34,12 +34,13 @@ def bundled(name: str) -> str:
 def open_corpus(source: str) -> Corpus:
     """A text by name:
 
+    almanac         what the almanac was trained on: that text, and every training sentence about a fact
     bundled         English Wikipedia paragraphs in the package (heldout: those the almanac was not trained on)
     FILE.txt        a paragraph a line; FILE.jsonl: the key "text" of each line
     FOLDER          every .txt and .jsonl in it and below, in the order of their paths
     hub:NAME        a dataset of the Hugging Face hub, hub:NAME:CONFIG:SPLIT (split "train"); needs the package `datasets`
     """
-    if source in BUNDLED:
+    if source in BUNDLED or source == "almanac":
         return _bundled(source)
     if source.startswith(HUB):
         return _hub(source)
@@ -55,6 +56,11 @@ def open_corpus(source: str) -> Corpus:
 @functools.cache
 def _bundled(source: str) -> Corpus:
     """Read once a process: it is part of the package and does not change."""
+    if source == "almanac":
+        from errata.benchmarks.facts import facts, sentences
+
+        told = [f"{s.prompt} {s.answer}." for fact in facts() for s in sentences(fact) if s.kind == "training"]
+        return _corpus(source, [*bundled("train").split("\n"), *told])
     return _corpus(source, bundled(BUNDLED[source]).split("\n"))
 
 
@@ -72,7 +78,7 @@ def _file(path: Path) -> list[str]:
     try:
         raw = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        known = ", ".join((*BUNDLED, "a .txt or .jsonl file, a folder", f"{HUB}NAME"))
+        known = ", ".join((*BUNDLED, "almanac", "a .txt or .jsonl file, a folder", f"{HUB}NAME"))
         raise InputError(f"{path}: no such text; give {known}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from errata import registry
-from errata.commands.screen import quiet
+from errata.commands.screen import Progress, quiet
 from errata.config import parse_sets, read_yaml
 from errata.errors import ConfigError, ModelError
 
@@ -115,6 +115,12 @@ def load(args: argparse.Namespace, *, as_saved: bool = False) -> LM:
         except (RuntimeError, AssertionError) as error:  # torch says the latter where it was built without CUDA
             raise ModelError(f"device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from None
     return errata.load(args.model, dtype=None if as_saved else args.dtype, device=args.device)
+
+
+def prepare(editor: Any, lm: LM, progress: Progress) -> None:
+    """Make the statistics that a method needs, where it needs any and they are not there yet."""
+    if hasattr(editor, "prepare"):
+        editor.prepare(lm, lambda done, of: progress("statistics, tokens", done, of))
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -80,6 +80,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     editor = kind.for_model(lm, **settings)
     began = time.perf_counter()
     with screen.progress() as progress:
+        common.prepare(editor, lm, progress)
         patches, stacks = _make(lm, editor, wanted, args.mode, size, progress)
     seconds = time.perf_counter() - began
     sides: list[list[Stack]] = [[()] * len(wanted), stacks]

@@ -114,6 +114,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     scored, answers = Scored(), Answers()
     with screen.progress() as progress:
         for editor in editors:
+            common.prepare(editor, lm, progress)
             _score(lm, editor, cases, args, at, answers, progress, scored)
     document = _document(args, lm, editors, scored, summarise)
     if args.out is not None:

@@ -10,8 +10,9 @@ edited one after the other, each on top of those before it.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeVar
@@ -23,6 +24,7 @@ from errata.bank import Bank, Stack, live
 from errata.config import to_dict
 from errata.errors import ConfigError, FitError
 from errata.lanes import Progress
+from errata.methods.conditioning import Conditioning
 from errata.methods.locate_text import place, place_kl, prefixes
 from errata.methods.presets import for_model
 from errata.methods.values import Found, Objective, Wanted, optimise
@@ -32,6 +34,7 @@ from errata.read import adds_directly, read, up_to
 from errata.request import EditRequest
 from errata.stats import TOKENS, Moments, moments
 from errata.tail import Tail
+from errata.weights import compact, sizes
 
 E = TypeVar("E", bound="LocateEditor")
 POINT = "mlp_down"
@@ -51,6 +54,8 @@ class LocateEditor:
     end              text trained after the target; the papers train none
     mom2_adjustment  keys whitened by C⁻¹ (the papers); without it C = I (EasyEdit's ROME files)
     stats            the text behind C (see `errata.texts.open_corpus`), and how many tokens of it
+    rect, prune, prune_base, norm_constraint
+                     what is done to the finished ΔW: see `errata.methods.conditioning`; off by default
     """
 
     name: ClassVar[str]
@@ -72,9 +77,14 @@ class LocateEditor:
     mom2_adjustment: bool = True
     stats: str = "bundled"
     stats_tokens: int = TOKENS
+    rect: float | None = None
+    prune: Literal["none", "log", "linear"] = "none"
+    prune_base: float = math.e
+    norm_constraint: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.conditioning.check(self.name)
         if self.v_steps < 1 or self.stats_tokens < 1:
             raise ConfigError(f"{self.name}: v_steps and stats_tokens must be at least 1")
         if self.v_lr <= 0 or self.clamp <= 0:
@@ -104,6 +114,19 @@ class LocateEditor:
         if wrong:
             raise ConfigError(f"{self.name}: block {wrong[0]} does not exist (0 to {lm.depth - 1}); set layers for this model")
         return chosen if adds_directly(lm, chosen[-1]) else chosen[-1:]
+
+    def prepare(self, lm: LM, progress: Callable[[int, int], None] | None = None) -> dict[Site, Moments]:
+        """The statistics this method needs on this model: read from the cache, or made (`errata stats`), with tokens as progress."""
+        sites = [Site(b, POINT) for b in self.at(lm)]
+        return moments(lm, sites, self.stats, tokens=self.stats_tokens, progress=progress) if self.mom2_adjustment else {}
+
+    @property
+    def conditioning(self) -> Conditioning:
+        return Conditioning(self.rect, self.prune, self.prune_base, self.norm_constraint)
+
+    @property
+    def steps(self) -> int:
+        return self.v_steps
 
     def objective(self) -> Objective:
         return Objective(self.v_lr, self.v_steps, self.v_stop, self.kl, self.v_decay, self.clamp)
@@ -173,19 +196,24 @@ class Locating:
     def run(self, progress: Progress | None = None) -> list[Patch]:
         if not self.problems:
             return []
-        began, e, lm = time.perf_counter(), self.editor, self.lm
-        self.blocks = e.at(lm)
-        sites = [Site(b, POINT) for b in self.blocks]
-        self.moments = moments(lm, sites, e.stats, tokens=e.stats_tokens) if e.mom2_adjustment else {}
-        self.before = prefixes(lm, e.prefixes, e.seed)
-        self.placed = [place(lm, r, self.before, e.end, e.name, e.fact_token) for r in self.requests]
-        self.value_sites = e.value_sites(self.blocks[-1], adds_directly(lm, self.blocks[-1]))
-        found = self._values(progress)
-        ops = self._write(torch.stack([f.delta[: lm.width] for f in found]))
+        began, e = time.perf_counter(), self.editor
+        self.moments = e.prepare(self.lm)
+        self.place()
+        found = self.values(progress)
+        ops = self._write(torch.stack([f.delta[: self.lm.width] for f in found]))
         state = e.remember(self, ops)
         return self._pack(ops, state, found, (time.perf_counter() - began) / len(self.problems))
 
-    def _values(self, progress: Progress | None) -> list[Found]:
+    def place(self) -> None:
+        """The blocks, the prefixes, and every text with the place of its subject."""
+        e, lm = self.editor, self.lm
+        self.blocks = e.at(lm)
+        self.before = prefixes(lm, e.prefixes, e.seed)
+        self.placed = [place(lm, r, self.before, e.end, e.name, e.fact_token) for r in self.requests]
+        self.value_sites = e.value_sites(self.blocks[-1], adds_directly(lm, self.blocks[-1]))
+
+    def values(self, progress: Progress | None) -> list[Found]:
+        """δ of every request."""
         e = self.editor
         self.start = self.read_bare(self.value_sites[0], [])
         norms = torch.linalg.vector_norm(self.start, dim=-1).tolist()
@@ -227,11 +255,11 @@ class Locating:
 
     def _write(self, delta: Tensor) -> list[list[Op]]:
         """Ops of each problem, a block at a time, each on top of the ones before."""
-        e, goal = self.editor, self.start + delta
+        e, self.goal = self.editor, self.start + delta
         ops: list[list[Op]] = [[] for _ in self.problems]
         for i, block in enumerate(self.blocks):
             x, y = self.read_keys(block, ops)
-            residual = (goal - e.current(self, y, ops)) / e.divisor(len(self.blocks) - i)
+            residual = (self.goal - e.current(self, y, ops)) / e.divisor(len(self.blocks) - i)
             downs = e.downs(self.moments.get(Site(block, POINT)), self.average(x), x[:, 0], self.groups, self.past(block))
             for own, group, down in zip(ops, self.groups, downs, strict=True):
                 tensors = {"down": down.to(delta.dtype).contiguous(), "up": residual[group].T.contiguous()}
@@ -239,8 +267,15 @@ class Locating:
                     raise FitError(
                         f"{e.name}: the change of block {block} is not finite; lower v_lr, or make the statistics from more text"
                     )
-                own.append(Op("low_rank", Site(block, POINT), tensors))
+                own.append(self._finished(Op("low_rank", Site(block, POINT), tensors)))
         return ops
+
+    def _finished(self, op: Op) -> Op:
+        """Conditioned where that is asked for; never more factors than the matrix has dimensions."""
+        if self.editor.conditioning.active:
+            return self.editor.conditioning.apply(self.lm, op)  # type: ignore[no-any-return]
+        rank, inner, outer = sizes(op)
+        return compact(op) if rank > min(inner, outer) else op
 
     def past(self, block: int) -> Tensor | None:
         """Keys [n, I] that live patches of this method on the stack wrote at this block."""

@@ -1,0 +1,182 @@
+"""The figures of the locate-then-edit family in docs/results, each from one command (statistics come from the text the almanac was trained on).
+
+    python scripts/evidence_locate.py sweep                       # dev: block, rate, clamp, λ around the almanac's presets  -> locate-sweep.json
+    python scripts/evidence_locate.py single                      # test: every method, single edits                         -> locate-single.*
+    python scripts/evidence_locate.py batch                       # test: 10, 100, 1,000 edits in one patch                  -> locate-batch.*
+    python scripts/evidence_locate.py continual --only rome       # test: T = 1, 10, 100, 1,000 in one pass                  -> locate-continual-*
+
+Hyper-parameters are chosen on ``dev`` only.  Each figure comes teacher-forced, generated and as likelihoods; beside them fluency (GE), consistency (RS) and
+perplexity on held-out text, before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from evidence import OUT, cases, editor, table, write
+
+import errata
+from errata import registry, run
+from errata.bank import Stack
+from errata.model import LM
+from errata.report import curves, page, tables
+from errata.score import generation
+from errata.score.metrics import summarise
+from errata.score.perplexity import perplexity
+from errata.score.queries import Answers
+from errata.texts import bundled
+
+SHOWN = ("reliability", "generality", "portability", "locality_agreement", "ES", "PS", "NS", "S", "GE", "RS")
+SINGLE = ("rome", "r-rome", "memit", "pmet", "emmet", "alphaedit", "baft")
+JOINT = ("memit", "emmet", "alphaedit", "baft")
+CONTINUAL = ("rome", "memit", "alphaedit", "baft")
+FLUENT = 100  # cases whose texts are generated
+TOKENS = 8_000  # of held-out text a stack
+
+
+def rows_of(records: Sequence[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
+    return [{**row, **more} for row in summarise(records) if row["metric"] in SHOWN]
+
+
+def show(label: str, rows: Sequence[dict[str, Any]], *more: Any) -> None:
+    found = {(r["metric"], r["protocol"]): r["value"] for r in rows}
+    print(label, *more, {f"{m} {p[:3]}": round(v, 3) for (m, p), v in found.items()}, flush=True)
+
+
+def fluency(lm: LM, chosen: Sequence[Any], stacks: Sequence[Stack], label: str, texts: dict[Any, str]) -> list[dict[str, Any]]:
+    """GE and RS records of the first `FLUENT` cases."""
+    source = registry.get("benchmark", "almanac")()
+    return generation.score(lm, chosen[:FLUENT], stacks[:FLUENT], label, source, texts=texts)
+
+
+def held_out(lm: LM, stacks: Sequence[Stack]) -> list[float]:
+    """Perplexity of each stack on text the almanac was not trained on."""
+    return [round(p.value, 2) for p in perplexity(lm, bundled("heldout"), stacks=stacks, tokens=TOKENS)]
+
+
+def single(lm: LM, n: int, only: str | None) -> None:
+    chosen, answers, texts, out = cases("test", n), Answers(), {}, {"n": n, "rows": [], "seconds_per_edit": {}, "perplexity": {}}
+    every: dict[str, list[dict[str, Any]]] = {}
+    out["perplexity"]["unedited"] = held_out(lm, [()])
+    for label in [only] if only else SINGLE:
+        edit = editor(lm, label)
+        began = time.perf_counter()
+        patches = edit.edit_each(lm, [c.request for c in chosen])
+        out["seconds_per_edit"][label] = (time.perf_counter() - began) / n
+        records = run.score(lm, chosen, [(p,) for p in patches], label, None, answers)
+        every[label] = records
+        records = [*records, *fluency(lm, chosen, [(p,) for p in patches], label, texts)]
+        rows = rows_of(records)
+        out["rows"] += rows
+        out["perplexity"][label] = held_out(lm, [(p,) for p in patches[:20]])
+        show(label, rows, f"{out['seconds_per_edit'][label]:.3f} s", out["perplexity"][label][:3])
+    write("locate-single", out)
+    (OUT / "locate-single.md").write_text(tables.markdown(out["rows"]) + "\n")
+    shown = [r for label in ("rome", "memit", "alphaedit") if label in every for r in every[label]]
+    rows = [r for r in out["rows"] if r["method"] in ("rome", "memit", "alphaedit") and r["protocol"] != "sampled"]
+    if shown:
+        title = "Locate-then-edit, single editing, almanac test"
+        (OUT / "locate-single.html").write_text(page.page(title, rows, shown, {"cases": n}, max_cases=40))
+
+
+def batch(lm: LM, n: int, only: str | None) -> None:
+    """One joint patch of each size; scored over all its edits."""
+    answers, texts, out = Answers(), {}, {"rows": [], "seconds_per_edit": {}, "perplexity": {"unedited": held_out(lm, [()])}}
+    for label in [only] if only else JOINT:
+        for size in [s for s in (10, 100, 1000) if s <= n]:
+            chosen = cases("test", size)
+            began = time.perf_counter()
+            stack = (editor(lm, label).edit(lm, [c.request for c in chosen]),)
+            seconds = (time.perf_counter() - began) / size
+            records = run.score(lm, chosen, [stack] * size, label, None, answers)
+            records += fluency(lm, chosen, [stack] * size, label, texts)
+            rows = rows_of(records, T=size)
+            out["rows"] += rows
+            out["seconds_per_edit"][f"{label} {size}"] = seconds
+            out["perplexity"][f"{label} {size}"] = held_out(lm, [stack])
+            show(label, rows, size, f"{seconds:.3f} s", out["perplexity"][f"{label} {size}"])
+        write(f"locate-batch-{label}", out)
+        out = {"rows": [], "seconds_per_edit": {}, "perplexity": {}}
+    gathered("locate-batch", JOINT, "edits at once")
+
+
+def continual(lm: LM, n: int, only: str | None) -> None:
+    """One edit after the other in one pass; scored on the final stack at each mark, and right after each edit."""
+    marks = [m for m in (1, 10, 100, 1000) if m <= n]
+    for label in [only] if only else CONTINUAL:
+        chosen, answers, texts = cases("test", n), Answers(), {}
+        stacks: dict[int, Stack] = {}
+        began = time.perf_counter()
+        progress: Callable[[str, int, int], None] = lambda stage, done, total, label=label: (  # noqa: E731
+            print(f"  {label} {done}/{total}", flush=True) if stage == "editing" and done % 100 == 0 else None
+        )
+        settings = {"stop_on": "mean"} if label == "baft" else {}
+        _, at, immediate = run.continual(lm, editor(lm, label, **settings), chosen, marks, progress, answers, label, stacks)
+        rows = []
+        for mark, records in at.items():
+            more = fluency(lm, chosen[:mark], [stacks[mark]] * mark, label, texts)
+            rows += rows_of([*records, *more], T=mark)
+        out = {"n": n, "rows": rows, "immediate": rows_of(immediate, T="right after"), "seconds": time.perf_counter() - began}
+        out["perplexity"] = {"unedited": held_out(lm, [()]), **{str(m): held_out(lm, [stacks[m]]) for m in marks}}
+        show(label, [r for r in rows if r["T"] == marks[-1]], out["perplexity"], f"{out['seconds']:.0f} s")
+        write(f"locate-continual-{label}", out)
+    gathered("locate-continual", CONTINUAL, "T")
+
+
+def gathered(name: str, labels: Sequence[str], by: str) -> None:
+    """The tables and the plot of what is there: each label is on its own file, so that they can run side by side."""
+    paths = [OUT / f"{name}-{label}.json" for label in labels]
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    rows = [row for f in found for row in [*f["rows"], *f.get("immediate", ())]]
+    (OUT / f"{name}.md").write_text(table(rows, "T", SHOWN, by))
+    drawn = [r for r in rows if r["T"] != "right after" and r["protocol"] == "teacher_forced" and r["metric"] in SHOWN[:2] + SHOWN[3:4]]
+    curves.retention(drawn, OUT / f"{name}.png")
+
+
+def sweep(lm: LM, n: int, only: str | None) -> None:
+    """One knob at a time around the almanac's presets, on dev; single edits for ROME, one joint patch for the others."""
+    chosen, answers, rows = cases("dev", n), Answers(), []
+    grid: list[tuple[str, str, dict[str, Any], float]] = [("rome", "block", {"layers": [b]}, float(b)) for b in range(5)]
+    grid += [("rome", "v_lr", {"v_lr": x}, x) for x in (5.0, 10.0, 20.0, 40.0)] + [
+        ("rome", "clamp", {"clamp": x}, x) for x in (1.0, 4.0, 16.0)
+    ]
+    grid += [("memit", "mom2_weight", {"mom2_weight": x}, x) for x in (5.0, 20.0, 100.0, 500.0)]
+    grid += [("memit", "clamp", {"clamp": x}, x) for x in (0.75, 1.0, 1.5, 2.0, 4.0)]
+    grid += [
+        ("memit", "blocks", {"layers": ls}, float(i)) for i, ls in enumerate(([0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [1, 2, 3], [2, 3]))
+    ]
+    grid += [("memit", "text", {"stats": t}, float(i)) for i, t in enumerate(("almanac", "bundled"))]
+    grid += [("alphaedit", "share", {"share": x}, x) for x in (0.5, 0.7, 0.8, 0.9, 0.95)]
+    grid += [("alphaedit", "l2", {"l2": x}, x) for x in (0.1, 1.0, 10.0, 100.0)]
+    grid += [("emmet", "block", {"layers": [b]}, float(b)) for b in range(4)]
+    for method, knob, values, x in grid:
+        if only and method != only:
+            continue
+        edit = editor(lm, method, **values)
+        requests = [c.request for c in chosen]
+        stacks = [(p,) for p in edit.edit_each(lm, requests)] if method == "rome" else [(edit.edit(lm, requests),)] * n
+        found = rows_of(run.score(lm, chosen, stacks, method, None, answers), knob=knob, x=x, setting=values)
+        rows += found
+        show(method, found, values)
+    write(f"locate-sweep{'-' + only if only else ''}", {"n": n, "rows": rows})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["sweep", "single", "batch", "continual"])
+    parser.add_argument("--n", type=int)
+    parser.add_argument("--only", help="one method, so that several can run side by side")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    default = {"sweep": 100, "single": 200, "batch": 1000, "continual": 1000}[args.what]
+    globals()[args.what](errata.load("almanac"), args.n or default, args.only)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""``errata stats``: second moments of MLP keys, which the locate-then-edit methods need, from any text."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from errata import registry
+from errata.commands import common
+from errata.commands.screen import Screen
+from errata.errors import ConfigError
+
+if TYPE_CHECKING:
+    from errata.model import LM
+    from errata.stats import Moments
+
+THRESHOLD = 2e-2  # AlphaEdit's
+
+
+def add(commands: common.Subparsers) -> None:
+    out = common.parser(commands, "stats", run, "read a text once and keep the second moments of MLP keys, which rome and its kin need")
+    out.add_argument("--text", default="bundled", metavar="SOURCE", help="bundled, a .txt or .jsonl file, a folder, or hub:NAME (bundled)")
+    out.add_argument("--tokens", type=common.positive, default=100_000, metavar="N", help="tokens to read (100000)")
+    out.add_argument("--layers", metavar="A,B,…", help="blocks; without it those that the methods edit in this model")
+    out.add_argument("--batch-tokens", type=common.positive, default=4096, metavar="N", help="tokens at once: a cap on memory (4096)")
+    out.add_argument("--threshold", type=float, default=THRESHOLD, help="eigenvalues below it count as AlphaEdit's null space (0.02)")
+
+
+def _layers(args: argparse.Namespace, lm: LM) -> list[int]:
+    if args.layers is None:
+        from errata.methods.locate import LocateEditor
+
+        kinds = [registry.get("method", name) for name in registry.names("method")]
+        return sorted({b for kind in kinds if issubclass(kind, LocateEditor) for b in kind.for_model(lm).at(lm)})
+    try:
+        found = sorted({int(part) for part in args.layers.split(",")})
+    except ValueError:
+        raise ConfigError(f"--layers {args.layers!r}: write block numbers with commas, like 4,5,6") from None
+    if wrong := [b for b in found if not 0 <= b < lm.depth]:
+        raise ConfigError(f"--layers: block {wrong[0]} does not exist; this model has blocks 0 to {lm.depth - 1}")
+    return found
+
+
+def run(args: argparse.Namespace, screen: Screen) -> None:
+    lm = common.load(args)
+    from errata.patch import Site
+    from errata.stats import cache_folder, moments
+
+    sites = [Site(b, "mlp_down") for b in _layers(args, lm)]
+    began = time.perf_counter()
+    with screen.progress() as progress:
+        found = moments(
+            lm, sites, args.text, tokens=args.tokens, batch_tokens=args.batch_tokens, progress=lambda done, of: progress("tokens", done, of)
+        )
+    rows = [_row(found[site], args.threshold) for site in sites]
+    seconds = round(time.perf_counter() - began, 3)
+    folder = str(cache_folder() / "stats")
+    about = {"model": lm.name, "base": lm.fingerprint, "text": args.text, "threshold": args.threshold}
+    screen.document({**about, "blocks": rows, "folder": folder, "seconds": seconds})
+    screen.table(
+        ("block", "tokens", "key size", "mean square", "smallest", "median", "largest", "null space"),
+        [_cells(r) for r in rows],
+        right=(0, -1),
+    )
+    screen.say(f"Null space: directions with an eigenvalue below {args.threshold:g}. Kept in {folder}; {seconds:.1f} s.")
+
+
+def _row(m: Moments, threshold: float) -> dict[str, Any]:
+    values = m.eigen()[0]
+    return {
+        "block": m.site.block,
+        "tokens": m.tokens,
+        "size": len(values),
+        "mean": float(m.second.double().diagonal().mean()),
+        "smallest": float(values[0]),
+        "median": float(values[len(values) // 2]),
+        "largest": float(values[-1]),
+        "null_share": m.null_space(threshold).shape[1] / len(values),
+    }
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    spread = (f"{row[k]:.3g}" for k in ("mean", "smallest", "median", "largest"))
+    return (str(row["block"]), f"{row['tokens']:,}", f"{row['size']:,}", *spread, f"{row['null_share']:.1%}")
