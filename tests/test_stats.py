@@ -173,10 +173,7 @@ def test_the_command(tiny: str, text: str, capsys: pytest.CaptureFixture[str]) -
     assert all(0 <= b["null_share"] <= 1 and b["smallest"] <= b["median"] <= b["largest"] for b in found["blocks"])
     assert main(["stats", tiny, "--text", text, "--tokens", "100"]) == 0  # the blocks that the methods edit in this model
     assert "null space" in capsys.readouterr().out
-    for argv, message in (
-        (["--layers", "9"], "block 9 does not exist"),
-        (["--layers", "x"], "write block numbers"),
-        (["--text", "no.txt"], "no such text"),
-    ):
+    wrong = {"--layers=9": "block 9 does not exist", "--layers=x": "write block numbers", "--text=no.txt": "no such text"}
+    for argument, message in wrong.items():
         assert main(["stats", tiny, argument]) == 2
         assert message in capsys.readouterr().err
