@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from errata.errors import ConfigError
-from errata.methods.locate import FIVE, LocateEditor, Locating
+from errata.methods.locate import ALMANAC, FIVE, LocateEditor, Locating
 from errata.methods.locate_solve import ridge_rows
 from errata.patch import Op
 from errata.stats import Moments
@@ -42,6 +42,7 @@ class AlphaEdit(LocateEditor):
         **{key: {"layers": _FOUR_TO_EIGHT, "v_lr": 0.1, **_UPSTREAM} for key in ("llama-3-8b", "llama-3.1-8b")},
         "qwen2.5-7b": {"layers": _FOUR_TO_EIGHT, "l2": 1.0},
         **{key: {"layers": _FOUR_TO_EIGHT} for key in ("llama-2-7b", "mistral-7b", "gemma-1.1-7b")},  # ours; no file was published
+        "almanac": {**ALMANAC, "layers": [0, 1, 2], "clamp": 1.5, "share": 0.7, "l2": 100.0},
     }
 
     threshold: float = 2e-2

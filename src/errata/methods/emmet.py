@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from errata.errors import ConfigError
-from errata.methods.locate import LocateEditor
+from errata.methods.locate import ALMANAC, LocateEditor
 from errata.methods.locate_solve import small_side, whitened
 from errata.stats import Moments
 
@@ -36,6 +36,7 @@ class EMMET(LocateEditor):
         "gpt2-xl": {"layers": [17], "v_steps": 20, "v_decay": 0.5, "clamp": 0.75, "mom2_weight": 1_000.0},
         "gpt-j-6b": {"layers": [5], "v_decay": 0.5, "clamp": 0.75},
         **dict.fromkeys(("llama-2-7b", "llama-3-8b", "llama-3.2-3b", "mistral-7b", "qwen2-7b", "qwen2.5-7b", "gemma-1.1-7b"), _LLAMA),
+        "almanac": {**ALMANAC, "layers": [2], "clamp": 1.5},
     }
 
     mom2_weight: float = 1.0

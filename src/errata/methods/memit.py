@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from errata.errors import ConfigError
-from errata.methods.locate import FIVE, POINT, LocateEditor
+from errata.methods.locate import ALMANAC, FIVE, POINT, LocateEditor
 from errata.methods.locate_solve import small_side, whitened
 from errata.methods.values import Objective
 from errata.patch import Site
@@ -24,6 +24,7 @@ from errata.stats import Moments
 
 LAMBDA_PER_INPUT = 15_000 / 11_008  # λ of LLaMA-2-7b over the size of its keys: E[kᵀC⁻¹k] is that size, so the fraction written stays alike
 _LLAMA = {"layers": [4, 5, 6, 7, 8], "mom2_weight": 15_000.0}
+_ALMANAC = {**ALMANAC, "layers": [0, 1, 2], "clamp": 1.5, "mom2_weight": 100.0}
 _SMALL_CLAMP = {"v_decay": 0.5, "clamp": 0.75}
 
 
@@ -41,6 +42,7 @@ class MEMIT(LocateEditor):
         "llama-3-8b": {**_LLAMA, **_SMALL_CLAMP, "v_lr": 0.1},  # AlphaEdit's repository
         **dict.fromkeys(("llama-2-7b", "mistral-7b", "llama-3.2-3b", "qwen2-7b", "qwen2.5-7b"), _LLAMA),
         "gemma-1.1-7b": _LLAMA,  # ours; no file was published
+        "almanac": _ALMANAC,
     }
 
     mom2_weight: float | None = None
@@ -90,6 +92,7 @@ class PMET(MEMIT):
         },
         "gpt-neox-20b": {"layers": [6, 7, 8, 9, 10], "v_steps": 30, "kl": 0.8, "mom2_weight": 15_000.0, "v_decay": 0.5, "clamp": 0.8},
         **{key: {**_LLAMA, "v_decay": 0.5, "clamp": 1.0} for key in ("llama-2-7b", "llama-3.2-3b")},
+        "almanac": _ALMANAC,
     }  # fmt: skip
 
     nll_factor: float = 1.0

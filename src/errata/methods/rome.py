@@ -18,7 +18,7 @@ from torch import Tensor
 from errata.bank import Stack
 from errata.errors import ConfigError
 from errata.lanes import Progress
-from errata.methods.locate import LocateEditor, Locating
+from errata.methods.locate import ALMANAC, LocateEditor, Locating
 from errata.methods.locate_solve import whitened
 from errata.model import LM
 from errata.patch import Op, Patch
@@ -34,6 +34,7 @@ _PRESETS: dict[str, dict[str, Any]] = {  # EasyEdit hparams/ROME; GPT-2-XL and G
     "qwen-7b": {"layers": [5], "v_steps": 20, "v_decay": 0.5},
     **dict.fromkeys(("llama-2-7b", "llama-3-8b", "llama-3.1-8b", "llama-3.2-3b", "mistral-7b", "qwen2-7b", "qwen2.5-7b"), _LLAMA),
     "gemma-1.1-7b": _LLAMA,  # ours; no file was published
+    "almanac": {**ALMANAC, "layers": [0]},
 }
 
 
