@@ -139,34 +139,49 @@ def batches(lm: LM, editor: Any, requests: list[EditRequest], sizes: list[int]) 
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edits", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=40)
+def options(about: str | None, items: str, count: int, steps: int) -> argparse.ArgumentParser:
+    """The arguments that speed benchmarks share."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(f"--{items}", type=int, default=count)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--shape")
+    parser.add_argument("--shape", help="a published shape with random weights in place of the almanac: llama-2-7b, tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batches", default="")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    return parser
+
+
+def begin(args: argparse.Namespace, count: int) -> tuple[LM, list[EditRequest], dict[str, Any]]:
+    """(model, requests, what the result says of machine and arguments)."""
     torch.set_num_threads(args.threads)
     lm = shaped(args.shape, args.device, getattr(torch, args.dtype)) if args.shape else errata.load("almanac")
-    cases = registry.get("benchmark", "almanac")().load("dev", args.edits)
-    requests = [case.request for case in cases]
-    editor = registry.get("method", "baft").for_model(lm, steps=args.steps, stop=0.0, locality=False)
-    result: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, **{
-        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}  # fmt: skip
+    requests = [case.request for case in registry.get("benchmark", "almanac")().load("dev", count)]
+    about: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+    about |= {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     if args.device == "cuda":
-        result["gpu"] = torch.cuda.get_device_name()
+        about["gpu"] = torch.cuda.get_device_name()
+    return lm, requests, about
+
+
+def end(result: dict[str, Any], out: Path | None) -> None:
+    print(json.dumps(result, indent=1))
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = options(__doc__, "edits", 64, 40)
+    parser.add_argument("--batches", default="", help="edits at once, with commas: seconds an edit and peak memory instead")
+    args = parser.parse_args()
+    lm, requests, result = begin(args, args.edits)
+    editor = registry.get("method", "baft").for_model(lm, steps=args.steps, stop=0.0, locality=False)
     if args.batches:
         result["batches"] = batches(lm, editor, requests, [int(n) for n in args.batches.split(",")])
     else:
         result |= compare(lm, editor, requests, args.repeat)
-    print(json.dumps(result, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    end(result, args.out)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,13 @@ compare the ratios of one run.  (b), one at a time through the tail, shows what 
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from edit_speed import shaped, timed
+from edit_speed import begin, end, options, timed
 
-import errata
 from errata import registry
 from errata.methods.locate import Locating
 from errata.model import LM
@@ -79,33 +75,20 @@ def edits(lm: LM, requests: list[EditRequest], sizes: list[int]) -> list[dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--values", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = options(__doc__, "values", 100, 20)
     parser.add_argument("--prefixes", default="[[5,10],[10,10]]", help="(tokens, count) pairs: ROME's own")
     parser.add_argument("--layer", type=int, help="the method's own without it")
-    parser.add_argument("--shape")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--edits", default="")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--edits", default="", help="joint edits of MEMIT, with commas: seconds an edit and peak memory instead")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    lm = shaped(args.shape, args.device, getattr(torch, args.dtype)) if args.shape else errata.load("almanac")
-    requests = [c.request for c in registry.get("benchmark", "almanac")().load("dev", args.values)]
+    lm, requests, result = begin(args, args.values)
     more = {"layers": [args.layer]} if args.layer is not None else {}
     editor = registry.get("method", "rome").for_model(lm, v_steps=args.steps, v_stop=0.0, prefixes=json.loads(args.prefixes), **more)
-    result: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-    result |= {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | {"layers": list(editor.at(lm))}
+    result["layers"] = list(editor.at(lm))
     if args.edits:
         result["edits"] = edits(lm, requests, [int(n) for n in args.edits.split(",")])
     else:
         result |= compare(lm, editor, requests, args.repeat)
-    print(json.dumps(result, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    end(result, args.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from families import lm
 from torch import Tensor
 
 from errata.config import build
-from errata.errors import ConfigError, InputError
+from errata.errors import ConfigError, FitError, InputError
 from errata.families import resolve
 from errata.methods.alphaedit import AlphaEdit
 from errata.methods.conditioning import pruned, rected, weight
@@ -329,6 +329,12 @@ def test_rome_writes_several_requests_one_after_the_other() -> None:
         stack = (*stack, editor.edit(model, [request], on=stack))
     torch.testing.assert_close(delta(joint.ops[0]), sum(delta(p.ops[0]) for p in stack), **TIGHT)
     assert joint.requests == tuple(REQUESTS) and joint.method == "rome" and not joint.replaces
+
+
+def test_two_requests_with_one_key_are_a_clear_error_where_values_must_be_exact() -> None:
+    twice = [REQUESTS[0], EditRequest("The capital of France is", "Madrid", "France")]
+    with pytest.raises(FitError, match="two requests have the same key"):
+        make(EMMET, layers=[1], emmet_lambda=0.0, v_steps=2, mom2_adjustment=False).edit(base("llama"), twice)
 
 
 def test_a_change_has_no_more_factors_than_edits_or_dimensions() -> None:

@@ -104,8 +104,8 @@ def test_chat_template() -> None:
         encode(tok, ["Hi"], chat=True)
     tok.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}[answer] "
     (row,) = encode(tok, ["The capital of France is"], ["Rome"], chat=True)
-    assert tok.decode(row.target) == "Rome"
-    assert tok.decode(row.ids[: row.prompt_length]) == "<s>[user] The capital of France is[answer] "
+    assert tok.decode(row.target) == " Rome"  # the template's trailing space and the answer are one token
+    assert tok.decode(row.ids[: row.prompt_length]) == "<s>[user] The capital of France is[answer]"
     assert row.ids.count(tok.bos_token_id) == 1
 
 

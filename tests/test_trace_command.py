@@ -44,7 +44,7 @@ QUICK = ("--samples", "2")
 def test_command_on_one_fact(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", tiny, "--prompt", FRANCE, "--subject", "France", "--answer", "Paris", *QUICK, "--kinds", "hidden,mlp"]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and "'Paris': p 0.9" in out and "Suggested for an edit of one block" in out and "only 1 fact(s)" in out
+    assert err == "" and "' Paris': p 0.9" in out and "Suggested for an edit of one block" in out and "only 1 fact(s)" in out
     assert "Nothing was saved; give --out DIR" in out
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -185,6 +185,8 @@ class Locating:
     problems: list[list[EditRequest]]
     on: Stack
     runner: Any
+    start: Tensor = field(init=False)  # [N, D] what stood where the value is written
+    goal: Tensor = field(init=False)  # [N, D] the value
 
     def __post_init__(self) -> None:
         if not all(self.problems):
@@ -262,7 +264,7 @@ class Locating:
         for i, block in enumerate(self.blocks):
             x, y = self.read_keys(block, ops)
             residual = (self.goal - e.current(self, y, ops)) / e.divisor(len(self.blocks) - i)
-            downs = e.downs(self.moments.get(Site(block, POINT)), self.average(x), x[:, 0], self.groups, self.past(block))
+            downs = self._downs(block, x)
             for own, group, down in zip(ops, self.groups, downs, strict=True):
                 tensors = {"down": down.to(delta.dtype).contiguous(), "up": residual[group].T.contiguous()}
                 if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
@@ -271,6 +273,17 @@ class Locating:
                     )
                 own.append(self._finished(Op("low_rank", Site(block, POINT), tensors)))
         return ops
+
+    def _downs(self, block: int, keys: Tensor) -> list[Tensor]:
+        e = self.editor
+        try:
+            out: list[Tensor] = e.downs(self.moments.get(Site(block, POINT)), self.average(keys), keys[:, 0], self.groups, self.past(block))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            raise FitError(
+                f"{e.name}: block {block}: two requests have the same key (the same subject in the same words), so both cannot be written "
+                "exactly; make them one after the other, or allow a ridge"
+            ) from None
+        return out
 
     def _finished(self, op: Op) -> Op:
         """Conditioned where that is asked for; never more factors than the matrix has dimensions."""
