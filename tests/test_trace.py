@@ -190,14 +190,14 @@ def test_the_base_is_as_before_also_after_a_stop() -> None:
 
 def test_facts_the_model_does_not_know_are_skipped() -> None:
     known, unknown = Fact(FRANCE, "France", "Paris"), Fact("The capital of Italy is", "Italy", "Madrid")
-    found = trace(trained(), [unknown, known, Fact("Paris " * 40 + "is", "Paris", "Paris")], FEW)
+    found = trace(trained(), [unknown, known, Fact("Paris " * 80 + "is", "Paris", "Paris")], FEW)
     assert [f.fact for f in found.facts] == [known] and found.facts[0].high > 0.5
     assert found.facts[0].answer == " Paris" and found.facts[0].tokens[-1] == " is"
     (pieces,) = trace(trained(), [Fact("The capital of Spain is", "Spain", "Madrid")], FEW).facts
     assert pieces.tokens[-1] == " "  # an answer that begins with a lone space: that is read with the prompt
     assert [s.fact for s in found.skipped[:1]] == [unknown] and "'Madrid'" in found.skipped[0].reason and "Rome" in found.skipped[0].reason
     assert len(found.skipped) == 2 and "too many for the model's 64" in found.skipped[1].reason
-    with pytest.raises(InputError, match=r"none of 1 fact\(s\) can be traced; 'The capital of Italy is': the model goes on with 'Rome'"):
+    with pytest.raises(InputError, match=r"none of 1 fact\(s\) can be traced; 'The capital of Italy is': the model goes on with ' Rome'"):
         trace(trained(), [unknown], FEW)
 
 
