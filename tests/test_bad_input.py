@@ -273,6 +273,22 @@ SCORES = [
     Bad("unknown option", 2, r"unrecognized arguments: --nn", lambda w: w.score("--nn", "3")),
 ]
 
+LOCATE = [  # of the methods that edit at a subject and need statistics
+    Bad(
+        "no subject",
+        2,
+        r"give the subject of 'The capital of France is'",
+        lambda w: w.edit("--method", "rome", "--set", "stats_tokens=500"),
+    ),
+    Bad("text of statistics", 2, r"no such text; give bundled", lambda w: w.edit("--method", "memit", "--set", "stats=nowhere.txt")),
+    Bad("empty text of statistics", 2, r"holds no text", lambda w: w.edit("--method", "memit", "--set", f"stats={w.file('', 'e.txt')}")),
+    Bad("two blocks for rome", 2, r"rome edits one block", lambda w: w.edit("--method", "rome", "--set", "layers=[0,1]")),
+    Bad("share above one", 2, r"share above 0 and at most 1", lambda w: w.edit("--method", "alphaedit", "--set", "share=2")),
+    Bad("prefixes that are no pairs", 2, r"prefixes are pairs", lambda w: w.edit("--method", "rome", "--set", "prefixes=[[5]]")),
+    Bad("setting of another method", 2, r"ROME has no setting 'rank'", lambda w: w.edit("--method", "rome", "--set", "rank=4")),
+    Bad("stats of no block", 2, r"block 9 does not exist", lambda w: ["stats", w.model, "--layers", "9"]),
+]
+
 
 def without_a_tensor(folder: Path) -> None:
     tensors = load((folder / "model.safetensors").read_bytes())
@@ -291,7 +307,7 @@ def without_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("bad", [*REQUESTS, *SETTINGS, *MODELS, *PATCHES, *PLACES, *SCORES], ids=lambda bad: bad.name)
+@pytest.mark.parametrize("bad", [*REQUESTS, *SETTINGS, *MODELS, *PATCHES, *PLACES, *SCORES, *LOCATE], ids=lambda bad: bad.name)
 def test_bad_input(bad: Bad, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     argv = bad.argv(world)
     before = {p: p.read_bytes() for p in world.folder.rglob("*") if p.is_file()}

@@ -171,6 +171,7 @@ def test_alphaedit_stays_in_the_null_space_and_solves_its_objective(family: str)
     editor = make(AlphaEdit, layers=[1], share=0.5, l2=0.1)
     _, (earlier,) = job(family, editor, [REQUESTS[2:]])
     found, (patch,) = job(family, editor, [REQUESTS[:2]], (earlier,))
+    assert patch.notes["null space"].startswith("block 1: 50.")
     change, m = delta(patch.ops[0]), second(family, 1)
     u0 = m.null_space(share=0.5)
     p = u0 @ u0.T
@@ -316,6 +317,19 @@ def test_full_forward_passes_reach_the_same_values() -> None:
     plain = Locating(editor, base("gpt2"), [REQUESTS], (), Whole).run()[0]
     for a, b in zip(ours.ops, plain.ops, strict=True):
         torch.testing.assert_close(delta(a), delta(b), **TIGHT)
+
+
+def test_sampled_texts_depend_on_the_seed_and_their_own_prompt_only() -> None:
+    model = lm("llama")
+    how = {"top_k": 5, "max_new_tokens": 6, "stop": ()}
+    three = model.generate(["The", "The", "In"], seed=1, **how)
+    assert model.generate(["In", "The"], seed=1, **how) == [three[2], three[0]]
+    many = [model.generate(["The"], seed=seed, **how)[0] for seed in range(20)]
+    assert len(set(many)) > 5
+    assert all(
+        t == model.generate(["The"], **{**how, "top_k": None})[0] for t in model.generate(["The"] * 3, seed=2, **{**how, "top_k": 1})
+    )
+    assert prefixes(lm("llama"), ((2, 3),), 0) == prefixes(model, ((2, 3),), 0) != prefixes(model, ((2, 3),), 1)
 
 
 # -- several edits, stacks, options -------------------------------------------------------------------------------------

@@ -75,3 +75,8 @@ class AlphaEdit(LocateEditor):
         """The keys of each patch at each block, read once everything is written."""
         keys = {b: job.average(job.read_keys(b, ops)[0]) for b in job.blocks}
         return [{f"keys.{b}": k[g].contiguous() for b, k in keys.items()} for g in job.groups]
+
+    def facts(self, job: Locating) -> dict[str, Any]:
+        """The share of directions that count as null space at each block."""
+        kept = {m.site.block: m.null_space(self.threshold, self.share).shape[1] / len(m.second) for m in job.moments.values()}
+        return {"null space": ", ".join(f"block {b}: {share:.1%}" for b, share in sorted(kept.items()))}

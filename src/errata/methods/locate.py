@@ -175,6 +175,10 @@ class LocateEditor:
         """State of each patch for edits to come."""
         return [{} for _ in ops]
 
+    def facts(self, job: Locating) -> dict[str, Any]:
+        """More to say in the patch's notes."""
+        return {}
+
 
 @dataclass
 class Locating:
@@ -308,6 +312,7 @@ class Locating:
                 "loss": round(sum(losses) / len(losses), 6),
                 "values stopped": sum(loss < e.v_stop for loss in losses),
                 "seconds": round(seconds, 4),
+                **e.facts(self),
             }
             patches.append(Patch(e.name, settings, self.lm.fingerprint, tuple(requests), tuple(own), kept, (), notes))
         return patches
