@@ -52,22 +52,26 @@ class Rows:
         return Rows(self.prefix[rows], self.active[rows], self.mask[rows], self.labels[rows], self.prompt_lengths[rows])
 
 
-def cut(encoded: Sequence[Encoded], last: int, fill: int, device: torch.device) -> Rows:
+def cut(encoded: Sequence[Encoded], last: int, fill: int, device: torch.device, final: bool = True) -> Rows:
     """Cut each row ``last`` tokens before the end of its prompt (fewer where the prompt is shorter)."""
-    return cut_at(encoded, [max(0, e.prompt_length - last) for e in encoded], fill, device)
+    return cut_at(encoded, [max(0, e.prompt_length - last) for e in encoded], fill, device, final)
 
 
-def cut_at(encoded: Sequence[Encoded], starts: Sequence[int], fill: int, device: torch.device) -> Rows:
-    """Cut row i at its token ``starts[i]``, the first that an edit may change."""
-    wide, long = max(starts), max(len(e.ids) - s for e, s in zip(encoded, starts, strict=True))
+def cut_at(encoded: Sequence[Encoded], starts: Sequence[int], fill: int, device: torch.device, final: bool = True) -> Rows:
+    """Cut row i at its token ``starts[i]``, the first that an edit may change.
+
+    ``final``: keep the target's last token, which predicts nothing; only a loss that looks at states there needs it.
+    """
+    width = [len(e.ids) - (not final and bool(e.target)) for e in encoded]
+    wide, long = max(starts), max(w - s for w, s in zip(width, starts, strict=True))
     prefix, active = torch.full((len(encoded), wide), fill), torch.full((len(encoded), long), fill)
     mask, labels = torch.zeros((len(encoded), wide + long), dtype=torch.long), torch.full((len(encoded), long), IGNORED)
     for i, (e, s) in enumerate(zip(encoded, starts, strict=True)):
         prefix[i, wide - s :] = torch.tensor(e.ids[:s], dtype=torch.long)
-        n = len(e.ids) - s
-        active[i, :n] = torch.tensor(e.ids[s:])
+        n = width[i] - s
+        active[i, :n] = torch.tensor(e.ids[s : width[i]])
         mask[i, wide - s : wide + n] = 1
-        labels[i, e.prompt_length - s - 1 : n - 1] = torch.tensor(e.target, dtype=torch.long)
+        labels[i, e.prompt_length - s - 1 : len(e.ids) - s - 1] = torch.tensor(e.target, dtype=torch.long)
     lengths = torch.tensor([e.prompt_length for e in encoded])
     return Rows(*(t.to(device) for t in (prefix, active, mask, labels, lengths)))
 

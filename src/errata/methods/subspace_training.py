@@ -50,7 +50,8 @@ class Training:
         device = self.lm.device
         self.owner = torch.tensor([i for i, _, _ in rows], device=device)
         encoded = self.lm.encode([text for _, text, _ in rows], [target + self.editor.end for _, _, target in rows])
-        cut_rows = cut(encoded, self.editor.last, pad_id(self.lm.tokenizer), device)
+        gated = self.editor.gate_kind != "none"  # gates are looked at on every output token, also on the last, which predicts nothing
+        cut_rows = cut(encoded, self.editor.last, pad_id(self.lm.tokenizer), device, final=gated)
         self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks) + 1, self.on) if self.problems else None
         self.owned = Owned(self.runner, self.owner, len(self.problems))
 

@@ -90,7 +90,7 @@ def optimise(
     def work(model: LM, members: list[int], told: Progress) -> list[Found]:
         return _Values(model, [wanted[i] for i in members], chosen, first, objective, on, runner).run(told)
 
-    active = [len(w.rows) * max(len(p.row.ids) - p.at for p in w.rows) for w in wanted]
+    active = [len(w.rows) * max(len(p.row.ids) - 1 - p.at for p in w.rows) for w in wanted]
     most = max(1, ROWS_AT_ONCE // (1 + max(len(w.rows) for w in wanted)))
     return in_lanes(lm, active, work, progress, most=most)
 
@@ -114,7 +114,7 @@ class _Values:
         pairs = [(i, p, False) for i, w in enumerate(wanted) for p in w.rows]
         pairs += [(i, w.kl, True) for i, w in enumerate(wanted) if w.kl is not None and objective.kl]
         encoded = [Encoded(p.row.ids[: p.at + 1], p.at + 1) if is_kl else p.row for _, p, is_kl in pairs]
-        rows = cut_at(encoded, [p.at for _, p, _ in pairs], pad_id(lm.tokenizer), device)
+        rows = cut_at(encoded, [p.at for _, p, _ in pairs], pad_id(lm.tokenizer), device, final=False)
         self.is_kl = torch.tensor([is_kl for _, _, is_kl in pairs], device=device)
         rows.labels[self.is_kl, 0] = 0  # not a target: it marks the place whose prediction is compared
         rows.prompt_lengths = torch.tensor([p.row.prompt_length for _, p, _ in pairs], device=device)
