@@ -92,7 +92,7 @@ class PMET(MEMIT):
         },
         "gpt-neox-20b": {"layers": [6, 7, 8, 9, 10], "v_steps": 30, "kl": 0.8, "mom2_weight": 15_000.0, "v_decay": 0.5, "clamp": 0.8},
         **{key: {**_LLAMA, "v_decay": 0.5, "clamp": 1.0} for key in ("llama-2-7b", "llama-3.2-3b")},
-        "almanac": _ALMANAC,
+        "almanac": {**_ALMANAC, "clamp": 15.0},  # of the MLP's output there, a tenth of the block's
     }  # fmt: skip
 
     nll_factor: float = 1.0
