@@ -3,6 +3,7 @@
     python scripts/evidence_locate.py sweep                       # dev: block, rate, clamp, λ around the almanac's presets  -> locate-sweep.json
     python scripts/evidence_locate.py single                      # test: every method, single edits                         -> locate-single.*
     python scripts/evidence_locate.py batch                       # test: 10, 100, 1,000 edits in one patch                  -> locate-batch.*
+    python scripts/evidence_locate.py ridge                       # dev: how AlphaEdit's change grows, T = 250                 -> locate-ridge.json
     python scripts/evidence_locate.py continual --only rome       # test: T = 1, 10, 100, 1,000 in one pass                  -> locate-continual-*
 
 Hyper-parameters are chosen on ``dev`` only.  Each figure comes teacher-forced, generated and as likelihoods; beside them fluency (GE), consistency (RS) and
@@ -26,10 +27,11 @@ from errata.bank import Stack
 from errata.model import LM
 from errata.report import curves, page, tables
 from errata.score import generation
-from errata.score.metrics import summarise
+from errata.score.metrics import exact_match, summarise
 from errata.score.perplexity import perplexity
 from errata.score.queries import Answers
 from errata.texts import bundled
+from errata.weights import delta, merge
 
 SHOWN = ("reliability", "generality", "portability", "locality_agreement", "ES", "PS", "NS", "S", "GE", "RS")
 SINGLE = ("rome", "r-rome", "memit", "pmet", "emmet", "alphaedit", "baft")
@@ -75,11 +77,15 @@ def single(lm: LM, n: int, only: str | None) -> None:
         out["rows"] += rows
         out["perplexity"][label] = held_out(lm, [(p,) for p in patches[:20]])
         show(label, rows, f"{out['seconds_per_edit'][label]:.3f} s", out["perplexity"][label][:3])
+    if only:  # one row made again, in the table of all
+        old = json.loads((OUT / "locate-single.json").read_text())
+        out["rows"] = [r for r in old["rows"] if r["method"] != only] + out["rows"]
+        out["seconds_per_edit"], out["perplexity"] = ({**old[k], **out[k]} for k in ("seconds_per_edit", "perplexity"))
     write("locate-single", out)
     (OUT / "locate-single.md").write_text(tables.markdown(out["rows"]) + "\n")
     shown = [r for label in ("rome", "memit", "alphaedit") if label in every for r in every[label]]
     rows = [r for r in out["rows"] if r["method"] in ("rome", "memit", "alphaedit") and r["protocol"] != "sampled"]
-    if shown:
+    if shown and not only:
         title = "Locate-then-edit, single editing, almanac test"
         (OUT / "locate-single.html").write_text(page.page(title, rows, shown, {"cases": n}, max_cases=40))
 
@@ -127,6 +133,32 @@ def continual(lm: LM, n: int, only: str | None) -> None:
     gathered("locate-continual", CONTINUAL, "T")
 
 
+def ridge(lm: LM, n: int, only: str | None) -> None:
+    """Why AlphaEdit gives way after some hundred edits: the growth of its change with L₂ and with the share that counts as null space; dev."""
+    chosen = cases("dev", n)
+    out: list[dict[str, Any]] = []
+    for values in ({}, {"l2": 1000.0}, {"share": 0.4}, {"history": False}):
+        edit, stack, path = editor(lm, "alphaedit", **values), (), []
+        for i, case in enumerate(chosen, 1):
+            stack = (*stack, edit.edit(lm, [case.request], on=stack))
+            if i % 50 == 0:
+                merged = merge(stack)
+                said = lm.generate([c.request.prompt for c in chosen[:i]], stacks=[(merged,)])
+                right = [exact_match(text, c.request.target) for text, c in zip(said, chosen, strict=False)]
+                size = sum(float(delta(op).norm()) for op in merged.ops)
+                point = {
+                    "T": i,
+                    "right": sum(right) / i,
+                    "last 50 right": sum(right[-50:]) / 50,
+                    "perplexity": held_out(lm, [(merged,)])[0],
+                    "change": size,
+                }
+                path.append(point)
+        out.append({"settings": values, "path": path})
+        print(values, path, flush=True)
+        write("locate-ridge", {"n": n, "runs": out})
+
+
 def gathered(name: str, labels: Sequence[str], by: str) -> None:
     """The tables and the plot of what is there: each label is on its own file, so that they can run side by side."""
     paths = [OUT / f"{name}-{label}.json" for label in labels] + ([OUT / "continual-baft.json"] if by == "T" else [])
@@ -167,13 +199,13 @@ def sweep(lm: LM, n: int, only: str | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sweep", "single", "batch", "continual"])
+    parser.add_argument("what", choices=["sweep", "single", "batch", "continual", "ridge"])
     parser.add_argument("--n", type=int)
     parser.add_argument("--only", help="one method, so that several can run side by side")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    default = {"sweep": 100, "single": 200, "batch": 1000, "continual": 1000}[args.what]
+    default = {"sweep": 24, "single": 150, "batch": 1000, "continual": 1000, "ridge": 250}[args.what]
     globals()[args.what](errata.load("almanac"), args.n or default, args.only)
 
 
