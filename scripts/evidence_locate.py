@@ -191,6 +191,11 @@ def sweep(lm: LM, n: int, only: str | None) -> None:
         rows += found
         show(method, found, values)
         write(f"locate-sweep{'-' + only if only else ''}", {"n": n, "rows": rows})
+    for knob in ("clamp", "l2"):
+        drawn = [
+            {**r, "setting": knob} for r in rows if r["knob"] == knob and r["protocol"] == "teacher_forced" and r["metric"] != "portability"
+        ]
+        curves.sweep(drawn, OUT / f"locate-sweep-{knob}.png")
 
 
 def main() -> None:
