@@ -11,7 +11,7 @@ from families import SENTENCES, lm
 from torch import Tensor
 
 from errata.families import linear_sizes, resolve
-from errata.model import LM
+from errata.model import LM, _old
 from errata.patch import Op, Patch, Site
 
 PROMPTS = [p for p, _ in SENTENCES]
@@ -51,6 +51,7 @@ def plain(folder: Path, **how: Any) -> Any:
     """As any program would load it; complaints are errors here."""
     from transformers import AutoModelForCausalLM
 
+    how.setdefault("torch_dtype" if _old() else "dtype", "auto")  # as it was saved, which transformers 4 does not do by itself
     hf, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return hf.eval()
