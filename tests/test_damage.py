@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAST, FRANCE, head, leftovers
+from tiny import FAST, FRANCE, fill_disk, head, leftovers
 
 from errata.cli import main
 from errata.errors import ErrataError, InputError, PatchError, StorageError
@@ -54,15 +52,7 @@ def test_full_disk_leaves_what_was_there(
     assert main(edited(tiny, *FAST, "--out", str(out))) == 0
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     capsys.readouterr()
-    real, left = os.fsync, [files]
-
-    def full(descriptor: int) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
+    fill_disk(monkeypatch, files)
     assert main(edited(tiny, "--set", "rank=3", "--set", "steps=1", "--out", str(out), "--force")) == 6
     err = capsys.readouterr().err
     assert f"{out}" in err and "nothing was written (the disk is full)" in err and ".out." not in err
@@ -70,7 +60,7 @@ def test_full_disk_leaves_what_was_there(
     assert leftovers(tmp_path) == ["out"]
     monkeypatch.undo()
     (patch,) = (Patch.load(p) for p in out.glob("*/"))
-    monkeypatch.setattr(os, "fsync", full)
+    fill_disk(monkeypatch, 0)
     with pytest.raises(StorageError, match="the disk is full"):
         patch.save(out / patch.id, overwrite=True)
     assert Patch.load(out / patch.id).id == patch.id

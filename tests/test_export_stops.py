@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import pytest
 import torch
 from families import lm
 from made import made
-from tiny import leftovers, saved
+from tiny import fill_disk, leftovers, saved
 from torch import Tensor
 
 import errata
@@ -107,15 +105,7 @@ def test_full_disk(write: Callable[..., Any], files: int, tmp_path: Path, monkey
     base, out = lm("llama"), tmp_path / "out"
     write(base, (made(base, 0),), out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    left, real = [min(files, len(before) - 1)], os.fsync
-
-    def full(descriptor: int) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
+    fill_disk(monkeypatch, min(files, len(before) - 1))
     with pytest.raises(StorageError, match="nothing was written \\(the disk is full\\)"):
         write(base, (made(base, 1),), out, force=True)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before and leftovers(tmp_path) == ["out"]

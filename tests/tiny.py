@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
+import pytest
 from families import lm
 from transformers.utils import logging
 
@@ -29,6 +32,19 @@ def write_requests(path: Path) -> Path:
     """`EDITS` as JSON Lines."""
     path.write_text("".join(json.dumps({"prompt": p, "target": t, "subject": s}) + "\n" for p, t, s in EDITS))
     return path
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, files: int) -> None:
+    """From now on the disk takes ``files`` more files, then is full."""
+    left, real = [files], os.fsync
+
+    def full(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
 
 
 def leftovers(folder: Path) -> list[str]:
