@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from errata.patch import WEIGHT_LIKE, Op, Patch, Site
 from errata.weights import Groups, padded, sizes, total
 
 Stack = tuple[Patch, ...]
+_Placed = tuple[Op, int]  # an op and the place of its patch in the stack
 # See `Bank._by_entry`: numbers that may always be copied, and numbers whose copying takes as long as one more entry.
 FEW, LAUNCH = 2_000_000, {"cpu": 20_000}
 
@@ -34,11 +35,20 @@ class Context:
     position        [B, T] unpadded position of each token of this chunk; -1 where it is padding
     prompt_lengths  [B] prompt tokens of each row, unpadded
     tape            filled with what ops `note` (gate weights, for example) when not None
+    first           whether this chunk begins the text: it holds the prompt, later chunks what follows
+    memory          decisions an op makes on the first chunk and keeps for the later ones, a number a row of the whole batch
+    rows, size      which rows of the batch these are (None: all), and how many it has
+    slot            the place in its stack of the patch whose op is asked
     """
 
     position: Tensor
     prompt_lengths: Tensor
     tape: dict[tuple[Site, str], Tensor] | None = None
+    first: bool = True
+    memory: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    rows: Tensor | None = None
+    size: int = 0
+    slot: int = 0
 
     def active(self, last: int) -> Tensor:
         """[B, T, 1] bool: the last ``last`` tokens of the prompt and every later token."""
@@ -48,8 +58,22 @@ class Context:
         if self.tape is not None:
             self.tape[site, name] = value
 
+    def remember(self, name: str, value: Tensor) -> None:
+        """Keep ``value`` [b], a number for each of these rows, for ops of the same patch at later sites and in later chunks of the text."""
+        if self.rows is not None:
+            kept = self.memory.get((self.slot, name))
+            value = (value.new_zeros(self.size) if kept is None else kept).index_copy(0, self.rows, value)
+        self.memory[self.slot, name] = value
+
+    def recall(self, name: str) -> Tensor:
+        """What `remember` kept of these rows, [b]."""
+        value = self.memory[self.slot, name]
+        return value if self.rows is None else value[self.rows]
+
     def select(self, rows: Tensor) -> Context:
-        return Context(self.position[rows], self.prompt_lengths[rows], None)
+        """The context of some rows; it shares the memory."""
+        own = rows if self.rows is None else self.rows[rows]
+        return replace(self, position=self.position[rows], prompt_lengths=self.prompt_lengths[rows], tape=None, rows=own)
 
 
 @dataclass
@@ -57,6 +81,7 @@ class Bank:
     """Parameters [P, …] of ops that compute alike at one site; ``rows`` [B] names each row's entry.
 
     ``rows`` None: the single entry serves every row, or (P == B) entry i serves row i.  -1: the row runs without.
+    ``slot``: the place in their stacks of the patches these ops belong to; ops of one patch find each other's decisions by it.
     """
 
     kind: str
@@ -64,6 +89,7 @@ class Bank:
     settings: Mapping[str, Any]
     params: Mapping[str, Tensor]
     rows: Tensor | None = None
+    slot: int = 0
 
     @cached_property
     def groups(self) -> Groups:
@@ -75,6 +101,8 @@ class Bank:
         """The site's new output; rows without an entry pass through untouched, bit for bit."""
         kind = registry.get("op", self.kind)
         out: Tensor
+        if self.slot != context.slot:
+            context = replace(context, slot=self.slot)
         if self.rows is None:
             out = kind.apply(self.params, self.settings, x, y, self.site, context)
             return out
@@ -113,6 +141,7 @@ class Plan:
     prompt_lengths: Tensor | None = None  # None: a raw call; the prompt ends where the first chunk's mask ends
     tape: dict[tuple[Site, str], Tensor] | None = None
     context: Context | None = None
+    memory: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # of the text that runs (see `Context.memory`)
     enabled: bool = True
 
     def add(self, bank: Bank) -> None:
@@ -125,6 +154,16 @@ def live(stack: Stack) -> Stack:
     return tuple(p for p in stack if p.id not in gone)
 
 
+def looks_ahead(stack: Stack) -> bool:
+    """Whether what an op does to a token may depend on later tokens of the prompt (a memory that reads the prompt and then
+    acts on all of it).  Such a kind says so in ``looks_ahead(settings)``; nothing of the prompt can then be computed apart."""
+    return any(
+        getattr(registry.get("op", op.kind), "looks_ahead", lambda settings: False)(op.settings)
+        for patch in live(stack)
+        for op in patch.ops
+    )
+
+
 def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.device) -> Plan:
     """Stacks as banks: the j-th op of each stack at a site joins the j-th group; alike ones share a bank.
 
@@ -132,10 +171,11 @@ def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.dev
     ``rows`` [B] names the stack of each row; None means that the one stack given serves every row.
     """
     plan = Plan()
-    per_site: dict[Site, list[list[Op]]] = {}
+    per_site: dict[Site, list[list[_Placed]]] = {}
     for i, stack in enumerate(stacks):
-        for op in (op for patch in live(stack) for op in patch.ops):
-            per_site.setdefault(op.site, [[] for _ in stacks])[i].append(op)
+        for slot, patch in enumerate(live(stack)):
+            for op in patch.ops:
+                per_site.setdefault(op.site, [[] for _ in stacks])[i].append((op, slot))
     made: dict[tuple[int, ...], Op] = {}
     for columns in per_site.values():
         columns = [_added(ops, device, made) for ops in columns]
@@ -143,31 +183,36 @@ def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.dev
             groups: dict[Any, list[int]] = {}
             for i, ops in enumerate(columns):
                 if depth < len(ops):
-                    groups.setdefault(_alike(ops[depth]), []).append(i)
+                    groups.setdefault(_alike(*ops[depth]), []).append(i)
             for members in groups.values():
-                plan.add(_bank([columns[i][depth] for i in members], members, len(stacks), rows, device))
+                bank = _bank([columns[i][depth][0] for i in members], members, len(stacks), rows, device)
+                bank.slot = columns[members[0]][depth][1]
+                plan.add(bank)
     return plan
 
 
-def _added(ops: Sequence[Op], device: torch.device, made: dict[tuple[int, ...], Op]) -> list[Op]:
+def _added(ops: Sequence[_Placed], device: torch.device, made: dict[tuple[int, ...], Op]) -> list[_Placed]:
     """Each run of weight-like ops as one.  Only what follows each other is added: an op between them may read y.
 
     ``made`` holds the sums of this plan, so that equal stacks share one.
     """
-    out: list[Op] = []
-    for adds, run in itertools.groupby(ops, lambda op: op.kind in WEIGHT_LIKE):
+    out: list[_Placed] = []
+    for adds, run in itertools.groupby(ops, lambda placed: placed[0].kind in WEIGHT_LIKE):
         together = list(run)
         if adds and len(together) > 1:
-            key = tuple(map(id, together))
+            key = tuple(id(op) for op, _ in together)
             if key not in made:
-                made[key] = total(together, device)
-            together = [made[key]]
+                made[key] = total([op for op, _ in together], device)
+            together = [(made[key], 0)]
         out += together
     return out
 
 
-def _alike(op: Op) -> tuple[Any, ...]:
-    """Ops with equal keys share a bank.  Low ranks are padded to the largest there (exact), up to 4 or up to twice their own."""
+def _alike(op: Op, slot: int) -> tuple[Any, ...]:
+    """Ops with equal keys share a bank.  Low ranks are padded to the largest there (exact), up to 4 or up to twice their own.
+    Of kinds that remember (``remembers``), only those at one place of their stacks do."""
+    if getattr(registry.get("op", op.kind), "remembers", False):
+        return slot, *op.signature()
     if op.kind != "low_rank":
         return op.signature()
     rank, inner, outer = sizes(op)
@@ -247,6 +292,8 @@ def _context(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Co
     rows, width = tokens.shape[:2]
     cache = kwargs.get("past_key_values")
     past = int(cache.get_seq_length()) if cache is not None else 0
+    if past == 0:
+        plan.memory = {}
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         mask = torch.ones((rows, past + width), dtype=torch.long, device=tokens.device)
@@ -255,4 +302,5 @@ def _context(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Co
     lengths = plan.prompt_lengths
     if lengths is None:  # a raw call: everything after the first chunk was generated
         lengths = mask.long().sum(1) if past == 0 else torch.zeros(rows, dtype=torch.long, device=tokens.device)
-    return Context(position[:, -width:].to(tokens.device), lengths.to(tokens.device), plan.tape)
+    here = position[:, -width:].to(tokens.device)
+    return Context(here, lengths.to(tokens.device), plan.tape, past == 0, plan.memory, None, rows)

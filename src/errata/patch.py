@@ -40,9 +40,13 @@ class Positions(Protocol):
     """What an op may know of the call: see `errata.bank.Context`."""
 
     position: Tensor
+    prompt_lengths: Tensor
+    first: bool
 
     def active(self, last: int) -> Tensor: ...
     def note(self, site: Site, name: str, value: Tensor) -> None: ...
+    def remember(self, name: str, value: Tensor) -> None: ...
+    def recall(self, name: str) -> Tensor: ...
 
 
 class Kind(Protocol):
@@ -50,6 +54,9 @@ class Kind(Protocol):
 
     A kind may also have ``apply_rows(p, groups, settings, x, y, site, context)``: ``p`` with the bank's own leading axis, ``groups``
     (`errata.weights.Groups`) names the rows of each entry.  It is used where a copy of an entry for each row would be large.
+
+    A kind that decides on the prompt and acts on it, or later, by that decision sets ``remembers = True``, uses ``context.remember`` and
+    ``recall``, and says with ``looks_ahead(settings)`` whether what it does to a token can depend on tokens after it.
     """
 
     @staticmethod

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from errata.bank import Bank, Plan, Stack
+from errata.bank import Bank, Plan, Stack, looks_ahead
 from errata.model import LM
 from errata.tokens import IGNORED, Encoded
 
@@ -122,11 +122,15 @@ class Tail:
 
     ``first_block``: the first block that has to compute; banks given to `logits` touch it, blocks above, or the *output* of the
     block before it.  ``on``: patches that run underneath, frozen.  Kept are the prefix's keys and values and one hidden state a token.
+    Under a patch that `looks_ahead` the prefix is not frozen, and everything runs every time (`Whole`).
     """
 
     def __init__(self, lm: LM, rows: Rows, first_block: int = 0, on: Stack = ()) -> None:
         self.lm, self.rows, self.on, self.first = lm, rows, on, first_block
         self.cache: Any = None
+        self.whole = Whole(lm, rows, 0, on) if looks_ahead(on) else None
+        if self.whole is not None:
+            return
         self.under = _under(lm, on, rows)
         with torch.no_grad(), lm.running(_plan(self.under, rows, (), None)):
             wide = rows.prefix.shape[1]
@@ -171,6 +175,8 @@ class Tail:
 
     def logits(self, banks: Sequence[Bank], tape: dict[Any, Tensor] | None = None) -> Tensor:
         """[M, V]; gradients flow to the banks' parameters."""
+        if self.whole is not None:
+            return self.whole.logits(banks, tape)
         where = self.rows.labelled
 
         def pick(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -189,7 +195,11 @@ class Tail:
     def select(self, rows: Tensor) -> Tail:
         """The tail of some rows only."""
         other = copy.copy(self)
-        other.rows, other.hidden = self.rows.select(rows), self.hidden[rows]
+        other.rows = self.rows.select(rows)
+        if self.whole is not None:
+            other.whole = self.whole.select(rows)
+            return other
+        other.hidden = self.hidden[rows]
         if self.cache is not None:
             other.cache = fork(self.cache)
             for layer in other.cache.layers:
