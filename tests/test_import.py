@@ -16,7 +16,7 @@ ROOT = Path(errata.__file__).parent
 HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 FLOORS = {
     **dict.fromkeys(("errors", "request", "registry", "config", "storage", "benchmarks", "report"), 0),
-    **dict.fromkeys(("families", "texts", "tokens", "patch", "weights", "offload"), 1),
+    **dict.fromkeys(("families", "texts", "tokens", "decode", "patch", "weights", "offload"), 1),
     **dict.fromkeys(("bank", "model", "tail", "fit", "lanes", "problems", "read", "stats"), 2),
     **dict.fromkeys(("methods", "trace", "score"), 3),
     **dict.fromkeys(("run", "ledger", "export", "almanac"), 4),

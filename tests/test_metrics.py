@@ -186,7 +186,7 @@ def test_difference_is_paired_on_common_cases() -> None:
         (
             ([record()], [record()], "reliability", "free"),
             InputError,
-            "there are teacher_forced, generated, likelihood and sampled",
+            "there are teacher_forced, generated, free_tokens, likelihood and sampled",
         ),
         (
             ([record()], [record()], "reliability", "likelihood"),

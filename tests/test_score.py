@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from families import lm
 
 from errata import run
@@ -106,6 +107,27 @@ def test_single() -> None:
     assert len(records) == 8 and {r["case"] for r in records} == {c.request.id for c in CASES}
     assert ("editing", 3, 3) in told and told[-1][0] == "scoring"
     assert all(0 <= done <= total for _, done, total in told)
+
+
+def test_free_tokens_are_those_of_plain_greedy_decoding() -> None:
+    """As EasyEdit's vanilla generation: n greedy tokens beside the n tokens of the target (no target here holds a full stop)."""
+    base = lm("llama")
+    patches = EDITOR.edit_each(base, [c.request for c in CASES])
+    records = score(base, CASES, [(p,) for p in patches], "reft", answers=Answers(free_tokens=True))
+    pairs = [(patch, probe) for patch, case in zip(patches, CASES, strict=True) for probe in case.probes if probe.target]
+    checked = [r for r in records if r["target"]]
+    for (patch, probe), record in zip(pairs, checked, strict=True):
+        row = base.encode([probe.prompt], [probe.target])[0]
+        ids = torch.tensor([row.ids[: row.prompt_length]])
+        n = len(row.target)
+        said = {}
+        for when, on in (("before", ()), ("after", (patch,))):
+            with base.under(*on):
+                said[when] = base.hf.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False)[0, ids.shape[1] :].tolist()
+            assert record[f"free_{when}"] == sum(a == b for a, b in zip(said[when], row.target, strict=True)) / n
+        assert record["free_agree"] == sum(a == b for a, b in zip(said["before"], said["after"], strict=True)) / n
+    assert {r["free_after"] for r in checked if r["kind"] == "rewrite"} == {1.0}
+    assert "free_after" not in score(base, CASES, [(p,) for p in patches], "reft")[0]
 
 
 @pytest.mark.parametrize("editor", [EDITOR, BaFT(rank=4, lr=0.02, end=".")], ids=["reft", "baft"])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata import offload, registry
+from errata import decode, offload, registry
 from errata.bank import Hooks, Plan, Stack, compile_plan, live
 from errata.errors import ModelError, PatchError
 from errata.families import Family, find, linear_sizes, resolve, text_config
@@ -174,7 +174,6 @@ class LM:
     def batch(self, rows: Sequence[Encoded], side: str = "left") -> Batch:
         return pad(rows, pad_id(self.tokenizer), side)
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[str],
@@ -192,40 +191,30 @@ class LM:
         Greedy, or sampled from the ``top_k`` likeliest tokens: a row's draws depend on ``seed``, its prompt and how often that
         prompt stood before it, not on the other rows.
         """
+        how = {"stacks": stacks, "rows": rows, "max_new_tokens": max_new_tokens, "stop": stop, "chat": chat, "top_k": top_k, "seed": seed}
+        return [decode.text_of(self.tokenizer, ids, stop) for ids in self.continuations(prompts, **how)]  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def continuations(
+        self,
+        prompts: Sequence[str],
+        *,
+        stacks: Sequence[Stack] | None = None,
+        rows: Sequence[int] | Tensor | None = None,
+        max_new_tokens: int = 12,
+        stop: Sequence[str] = STOPS,
+        chat: bool = False,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """What `generate` says as token ids; the token that completes a ``stop`` text is the last, EOS is left out."""
         if not prompts:
             return []
         batch = self.batch(self.encode(prompts, chat=chat)).to(self.device)
         plan = self.plan(stacks, rows, len(prompts))
         plan.prompt_lengths = batch.prompt_lengths
         with self.running(plan):
-            ids = self._decode(batch, max_new_tokens, stop, None if top_k is None else _Sampler(prompts, top_k, seed))
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-        return [_cut(text, stop) for text in texts]
-
-    def _decode(self, batch: Batch, limit: int, stop: Sequence[str], sampler: _Sampler | None) -> list[list[int]]:
-        ends, ids, mask, cache = self._ends(), batch.ids, batch.mask, None
-        new: list[list[int]] = [[] for _ in range(len(ids))]
-        done = [False] * len(ids)
-        for _ in range(limit):
-            out = self.forward(ids, mask, past_key_values=cache, use_cache=True, **self.last_only)
-            cache, last = out.past_key_values, out.logits[:, -1]
-            ids = last.argmax(-1, keepdim=True) if sampler is None else sampler(last)
-            for i, token in enumerate(ids[:, 0].tolist()):
-                if not done[i]:
-                    if token in ends:
-                        done[i] = True
-                        continue
-                    new[i].append(token)
-                    done[i] = bool(stop) and any(s in self.tokenizer.decode(new[i]).lstrip() for s in stop)
-            if all(done):
-                break
-            mask = torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
-        return new
-
-    def _ends(self) -> set[int]:
-        eos = self.hf.generation_config.eos_token_id if getattr(self.hf, "generation_config", None) else None
-        found = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list | tuple) else [eos])}
-        return {e for e in found if isinstance(e, int)}
+            return decode.decode(self, batch, max_new_tokens, stop, None if top_k is None else decode.Sampler(prompts, top_k, seed))
 
     @property
     def last_only(self) -> dict[str, Any]:
@@ -255,31 +244,6 @@ class LM:
                 f"embedding at {f.embedding}, last norm at {f.final_norm}, vocabulary {int(self.config.vocab_size):,}",
             ]
         )
-
-
-class _Sampler:
-    """Draws a token a row from the ``top_k`` likeliest, with a random generator a row."""
-
-    def __init__(self, prompts: Sequence[str], top_k: int, seed: int) -> None:
-        seen: dict[str, int] = {}
-        self.top_k, self.generators = top_k, []
-        for prompt in prompts:
-            seen[prompt] = seen.get(prompt, 0) + 1
-            digest = hashlib.sha256(f"{seed} {seen[prompt]} {prompt}".encode()).digest()
-            self.generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:6], "big")))
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """[B, 1] from logits [B, V]."""
-        best, tokens = logits.float().topk(min(self.top_k, logits.shape[-1]))
-        draws = torch.tensor([float(torch.rand((), generator=g)) for g in self.generators], device=logits.device)
-        place = (best.softmax(-1).cumsum(-1) < draws[:, None]).sum(-1, keepdim=True).clamp_max(best.shape[-1] - 1)
-        return tokens.gather(1, place)
-
-
-def _cut(text: str, stop: Sequence[str]) -> str:
-    text = text.lstrip()
-    at = min((text.find(s) for s in stop if s in text), default=len(text))
-    return text[:at].strip()
 
 
 def fingerprint(hf: Any) -> str:

@@ -38,6 +38,7 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--n", type=common.positive, default=CASES, help=f"cases ({CASES})")
     out.add_argument("--seed", type=int, default=0, help="of the order of the cases (0)")
     out.add_argument("--marks", metavar="T,T,…", help="continual mode: score after so many edits (powers of ten and the last)")
+    out.add_argument("--free-tokens", action="store_true", help="also the token agreement of free answers, by which GRACE was published")
     common.mode_options(out)
     common.out_options(out)
 
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         files.check(args.out, args.force)
     lm = common.load(args)
     editors = [registry.get("method", m).for_model(lm, **settings_of(m, methods, values)) for m in methods]
-    scored, answers = Scored(), Answers()
+    scored, answers = Scored(), Answers(free_tokens=args.free_tokens)
     with screen.progress() as progress:
         for editor in editors:
             common.prepare(editor, lm, progress)

@@ -37,6 +37,7 @@ HEADINGS: Final[dict[str, str]] = {
 PROTOCOLS: Final[dict[str, str]] = {
     "teacher_forced": "Teacher-forced: share of the answer's tokens, the answer being fed",
     "generated": "Generated: the model's own text equals the answer",
+    "free_tokens": "Free tokens: share of the answer's tokens at the same place of the model's own text (EasyEdit's vanilla generation)",
     "likelihood": "Likelihood: the wanted answer against its rival; ES, PS, NS share where it is likelier, EM, PM, NM by how much",
     "sampled": "Sampled: longer text; n-gram entropy in bits (GE) and likeness to texts about the new answer (RS)",
 }

@@ -8,13 +8,15 @@ A record is one probe of one method, as plain JSON values:
     gen_before, gen_after                  the model's own greedy text up to its natural stop
     gen_match_before, gen_match_after      that text equals the target after `normalise`
     gen_agree                              both texts are equal
+    free_before, free_after, free_agree    share of the target's tokens that stand at the same place of that text; alike in both texts
     known                                  the model answered this probe truly before the edit
     nll_before, nll_after                  mean negative log-likelihood of the answer's tokens, in nats
     rival, nll_rival_before, …_after       the answer it is weighed against and its NLL; None where there is none
     ge_…, rs_…                             of records of kind "generation" only, see `errata.score.generation`
 
 Teacher forcing shows the model the beginning of the answer and its length; free text does not; a likelihood compares two given
-answers and does not ask whether the model would say either.  They are therefore separate columns (`PROTOCOLS`), never averaged.
+answers and does not ask whether the model would say either; free tokens (EasyEdit's "vanilla generation", by which GRACE was
+published; only where asked for) give half an answer half a point.  They are therefore separate columns (`PROTOCOLS`), never averaged.
 Records written before a field existed are summarised without the metrics that need it.
 
 The likelihood metrics are those of ROME (Meng et al. 2022, arXiv 2202.05262) and MEMIT.  With NLL(a) = −1/|a| Σ log p(a_t | prompt, a_<t):
@@ -45,7 +47,7 @@ from errata.errors import InputError, UnknownName
 Record = Mapping[str, Any]
 Floats = NDArray[np.float64]
 
-PROTOCOLS: Final = ("teacher_forced", "generated", "likelihood", "sampled")
+PROTOCOLS: Final = ("teacher_forced", "generated", "free_tokens", "likelihood", "sampled")
 LEVEL = 0.95
 CHUNK = 1 << 21  # resampled indices held at once: 16 MB
 
@@ -71,9 +73,9 @@ class Metric:
     note: str = ""
 
 
-_AFTER: Final = {"teacher_forced": "tf_after", "generated": "gen_match_after"}
-_BEFORE: Final = {"teacher_forced": "tf_before", "generated": "gen_match_before"}
-_AGREE: Final = {"teacher_forced": "tf_agree", "generated": "gen_agree"}
+_AFTER: Final = {"teacher_forced": "tf_after", "generated": "gen_match_after", "free_tokens": "free_after"}
+_BEFORE: Final = {"teacher_forced": "tf_before", "generated": "gen_match_before", "free_tokens": "free_before"}
+_AGREE: Final = {"teacher_forced": "tf_agree", "generated": "gen_agree", "free_tokens": "free_agree"}
 _LOCAL: Final = ("neighbour", "unrelated")
 _WINS: Final = ({"likelihood": "nll_wins_after"}, {"likelihood": "nll_wins_before"})
 _MARGIN: Final = ({"likelihood": "nll_margin_after"}, {"likelihood": "nll_margin_before"})
@@ -149,6 +151,8 @@ def _check_protocol(which: Metric, protocol: str) -> None:
 def _field(record: Record, name: str) -> Any:
     if name in _DERIVED:
         return _DERIVED[name](record)
+    if name in _OPTIONAL:
+        return record.get(name)
     if name not in record:
         raise InputError(f"a record of case {record.get('case', '?')!r} has no {name!r}; it was not written by errata's scorer")
     return record[name]
@@ -174,6 +178,9 @@ _DERIVED: Final[dict[str, Callable[[Record], Any]]] = {
     "nll_margin_before": lambda r: _margin(r, "before"),
     "nll_margin_after": lambda r: _margin(r, "after"),
 }
+
+
+_OPTIONAL: Final = ("free_before", "free_after", "free_agree")
 
 
 def _chosen(records: Iterable[Record], which: Metric, protocol: str) -> list[Record]:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from errata.bank import Stack
-from errata.model import LM
+from errata.decode import text_of
+from errata.model import LM, STOPS
 from errata.request import Case, Probe
 from errata.score.metrics import exact_match
 from errata.tokens import Encoded
@@ -30,11 +31,12 @@ WORST = 1e3  # nats of a token that has no probability, or of a model that says 
 
 @dataclass(frozen=True)
 class Forced:
-    """Teacher forcing of one target: what the argmax was at each of its tokens, whether it was right, and its likelihood.
+    """Teacher forcing of one target: its tokens, what the argmax was at each, whether it was right, and its likelihood.
 
     nll = −1/n Σ_t ln p(target_t | prompt, target_<t) over the n tokens of the target, in nats.
     """
 
+    target: tuple[int, ...]
     argmax: tuple[int, ...]
     right: tuple[bool, ...]
     nll: float
@@ -47,10 +49,15 @@ class Forced:
 
 @dataclass
 class Answers:
-    """What stacks said, kept by (stack key, prompt[, target]) so that nothing is asked twice."""
+    """What stacks said, kept by (stack key, prompt[, target]) so that nothing is asked twice; free answers as text and as token ids.
+
+    free_tokens  records made with these answers also hold the fields of that protocol
+    """
 
     forced: dict[tuple[str, str, str], Forced] = field(default_factory=dict)
     text: dict[tuple[str, str], str] = field(default_factory=dict)
+    ids: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    free_tokens: bool = False
 
 
 def key(stack: Stack) -> str:
@@ -79,7 +86,7 @@ def force(lm: LM, asked: Sequence[tuple[Stack, str, str]], answers: Answers, pro
             best, lost = tuple(said[:n]), nats[:n]
             said, nats = said[n:], nats[n:]
             right = tuple(a == b for a, b in zip(best, row.target, strict=True))
-            answers.forced[todo[i][0][0]] = Forced(best, right, sum(lost) / n)
+            answers.forced[todo[i][0][0]] = Forced(tuple(row.target), best, right, sum(lost) / n)
         done += len(indices)
         if progress:
             progress(done, len(todo))
@@ -115,9 +122,9 @@ def generate(lm: LM, asked: Sequence[tuple[Stack, str]], answers: Answers, progr
     done = 0
     for indices in _batches(todo):
         stacks, which = distinct([todo[i][0][1] for i in indices])
-        texts = lm.generate([todo[i][0][0][1] for i in indices], stacks=stacks, rows=which, max_new_tokens=MAX_NEW_TOKENS)
-        for i, text in zip(indices, texts, strict=True):
-            answers.text[todo[i][0][0]] = text
+        said = lm.continuations([todo[i][0][0][1] for i in indices], stacks=stacks, rows=which, max_new_tokens=MAX_NEW_TOKENS)
+        for i, ids in zip(indices, said, strict=True):
+            answers.ids[todo[i][0][0]], answers.text[todo[i][0][0]] = tuple(ids), text_of(lm.tokenizer, ids, STOPS)
         done += len(indices)
         if progress:
             progress(done, len(todo))
@@ -138,7 +145,12 @@ def distinct(stacks: Sequence[Stack]) -> tuple[list[Stack], list[int]]:
 
 
 def score(
-    lm: LM, cases: Sequence[Case], stacks: Sequence[Stack], method: str, progress: Progress | None = None, answers: Answers | None = None
+    lm: LM,
+    cases: Sequence[Case],
+    stacks: Sequence[Stack],
+    method: str,
+    progress: Progress | None = None,
+    answers: Answers | None = None,
 ) -> list[dict[str, Any]]:
     """A record (see `errata.score.metrics`) for each probe of each case, case i under ``stacks[i]``.
 
@@ -160,7 +172,11 @@ def score(
     generate(lm, [(s, p.prompt) for _, p, s in probes], answers, progress)
     known = _known(lm, cases, answers)
     return [
-        {**_record(method, c, p, s, t, answers, known), **_likelihood(p, s, pair, answers)}
+        {
+            **_record(method, c, p, s, t, answers, known),
+            **_likelihood(p, s, pair, answers),
+            **(_free_tokens(p, s, t, answers) if answers.free_tokens else {}),
+        }
         for (c, p, s), t, pair in zip(probes, targets, against, strict=True)
     ]
 
@@ -193,6 +209,17 @@ def _likelihood(probe: Probe, stack: Stack, pair: tuple[str, str | None], answer
         out[f"nll_{when}"] = answers.forced[name, probe.prompt, own].nll
         out[f"nll_rival_{when}"] = None if rival is None else answers.forced[name, probe.prompt, rival].nll
     return out
+
+
+def _free_tokens(probe: Probe, stack: Stack, target: str, answers: Answers) -> dict[str, Any]:
+    """How far the free answer goes along with the target, token by token; past its end it has no token."""
+    wanted = answers.forced["", probe.prompt, target].target
+    before, after = ([*answers.ids[name, probe.prompt], *[None] * len(wanted)][: len(wanted)] for name in ("", key(stack)))
+
+    def share(a: Sequence[int | None], b: Sequence[int | None]) -> float:
+        return sum(x == y for x, y in zip(a, b, strict=True)) / len(wanted)
+
+    return {"free_before": share(before, wanted), "free_after": share(after, wanted), "free_agree": share(before, after)}
 
 
 def _known(lm: LM, cases: Sequence[Case], answers: Answers) -> dict[str, bool]:
