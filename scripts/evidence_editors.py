@@ -1,0 +1,236 @@
+"""Every method of the project on the almanac, in one table a scenario (docs/results/editors).
+
+    python scripts/evidence_editors.py single [--only LABEL]        # 200 test cases, each alone
+    python scripts/evidence_editors.py batched [--only LABEL]       # joint edits of 10 and of 50 on a growing stack, 200 test cases
+    python scripts/evidence_editors.py continual [--only LABEL]     # T = 1, 10, 100, 1,000 in one pass
+    python scripts/evidence_editors.py tables                       # the tables and plots of what is there
+
+Each label is kept in its own file, so that several can run side by side.  Hyper-parameters are the almanac presets, chosen on ``dev``.
+Teacher-forced, generated, likelihood and free tokens (the protocol GRACE was published with) are tables of their own; with them
+go seconds an edit, numbers and bytes of a saved patch, and decoding time against the base's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from evidence import OUT, cases, editor, table, write
+
+import errata
+from errata import run
+from errata.bank import Stack
+from errata.model import LM
+from errata.patch import Patch
+from errata.report import curves
+from errata.score.cost import latency, size_on_disk
+from errata.score.metrics import summarise
+from errata.score.perplexity import perplexity
+from errata.score.queries import Answers
+from errata.texts import bundled
+
+SHOWN = ("reliability", "generality", "portability", "locality_agreement", "ES", "PS", "NS", "S")
+EDITORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "none": ("none", {}),
+    "ice": ("ice", {}),
+    "ike": ("ike", {}),
+    "retrieval": ("retrieval", {}),
+    "ft-l": ("ft-l", {}),
+    "ft-m": ("ft-m", {}),
+    "loc-ft": ("loc-ft", {}),
+    "lora": ("lora", {}),
+    "adalora": ("adalora", {}),
+    "grace": ("grace", {}),
+    "melo": ("melo", {}),
+    "wise": ("wise", {}),
+    "wise-light": ("wise-light", {}),
+    "rome": ("rome", {}),
+    "r-rome": ("r-rome", {}),
+    "memit": ("memit", {}),
+    "pmet": ("pmet", {}),
+    "emmet": ("emmet", {}),
+    "alphaedit": ("alphaedit", {}),
+    "reft": ("reft", {}),
+    "baft": ("baft", {}),
+}
+MARKS = (1, 10, 100, 1000)
+SIZES = (10, 50)
+TIMED = 8  # prompts whose decoding is timed
+TOKENS = 8_000  # of held-out text a stack
+FOLDER = "editors"
+# Continual runs made by other scripts on the same cases.
+ELSEWHERE = {label: f"locate-continual-{label}" for label in ("rome", "r-rome", "memit", "pmet", "emmet", "alphaedit")}
+ELSEWHERE |= {label: f"continual-{label}" for label in ("baft", "reft")}
+
+
+def made(lm: LM, label: str) -> Any:
+    method, values = EDITORS[label]
+    return editor(lm, method, **values)
+
+
+def rows_of(records: Sequence[dict[str, Any]], label: str, **more: Any) -> list[dict[str, Any]]:
+    return [{**row, "method": label, **more} for row in summarise(records) if row["metric"] in SHOWN]
+
+
+def cost(lm: LM, patches: Sequence[Patch], stack: Stack, prompts: Sequence[str]) -> dict[str, Any]:
+    """Of the patches as saved (means), and of decoding under ``stack``."""
+    seconds, ratio = latency(lm, [stack], prompts[:TIMED])[0]
+    few = patches[:20]
+    return {
+        "parameters": statistics.mean(p.parameters for p in few),
+        "bytes": statistics.mean(size_on_disk(p) for p in few),
+        "seconds_a_token": seconds,
+        "latency_ratio": ratio,
+    }
+
+
+def held_out(lm: LM, stacks: Sequence[Stack]) -> list[float]:
+    """Perplexity on text the almanac was not trained on."""
+    return [round(p.value, 2) for p in perplexity(lm, bundled("heldout"), stacks=stacks, tokens=TOKENS)]
+
+
+def keep(scenario: str, label: str, payload: dict[str, Any]) -> None:
+    (OUT / FOLDER).mkdir(parents=True, exist_ok=True)
+    write(f"{FOLDER}/{scenario}-{label}", payload)
+
+
+def show(label: str, rows: Sequence[dict[str, Any]], *more: Any) -> None:
+    found = {f"{r['metric']} {r['protocol'][:3]}": round(r["value"], 3) for r in rows if r["protocol"] != "likelihood"}
+    print(label, *more, found, flush=True)
+
+
+def single(lm: LM, n: int, label: str, answers: Answers) -> None:
+    chosen, edit = cases("test", n), made(lm, label)
+    if hasattr(edit, "prepare"):
+        edit.prepare(lm)
+    began = time.perf_counter()
+    patches = edit.edit_each(lm, [c.request for c in chosen])
+    seconds = (time.perf_counter() - began) / n
+    alone = []
+    for case in chosen[:5]:
+        began = time.perf_counter()
+        edit.edit(lm, [case.request])
+        alone.append(time.perf_counter() - began)
+    stacks: list[Stack] = [(p,) for p in patches]
+    rows = rows_of(run.score(lm, chosen, stacks, label, None, answers), label)
+    out = {"n": n, "rows": rows, "seconds_per_edit": seconds, "seconds_alone": statistics.median(alone), "threads": torch.get_num_threads()}
+    out |= cost(lm, patches, stacks[0], [chosen[0].request.prompt] * TIMED)
+    out["perplexity"] = statistics.mean(held_out(lm, stacks[:10]))
+    keep("single", label, out)
+    show(label, rows, f"{seconds:.3f} s, alone {out['seconds_alone']:.3f} s, {out['bytes']:.0f} bytes, latency {out['latency_ratio']:.2f}")
+
+
+def batched(lm: LM, n: int, label: str, answers: Answers) -> None:
+    chosen, out = cases("test", n), {"n": n, "rows": [], "seconds_per_edit": {}, "perplexity": {}}
+    for size in SIZES:
+        edit, ends = made(lm, label), [0.0]
+        if hasattr(edit, "prepare"):
+            edit.prepare(lm)
+        began = time.perf_counter()
+        progress = lambda stage, done, total, ends=ends, began=began: (  # noqa: E731
+            ends.append(time.perf_counter() - began) if stage == "editing" else None
+        )
+        stack, records = run.batched(lm, edit, chosen, size, progress, answers, label)
+        rows = rows_of(records, label, T=size)
+        out["rows"] += rows
+        out["seconds_per_edit"][size] = ends[-1] / n
+        out["perplexity"][size] = held_out(lm, [stack])[0]
+        show(label, rows, size, f"{ends[-1] / n:.3f} s", out["perplexity"][size])
+    keep("batched", label, out)
+
+
+def continual(lm: LM, n: int, label: str, answers: Answers) -> None:
+    chosen, marks = cases("test", n), [m for m in MARKS if m <= n]
+    stacks: dict[int, Stack] = {}
+    began = time.perf_counter()
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: (  # noqa: E731
+        print(f"  {label} {done}/{total} {time.perf_counter() - began:.0f} s", flush=True)
+        if stage == "editing" and done % 100 == 0
+        else None
+    )
+    stack, at, immediate = run.continual(lm, made(lm, label), chosen, marks, progress, answers, label, stacks)
+    rows = [row for mark, records in at.items() for row in rows_of(records, label, T=mark)]
+    out = {"n": n, "rows": rows, "immediate": rows_of(immediate, label, T="right after"), "seconds": time.perf_counter() - began}
+    out |= cost(lm, stack[-1:], stack, [c.request.prompt for c in chosen[:TIMED]])
+    out["patches"] = len(stack)
+    out["perplexity"] = {str(m): held_out(lm, [stacks[m]])[0] for m in marks}
+    keep("continual", label, out)
+    show(label, [r for r in rows if r["T"] == marks[-1]], f"{out['seconds']:.0f} s", out["perplexity"])
+
+
+def read(scenario: str) -> dict[str, dict[str, Any]]:
+    """What is there of a scenario, in the order of `EDITORS`."""
+    out = {}
+    for label in EDITORS:
+        path = OUT / FOLDER / f"{scenario}-{label}.json"
+        if not path.exists() and scenario == "continual" and label in ELSEWHERE:
+            path = OUT / f"{ELSEWHERE[label]}.json"
+        if path.exists():
+            out[label] = json.loads(path.read_text())
+    return out
+
+
+def lines(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = [f"| {' | '.join(map(str, row))} |" for row in (heads, ["---"] * len(heads), *rows)]
+    return "\n".join(cells) + "\n"
+
+
+def costs(found: dict[str, dict[str, Any]]) -> str:
+    """What `single` measured beside the scores."""
+    heads = ["method", "s an edit (200 at once)", "s an edit (alone)", "numbers", "bytes on disk", "decoding against base", "perplexity"]
+    rows = [
+        [label, f"{f['seconds_per_edit']:.3f}", f"{f['seconds_alone']:.3f}", f"{f['parameters']:,.0f}", f"{f['bytes']:,.0f}",
+         f"{f['latency_ratio']:.2f}", f"{f['perplexity']:.0f}"]
+        for label, f in found.items()
+    ]  # fmt: skip
+    return "\nCost of a single edit\n\n" + lines(heads, rows)
+
+
+def perplexities(found: dict[str, dict[str, Any]], heading: str) -> str:
+    have = {label: {str(k): v for k, v in f["perplexity"].items()} for label, f in found.items() if isinstance(f.get("perplexity"), dict)}
+    at = sorted({k for f in have.values() for k in f if k.isdigit()}, key=int)
+    first = lambda v: v[0] if isinstance(v, list) else v  # noqa: E731
+    rows = [[label, *(f"{first(f[k]):,.0f}" if k in f else "–" for k in at)] for label, f in have.items()]
+    return f"\nPerplexity on held-out text\n\n{lines(['method', *(f'{heading} {k}' for k in at)], rows)}"
+
+
+def tables(out: Path) -> None:
+    found = read("single")
+    rows = [{**r, "T": f["n"]} for f in found.values() for r in f["rows"]]
+    (out / "single.md").write_text(table(rows, "T", SHOWN, "cases") + costs(found))
+    found = read("batched")
+    rows = [r for f in found.values() for r in f["rows"]]
+    (out / "batched.md").write_text(table(rows, "T", SHOWN, "edits a patch") + perplexities(found, "by"))
+    found = read("continual")
+    rows = [r for f in found.values() for r in [*f["rows"], *({**r, "T": "right after"} for r in f.get("immediate", ()))]]
+    rows = [r for r in rows if r["metric"] in SHOWN]
+    (out / "continual.md").write_text(table(rows, "T", SHOWN) + perplexities(found, "T ="))
+    drawn = [r for r in rows if r["T"] != "right after" and r["protocol"] == "generated"]
+    curves.retention([r for r in drawn if r["metric"] in ("reliability", "generality", "locality_agreement")], out / "continual.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["single", "batched", "continual", "tables"])
+    parser.add_argument("--n", type=int)
+    parser.add_argument("--only", metavar="LABEL,LABEL", help=f"of {', '.join(EDITORS)}")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.what == "tables":
+        tables(OUT / FOLDER)
+        return
+    lm, answers = errata.load("almanac"), Answers(free_tokens=True)
+    default = {"single": 200, "batched": 200, "continual": 1000}[args.what]
+    for label in args.only.split(",") if args.only else EDITORS:
+        globals()[args.what](lm, args.n or default, label, answers)
+
+
+if __name__ == "__main__":
+    main()
