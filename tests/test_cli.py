@@ -188,6 +188,15 @@ def test_score_writes_a_result(tiny: str, tmp_path: Path, capsys: pytest.Capture
     assert (again / "records.jsonl").read_bytes() == (out / "records.jsonl").read_bytes()  # same inputs, same bytes
 
 
+def test_score_with_sampled_texts_and_free_tokens(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["score", tiny, "--method", "reft", "--split", "dev", "--n", "2", *FAST, "--fluency", "--free-tokens", "--json"]
+    assert main([*argv, "--out", str(tmp_path / "o")]) == 0
+    found = {(r["metric"], r["protocol"]) for r in document(capsys)["summary"]}
+    assert {("GE", "sampled"), ("RS", "sampled"), ("reliability", "free_tokens"), ("reliability", "generated")} <= found
+    html = (tmp_path / "o" / "report.html").read_text()
+    assert "GE (fluency)" in html and "Free tokens" in html
+
+
 def test_score_batched_and_continual(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["score", tiny, "--method", "reft", "--split", "dev", "--n", "4", *FAST]
     assert main([*common, "--mode", "batched", "--batch-size", "2", "--json"]) == 0

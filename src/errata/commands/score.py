@@ -21,13 +21,15 @@ CASES = 100
 
 @dataclass
 class Scored:
-    """final: one record a probe and method, for tables and page; every: also those of earlier marks and right after each edit."""
+    """final: one record a probe and method, for tables and page; every: also those of earlier marks and right after each edit.
+    texts: what was sampled, so that the base is asked once."""
 
     final: list[dict[str, Any]] = field(default_factory=list)
     every: list[dict[str, Any]] = field(default_factory=list)
     at: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     right_after: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    texts: dict[Any, str] = field(default_factory=dict)
 
 
 def add(commands: common.Subparsers) -> None:
@@ -39,6 +41,7 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--seed", type=int, default=0, help="of the order of the cases (0)")
     out.add_argument("--marks", metavar="T,T,…", help="continual mode: score after so many edits (powers of ten and the last)")
     out.add_argument("--free-tokens", action="store_true", help="also the token agreement of free answers, by which GRACE was published")
+    out.add_argument("--fluency", action="store_true", help="also fluency (GE) and consistency (RS) of sampled text, after all edits")
     common.mode_options(out)
     common.out_options(out)
 
@@ -68,7 +71,15 @@ def settings_of(method: str, methods: list[str], values: dict[str, Any]) -> dict
 
 
 def _score(
-    lm: LM, editor: Any, cases: list[Case], args: argparse.Namespace, at: list[int], answers: Any, progress: Progress, into: Scored
+    lm: LM,
+    editor: Any,
+    cases: list[Case],
+    benchmark: Any,
+    args: argparse.Namespace,
+    at: list[int],
+    answers: Any,
+    progress: Progress,
+    into: Scored,
 ) -> None:
     """One method in one mode; its records are added to ``into``."""
     from errata import run as scenarios
@@ -81,23 +92,39 @@ def _score(
             edited = time.perf_counter() - began
         progress(f"{editor.name}: {stage}", done, total)
 
+    stacks: list[Any]
     if args.mode == "single":
-        _, final = scenarios.single(lm, editor, cases, watched, answers)
-        into.every += final
+        patches, final = scenarios.single(lm, editor, cases, watched, answers)
+        stacks, into.every = [(p,) for p in patches], into.every + final
     elif args.mode == "batched":
-        _, final = scenarios.batched(lm, editor, cases, common.batch_size(args), watched, answers)
-        into.every += final
+        stack, final = scenarios.batched(lm, editor, cases, common.batch_size(args), watched, answers)
+        stacks, into.every = [stack] * len(cases), into.every + final
     else:
-        _, by_mark, right_after = scenarios.continual(lm, editor, cases, at, watched, answers)
-        final = by_mark[at[-1]]
+        stack, by_mark, right_after = scenarios.continual(lm, editor, cases, at, watched, answers)
+        stacks, final = [stack] * at[-1], by_mark[at[-1]]
         for mark, records in by_mark.items():
             into.at.setdefault(mark, []).extend(records)
             into.every += [{**r, "edits": mark} for r in records]
         into.right_after += right_after
         into.every += [{**r, "edits": "right after its own"} for r in right_after]
     into.final += final
+    if args.fluency:
+        sampled = _fluency(lm, editor, cases[: len(stacks)], stacks, benchmark, into.texts, progress)
+        into.final, into.every = into.final + sampled, into.every + sampled
     if args.mode != "continual":  # there the scoring at the marks lies between the edits
         into.seconds[editor.name] = edited / len(cases)
+
+
+def _fluency(
+    lm: LM, editor: Any, cases: list[Case], stacks: list[Any], benchmark: Any, texts: dict[Any, str], progress: Progress
+) -> list[dict[str, Any]]:
+    """GE and RS records of each case that has prompts for them."""
+    from errata.score import generation
+
+    if not hasattr(benchmark, "generation"):
+        raise ConfigError("--fluency: this benchmark offers no prompts to sample from; leave it out")
+    told = lambda done, total: progress(f"{editor.name}: sampling", done, total)  # noqa: E731
+    return generation.score(lm, cases, stacks, editor.name, benchmark, texts=texts, progress=told)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
@@ -116,7 +143,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with screen.progress() as progress:
         for editor in editors:
             common.prepare(editor, lm, progress)
-            _score(lm, editor, cases, args, at, answers, progress, scored)
+            _score(lm, editor, cases, benchmark, args, at, answers, progress, scored)
     document = _document(args, lm, editors, scored, summarise)
     if args.out is not None:
         what = results.notes(lm, benchmark, args.split, len(cases), args.seed, _mode(args), scored.seconds)

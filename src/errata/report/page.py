@@ -125,6 +125,8 @@ def _cases(records: Sequence[Record], max_cases: int) -> str:
     names = methods(records)
     grouped: dict[str, list[Record]] = {}
     for record in records:
+        if record["kind"] == "generation":  # long sampled texts, no question with an answer
+            continue
         grouped.setdefault(str(record["case"]), []).append(record)
     if not grouped:
         return ""
