@@ -29,6 +29,9 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--subject", help="what the fact is about, spelt as in the prompt")
     out.add_argument("--requests", metavar="FILE.jsonl", help="many edits: one JSON object a line, with prompt, target and maybe subject …")
     out.add_argument("--method", default="baft", help="see `errata methods` (baft)")
+    out.add_argument(
+        "--rank", type=common.positive, metavar="N", help="rank of the patch, where the method has one; short for --set rank=N"
+    )
     common.mode_options(out)
     common.out_options(out)
 
@@ -72,6 +75,7 @@ def _make(lm: LM, editor: Any, wanted: list[EditRequest], mode: str, size: int, 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     wanted, size, settings = requests(args), common.batch_size(args), common.settings(args)
+    settings |= {"rank": args.rank} if args.rank else {}
     method = args.method
     kind = registry.get("method", method)
     if args.out is not None:
