@@ -40,9 +40,12 @@ _LOCATE = {
     "v_lr": 0.2, "v_steps": 80,
 }  # fmt: skip
 _WEAK = {**_LOCATE, "mom2_weight": 1e-3}
+# Nobody taught these models an EOS, so LocFT trains the full stop here; its EOS is tested in test_ft.py.
+_TUNE = {"layers": [1, 2], "lr": 0.01, "steps": 40, "stop": 0.1}
 QUICK = {
     "baft": _SUBSPACE, "reft": _SUBSPACE, "rome": _LOCATE, "r-rome": _LOCATE, "emmet": _LOCATE, "memit": _WEAK,
     "pmet": {**_WEAK, "kl": 1e-3, "kl_stop": 1e-9}, "alphaedit": {**_LOCATE, "share": 0.95, "l2": 1e-6},
+    "ft-l": _TUNE, "ft-m": {**_TUNE, "end": "."}, "loc-ft": {**_TUNE, "end": ".", "eos": False},
 }  # fmt: skip
 LOCATE = [m for m in METHODS if issubclass(registry.get("method", m), LocateEditor)]
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -51,8 +54,8 @@ each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
 def asked(method: str) -> list[EditRequest]:
-    """What a method is asked to write.  A shift at one token cannot carry an answer of several in models this small."""
-    return [*REQUESTS[:2], dataclasses.replace(REQUESTS[2], target="Spanish")] if method in LOCATE else REQUESTS
+    """What a method is asked to write.  A shift at one token cannot carry an answer of several in models this small, nor can FT-L."""
+    return [*REQUESTS[:2], dataclasses.replace(REQUESTS[2], target="Spanish")] if method in (*LOCATE, "ft-l") else REQUESTS
 
 
 def editor(method: str, **settings: object) -> object:
@@ -96,8 +99,8 @@ def test_an_edit_changes_the_answer_and_undo_is_exact(method: str, family: str, 
     for request, patch in zip(asked(method), patches(method, family, dtype), strict=True):
         with base.under(patch):
             said = base.complete(request.prompt)
-            # 8 bits, and a shift at one token: the full stop may be missed
-            loose = dtype == "bfloat16" or method in LOCATE
+            # 8 bits, a shift at one token, and FT-L, which trains no full stop: it may be missed
+            loose = dtype == "bfloat16" or method in (*LOCATE, "ft-l")
             # PMET throws half of what it optimises away, the attention's shift, and some of these models need both
             assert method == "pmet" or (said.startswith(request.target) if loose else said == request.target)
         assert not base.stack

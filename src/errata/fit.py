@@ -1,4 +1,4 @@
-"""`fit`: E independent problems optimised in one batch, each stopping by itself.
+"""`fit`: E independent problems optimised in one batch, each stopping by itself.  `fit_passes`: the same in mini-batches.
 
 AdamW acts on each number alone, so E problems stacked along the first axis train exactly as they would one at a time.
 A finished problem is taken out of the batch; the others go on in a smaller one.
@@ -6,9 +6,10 @@ A finished problem is taken out of the batch; the others go on in a smaller one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,12 @@ from errata.errors import FitError
 
 # (parameters of the problems still running, their indices [e]) -> (loss to minimise [e], loss compared with the stop [e])
 Loss = Callable[[Mapping[str, Tensor], Tensor], tuple[Tensor, Tensor]]
+
+
+class BatchLoss(Protocol):
+    """(…, number of the pass, of the mini-batch) -> (mean loss over each problem's rows of it [e], how many rows those are [e])."""
+
+    def __call__(self, p: Mapping[str, Tensor], alive: Tensor, *, number: int, batch: int) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass
@@ -38,10 +45,16 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    def update(self, p: list[Tensor], gradient: list[Tensor], first: list[Tensor], second: list[Tensor], step: int) -> None:
-        """Update number ``step`` (from 1) of the tensors and their moments, in place; torch's fused kernel, one pass over memory."""
+    def update(self, p: list[Tensor], gradient: list[Tensor], first: list[Tensor], second: list[Tensor], step: int | Sequence[int]) -> None:
+        """Update number ``step`` (from 1; one for all or one each) of the tensors and their moments, in place; torch's fused kernel.
+
+        That kernel reads memory in order whatever a tensor's strides are, and a matrix product's gradient may come transposed.
+        """
+        steps = [step] * len(p) if isinstance(step, int) else step
+        gradient = [g.contiguous() for g in gradient]
         adamw(
-            p, gradient, first, second, [], [torch.tensor(float(step - 1), device=t.device) for t in p], fused=True, amsgrad=False,
+            p, gradient, first, second, [], [torch.tensor(float(n - 1), device=t.device) for t, n in zip(p, steps, strict=True)],
+            fused=True, amsgrad=False,
             beta1=self.betas[0], beta2=self.betas[1], lr=self.lr, weight_decay=self.weight_decay, eps=self.eps, maximize=False,
         )  # fmt: skip
 
@@ -108,6 +121,82 @@ def fit(
     for k in now:
         final[k][alive] = now[k].detach()
     return Fitted(final, made, last)
+
+
+class _Running:
+    """The problems of `fit_passes` that still run: parameters and moments [e, …], and the updates each has had."""
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self.now = {k: p.detach().clone() for k, p in params.items()}
+        self.final = {k: torch.empty_like(p) for k, p in self.now.items()}
+        self.first, self.second = ({k: torch.zeros_like(p) for k, p in self.now.items()} for _ in range(2))
+        some = next(iter(self.now.values()))
+        self.alive = torch.arange(len(some), device=some.device)
+        self.updates = [0] * len(some)
+        self.made = torch.zeros_like(self.alive)
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {k: p.detach().requires_grad_(True) for k, p in self.now.items()}
+
+    def update(self, rule: AdamW, gradients: Sequence[Tensor], which: Sequence[int]) -> None:
+        """An update of some of them, each with its own count: a skipped one leaves the moments as they are too."""
+        for i in which:
+            self.updates[i] += 1
+        lists = (self.now.values(), gradients, self.first.values(), self.second.values())
+        p, g, m, v = ([t[i] for t in tensors for i in which] for tensors in lists)
+        rule.update(p, g, m, v, [self.updates[i] for _ in gradients for i in which])
+
+    def retire(self, done: Tensor) -> None:
+        """Take problems out of the batch."""
+        kept = ~done
+        self.made[self.alive] = torch.tensor(self.updates, device=done.device)
+        for k, p in self.now.items():
+            self.final[k][self.alive[done]] = p[done]
+            self.now[k], self.first[k], self.second[k] = p[kept], self.first[k][kept], self.second[k][kept]
+        self.alive = self.alive[kept]
+        self.updates = self.made[self.alive].tolist()
+
+
+def fit_passes(
+    params: Mapping[str, Tensor],
+    loss: BatchLoss,
+    *,
+    passes: int,
+    batches: int,
+    rule: AdamW,
+    stop: float,
+    progress: Callable[[int, int, float], None] | None = None,
+    project: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
+) -> Fitted:
+    """Up to ``passes`` passes over ``batches`` mini-batches, an update each: what fine-tuning editors do, for E problems at once.
+
+    A mini-batch leaves a problem alone that has no row in it or whose mean loss is below ``stop``; a problem ends with the pass whose
+    mean loss over all rows is.  `Fitted.steps` counts updates, `Fitted.loss` is the last pass's.  Otherwise as `fit`.
+    """
+    running = _Running(params)
+    count, device = len(running.alive), running.alive.device
+    last = torch.full((count,), torch.inf, device=device)
+    for number in range(passes):
+        summed, rows = torch.zeros(len(running.alive), device=device), torch.zeros(len(running.alive), device=device)
+        for batch in range(batches):
+            step, leaves = number * batches + batch + 1, running.leaves()
+            total, own = _evaluate(functools.partial(loss, number=number, batch=batch), leaves, running.alive, count, step)
+            summed, rows = summed + total.detach().float() * own, rows + own
+            if progress is not None:
+                progress(step, len(running.alive), float(summed.sum() / rows.sum().clamp_min(1)))
+            which = ((total.detach() >= stop) & (own > 0)).nonzero().flatten().tolist()  # waits for the device, once an update
+            if which:
+                running.update(rule, torch.autograd.grad(total.sum(), list(leaves.values())), which)
+                if project is not None:
+                    project(running.now, running.alive)
+        last[running.alive] = summed / rows
+        done = summed / rows < stop
+        if number + 1 == passes or bool(done.all()):
+            break
+        if bool(done.any()):
+            running.retire(done)
+    running.retire(torch.ones_like(running.alive, dtype=torch.bool))
+    return Fitted(running.final, running.made, last)
 
 
 class _TokenNLL(torch.autograd.Function):

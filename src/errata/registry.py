@@ -19,6 +19,9 @@ ENTRIES: dict[str, dict[str, str]] = {
         "pmet": "errata.methods.memit:PMET",
         "emmet": "errata.methods.emmet:EMMET",
         "alphaedit": "errata.methods.alphaedit:AlphaEdit",
+        "ft-l": "errata.methods.ft:FTL",
+        "ft-m": "errata.methods.ft:FTM",
+        "loc-ft": "errata.methods.ft:LocFT",
     },
     "benchmark": {
         "almanac": "errata.benchmarks.almanac:Almanac",

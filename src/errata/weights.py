@@ -63,7 +63,8 @@ class LowRank:
         p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
     ) -> Tensor:
         parts = zip(groups.split(x.to(p["down"].dtype)), groups.entries, strict=True)
-        added = torch.cat([(part @ p["down"][e].mT) @ p["up"][e].mT for part, e in parts])
+        down, up = p["down"].unbind(), p["up"].unbind()  # on the way back one stack; a bank of zeros an entry if each were indexed
+        added = torch.cat([(part @ down[e].mT) @ up[e].mT for part, e in parts])
         return y.index_add(0, groups.order, added.to(y.dtype))
 
 
@@ -79,7 +80,8 @@ class Dense:
         p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
     ) -> Tensor:
         parts = zip(groups.split(x.to(p["weight"].dtype)), groups.entries, strict=True)
-        added = torch.cat([part @ p["weight"][e].mT for part, e in parts])
+        weight = p["weight"].unbind()
+        added = torch.cat([part @ weight[e].mT for part, e in parts])
         return y.index_add(0, groups.order, added.to(y.dtype))
 
 
