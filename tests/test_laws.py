@@ -40,8 +40,10 @@ _LOCATE = {
     "v_lr": 0.2, "v_steps": 80,
 }  # fmt: skip
 _WEAK = {**_LOCATE, "mom2_weight": 1e-3}
+_ADAPTER = {"rank": 4, "steps": 20, "stop": 0.1, "end": "."}
 QUICK = {
     "baft": _SUBSPACE, "reft": _SUBSPACE, "rome": _LOCATE, "r-rome": _LOCATE, "emmet": _LOCATE, "memit": _WEAK,
+    "lora": {**_ADAPTER, "lr": 0.01}, "adalora": {**_ADAPTER, "lr": 0.02, "dropout": 0.05},
     "pmet": {**_WEAK, "kl": 1e-3, "kl_stop": 1e-9}, "alphaedit": {**_LOCATE, "share": 0.95, "l2": 1e-6},
 }  # fmt: skip
 LOCATE = [m for m in METHODS if issubclass(registry.get("method", m), LocateEditor)]

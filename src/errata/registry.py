@@ -19,6 +19,8 @@ ENTRIES: dict[str, dict[str, str]] = {
         "pmet": "errata.methods.memit:PMET",
         "emmet": "errata.methods.emmet:EMMET",
         "alphaedit": "errata.methods.alphaedit:AlphaEdit",
+        "lora": "errata.methods.lora:LoRA",
+        "adalora": "errata.methods.adalora:AdaLoRA",
     },
     "benchmark": {
         "almanac": "errata.benchmarks.almanac:Almanac",
@@ -28,6 +30,7 @@ ENTRIES: dict[str, dict[str, str]] = {
         "dense": "errata.weights:Dense",
         "subspace": "errata.methods.subspace:Subspace",
         "shift": "errata.methods.values:Shift",
+        "adapter": "errata.methods.adapter:Adapter",
     },
 }
 
