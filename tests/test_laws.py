@@ -42,8 +42,10 @@ _LOCATE = {
 _WEAK = {**_LOCATE, "mom2_weight": 1e-3}
 # Nobody taught these models an EOS, so LocFT trains the full stop here; its EOS is tested in test_ft.py.
 _TUNE = {"layers": [1, 2], "lr": 0.01, "steps": 40, "stop": 0.1}
+_ADAPTER = {"rank": 4, "steps": 20, "stop": 0.1, "end": "."}
 QUICK = {
     "baft": _SUBSPACE, "reft": _SUBSPACE, "rome": _LOCATE, "r-rome": _LOCATE, "emmet": _LOCATE, "memit": _WEAK,
+    "lora": {**_ADAPTER, "lr": 0.01}, "adalora": {**_ADAPTER, "lr": 0.02, "dropout": 0.05},
     "pmet": {**_WEAK, "kl": 1e-3, "kl_stop": 1e-9}, "alphaedit": {**_LOCATE, "share": 0.95, "l2": 1e-6},
     "ft-l": _TUNE, "ft-m": {**_TUNE, "end": "."}, "loc-ft": {**_TUNE, "end": ".", "eos": False},
 }  # fmt: skip

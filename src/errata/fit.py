@@ -19,6 +19,7 @@ from errata.errors import FitError
 
 # (parameters of the problems still running, their indices [e]) -> (loss to minimise [e], loss compared with the stop [e])
 Loss = Callable[[Mapping[str, Tensor], Tensor], tuple[Tensor, Tensor]]
+After = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor, int], None]
 
 
 class BatchLoss(Protocol):
@@ -82,10 +83,12 @@ def fit(
     stop: float | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     project: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
+    after: After | None = None,
 ) -> Fitted:
     """Up to ``steps`` updates of each problem; problem e ends when its compared loss is below ``stop``.
 
-    ``project(params, alive)`` puts parameters back into their bounds, in place, after each update.
+    ``project(params, alive)`` puts parameters back into their bounds, in place, after each update; ``after(params, gradients, alive,
+    step)`` follows, for what needs to know more (update number ``step``, from 1; gradients from before it).
 
     ``progress(step, running, mean loss)`` is called once a step.  Raises `FitError` when a loss is not finite.
     """
@@ -118,6 +121,8 @@ def fit(
         rule.update(values[0], values[1], values[2], values[3], step)
         if project is not None:
             project(now, alive)
+        if after is not None:
+            after(now, gradients, alive, step)
     for k in now:
         final[k][alive] = now[k].detach()
     return Fitted(final, made, last)

@@ -22,6 +22,8 @@ ENTRIES: dict[str, dict[str, str]] = {
         "ft-l": "errata.methods.ft:FTL",
         "ft-m": "errata.methods.ft:FTM",
         "loc-ft": "errata.methods.ft:LocFT",
+        "lora": "errata.methods.lora:LoRA",
+        "adalora": "errata.methods.adalora:AdaLoRA",
     },
     "benchmark": {
         "almanac": "errata.benchmarks.almanac:Almanac",
@@ -31,6 +33,7 @@ ENTRIES: dict[str, dict[str, str]] = {
         "dense": "errata.weights:Dense",
         "subspace": "errata.methods.subspace:Subspace",
         "shift": "errata.methods.values:Shift",
+        "adapter": "errata.methods.adapter:Adapter",
     },
 }
 
