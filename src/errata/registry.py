@@ -19,6 +19,8 @@ ENTRIES: dict[str, dict[str, str]] = {
         "pmet": "errata.methods.memit:PMET",
         "emmet": "errata.methods.emmet:EMMET",
         "alphaedit": "errata.methods.alphaedit:AlphaEdit",
+        "grace": "errata.methods.grace:GRACE",
+        "melo": "errata.methods.melo:MELO",
     },
     "benchmark": {
         "almanac": "errata.benchmarks.almanac:Almanac",
@@ -28,6 +30,9 @@ ENTRIES: dict[str, dict[str, str]] = {
         "dense": "errata.weights:Dense",
         "subspace": "errata.methods.subspace:Subspace",
         "shift": "errata.methods.values:Shift",
+        "codebook": "errata.methods.grace:Codebook",
+        "router": "errata.methods.melo_ops:Router",
+        "routed": "errata.methods.melo_ops:Routed",
     },
 }
 
