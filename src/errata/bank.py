@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from errata import registry
+from errata.errors import PatchError
 from errata.families import Family, resolve
 from errata.patch import WEIGHT_LIKE, Op, Patch, Site
 from errata.weights import Groups, padded, sizes, total
@@ -67,6 +68,10 @@ class Context:
 
     def recall(self, name: str) -> Tensor:
         """What `remember` kept of these rows, [b]."""
+        if (self.slot, name) not in self.memory:
+            raise PatchError(
+                f"no {name} was decided for this text: it began before the patch was on; start it anew with the patch attached"
+            )
         value = self.memory[self.slot, name]
         return value if self.rows is None else value[self.rows]
 

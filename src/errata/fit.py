@@ -39,24 +39,29 @@ class Fitted:
 
 @dataclass(frozen=True)
 class AdamW:
-    """The update rule, on each number alone (Loshchilov & Hutter 2019; torch's defaults but for the decay)."""
+    """The update rule, on each number alone (Loshchilov & Hutter 2019; torch's defaults but for the decay).
+
+    schedule    factor of ``lr`` at an update, by its number (from 1)
+    """
 
     lr: float
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    schedule: Callable[[int], float] = lambda step: 1.0
 
     def update(self, p: list[Tensor], gradient: list[Tensor], first: list[Tensor], second: list[Tensor], step: int | Sequence[int]) -> None:
         """Update number ``step`` (from 1; one for all or one each) of the tensors and their moments, in place; torch's fused kernel.
 
-        That kernel reads memory in order whatever a tensor's strides are, and a matrix product's gradient may come transposed.
+        That kernel reads memory in order whatever a tensor's strides are, and a matrix product's gradient may come transposed.  The
+        rate is that of the first one's step: a ``schedule`` needs one step for all.
         """
         steps = [step] * len(p) if isinstance(step, int) else step
         gradient = [g.contiguous() for g in gradient]
         adamw(
             p, gradient, first, second, [], [torch.tensor(float(n - 1), device=t.device) for t, n in zip(p, steps, strict=True)],
             fused=True, amsgrad=False,
-            beta1=self.betas[0], beta2=self.betas[1], lr=self.lr, weight_decay=self.weight_decay, eps=self.eps, maximize=False,
+            beta1=self.betas[0], beta2=self.betas[1], lr=self.lr * self.schedule(steps[0]), weight_decay=self.weight_decay, eps=self.eps, maximize=False,
         )  # fmt: skip
 
 
@@ -117,7 +122,8 @@ def fit(
                 now[k], first[k], second[k], gradients[k] = now[k][keep], first[k][keep], second[k][keep], gradients[k][keep]
             alive = alive[keep]
         made[alive] = step
-        values = [list(d.values()) for d in (now, {k: gradients[k] for k in now}, first, second)]
+        # the fused kernel reads memory in order, whatever the strides are: a gradient of W.mT comes transposed
+        values = [list(d.values()) for d in (now, {k: gradients[k].contiguous() for k in now}, first, second)]
         rule.update(values[0], values[1], values[2], values[3], step)
         if project is not None:
             project(now, alive)

@@ -24,6 +24,8 @@ ENTRIES: dict[str, dict[str, str]] = {
         "loc-ft": "errata.methods.ft:LocFT",
         "lora": "errata.methods.lora:LoRA",
         "adalora": "errata.methods.adalora:AdaLoRA",
+        "grace": "errata.methods.grace:GRACE",
+        "melo": "errata.methods.melo:MELO",
     },
     "benchmark": {
         "almanac": "errata.benchmarks.almanac:Almanac",
@@ -34,6 +36,9 @@ ENTRIES: dict[str, dict[str, str]] = {
         "subspace": "errata.methods.subspace:Subspace",
         "shift": "errata.methods.values:Shift",
         "adapter": "errata.methods.adapter:Adapter",
+        "codebook": "errata.methods.grace:Codebook",
+        "router": "errata.methods.melo_ops:Router",
+        "routed": "errata.methods.melo_ops:Routed",
     },
 }
 

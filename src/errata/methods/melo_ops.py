@@ -1,0 +1,100 @@
+"""MELO's two ops: a router that chooses a block of a row on its prompt, and low-rank changes that follow the choice.
+
+    router   c = nearest centre;  none where ‖q − centre_c‖ > radius_c;  else the block of the point of cluster c nearest to q
+    routed   y + s up_b (s down_b x)  at every token of a row with block b;  y, bit for bit, where the router chose none
+
+The ops of one patch find each other by the patch's place in the stack (`Context.remember`), so patches do not read each other's choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.methods.codebook import decide, entries_of, hit, nearest, remembered
+from errata.patch import Positions, Site
+from errata.weights import Groups
+
+INDEX = ("centres", "radii", "points", "cluster", "block")
+
+
+def route(book: Mapping[str, Tensor], query: Tensor, rounding: float) -> Tensor:
+    """[B]: the block for each query [B, I], -1 for none; the book's tensors with or without an axis for the row.  A cluster may have
+    lost all its points (they were outside when it shrank): its queries get none."""
+    cluster = hit(book["centres"], book["radii"], query, rounding)
+    _, point = nearest(book["points"], query, book["cluster"] == cluster[:, None])
+    if not book["points"].shape[-2]:
+        return point
+    block = book["block"] if book["block"].ndim == 2 else book["block"].expand(len(query), -1)
+    return torch.where(point >= 0, block.gather(1, point.clamp_min(0)[:, None])[:, 0], -1)
+
+
+class Router:
+    """Registered as ``router``: centres [C, I], radii [C], points [M, I], cluster [M] and block [M] of each point; changes nothing itself.
+
+    Settings: ``reads`` "input" or "output" of the linear, ``rounding``.
+    """
+
+    remembers = True
+
+    @staticmethod
+    def looks_ahead(settings: Mapping[str, Any]) -> bool:
+        return True
+
+    @staticmethod
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+        return Router._run(p, None, settings, x, y, site, context)
+
+    @staticmethod
+    def apply_rows(
+        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    ) -> Tensor:
+        return Router._run(p, groups, settings, x, y, site, context)
+
+    @staticmethod
+    def _run(
+        p: Mapping[str, Tensor], groups: Groups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    ) -> Tensor:
+        own = entries_of(p["radii"], groups, len(x))
+        book = {k: p[k] for k in INDEX}
+        read_from = x if settings["reads"] == "input" else y
+        found = decide(book, own, groups is not None, read_from, context, lambda b, q: route(b, q, settings["rounding"]))
+        block = remembered("block", found, own, context)
+        context.note(site, "block", torch.where(context.position >= 0, block[:, None], -1))
+        return y
+
+
+class Routed:
+    """Registered as ``routed``: blocks down [N, R, I] and up [N, O, R]; setting ``scale``: s, by which both are multiplied."""
+
+    remembers = True
+
+    @staticmethod
+    def looks_ahead(settings: Mapping[str, Any]) -> bool:
+        return True
+
+    @staticmethod
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+        return Routed._run(p, None, settings, x, y, context)
+
+    @staticmethod
+    def apply_rows(
+        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    ) -> Tensor:
+        return Routed._run(p, groups, settings, x, y, context)
+
+    @staticmethod
+    def _run(
+        p: Mapping[str, Tensor], groups: Groups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, context: Positions
+    ) -> Tensor:
+        own = entries_of(p["up"], groups, len(x))
+        block = context.recall("block")
+        rows = ((block >= 0) & (own >= 0)).nonzero()[:, 0]
+        if not len(rows):
+            return y
+        down, up = (settings["scale"] * p[k][own[rows], block[rows]] for k in ("down", "up"))
+        added = (x[rows].to(down.dtype) @ down.mT) @ up.mT
+        return y.index_add(0, rows, added.to(y.dtype))
