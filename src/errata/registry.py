@@ -19,11 +19,16 @@ ENTRIES: dict[str, dict[str, str]] = {
         "pmet": "errata.methods.memit:PMET",
         "emmet": "errata.methods.emmet:EMMET",
         "alphaedit": "errata.methods.alphaedit:AlphaEdit",
+        "ike": "errata.methods.in_context:IKE",
+        "ice": "errata.methods.in_context:ICE",
+        "retrieval": "errata.methods.retrieval:Retrieval",
+        "none": "errata.methods.none:Nothing",
     },
     "benchmark": {
         "almanac": "errata.benchmarks.almanac:Almanac",
     },
     "op": {
+        "context": "errata.context:InFront",
         "low_rank": "errata.weights:LowRank",
         "dense": "errata.weights:Dense",
         "subspace": "errata.methods.subspace:Subspace",
