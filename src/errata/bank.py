@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from errata import registry
+from errata.context import Front, named
 from errata.errors import PatchError
 from errata.families import Family, resolve
-from errata.patch import WEIGHT_LIKE, Op, Patch, Site
+from errata.patch import PROMPT, WEIGHT_LIKE, Op, Patch, Site
 from errata.weights import Groups, padded, sizes, total
 
 Stack = tuple[Patch, ...]
@@ -33,7 +34,8 @@ FEW, LAUNCH = 2_000_000, {"cpu": 20_000}
 class Context:
     """What an op may know of the call it runs in.
 
-    position        [B, T] unpadded position of each token of this chunk; -1 where it is padding
+    position        [B, T] unpadded position of each token of this chunk, as the caller counts; -1 where it is padding, or context that
+                    a patch has put in front
     prompt_lengths  [B] prompt tokens of each row, unpadded
     tape            filled with what ops `note` (gate weights, for example) when not None
     first           whether this chunk begins the text: it holds the prompt, later chunks what follows
@@ -140,7 +142,7 @@ class Bank:
 
 @dataclass
 class Plan:
-    """Banks per site, in the order they run; and, while a call is on, its context."""
+    """Banks per site, in the order they run; what stands in front of prompts; and, while a call is on, its context."""
 
     banks: dict[Site, list[Bank]] = field(default_factory=dict)
     prompt_lengths: Tensor | None = None  # None: a raw call; the prompt ends where the first chunk's mask ends
@@ -148,6 +150,7 @@ class Plan:
     context: Context | None = None
     memory: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # of the text that runs (see `Context.memory`)
     enabled: bool = True
+    front: Front | None = None
 
     def add(self, bank: Bank) -> None:
         self.banks.setdefault(bank.site, []).append(bank)
@@ -169,17 +172,21 @@ def looks_ahead(stack: Stack) -> bool:
     )
 
 
-def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.device) -> Plan:
+def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.device, tokenizer: Any = None) -> Plan:
     """Stacks as banks: the j-th op of each stack at a site joins the j-th group; alike ones share a bank.
 
     Weight-like ops that follow each other at a site are one op (see `_added`): a stack of a thousand costs one product a site.
-    ``rows`` [B] names the stack of each row; None means that the one stack given serves every row.
+    ``rows`` [B] names the stack of each row; None means that the one stack given serves every row.  ``tokenizer``: for ops that read
+    the prompt as text.
     """
     plan = Plan()
+    fronts: list[list[Op]] = [[op for patch in live(stack) for op in patch.ops if op.site == PROMPT] for stack in stacks]
+    if any(fronts):
+        plan.front = Front(fronts, rows, tokenizer)
     per_site: dict[Site, list[list[_Placed]]] = {}
     for i, stack in enumerate(stacks):
         for slot, patch in enumerate(live(stack)):
-            for op in patch.ops:
+            for op in (op for op in patch.ops if op.site != PROMPT):
                 per_site.setdefault(op.site, [[] for _ in stacks])[i].append((op, slot))
     made: dict[tuple[int, ...], Op] = {}
     for columns in per_site.values():
@@ -255,10 +262,12 @@ class Hooks(AbstractContextManager["Hooks"]):
 
     def __init__(self, hf: Any, family: Family, plan: Plan) -> None:
         self.plan, self._exit = plan, ExitStack()
-        if not plan.banks:
+        if not plan.banks and plan.front is None:
             return
-        blocks = resolve(hf, family.blocks)
+        self.family, blocks = family, resolve(hf, family.blocks)
         self._hold(hf.register_forward_pre_hook(self._before, with_kwargs=True))
+        if plan.front is not None:
+            self._hold(hf.register_forward_hook(self._trim))
         for site in sorted(plan.banks):
             module = blocks[site.block] if site.point == "block" else resolve(blocks[site.block], family.linear_path(site.point))
             self._hold(module.register_forward_hook(self._after(site)))
@@ -266,9 +275,27 @@ class Hooks(AbstractContextManager["Hooks"]):
     def _hold(self, handle: Any) -> None:
         self._exit.callback(handle.remove)
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.plan.enabled:
-            self.plan.context = _context(self.plan, args, kwargs)
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        plan = self.plan
+        if not plan.enabled:
+            return None
+        if plan.front is None:
+            plan.context, _ = _context(plan, args, kwargs)
+            return None
+        kwargs = named(module, args, kwargs)
+        context, mask = _context(plan, (), kwargs)
+        plan.context = context
+        if context.first:
+            plan.front.begin(module, self.family, kwargs, context.position, context.prompt_lengths)
+        kwargs = plan.front.widened(module, kwargs, mask, context.first)
+        if plan.front.placed is not None and context.first:
+            nowhere = torch.full_like(plan.front.placed.ids, -1)
+            context.position = plan.front.placed.widen(context.position, nowhere, -1)
+        return (), kwargs
+
+    def _trim(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        assert self.plan.front is not None
+        return self.plan.front.trim(output) if self.plan.enabled else None
 
     def _after(self, site: Site) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -290,13 +317,15 @@ class Hooks(AbstractContextManager["Hooks"]):
         self.close()
 
 
-def _context(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Context:
-    """Positions of this chunk in unpadded coordinates, from the attention mask and the cache's length."""
+def _context(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Context, Tensor]:
+    """Positions of this chunk in unpadded coordinates, from the attention mask and the cache's length; and that mask [B, past + T]."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     tokens = ids if ids is not None else kwargs["inputs_embeds"]
     rows, width = tokens.shape[:2]
     cache = kwargs.get("past_key_values")
     past = int(cache.get_seq_length()) if cache is not None else 0
+    if past and plan.front is not None:
+        past -= plan.front.width  # of which the caller knows nothing
     if past == 0:
         plan.memory = {}
     mask = kwargs.get("attention_mask")
@@ -308,4 +337,4 @@ def _context(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Co
     if lengths is None:  # a raw call: everything after the first chunk was generated
         lengths = mask.long().sum(1) if past == 0 else torch.zeros(rows, dtype=torch.long, device=tokens.device)
     here = position[:, -width:].to(tokens.device)
-    return Context(here, lengths.to(tokens.device), plan.tape, past == 0, plan.memory, None, rows)
+    return Context(here, lengths.to(tokens.device), plan.tape, past == 0, plan.memory, None, rows), mask

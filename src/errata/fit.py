@@ -60,8 +60,8 @@ class AdamW:
         gradient = [g.contiguous() for g in gradient]
         adamw(
             p, gradient, first, second, [], [torch.tensor(float(n - 1), device=t.device) for t, n in zip(p, steps, strict=True)],
-            fused=True, amsgrad=False,
-            beta1=self.betas[0], beta2=self.betas[1], lr=self.lr * self.schedule(steps[0]), weight_decay=self.weight_decay, eps=self.eps, maximize=False,
+            fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=self.lr * self.schedule(steps[0]),
+            weight_decay=self.weight_decay, eps=self.eps, maximize=False,
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from errata import decode, offload, registry
 from errata.bank import Hooks, Plan, Stack, compile_plan, live
 from errata.errors import ModelError, PatchError
 from errata.families import Family, find, linear_sizes, resolve, text_config
-from errata.patch import Patch, Site
+from errata.patch import PROMPT, Patch, Site
 from errata.request import EditRequest
 from errata.tokens import Batch, Encoded, encode, pad, pad_id
 
@@ -85,6 +85,8 @@ class LM:
             self.check_site(op.site)
 
     def check_site(self, site: Site) -> None:
+        if site == PROMPT:
+            return
         if not 0 <= site.block < self.depth:
             raise PatchError(f"block {site.block} does not exist; this model has blocks 0 to {self.depth - 1}")
         if site.point != "block":
@@ -111,7 +113,7 @@ class LM:
         if self._hooks is not None:
             self._hooks.close()
         self._attached = stack
-        self._hooks = Hooks(self.hf, self.family, compile_plan([stack], None, self.device)) if stack else None
+        self._hooks = Hooks(self.hf, self.family, compile_plan([stack], None, self.device, self.tokenizer)) if stack else None
 
     @contextmanager
     def under(self, *patches: Patch) -> Iterator[LM]:
@@ -149,7 +151,7 @@ class LM:
         index = None if rows is None else torch.as_tensor(list(rows) if not isinstance(rows, Tensor) else rows)
         if index is not None and (len(index) != count or not bool(((index >= 0) & (index < len(stacks))).all())):
             raise ModelError(f"rows must name one of {len(stacks)} stacks for each of {count} rows")
-        return compile_plan(list(stacks), index, self.device)
+        return compile_plan(list(stacks), index, self.device, self.tokenizer)
 
     # -- running -----------------------------------------------------------------------------------------------
 

@@ -36,6 +36,9 @@ class Site:
     point: str = "block"
 
 
+PROMPT = Site(0, "prompt")  # in front of the prompt: no module, where text is put (`errata.context`)
+
+
 class Positions(Protocol):
     """What an op may know of the call: see `errata.bank.Context`."""
 
@@ -71,6 +74,10 @@ class Op:
     site: Site
     tensors: Mapping[str, Tensor]
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.kind == "context") != (self.site == PROMPT):
+            raise PatchError(f"a {self.kind!r} op cannot stand at {self.site}; make the edit again")
 
     def signature(self) -> tuple[Any, ...]:
         """Ops with equal signatures can share a bank."""
@@ -142,7 +149,8 @@ class Patch:
     def describe(self) -> str:
         """A few plain lines."""
         lines = [f"patch {self.id}  method {self.method}  {len(self.requests)} edit(s)  {self.parameters:,} numbers  base {self.base}"]
-        lines += [f"  {op.kind} at block {op.site.block} ({op.site.point})" for op in self.ops]
+        places = ["in front of the prompt" if op.site == PROMPT else f"at block {op.site.block} ({op.site.point})" for op in self.ops]
+        lines += [f"  {op.kind} {place}" for op, place in zip(self.ops, places, strict=True)] or ["  changes nothing"]
         lines += [f"  {r.prompt!r} -> {r.target!r}" for r in self.requests[:10]]
         return "\n".join(lines + ([f"  … {len(self.requests) - 10} more"] if len(self.requests) > 10 else []))
 

@@ -26,11 +26,16 @@ ENTRIES: dict[str, dict[str, str]] = {
         "adalora": "errata.methods.adalora:AdaLoRA",
         "grace": "errata.methods.grace:GRACE",
         "melo": "errata.methods.melo:MELO",
+        "ike": "errata.methods.in_context:IKE",
+        "ice": "errata.methods.in_context:ICE",
+        "retrieval": "errata.methods.retrieval:Retrieval",
+        "none": "errata.methods.none:Nothing",
     },
     "benchmark": {
         "almanac": "errata.benchmarks.almanac:Almanac",
     },
     "op": {
+        "context": "errata.context:InFront",
         "low_rank": "errata.weights:LowRank",
         "dense": "errata.weights:Dense",
         "subspace": "errata.methods.subspace:Subspace",

@@ -85,13 +85,13 @@ class Runner(Protocol):
     def select(self, rows: Tensor) -> Runner: ...
 
 
-def _under(lm: LM, on: Stack, rows: Rows) -> dict[Any, list[Bank]]:
-    """The banks of the frozen stack, compiled once."""
-    return lm.plan([on], None, len(rows.active)).banks
+def _under(lm: LM, on: Stack, rows: Rows) -> Plan:
+    """The frozen stack, compiled once."""
+    return lm.plan([on], None, len(rows.active))
 
 
-def _plan(under: dict[Any, list[Bank]], rows: Rows, banks: Sequence[Bank], tape: dict[Any, Tensor] | None) -> Plan:
-    plan = Plan({site: list(own) for site, own in under.items()}, rows.prompt_lengths, tape)
+def _plan(under: Plan, rows: Rows, banks: Sequence[Bank], tape: dict[Any, Tensor] | None) -> Plan:
+    plan = Plan({site: list(own) for site, own in under.banks.items()}, rows.prompt_lengths, tape, front=under.front)
     for bank in banks:
         plan.add(bank)
     return plan
@@ -110,7 +110,7 @@ class Whole:
         with self.lm.running(_plan(self.under, self.rows, banks, tape)):
             out: Tensor = self.lm.forward(ids, self.rows.mask, use_cache=False).logits[:, wide:]
         for key, noted in (tape or {}).items():
-            tape[key] = noted[:, wide:]  # type: ignore[index]
+            tape[key] = noted[:, -self.rows.active.shape[1] :]  # type: ignore[index]  # counted from the end: context may stand in front
         return out[self.rows.labelled]
 
     def select(self, rows: Tensor) -> Whole:
@@ -250,7 +250,8 @@ def capture(lm: LM, encoded: Sequence[Encoded], blocks: Sequence[int], on: Stack
 
     def keep(block: int) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
-            seen[block] = (output[0] if isinstance(output, tuple) else output).detach()
+            out = (output[0] if isinstance(output, tuple) else output).detach()
+            seen[block] = out[:, -batch.ids.shape[1] :]  # context may stand in front
 
         return hook
 

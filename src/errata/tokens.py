@@ -114,6 +114,16 @@ def _by_prefix(tokenizer: Any, text: str, seam: int, chat: bool) -> Encoded:
     return Encoded(tuple(both), start)
 
 
+def pieces(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Ids of texts that will stand before other text, without special tokens.
+
+    Where the tokenizer itself puts a space before a text's first word (SentencePiece), a text's last space is left to what follows.
+    """
+    first = tokenizer.convert_ids_to_tokens(tokenizer("x", add_special_tokens=False)["input_ids"])[:1]
+    spaced = bool(first) and first[0].startswith(("▁", "Ġ"))
+    return [tuple(tokenizer(t.rstrip(" ") if spaced else t, add_special_tokens=False)["input_ids"]) if t else () for t in texts]
+
+
 def subject_span(tokenizer: Any, prompt: str, subject: str, *, last: bool = False) -> tuple[int, int]:
     """Token range [start, end) of the subject's first (or last) occurrence in the prompt, by character offsets."""
     prompt = prompt.rstrip()

@@ -76,7 +76,7 @@ def slice_of(numbers: int) -> int:
 
 
 def changes(lm: LM, stack: Stack) -> list[Change]:
-    """The stack by linear.  `PatchError` when it is empty, of another base, or not a change of weights."""
+    """The stack by linear.  `PatchError` when it is empty or changes nothing, is of another base, or not a change of weights."""
     if not stack:
         raise PatchError("no patch to export; name at least one")
     found: dict[str, list[Op]] = {}
@@ -85,9 +85,9 @@ def changes(lm: LM, stack: Stack) -> list[Change]:
         for op in patch.ops:
             if op.kind not in WEIGHT_LIKE:
                 raise PatchError(
-                    f"patch {patch.id} was made with {patch.method}, whose {op.kind!r} op computes on hidden states and is no change of "
-                    "weights; serve it with errata (attach it, or `errata ask --patch`), or make the edit again with a method that "
-                    "changes weights (rome, memit …; `errata methods` lists them)"
+                    f"patch {patch.id} was made with {patch.method}, whose {op.kind!r} op is no change of weights; serve it "
+                    "with errata (attach it, or `errata ask --patch`), or make the edit again with a method that changes weights "
+                    "(rome, memit …; `errata methods` lists them)"
                 )
             if op.site.point == "block":
                 raise PatchError(
@@ -95,6 +95,8 @@ def changes(lm: LM, stack: Stack) -> list[Change]:
                 )
             path = f"{lm.family.blocks}.{op.site.block}.{lm.family.linear_path(op.site.point)}"  # two points may name one linear
             found.setdefault(path, []).append(op)
+    if not found:
+        raise PatchError("the stack changes nothing (no patch of it holds an op); there is nothing to export")
     out = [Change(path, resolve(lm.hf, path), tuple(ops)) for path, ops in found.items()]
     for change in out:
         for op in change.ops:

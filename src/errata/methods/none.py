@@ -1,0 +1,48 @@
+"""The unedited model, as a method: a row in every table that says what the others must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from errata.bank import Stack
+from errata.errors import ConfigError
+from errata.lanes import Progress
+from errata.methods.presets import for_model
+from errata.model import LM
+from errata.patch import Patch
+from errata.request import EditRequest
+from errata.tail import Tail
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A patch that names its requests and holds no op: under it the model is the base, bit for bit.  It stands on its own on a stack."""
+
+    name: ClassVar[str] = "none"
+    paper: ClassVar[str] = "the unedited model"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def for_model(cls, lm: LM, **settings: Any) -> Nothing:
+        """There is nothing to set; a setting raises `ConfigError`."""
+        return for_model(cls, lm, settings)
+
+    def edit(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> Patch:
+        """One patch for all requests."""
+        if not requests:
+            raise ConfigError("none: nothing to edit; give at least one request")
+        if progress is not None:
+            progress(1, 0, 0.0)
+        return Patch(self.name, {}, lm.fingerprint, tuple(requests), ())
+
+    def edit_each(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> list[Patch]:
+        """A patch for each request."""
+        if progress is not None and requests:
+            progress(1, 0, 0.0)
+        return [self.edit(lm, [r], on=on) for r in requests]

@@ -1,0 +1,133 @@
+"""Retrieval: a store of facts, of which those near to the prompt are put in front of it, and none where none is near.
+
+The plain baseline for editors with a memory: no training, no weight, and a prompt that is near to no fact is answered by the base,
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from errata.bank import Stack, live
+from errata.config import to_dict
+from errata.errors import ConfigError
+from errata.lanes import Progress
+from errata.methods.in_context import InContextEditor
+from errata.methods.in_context_text import block_for, centre, context_op, padded, vectors
+from errata.model import LM
+from errata.patch import Op, Patch
+from errata.request import EditRequest
+from errata.tail import Tail
+
+
+@dataclass(frozen=True)
+class Retrieval(InContextEditor):
+    """Fields beside those of `InContextEditor`:
+
+    k, threshold  the k nearest facts whose cosine with the prompt reaches the threshold
+    encoder       a sentence encoder (the package sentence-transformers); None: the base's own states
+    block, pool   after which block (None: three quarters of the depth), and whether of the prompt's last token or the mean over tokens
+    centred       subtract the mean state of Wikipedia beginnings (see `errata.embed`)
+
+    A fact is found by its prompt and by the paraphrases its request brings.  No paper is followed: the nearest are IKE's retriever,
+    which always shows k, and SERAC's scope, which is trained.  The default threshold was chosen on the almanac's dev split; for another
+    model look at the cosines of prompts that are and are not meant.
+
+    Continual: a new patch goes on from the last of the stack, if that is a store made with the same settings, and replaces it: one
+    patch holds all facts.  A new fact with an old one's prompt takes its place.
+    """
+
+    name: ClassVar[str] = "retrieval"
+    paper: ClassVar[str] = (
+        "no paper: a baseline of errata, after IKE's retriever (Zheng et al. 2023) and SERAC's scope (Mitchell et al. 2022)"
+    )
+    needs: ClassVar[frozenset[str]] = frozenset({"paraphrases?"})
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"almanac": {"fact": "{prompt} {target}.", "cue": ""}}
+
+    k: int = 1
+    threshold: float = 0.68
+    encoder: str | None = None
+    block: int | None = None
+    pool: Literal["last", "mean"] = "last"
+    centred: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise ConfigError(f"retrieval: k must be at least 1, not {self.k}")
+        if not -1 <= self.threshold <= 1:
+            raise ConfigError(f"retrieval: threshold is a cosine, from -1 to 1, not {self.threshold}")
+
+    def edit(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> Patch:
+        """One store of all requests' facts, and those of the store it goes on from."""
+        if not requests:
+            raise ConfigError("retrieval: nothing to edit; give at least one request")
+        patch = self._patches(lm, [list(requests)], live(tuple(on)))[0]
+        if progress is not None:
+            progress(1, 0, 0.0)
+        return patch
+
+    def edit_each(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> list[Patch]:
+        """A store for each request, as if it were made alone on ``on``."""
+        patches = self._patches(lm, [[r] for r in requests], live(tuple(on)))
+        if progress is not None and requests:
+            progress(1, 0, 0.0)
+        return patches
+
+    def _patches(self, lm: LM, problems: Sequence[Sequence[EditRequest]], on: Stack) -> list[Patch]:
+        how = {"k": self.k, "threshold": self.threshold, "encoder": self.encoder, "block": block_for(lm, self), "pool": self.pool}
+        mean = centre(lm, how["block"], self.pool) if self.centred and self.encoder is None else None
+        # of two requests with one prompt the later counts
+        problems = [list({r.prompt: r for r in requests}.values()) for requests in problems]
+        asked = [[(m, text) for m, r in enumerate(rs) for text in dict.fromkeys((r.prompt, *r.paraphrases))] for rs in problems]
+        flat = [text for pairs in asked for _, text in pairs]
+        found = iter(vectors(lm, flat, how, mean).split([len(pairs) for pairs in asked])) if flat else iter(())
+        out = []
+        for requests, pairs, keys in zip(problems, asked, found, strict=True):
+            op = context_op(lm, self, (), self.facts(requests), how)
+            tensors = {**op.tensors, "keys": keys.clone(), "owner": torch.tensor([m for m, _ in pairs])}
+            op = dataclasses.replace(op, tensors=tensors if mean is None else {**tensors, "centre": mean})
+            every, before = tuple(requests), self._before(on, op)
+            if before is not None:
+                op, every = _grown(before, op, every)
+            settings = {**to_dict(self), "block": how["block"]}
+            gone = () if before is None else (before.id,)
+            out.append(Patch(self.name, settings, lm.fingerprint, every, (op,), replaces=gone))
+        return out
+
+    def _before(self, on: Stack, op: Op) -> Patch | None:
+        """The store to go on from."""
+        last = on[-1] if on else None
+        if last is None or last.method != self.name or last.ops[0].settings != op.settings:
+            return None
+        return last if ("centre" in last.ops[0].tensors) == ("centre" in op.tensors) else None
+
+
+def _grown(before: Patch, op: Op, requests: tuple[EditRequest, ...]) -> tuple[Op, tuple[EditRequest, ...]]:
+    """(op of both stores, their requests), without old facts whose prompts are asked anew."""
+    new, old = {r.prompt for r in requests}, before.ops[0].tensors
+    kept = [m for m, r in enumerate(before.requests) if r.prompt not in new]
+    place = torch.full((len(before.requests),), -1)
+    place[kept] = torch.arange(len(kept))
+    held = place[old["owner"]] >= 0
+
+    def joined(name: str, some: Tensor | list[int], shift: int = 0) -> Tensor:
+        return torch.cat([old[name][some], op.tensors[name] + shift])
+
+    rows = [old["texts"][m, : int(old["lengths"][m])].tolist() for m in kept]
+    rows += [row[:n] for row, n in zip(op.tensors["texts"].tolist(), op.tensors["lengths"].tolist(), strict=True)]
+    owner = torch.cat([place[old["owner"]][held], op.tensors["owner"] + len(kept)])
+    tensors = {
+        **op.tensors, "texts": padded(rows), "lengths": joined("lengths", kept), "keys": joined("keys", held), "owner": owner
+    }  # fmt: skip
+    return dataclasses.replace(op, tensors=tensors), (*(before.requests[m] for m in kept), *requests)
