@@ -19,7 +19,7 @@ from errata.methods.dense_training import Objective, PromptLast
 from errata.model import LM
 from errata.tokens import Encoded
 
-# EasyEdit hparams/FT; both objectives share them.  Gemma as BaFT's authors ran it, with LLaMA's.
+# EasyEdit hparams/FT (causal models that errata knows); both objectives share them.  Gemma as BaFT's authors ran it, with LLaMA's.
 PUBLISHED: dict[str, dict[str, Any]] = {
     **{name: {"layers": [21]} for name in ("llama-2-7b", "llama-3-8b", "llama-3.2-3b", "gpt-j-6b", "baichuan", "gemma-1.1-7b")},
     **{name: {"layers": [27]} for name in ("qwen2-7b", "qwen2.5-7b", "qwen3.5-9b")},
@@ -42,7 +42,7 @@ class FTL(FineTuneEditor):
 
     name: ClassVar[str] = "ft-l"
     paper: ClassVar[str] = "Meng et al. 2022 (ROME), appendix; as run by EasyEdit, WISE, BaFT (prompt_last)"
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {**PUBLISHED, "almanac": {}}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {**PUBLISHED, "almanac": {"layers": [7], "lr": 2e-3}}
 
     target_ids: Literal["joint", "alone"] = "joint"
 
@@ -63,7 +63,7 @@ class FTM(FineTuneEditor):
 
     name: ClassVar[str] = "ft-m"
     paper: ClassVar[str] = "Zhang et al. 2024, arXiv:2401.01286 (FT-M; EasyEdit's target_new)"
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {**PUBLISHED, "almanac": {}}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {**PUBLISHED, "almanac": {"layers": [7], "lr": 1e-2, "end": "."}}
 
     end: str = ""
 
@@ -88,7 +88,8 @@ class LocFT(FTM):
         "llama-3-8b": {"layers": [22]},
         "qwen2.5-7b": {"layers": [6]},
         "mistral-7b": {"layers": [23], "lr": 5e-5},
-        "almanac": {},
+        # chosen on dev, 50 requests at once: the last block spreads furthest to rephrasings; 25 passes of one mini-batch are too few
+        "almanac": {"layers": [7], "lr": 5e-3, "batch_size": 10, "end": "."},
     }
 
     batch_size: int = 100
