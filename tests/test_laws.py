@@ -40,10 +40,16 @@ _LOCATE = {
     "v_lr": 0.2, "v_steps": 80,
 }  # fmt: skip
 _WEAK = {**_LOCATE, "mom2_weight": 1e-3}
+_WISE = {
+    "layer": 0, "contexts": [], "end": ".", "lr": 2.0, "steps": 40, "alpha": 0.1, "beta": 0.5, "gamma": 0.2, "norm_constraint": None,
+    "stop": 0.1, "settled": 10.0,
+}  # fmt: skip
 QUICK = {
     "baft": _SUBSPACE, "reft": _SUBSPACE, "rome": _LOCATE, "r-rome": _LOCATE, "emmet": _LOCATE, "memit": _WEAK,
     "pmet": {**_WEAK, "kl": 1e-3, "kl_stop": 1e-9}, "alphaedit": {**_LOCATE, "share": 0.95, "l2": 1e-6},
+    "wise": {**_WISE, "mask_ratio": 0.8}, "wise-light": {**_WISE, "pool": 0.5, "mask_ratio": 1.0},
 }  # fmt: skip
+WISE = ("wise", "wise-light")  # a few steps of theirs show what identities are about
 LOCATE = [m for m in METHODS if issubclass(registry.get("method", m), LocateEditor)]
 each_method = pytest.mark.parametrize("method", METHODS)
 each_family = pytest.mark.parametrize("family", list(FAMILIES))
@@ -114,7 +120,7 @@ def exact(family: str, method: str = "baft") -> tuple[str, dict[str, int]]:
     """(dtype, settings) for identities.  Gemma-2's eager attention casts float64's lowest mask value to float32, which is -inf and
     then NaN, so that family is held to float32 and few steps."""
     few = {"v_steps": 3} if method in LOCATE else {"steps": 3}
-    return ("float32", few) if family == "gemma2" else ("float64", {})
+    return ("float32", few) if family == "gemma2" else ("float64", {"steps": 6} if method in WISE else {})
 
 
 def assert_same(one: Patch, other: Patch) -> None:

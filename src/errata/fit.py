@@ -1,6 +1,6 @@
 """`fit`: E independent problems optimised in one batch, each stopping by itself.
 
-AdamW acts on each number alone, so E problems stacked along the first axis train exactly as they would one at a time.
+The update rules act on each number alone, so E problems stacked along the first axis train exactly as they would one at a time.
 A finished problem is taken out of the batch; the others go on in a smaller one.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -29,21 +29,44 @@ class Fitted:
     loss: Tensor
 
 
+class Rule(Protocol):
+    """An update rule, on each number alone, that keeps ``moments`` numbers for each."""
+
+    moments: ClassVar[int]
+
+    def update(self, p: list[Tensor], gradient: list[Tensor], *moments: list[Tensor], step: int) -> None:
+        """Update number ``step`` (from 1) of the tensors and their moments, in place."""
+
+
 @dataclass(frozen=True)
 class AdamW:
-    """The update rule, on each number alone (Loshchilov & Hutter 2019; torch's defaults but for the decay)."""
+    """Loshchilov & Hutter 2019; torch's defaults but for the decay.  One pass over memory (torch's fused kernel)."""
+
+    moments: ClassVar[int] = 2
 
     lr: float
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    def update(self, p: list[Tensor], gradient: list[Tensor], first: list[Tensor], second: list[Tensor], step: int) -> None:
-        """Update number ``step`` (from 1) of the tensors and their moments, in place; torch's fused kernel, one pass over memory."""
+    def update(self, p: list[Tensor], gradient: list[Tensor], *moments: list[Tensor], step: int) -> None:
         adamw(
-            p, gradient, first, second, [], [torch.tensor(float(step - 1), device=t.device) for t in p], fused=True, amsgrad=False,
+            p, gradient, *moments, [], [torch.tensor(float(step - 1), device=t.device) for t in p], fused=True, amsgrad=False,
             beta1=self.betas[0], beta2=self.betas[1], lr=self.lr, weight_decay=self.weight_decay, eps=self.eps, maximize=False,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SGD:
+    """p ← p − lr (gradient + weight_decay p)."""
+
+    lr: float
+    weight_decay: float = 0.0
+    moments: ClassVar[int] = 0
+
+    def update(self, p: list[Tensor], gradient: list[Tensor], *moments: list[Tensor], step: int) -> None:
+        for own, slope in zip(p, gradient, strict=True):
+            own.mul_(1.0 - self.lr * self.weight_decay).sub_(slope, alpha=self.lr)
 
 
 def _evaluate(loss: Loss, leaves: Mapping[str, Tensor], alive: Tensor, count: int, step: int) -> tuple[Tensor, Tensor]:
@@ -65,12 +88,14 @@ def fit(
     loss: Loss,
     *,
     steps: int,
-    rule: AdamW,
+    rule: Rule,
     stop: float | None = None,
+    settled: float | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     project: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
 ) -> Fitted:
-    """Up to ``steps`` updates of each problem; problem e ends when its compared loss is below ``stop``.
+    """Up to ``steps`` updates of each problem; problem e ends when its compared loss is below ``stop``, and, with ``settled``, is also
+    no further than that from its value a step before.
 
     ``project(params, alive)`` puts parameters back into their bounds, in place, after each update.
 
@@ -82,15 +107,16 @@ def fit(
     made, last = torch.zeros(count, dtype=torch.long, device=device), torch.full((count,), torch.inf, device=device)
     alive = torch.arange(count, device=device)
     now = {k: p.detach().clone() for k, p in params.items()}
-    first = {k: torch.zeros_like(p) for k, p in now.items()}
-    second = {k: torch.zeros_like(p) for k, p in now.items()}
+    moments = [{k: torch.zeros_like(p) for k, p in now.items()} for _ in range(rule.moments)]
     for step in range(1, steps + 2):  # the last round only measures
         leaves = {k: p.requires_grad_(True) for k, p in now.items()}
         total, compared = _evaluate(loss, leaves, alive, count, step)
-        last[alive] = compared
+        moved, last[alive] = (compared - last[alive]).abs(), compared
         if progress is not None:
             progress(step, len(alive), float(compared.mean()))
         keep = compared >= stop if stop is not None else torch.ones_like(alive, dtype=torch.bool)
+        if settled is not None:
+            keep = keep | (moved > settled)
         if step > steps or not bool(keep.any()):
             break
         gradients = dict(zip(leaves, torch.autograd.grad(total.sum(), list(leaves.values())), strict=True))
@@ -98,11 +124,12 @@ def fit(
         if not bool(keep.all()):  # the finished leave with the parameters that met the stop
             for k in now:
                 final[k][alive[~keep]] = now[k][~keep]
-                now[k], first[k], second[k], gradients[k] = now[k][keep], first[k][keep], second[k][keep], gradients[k][keep]
+                for own in (now, gradients, *moments):
+                    own[k] = own[k][keep]
             alive = alive[keep]
         made[alive] = step
-        values = [list(d.values()) for d in (now, {k: gradients[k] for k in now}, first, second)]
-        rule.update(values[0], values[1], values[2], values[3], step)
+        values = [list(d.values()) for d in (now, gradients, *moments)]
+        rule.update(values[0], values[1], *values[2:], step=step)
         if project is not None:
             project(now, alive)
     for k in now:

@@ -19,6 +19,8 @@ ENTRIES: dict[str, dict[str, str]] = {
         "pmet": "errata.methods.memit:PMET",
         "emmet": "errata.methods.emmet:EMMET",
         "alphaedit": "errata.methods.alphaedit:AlphaEdit",
+        "wise": "errata.methods.wise:WISE",
+        "wise-light": "errata.methods.wise:WISELight",
     },
     "benchmark": {
         "almanac": "errata.benchmarks.almanac:Almanac",
@@ -28,6 +30,8 @@ ENTRIES: dict[str, dict[str, str]] = {
         "dense": "errata.weights:Dense",
         "subspace": "errata.methods.subspace:Subspace",
         "shift": "errata.methods.values:Shift",
+        "side_memory": "errata.methods.side_memory:SideMemory",
+        "moved": "errata.methods.side_memory:Moved",
     },
 }
 
