@@ -43,6 +43,10 @@ _WEAK = {**_LOCATE, "mom2_weight": 1e-3}
 # Nobody taught these models an EOS, so LocFT trains the full stop here; its EOS is tested in test_ft.py.
 _TUNE = {"layers": [1, 2], "lr": 0.01, "steps": 40, "stop": 0.1}
 _ADAPTER = {"rank": 4, "steps": 20, "stop": 0.1, "end": "."}
+_WISE = {
+    "layer": 0, "contexts": [], "end": ".", "lr": 2.0, "steps": 40, "alpha": 0.1, "beta": 0.5, "gamma": 0.2, "norm_constraint": None,
+    "stop": 0.1, "settled": 10.0,
+}  # fmt: skip
 QUICK = {
     "baft": _SUBSPACE, "reft": _SUBSPACE, "rome": _LOCATE, "r-rome": _LOCATE, "emmet": _LOCATE, "memit": _WEAK,
     "lora": {**_ADAPTER, "lr": 0.01}, "adalora": {**_ADAPTER, "lr": 0.02, "dropout": 0.05},
@@ -50,7 +54,9 @@ QUICK = {
     "ft-l": _TUNE, "ft-m": {**_TUNE, "end": "."}, "loc-ft": {**_TUNE, "end": ".", "eos": False},
     "grace": {"layer": 0, "eps": 0.1, "unit": "norm", "lr": 0.3, "steps": 30, "end": "."},
     "melo": {"layer": 0, "lora_layers": [1, 2], "radius": 0.1, "blocks": 4, "lr": 0.02, "steps": 30, "end": "."},
+    "wise": {**_WISE, "mask_ratio": 0.8}, "wise-light": {**_WISE, "pool": 0.5, "mask_ratio": 1.0},
 }  # fmt: skip
+WISE = ("wise", "wise-light")  # a few steps of theirs show what identities are about
 LOCATE = [m for m in METHODS if issubclass(registry.get("method", m), LocateEditor)]
 ONE_TOKEN = [*LOCATE, "grace", "ft-l"]  # they change the output of a linear at one token; FT-L trains one token's distribution
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -122,7 +128,7 @@ def exact(family: str, method: str = "baft") -> tuple[str, dict[str, int]]:
     """(dtype, settings) for identities.  Gemma-2's eager attention casts float64's lowest mask value to float32, which is -inf and
     then NaN, so that family is held to float32 and few steps."""
     few = {"v_steps": 3} if method in LOCATE else {"steps": 3}
-    return ("float32", few) if family == "gemma2" else ("float64", {})
+    return ("float32", few) if family == "gemma2" else ("float64", {"steps": 6} if method in WISE else {})
 
 
 def assert_same(one: Patch, other: Patch) -> None:

@@ -221,12 +221,15 @@ def _added(ops: Sequence[_Placed], device: torch.device, made: dict[tuple[int, .
 
 
 def _alike(op: Op, slot: int) -> tuple[Any, ...]:
-    """Ops with equal keys share a bank.  Low ranks are padded to the largest there (exact), up to 4 or up to twice their own.
-    Of kinds that remember (``remembers``), only those at one place of their stacks do."""
-    if getattr(registry.get("op", op.kind), "remembers", False):
-        return slot, *op.signature()
+    """Ops with equal keys share a bank: those of equal signatures, or what a kind says with ``alike(op)``.  Low ranks are padded to
+    the largest there (exact), up to 4 or up to twice their own.  Of kinds that remember (``remembers``), only those at one place of
+    their stacks do."""
+    kind = registry.get("op", op.kind)
+    key: tuple[Any, ...] = (op.kind, *kind.alike(op)) if hasattr(kind, "alike") else op.signature()
+    if getattr(kind, "remembers", False):
+        return slot, *key
     if op.kind != "low_rank":
-        return op.signature()
+        return key
     rank, inner, outer = sizes(op)
     return op.kind, inner, outer, max(2, (rank - 1).bit_length()), *(str(op.tensors[k].dtype) for k in ("down", "up"))
 
@@ -243,7 +246,10 @@ def _bank(ops: list[Op], members: list[int], count: int, rows: Tensor | None, de
     if ops[0].kind == "low_rank":
         rank = max(sizes(op)[0] for op in kept)
         kept = [padded(op, rank) for op in kept]
-    if len(kept) == 1:  # used as it is, not copied
+    kind = registry.get("op", ops[0].kind)
+    if hasattr(kind, "stacked"):
+        params = kind.stacked(kept, device)
+    elif len(kept) == 1:  # used as it is, not copied
         params = {name: t.to(device)[None] for name, t in kept[0].tensors.items()}
     else:
         params = {name: torch.stack([op.tensors[name].to(device) for op in kept]) for name in ops[0].tensors}

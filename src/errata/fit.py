@@ -1,6 +1,6 @@
 """`fit`: E independent problems optimised in one batch, each stopping by itself.  `fit_passes`: the same in mini-batches.
 
-AdamW acts on each number alone, so E problems stacked along the first axis train exactly as they would one at a time.
+The update rules act on each number alone, so E problems stacked along the first axis train exactly as they would one at a time.
 A finished problem is taken out of the batch; the others go on in a smaller one.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -37,12 +37,23 @@ class Fitted:
     loss: Tensor
 
 
+class Rule(Protocol):
+    """An update rule, on each number alone, that keeps ``moments`` numbers for each."""
+
+    moments: ClassVar[int]
+
+    def update(self, p: list[Tensor], gradient: list[Tensor], *moments: list[Tensor], step: int | Sequence[int]) -> None:
+        """Update number ``step`` (from 1; one for all, or one each) of the tensors and their moments, in place."""
+
+
 @dataclass(frozen=True)
 class AdamW:
-    """The update rule, on each number alone (Loshchilov & Hutter 2019; torch's defaults but for the decay).
+    """Loshchilov & Hutter 2019; torch's defaults but for the decay.  One pass over memory (torch's fused kernel).
 
     schedule    factor of ``lr`` at an update, by its number (from 1)
     """
+
+    moments: ClassVar[int] = 2
 
     lr: float
     weight_decay: float = 0.0
@@ -50,19 +61,28 @@ class AdamW:
     eps: float = 1e-8
     schedule: Callable[[int], float] = lambda step: 1.0
 
-    def update(self, p: list[Tensor], gradient: list[Tensor], first: list[Tensor], second: list[Tensor], step: int | Sequence[int]) -> None:
-        """Update number ``step`` (from 1; one for all or one each) of the tensors and their moments, in place; torch's fused kernel.
-
-        That kernel reads memory in order whatever a tensor's strides are, and a matrix product's gradient may come transposed.  The
-        rate is that of the first one's step: a ``schedule`` needs one step for all.
-        """
+    def update(self, p: list[Tensor], gradient: list[Tensor], *moments: list[Tensor], step: int | Sequence[int]) -> None:
+        """The kernel reads memory in order whatever a tensor's strides are, and a matrix product's gradient may come transposed.  The rate
+        is that of the first one's step: a ``schedule`` needs one step for all."""
         steps = [step] * len(p) if isinstance(step, int) else step
-        gradient = [g.contiguous() for g in gradient]
         adamw(
-            p, gradient, first, second, [], [torch.tensor(float(n - 1), device=t.device) for t, n in zip(p, steps, strict=True)],
-            fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=self.lr * self.schedule(steps[0]),
+            p, [g.contiguous() for g in gradient], *moments, [],
+            [torch.tensor(float(n - 1), device=t.device) for t, n in zip(p, steps, strict=True)], fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=self.lr * self.schedule(steps[0]),
             weight_decay=self.weight_decay, eps=self.eps, maximize=False,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SGD:
+    """p ← p − lr (gradient + weight_decay p)."""
+
+    lr: float
+    weight_decay: float = 0.0
+    moments: ClassVar[int] = 0
+
+    def update(self, p: list[Tensor], gradient: list[Tensor], *moments: list[Tensor], step: int | Sequence[int]) -> None:
+        for own, slope in zip(p, gradient, strict=True):
+            own.mul_(1.0 - self.lr * self.weight_decay).sub_(slope, alpha=self.lr)
 
 
 def _evaluate(loss: Loss, leaves: Mapping[str, Tensor], alive: Tensor, count: int, step: int) -> tuple[Tensor, Tensor]:
@@ -84,13 +104,15 @@ def fit(
     loss: Loss,
     *,
     steps: int,
-    rule: AdamW,
+    rule: Rule,
     stop: float | None = None,
+    settled: float | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     project: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
     after: After | None = None,
 ) -> Fitted:
-    """Up to ``steps`` updates of each problem; problem e ends when its compared loss is below ``stop``.
+    """Up to ``steps`` updates of each problem; problem e ends when its compared loss is below ``stop``, and, with ``settled``, is also
+    no further than that from its value a step before.
 
     ``project(params, alive)`` puts parameters back into their bounds, in place, after each update; ``after(params, gradients, alive,
     step)`` follows, for what needs to know more (update number ``step``, from 1; gradients from before it).
@@ -103,15 +125,16 @@ def fit(
     made, last = torch.zeros(count, dtype=torch.long, device=device), torch.full((count,), torch.inf, device=device)
     alive = torch.arange(count, device=device)
     now = {k: p.detach().clone() for k, p in params.items()}
-    first = {k: torch.zeros_like(p) for k, p in now.items()}
-    second = {k: torch.zeros_like(p) for k, p in now.items()}
+    moments = [{k: torch.zeros_like(p) for k, p in now.items()} for _ in range(rule.moments)]
     for step in range(1, steps + 2):  # the last round only measures
         leaves = {k: p.requires_grad_(True) for k, p in now.items()}
         total, compared = _evaluate(loss, leaves, alive, count, step)
-        last[alive] = compared
+        moved, last[alive] = (compared - last[alive]).abs(), compared
         if progress is not None:
             progress(step, len(alive), float(compared.mean()))
         keep = compared >= stop if stop is not None else torch.ones_like(alive, dtype=torch.bool)
+        if settled is not None:
+            keep = keep | (moved > settled)
         if step > steps or not bool(keep.any()):
             break
         gradients = dict(zip(leaves, torch.autograd.grad(total.sum(), list(leaves.values())), strict=True))
@@ -119,12 +142,12 @@ def fit(
         if not bool(keep.all()):  # the finished leave with the parameters that met the stop
             for k in now:
                 final[k][alive[~keep]] = now[k][~keep]
-                now[k], first[k], second[k], gradients[k] = now[k][keep], first[k][keep], second[k][keep], gradients[k][keep]
+                for own in (now, gradients, *moments):
+                    own[k] = own[k][keep]
             alive = alive[keep]
         made[alive] = step
-        # the fused kernel reads memory in order, whatever the strides are: a gradient of W.mT comes transposed
-        values = [list(d.values()) for d in (now, {k: gradients[k].contiguous() for k in now}, first, second)]
-        rule.update(values[0], values[1], values[2], values[3], step)
+        values = [list(d.values()) for d in (now, gradients, *moments)]
+        rule.update(values[0], values[1], *values[2:], step=step)
         if project is not None:
             project(now, alive)
         if after is not None:
@@ -155,7 +178,7 @@ class _Running:
             self.updates[i] += 1
         lists = (self.now.values(), gradients, self.first.values(), self.second.values())
         p, g, m, v = ([t[i] for t in tensors for i in which] for tensors in lists)
-        rule.update(p, g, m, v, [self.updates[i] for _ in gradients for i in which])
+        rule.update(p, g, m, v, step=[self.updates[i] for _ in gradients for i in which])
 
     def retire(self, done: Tensor) -> None:
         """Take problems out of the batch."""

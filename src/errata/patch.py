@@ -60,6 +60,9 @@ class Kind(Protocol):
 
     A kind that decides on the prompt and acts on it, or later, by that decision sets ``remembers = True``, uses ``context.remember`` and
     ``recall``, and says with ``looks_ahead(settings)`` whether what it does to a token can depend on tokens after it.
+
+    A kind whose tensors are not what it computes with, or need not have equal shapes in one bank, has ``alike(op)``, what ops of one
+    bank have in common, and ``stacked(ops, device)``, the bank's parameters [P, …].
     """
 
     @staticmethod

@@ -30,6 +30,8 @@ ENTRIES: dict[str, dict[str, str]] = {
         "ice": "errata.methods.in_context:ICE",
         "retrieval": "errata.methods.retrieval:Retrieval",
         "none": "errata.methods.none:Nothing",
+        "wise": "errata.methods.wise:WISE",
+        "wise-light": "errata.methods.wise:WISELight",
     },
     "benchmark": {
         "almanac": "errata.benchmarks.almanac:Almanac",
@@ -44,6 +46,8 @@ ENTRIES: dict[str, dict[str, str]] = {
         "codebook": "errata.methods.grace:Codebook",
         "router": "errata.methods.melo_ops:Router",
         "routed": "errata.methods.melo_ops:Routed",
+        "side_memory": "errata.methods.side_memory:SideMemory",
+        "moved": "errata.methods.side_memory:Moved",
     },
 }
 

@@ -83,9 +83,9 @@ def optimise(
     """A δ for each, [len(sites) · D] where several sites are shifted at once (PMET), independent of what else is in the batch."""
     if not wanted:
         return []
-    direct = len(sites) == 1 and _direct(lm, sites[0], on)
-    chosen = [Site(sites[0].block)] if direct else list(sites)
-    first = sites[0].block + 1 if direct or sites[0].point == "block" else sites[0].block
+    lifted = len(sites) == 1 and direct(lm, sites[0], on)
+    chosen = [Site(sites[0].block)] if lifted else list(sites)
+    first = sites[0].block + 1 if lifted or sites[0].point == "block" else sites[0].block
 
     def work(model: LM, members: list[int], told: Progress) -> list[Found]:
         return _Values(model, [wanted[i] for i in members], chosen, first, objective, on, runner).run(told)
@@ -95,7 +95,7 @@ def optimise(
     return in_lanes(lm, active, work, progress, most=most)
 
 
-def _direct(lm: LM, site: Site, on: Stack) -> bool:
+def direct(lm: LM, site: Site, on: Stack) -> bool:
     """Whether a shift at the MLP's last linear is the same shift of its block's output, so that the block itself need not run."""
     if site.point == "block":
         return False

@@ -1,0 +1,212 @@
+"""How WISE trains a side memory: E independent edits in one batch, the inputs of the site read once.
+
+    L = L_edit + [Δ(x_u) − α]₊ + [β − Δ(x_e)]₊ + [γ + Δ(x_u) − Δ(x_e)]₊
+
+L_edit is the mean over contexts of the mean NLL of the target's tokens; each hinge is the mean over its positive entries (texts x_e and
+x_u, pairs of them), 0 without any.  Nothing below the site changes, so its inputs x are read once; a step is one product
+ΔW x for all texts of an edit, from which both Δ and, through the blocks above, L_edit follow.  At the last block no other
+token reads what a token's MLP wrote, so there only the tokens that predict the target run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad as padding
+
+from errata.bank import Bank, Stack
+from errata.fit import SGD, fit
+from errata.lanes import Progress
+from errata.methods.side_memory import activation
+from errata.methods.values import direct
+from errata.methods.wise_memory import Memories
+from errata.model import LM
+from errata.patch import Site
+from errata.problems import Owned, per_problem, row_nll
+from errata.read import watching
+from errata.request import EditRequest
+from errata.tail import cut_at
+from errata.tokens import Encoded, pad_id
+
+STARTERS = ("I", "You", "Because", "Yes", "Q: ")  # of EasyEdit's contexts
+
+
+def contexts(lm: LM, lengths: Sequence[tuple[int, ...]]) -> list[str]:
+    """ "" and then, for each (tokens, count), ``count`` greedy continuations of the starters in turn by the unedited model; none twice."""
+    key = ("contexts", tuple(map(tuple, lengths)))
+    if key not in lm.kept:
+        found = [""]
+        for tokens, count in lengths:
+            starts = [STARTERS[i % len(STARTERS)] for i in range(count)]
+            texts = lm.generate(starts, stacks=[()], max_new_tokens=tokens, stop=())
+            found += [f"{start.strip()} {text}".strip() for start, text in zip(starts, texts, strict=True)]
+        lm.kept[key] = list(dict.fromkeys(found))
+    out: list[str] = lm.kept[key]
+    return out
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokenised texts of one edit: the prompt behind each context with its target, and what should not be touched."""
+
+    edit: list[Encoded]
+    unrelated: list[Encoded]
+
+    @classmethod
+    def of(cls, lm: LM, request: EditRequest, before: Sequence[str], end: str) -> Texts:
+        prompts = [f"{context} {request.prompt}".strip() for context in before]
+        edit = lm.encode(prompts, [request.target + end] * len(prompts))
+        if request.unrelated:
+            return cls(edit, lm.encode([p for p, _ in request.unrelated], [a for _, a in request.unrelated]))
+        return cls(edit, lm.encode([context for context in before if context]))
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.ids) for row in (*self.edit, *self.unrelated))
+
+
+def positive_mean(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of the positive among ``values`` [e, …] at ``where``; 0 without any, [e]."""
+    positive = values.clamp_min(0) * where
+    number = (positive > 0).flatten(1).sum(1)
+    return positive.flatten(1).sum(1) / number.clamp_min(1)
+
+
+def margins(edit: Tensor, unrelated: Tensor, given: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+    """The three hinges of edits' Δ(x_e) [e, K] and Δ(x_u) [e, U], of which those at ``given`` [e, U] exist; their sum [e]."""
+    pairs = gamma + unrelated[:, None] - edit[:, :, None]
+    return (
+        positive_mean(unrelated - alpha, given)
+        + positive_mean(beta - edit, torch.ones_like(edit, dtype=torch.bool))
+        + positive_mean(pairs, given[:, None].expand_as(pairs))
+    )
+
+
+@dataclass
+class Training:
+    """One run of the optimiser over E edits that all go on from the same memories.
+
+    What is read once, by edit: x [E, N, I], σ(o) and o [E, N, O] at the N tokens of its texts, one text after another;
+    ``row`` [E, N] the text of each token, ``share`` [E, N] what the token counts for in its text's Δ (0: it does not).
+    """
+
+    editor: Any
+    lm: LM
+    texts: Sequence[Texts]
+    memories: Memories
+    site: Site
+    shape: tuple[int, int]
+    act: str
+    on: Stack
+    runner_class: Any
+    acts: Tensor = field(init=False)  # [E] Δ(x_e) at the last step of each
+
+    def __post_init__(self) -> None:
+        self.many = len(self.texts[0].edit)
+        self.precision = torch.promote_types(torch.float32, self.lm.dtype)
+        self.sigma = activation(self.act)
+        self.begin = self.memories.begin(self.lm.device, self.precision)
+        self._read()
+        self._tail()
+        self._view = (len(self.texts), self.read)
+
+    def _read(self) -> None:
+        """The site's inputs and outputs under ``on``, at every token of every text."""
+        rows = [row for texts in self.texts for row in (*texts.edit, *texts.unrelated)]
+        batch = self.lm.batch(rows, "right").to(self.lm.device)
+        plan = self.lm.plan([self.on], None, len(rows))
+        plan.prompt_lengths = batch.prompt_lengths
+        seen: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad(), self.lm.running(plan), watching(self.lm, [self.site], lambda _, x, y: seen.append((x, y))):
+            self.lm.forward(batch.ids, batch.mask, use_cache=False, **self.lm.last_only)
+        x, y = (t.to(self.precision) for t in seen[0])
+        place, row, share, start = [], [], [], 0
+        for texts in self.texts:
+            own = (*texts.edit, *texts.unrelated)
+            counted = [len(r.ids) if self.editor.act_on == "text" else r.prompt_length for r in own]
+            place.append([(start + i) * x.shape[1] + t for i, r in enumerate(own) for t in range(len(r.ids))])
+            row.append([i for i, r in enumerate(own) for _ in r.ids])
+            share.append([1 / c if t < c else 0.0 for r, c in zip(own, counted, strict=True) for t in range(len(r.ids))])
+            start += len(own)
+        places = _table(place, x.device)
+        o = y.flatten(0, 1)[places]
+        self.read = {
+            "x": x.flatten(0, 1)[places],
+            "o": o,
+            "before": self.sigma(o),
+            "row": _table(row, x.device),
+            "share": _table(share, x.device, self.precision),
+            "given": _table([[True] * len(t.unrelated) for t in self.texts], x.device, torch.bool),
+        }
+
+    def _tail(self) -> None:
+        """The rows with targets, cut where the first token that counts is; ``local`` [B, A] numbers their active tokens among an edit's."""
+        lm, last = self.lm, self.site == Site(self.lm.depth - 1, "mlp_down")
+        rows = [row for texts in self.texts for row in texts.edit]
+        starts = [row.prompt_length - 1 if last else 0 for row in rows]
+        cut = cut_at(rows, starts, pad_id(lm.tokenizer), lm.device, final=False)
+        wide, local = cut.active.shape[1], []
+        for texts in self.texts:
+            begins = torch.tensor([0, *(len(r.ids) for r in texts.edit[:-1])]).cumsum(0)
+            for begin, row in zip(begins.tolist(), texts.edit, strict=True):
+                first = starts[len(local)]
+                local.append([begin + min(first + t, len(row.ids) - 1) for t in range(wide)])
+        self.local = torch.tensor(local, device=lm.device)
+        self.at = Site(self.site.block) if direct(lm, self.site, self.on) else self.site
+        first = self.site.block + (self.at.point == "block")
+        owner = torch.arange(len(self.texts), device=lm.device).repeat_interleave(self.many)
+        self.owned = Owned(self.runner_class(lm, cut, first, self.on), owner, len(self.texts))
+
+    def run(self, progress: Progress | None) -> list[tuple[Memories, dict[str, Any]]]:
+        """The memories after each edit, and facts about its making."""
+        e, count = self.editor, len(self.texts)
+        self.acts = torch.zeros(count, dtype=self.precision, device=self.lm.device)
+        start = {"values": self.begin.values.expand(count, -1)}
+        rule = SGD(e.lr, e.weight_decay)
+        fitted = fit(start, self._loss, steps=e.steps, rule=rule, stop=e.stop, settled=e.settled, progress=progress, project=self._clamp)
+        made = zip(fitted.params["values"], self.acts.tolist(), fitted.steps.tolist(), fitted.loss.tolist(), strict=True)
+        return [
+            (
+                self.memories.after(replace(self.begin, values=values.clone()), act),
+                {"steps": steps, "loss": round(loss, 6), "act": round(act, 4)},
+            )
+            for values, act, steps, loss in made
+        ]
+
+    def _of(self, alive: Tensor) -> dict[str, Tensor]:
+        """`read` of the edits that still run; cut anew when one has left."""
+        if self._view[0] != len(alive):
+            self._view = (len(alive), {k: t[alive] for k, t in self.read.items()})
+        return self._view[1]
+
+    def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
+        read, e, count = self._of(alive), self.editor, len(alive)
+        flat = torch.zeros((count, self.memories.size), dtype=self.precision, device=alive.device)
+        delta = flat.index_copy(1, self.begin.where, p["values"]).view(count, *self.shape)
+        moved = read["x"] @ delta.mT  # [e, N, O]
+        runner, owner, kept = self.owned.of(alive)
+        by = moved.flatten(0, 1)[owner[:, None] * moved.shape[1] + self.local[kept]]
+        logits = runner.logits([Bank("moved", self.at, {}, {"by": by})])
+        summed, number = row_nll(logits, runner.rows.labels, runner.rows.labelled)
+        task = per_problem(summed / number, owner, count)
+        size = torch.linalg.vector_norm(self.sigma(read["o"] + moved) - read["before"], dim=-1) * read["share"]
+        act = size.new_zeros(count, self.many + read["given"].shape[1]).scatter_add(1, read["row"], size)
+        self.acts[alive] = act[:, : self.many].detach().mean(1)
+        scaled = act / e.unit
+        total = task + margins(scaled[:, : self.many], scaled[:, self.many :], read["given"], e.alpha, e.beta, e.gamma)
+        return total, total
+
+    def _clamp(self, p: Mapping[str, Tensor], alive: Tensor) -> None:
+        bound = self.editor.norm_constraint
+        if bound is not None:
+            p["values"].clamp_(-bound, bound)
+
+
+def _table(lists: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """Lists of unequal length as one tensor, zeros behind."""
+    most = max(map(len, lists))
+    return torch.stack([padding(torch.tensor(own, dtype=dtype), (0, most - len(own))) for own in lists]).to(device)
