@@ -64,10 +64,12 @@ class AdamW:
     def update(self, p: list[Tensor], gradient: list[Tensor], *moments: list[Tensor], step: int | Sequence[int]) -> None:
         """The kernel reads memory in order whatever a tensor's strides are, and a matrix product's gradient may come transposed.  The rate
         is that of the first one's step: a ``schedule`` needs one step for all."""
+        first, second = moments
         steps = [step] * len(p) if isinstance(step, int) else step
         adamw(
-            p, [g.contiguous() for g in gradient], *moments, [],
-            [torch.tensor(float(n - 1), device=t.device) for t, n in zip(p, steps, strict=True)], fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=self.lr * self.schedule(steps[0]),
+            p, [g.contiguous() for g in gradient], first, second, [],
+            [torch.tensor(float(n - 1), device=t.device) for t, n in zip(p, steps, strict=True)],
+            fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=self.lr * self.schedule(steps[0]),
             weight_decay=self.weight_decay, eps=self.eps, maximize=False,
         )  # fmt: skip
 
