@@ -1,10 +1,9 @@
-"""LoRA and AdaLoRA against PEFT's layers, plain loops, and what the specification says of the published settings."""
+"""LoRA and AdaLoRA against plain loops and published counts, and as editors; against PEFT: test_lora_peft.py."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from errata.config import build
 from errata.errors import ConfigError, PatchError
 from errata.export import bake, export_lora
 from errata.families import linear_sizes
-from errata.methods.adalora import AdaLoRA, Allocation
+from errata.methods.adalora import AdaLoRA
 from errata.methods.adapter import Drop
-from errata.methods.adapter_training import Training, generator_of
+from errata.methods.adapter_training import Training
 from errata.methods.lora import LoRA
 from errata.model import LM
 from errata.patch import Patch, Site
@@ -48,205 +47,8 @@ def editor(method: str, **more: Any) -> Any:
     return build(registry.get("method", method), {**QUICK[method], **more})
 
 
-# -- against PEFT ---------------------------------------------------------------------------------------------
-
-
-class Peft:
-    """A float64 base with PEFT's own layers on it, which start from errata's first values."""
-
-    def __init__(self, e: Any, family: str) -> None:
-        import peft
-
-        self.e, self.base = e, lm(family, torch.float64)
-        fused = family == "gpt2"
-        common: dict[str, Any] = {
-            "target_modules": ["c_attn"] if fused else ["q_proj", "v_proj"], "lora_alpha": e.alpha, "fan_in_fan_out": fused,
-            "lora_dropout": e.dropout, "task_type": "CAUSAL_LM",
-        }  # fmt: skip
-        if e.name == "lora":
-            config = peft.LoraConfig(r=e.rank, **common)
-        else:
-            config = peft.AdaLoraConfig(
-                init_r=e.rank, target_r=e.target_rank, total_step=e.steps, tinit=e.t_init, tfinal=e.t_final, deltaT=e.delta_t,
-                beta1=e.beta1, beta2=e.beta2, orth_reg_weight=e.orthogonal, **common,
-            )  # fmt: skip
-        with warnings.catch_warnings():  # PEFT asks transformers by an old name
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            self.model = peft.get_peft_model(lm(family, torch.float64).hf, config).double().train()
-        self.hf = self.model.get_base_model()
-        for name, p in self.model.named_parameters():
-            if ".ranknum." in name:
-                p.requires_grad_(False)  # a constant; PEFT 0.21 makes it trainable where the base is not float32
-        self.hf.loss_function = in_float64  # transformers' own goes through float32
-        self.layers = {}
-        for site, (inner, outer) in e.shapes(self.base).items():
-            layer = self.model.get_submodule(f"base_model.model.{self.base.family.blocks}.{site.block}.{site.point}")
-            self.layers[site] = layer
-            for name, value in start(e, site, inner, outer).items():
-                self.parameter(site, name).data.copy_(value)
-
-    def parameter(self, site: Site, name: str) -> Tensor:
-        found = getattr(self.layers[site], f"lora_{name}")["default"]
-        return found if isinstance(found, Tensor) else found.weight
-
-    def put(self, step: int) -> None:
-        """errata's masks of this step in place of PEFT's dropout."""
-
-        class Masked(torch.nn.Module):
-            def __init__(self, site: Site, drop: Drop) -> None:
-                super().__init__()
-                self.site, self.drop = site, drop
-
-            def forward(self, x: Tensor) -> Tensor:
-                return x * self.drop.mask(self.site, x)
-
-        for site, layer in self.layers.items():
-            layer.lora_dropout["default"] = Masked(site, Drop(self.e.dropout, self.e.seed, step, torch.zeros(1, dtype=torch.long), 1))
-
-    def loss(self, request: EditRequest) -> Tensor:
-        """What PEFT and transformers make of a request: mean cross-entropy, for AdaLoRA with its orthogonality term."""
-        (row,) = self.base.encode([request.prompt], [request.target + self.e.end])
-        labels = torch.full((1, len(row.ids)), -100)
-        labels[0, row.prompt_length :] = torch.tensor(row.ids[row.prompt_length :])
-        return self.model(input_ids=torch.tensor([row.ids]), labels=labels).loss
-
-    def delta(self, site: Site) -> Tensor:
-        change = self.layers[site].get_delta_weight("default").detach()
-        return change.T if self.e.name == "lora" and type(self.layers[site].base_layer).__name__ == "Conv1D" else change
-
-
-def in_float64(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-
-
-def start(e: Any, site: Site, inner: int, outer: int) -> dict[str, Tensor]:
-    out = e.initial(inner, outer, generator_of(e.seed, site))
-    return {k: (t[:, None] if k == "E" else t) for k, t in out.items()}
-
-
 def changes(patch: Patch) -> dict[Site, Tensor]:
     return {op.site: delta(op) for op in patch.ops}
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@BOTH
-def test_loss_and_gradients_are_pefts(method: str, family: str) -> None:
-    """At a point where nothing is zero: after three steps of PEFT's."""
-    e = editor(method, stop=0.0)
-    peft = Peft(e, family)
-    optimiser = torch.optim.Adam([p for p in peft.model.parameters() if p.requires_grad], 0.02)
-    for _ in range(3):
-        optimiser.zero_grad()
-        peft.loss(FRANCE).backward()
-        optimiser.step()
-    optimiser.zero_grad()
-    loss = peft.loss(FRANCE)
-    loss.backward()
-    training = Training(e, peft.base, [[FRANCE]], (), None, Tail)
-    p, order = {}, {}
-    for g, sites in enumerate(training.groups.values()):
-        for k in ("A", "B", "E")[: 3 if method == "adalora" else 2]:
-            values = torch.stack([peft.parameter(s, k).detach() for s in sites])[None]
-            p[f"{k}.{g}"] = (values.squeeze(-1) if k == "E" else values).clone().requires_grad_()
-            order[f"{k}.{g}"] = (k, sites)
-    ours, compared = training._loss(p, torch.tensor([0]))
-    torch.testing.assert_close(ours[0], loss, **CLOSE)
-    del peft.hf._loss_function
-    torch.testing.assert_close(ours[0].float(), peft.loss(FRANCE).float())  # with transformers' own loss
-    assert (float(compared) < float(ours.detach()) - 0.1) is (method == "adalora")  # the stop looks at the cross-entropy alone
-    for (k, sites), gradient in zip(order.values(), torch.autograd.grad(ours.sum(), list(p.values())), strict=True):
-        for s, site in enumerate(sites):
-            want = peft.parameter(site, k).grad
-            assert want.abs().max() > 1e-6
-            torch.testing.assert_close(gradient[0, s].reshape(want.shape), want, **CLOSE)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@BOTH
-def test_five_steps_of_training_are_pefts(method: str, dropout: float) -> None:
-    e = editor(method, steps=5, stop=0.0, dropout=dropout)
-    patches = e.edit_each(lm("llama", torch.float64), REQUESTS[:2])
-    for request, patch in zip(REQUESTS, patches, strict=False):
-        peft = Peft(e, "llama")
-        optimiser = torch.optim.Adam([p for p in peft.model.parameters() if p.requires_grad], e.lr)
-        for step in range(1, 6):
-            if dropout:
-                peft.put(step)
-            optimiser.zero_grad()
-            peft.loss(request).backward()
-            optimiser.step()
-        found = changes(patch)
-        assert found.keys() == peft.layers.keys()
-        for site, change in found.items():
-            assert change.abs().max() > 1e-3
-            torch.testing.assert_close(change, peft.delta(site), atol=1e-8, rtol=1e-6)
-        # and at use, where dropout is off
-        peft.model.eval()
-        for layer in peft.layers.values():
-            layer.lora_dropout["default"] = torch.nn.Identity()
-        same(raw(peft.model), logits(peft.base, patch), peft.base, 1e-8)
-
-
-@pytest.mark.parametrize(
-    "schedule", [{}, {"t_init": 2, "t_final": 3, "delta_t": 2}, {"t_init": 1, "t_final": 4, "beta1": 0.5, "beta2": 0.7}]
-)
-def test_allocation_is_pefts(schedule: dict[str, Any]) -> None:
-    """Masks of every step and the trained change, against PEFT's RankAllocator; two problems at once."""
-    e = editor("adalora", steps=10, stop=0.0, allocate=True, target_rank=2, **schedule)
-    ours: list[dict[Site, Tensor]] = [{} for _ in range(11)]
-    base = lm("llama", torch.float64)
-    training = Training(e, base, [[FRANCE], [ITALY]], (), None, Tail)
-    groups = list(training.groups.values())
-
-    class Watched(Allocation):
-        def __call__(self, p, gradients, alive, step):  # type: ignore[no-untyped-def]
-            super().__call__(p, gradients, alive, step)
-            for g, sites in enumerate(groups):
-                for s, site in enumerate(sites):
-                    ours[step][site] = p[f"E.{g}"][:, s] != 0
-
-    object.__setattr__(e, "after", lambda sites: Watched(e, sites))
-    patches = training.run()
-    for i, request in enumerate((FRANCE, ITALY)):
-        peft = Peft(e, "llama")
-        optimiser = torch.optim.Adam([p for p in peft.model.parameters() if p.requires_grad], e.lr)
-        for step in range(1, 11):
-            optimiser.zero_grad()
-            peft.loss(request).backward()
-            optimiser.step()
-            peft.model.base_model.update_and_allocate(step)
-            for site in peft.layers:
-                assert torch.equal(ours[step][site][i], peft.parameter(site, "E")[:, 0] != 0), (step, site)
-        found = changes(patches[i])
-        for site in peft.layers:
-            torch.testing.assert_close(found.get(site, torch.zeros(())) + 0 * peft.delta(site), peft.delta(site), atol=1e-8, rtol=1e-6)
-        ranks = [len(op.tensors["down"]) for op in patches[i].ops]
-        assert sum(ranks) == 2 * len(peft.layers) and max(ranks) > 2  # the budget was spent unevenly
-
-
-def test_a_patch_with_a_cut_rank_goes_on_with_all_of_it() -> None:
-    base = lm("llama", torch.float64)
-    e = editor("adalora", allocate=True, target_rank=1, steps=6, t_final=2)
-    first = e.edit(base, [FRANCE])
-    sites = list(e.shapes(base))
-    assert sum(len(op.tensors["down"]) for op in first.ops) == len(sites) < first.parameters
-    training = Training(e, base, [[ITALY]], (), first, Tail)
-    p = training._start()
-    again = {op.site: delta(op) for op in training._ops(training.per_group({k: t[0] for k, t in p.items()}))}
-    for site, change in changes(first).items():
-        torch.testing.assert_close(again[site], change, **CLOSE)
-    assert all(t.shape[2] == 4 for k, t in p.items() if k.startswith("A"))
-    assert e.edit(base, [ITALY], on=(first,)).replaces == (first.id,)
-
-
-def test_a_problem_ends_early_only_once_its_rank_is_final() -> None:
-    base = lm("llama")
-    known = EditRequest(*SENTENCES[1])  # nothing to learn
-    free, held = (editor("adalora", steps=8, stop=0.5, end="", allocate=a, target_rank=1, t_final=3 * a) for a in (False, True))
-    assert [p.notes["steps"] for p in free.edit_each(base, [known])] == [0]
-    one, two = held.edit_each(base, [known, FRANCE])
-    assert one.notes["steps"] >= 5 and two.notes["steps"] >= 5
-    assert all(sum(len(op.tensors["down"]) for op in p.ops) == len(held.shapes(base)) for p in (one, two))
 
 
 # -- formulas -------------------------------------------------------------------------------------------------
@@ -483,3 +285,28 @@ def test_a_fact_the_model_knows_needs_no_step_and_makes_a_patch_that_changes_not
         assert patch.notes["steps"] == 0
         assert torch.equal(logits(base, patch), logits(base))
         export_lora(base, (patch,), tmp_path / method)
+
+
+def test_a_patch_with_a_cut_rank_goes_on_with_all_of_it() -> None:
+    base = lm("llama", torch.float64)
+    e = editor("adalora", allocate=True, target_rank=1, steps=6, t_final=2)
+    first = e.edit(base, [FRANCE])
+    sites = list(e.shapes(base))
+    assert sum(len(op.tensors["down"]) for op in first.ops) == len(sites) < first.parameters
+    training = Training(e, base, [[ITALY]], (), first, Tail)
+    p = training._start()
+    again = {op.site: delta(op) for op in training._ops(training.per_group({k: t[0] for k, t in p.items()}))}
+    for site, change in changes(first).items():
+        torch.testing.assert_close(again[site], change, **CLOSE)
+    assert all(t.shape[2] == 4 for k, t in p.items() if k.startswith("A"))
+    assert e.edit(base, [ITALY], on=(first,)).replaces == (first.id,)
+
+
+def test_a_problem_ends_early_only_once_its_rank_is_final() -> None:
+    base = lm("llama")
+    known = EditRequest(*SENTENCES[1])  # nothing to learn
+    free, held = (editor("adalora", steps=8, stop=0.5, end="", allocate=a, target_rank=1, t_final=3 * a) for a in (False, True))
+    assert [p.notes["steps"] for p in free.edit_each(base, [known])] == [0]
+    one, two = held.edit_each(base, [known, FRANCE])
+    assert one.notes["steps"] >= 5 and two.notes["steps"] >= 5
+    assert all(sum(len(op.tensors["down"]) for op in p.ops) == len(held.shapes(base)) for p in (one, two))
