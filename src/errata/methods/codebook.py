@@ -39,55 +39,41 @@ def rounding_of(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps * (4 if torch.finfo(dtype).bits < 32 else 64)
 
 
-def nearest(keys: Tensor, query: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def nearest(keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     """(distance [B], number [B]) of the key nearest to each query [B, I]; infinity and -1 where there is none.
 
-    keys [N, I], or [B, N, I] where each query has its own; allowed [B, N]: the keys that count.
+    keys [N, I], or [B, N, I] where each query has its own.
     """
     if keys.shape[-2] == 0:
         return query.new_full((len(query),), torch.inf), torch.full((len(query),), -1, dtype=torch.long, device=query.device)
-    if keys.ndim == 2 and keys.shape[0] > FEW and len(query):
-        distance, number = _coarse(keys, query, allowed)
-    elif keys.ndim == 2:
-        distance, number = _all(keys, query, allowed)
-    else:
-        apart = torch.linalg.vector_norm(query[:, None] - keys, dim=-1)
-        distance, number = _least(apart, allowed)
-    return distance, torch.where(distance.isinf(), -1, number)
+    if keys.ndim == 3:
+        distance, number = torch.linalg.vector_norm(query[:, None] - keys, dim=-1).min(1)
+        return distance, number
+    return _coarse(keys, query) if len(keys) > FEW and len(query) > 1 else _all(keys, query)
 
 
-def _least(apart: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-    if allowed is not None:
-        apart = apart.masked_fill(~allowed, torch.inf)
-    distance, number = apart.min(-1)
+def _all(keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """By differences, never by ‖q‖² − 2 q·κ + ‖κ‖²: at norms of 1,000 that leaves nothing of a distance of 1 in float32."""
+    distance, number = torch.cdist(query, keys, compute_mode="donot_use_mm_for_euclid_dist").min(1)
     return distance, number
 
 
-def _all(keys: Tensor, query: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """By differences, never by ‖q‖² − 2 q·κ + ‖κ‖²: at norms of 1,000 that leaves nothing of a distance of 1 in float32."""
-    return _least(torch.cdist(query, keys, compute_mode="donot_use_mm_for_euclid_dist"), allowed)
-
-
-def _coarse(keys: Tensor, query: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _coarse(keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     """The same answer, ten times as fast for many rows: a product finds candidates, differences decide between them.
 
     score = ½‖κ‖² − q·κ = ½ρ² − ½‖q‖².  A row is done when the last candidate's score, less what rounding can have done to a score
     (γ (½‖κ‖² + ‖q‖‖κ‖), γ = I·eps), is still above the best candidate's; the others are compared with every key.
     """
-    half, size = keys.square().sum(1) / 2, torch.linalg.vector_norm(query, dim=1)
-    score = half - query @ keys.T
-    if allowed is not None:
-        score = score.masked_fill(~allowed, torch.inf)
-    last, number = score.topk(min(CANDIDATES, len(keys)), 1, largest=False)
+    half, size = torch.linalg.vector_norm(keys, dim=1).square() / 2, torch.linalg.vector_norm(query, dim=1)
+    last, number = (half - query @ keys.T).topk(min(CANDIDATES, len(keys)), 1, largest=False)
     number = number.sort(1)[0]  # of equal distances the first key counts
-    picked = None if allowed is None else allowed.gather(1, number)
-    distance, place = _least(torch.linalg.vector_norm(query[:, None] - keys[number], dim=-1), picked)
+    distance, place = torch.linalg.vector_norm(query[:, None] - keys[number], dim=-1).min(1)
     number = number.gather(1, place[:, None])[:, 0]
     most = half.max()
     error = keys.shape[1] * torch.finfo(keys.dtype).eps * (2 * most + size * (2 * most).sqrt() + size.square())
     unsure = (last[:, -1] - error <= (distance.square() - size.square()) / 2).nonzero()[:, 0]
     if len(unsure):
-        again = _all(keys, query[unsure], None if allowed is None else allowed[unsure])
+        again = _all(keys, query[unsure])
         distance, number = distance.index_copy(0, unsure, again[0]), number.index_copy(0, unsure, again[1])
     return distance, number
 

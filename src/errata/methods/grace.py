@@ -2,8 +2,8 @@
 
     j = argmin ‖q − κ_j‖;   if ‖q − κ_j‖ ≤ ε_j:  output ← ν_j   at the replaced positions
 
-Keys and radii follow from rules (`errata.methods.codebook`); only values are trained, and a row of a batch hits one entry at most, so the values
-of one patch are independent problems: all of them, and those of all patches, train in one batch.
+Keys and radii follow from rules (`errata.methods.codebook`); only values are trained, and a row of a batch hits one entry at most, so the
+values of one patch are independent problems: all of them, and those of all patches, train in one batch.
 """
 
 from __future__ import annotations
@@ -69,27 +69,28 @@ class Codebook:
 
 @dataclass(frozen=True)
 class GRACE:
-    """Hyper-parameters (EasyEdit ``hparams/GRACE``; paper and code disagree on little, EasyEdit and the authors' code on more):
+    """Hyper-parameters (EasyEdit ``hparams/GRACE``):
 
-    layer, point  block and linear; None: by depth, 27/32 of it as for LLaMA-7B, never the last block, which writes the answer's first token only
-    eps           radius of a new key; ``unit`` "norm": as a share of the key's own norm ("absolute", the published unit, is of no use
-                  where keys are large: on most models nothing but the edited prompt itself is within 1.0)
+    layer, point  block and linear; None: by depth, 27/32 of it as for LLaMA-7B, but never the last block, which writes the answer's
+                  first token only
+    eps           radius of a new key; ``unit`` "norm": as a share of the key's own norm; "absolute": the published unit.  At the published
+                  1.0 hardly anything but the edited prompt itself is hit, which is why published generality is near 0
     replace       "last": at the last prompt token (EasyEdit, the default: nothing else is touched, so decoding needs no memory);
                   "prompt": at the tokens before it (the authors' code); "all": at every token of the text, the answer's too
-    expand        a key of the same label beyond its neighbour's radius: "coverage" widens the radius to it, "moving_average" also moves the
-                  old key half-way to the new one
+    expand        a key of the same label beyond its neighbour's radius: "coverage" widens the radius to it, "moving_average" also moves
+                  the old key half-way to the new one
     value         start of a new value: "cold" uniform in [0, 1), "warm" what the linear gave
     lr, steps     Adam's; ``stop`` ends an entry below that mean loss a token (0: never, as published)
-    rounding      see `errata.methods.codebook`; None: by the model's dtype
+    end           text trained after the target; rounding: see `errata.methods.codebook`, None: by the model's dtype
 
-    The query is always what the linear reads at the last *prompt* token, so cached, uncached and teacher-forced answers agree.  (The released
-    codes take the last token of the first text fed after an edit and keep its number; scoring with the target appended then looks up another
-    token.)  Labels are lists of the target's token ids, compared exactly (the released code compares the mean id).  Paraphrases of a request are
-    put in after its prompt, with its label.  A row trains the entry it hits in the finished codebook if that has its label; a text that a later
-    one of the same patch took the place of trains nothing (``notes["lost"]``).  Generality near 0 is natural at small radii.
+    The query is always what the linear reads at the last *prompt* token, so cached, uncached and teacher-forced answers agree.  The
+    released codes take the last token of the first text fed after an edit and keep its number: fed prompt and target together, they look
+    up another token.  Labels are lists of the target's token ids, compared exactly (released: the mean id).  Paraphrases of a
+    request are put in after its prompt, with its label.  A text trains the entry it hits in the finished codebook if that has its label;
+    one whose place a later text of the same patch took trains nothing (``notes["lost"]``).
 
-    On a stack whose last live patch is a codebook of this method with the same site, positions and rounding the edit goes on from it and replaces it:
-    one growing codebook.  Taking the patch back leaves the older one.
+    On a stack whose last live patch is a codebook of this method with the same site, positions and rounding, the edit goes on from it
+    and replaces it: one growing codebook.  Taking the patch back leaves the older one.
     """
 
     name: ClassVar[str] = "grace"

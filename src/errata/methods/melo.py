@@ -1,10 +1,10 @@
 """MELO: low-rank blocks that are switched on by where a prompt's key falls.
 
     vector store: clusters (centre, radius, label) of points (key, block);   edit batch i trains block i:  ΔW = s² B_i A_i,  s² = blocks
-    in use: the last prompt token's key picks a block (`errata.methods.melo_ops.route`), which then acts on every token of the row; else the base
+    in use: the last prompt token's key picks a block (`melo_ops.route`), which acts on every token of the row; the base where none
 
-The rule for a new key is GRACE's (`errata.methods.codebook.Book.place`); a key near one of its own label joins that cluster: centre ← mean of the
-points, radius ← the farthest of them, at least a new one's; a split drops what is outside the older cluster's new radius.
+The rule for a new key is GRACE's (`errata.methods.codebook.Book.place`); a key near one of its own label joins that cluster: centre ← mean
+of the points, radius ← the farthest of them, at least a new one's; a split drops what is outside the older cluster's new radius.
 """
 
 from __future__ import annotations
@@ -42,18 +42,19 @@ class MELO:
     blocks            how many there may be; they set the scale s = √blocks of both factors (√(max_rank / rank_block) in the source)
     rank              of a block
     edits_per_block   requests of one `edit` that share a block; each `edit` begins a new one
-    lr, steps         Adam's; the rate is multiplied by ``decay`` every ``decay_every`` updates (StepLR).  ``stop``: end of a block below that
-                      mean loss a token (0: never, as published)
-    rounding          see `errata.methods.codebook`; None: by the model's dtype
+    lr, steps         Adam's; the rate is multiplied by ``decay`` every ``decay_every`` updates (StepLR).  ``stop``: end of a block below
+                      that mean loss a token (0: never, as published)
+    end               text trained after the target; rounding: see `errata.methods.codebook`, None: by the model's dtype
 
-    No file for LLaMA-like models was published, and none but GPT-2-XL's for decoders.  The rule for other models is ours: keys are the inputs of
-    ``mlp_down``, blocks change ``mlp_down`` of the next two blocks, the radius is half the key's norm (published radii are lengths
-    in the space of one model, and keys differ by orders of magnitude between models).
+    No file for LLaMA-like models was published, and none but GPT-2-XL's for decoders.  The rule for other models is ours: keys are the
+    inputs of ``mlp_down``, blocks change ``mlp_down`` of the next two blocks, the radius is half the key's norm (published radii are
+    lengths in the space of one model, and the size of keys differs by orders of magnitude between models and blocks).
 
-    Where the source is silent or differs: the nearest point is sought within the nearest cluster (as released); a cluster without points
-    routes to the base (as released); labels are the target's token ids, compared exactly (released: their sum); requests of one `edit` are put in
-    one after another, each seeing those before it (released: all compared with the store as it was before the batch); in training a row runs its
-    own block.  A block acts on all tokens, so a patch looks ahead: what goes on below a prompt's first tokens depends on its last.
+    Where the source is silent or differs: the nearest point is sought within the nearest cluster, and a cluster that lost all its points
+    routes to the base (both as released); labels are the target's token ids, compared exactly (released: their sum); requests of one
+    `edit` are put in one after another, each seeing those before it (released: all compared with the store as it was); in training a row
+    runs its own block.  A block acts on all tokens of a text by what its prompt's last token says, so nothing of the prompt can be
+    computed apart under such a patch (`looks_ahead`).
 
     On a stack whose last live patch is MELO's with the same sites and shapes the edit goes on from it and replaces it.
     """

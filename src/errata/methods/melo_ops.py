@@ -14,22 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.methods.codebook import decide, entries_of, hit, nearest, remembered
+from errata.methods.codebook import decide, entries_of, hit, remembered
 from errata.patch import Positions, Site
 from errata.weights import Groups
 
+AT_ONCE = 1 << 24  # numbers of points that are compared at once
 INDEX = ("centres", "radii", "points", "cluster", "block")
 
 
 def route(book: Mapping[str, Tensor], query: Tensor, rounding: float) -> Tensor:
     """[B]: the block for each query [B, I], -1 for none; the book's tensors with or without an axis for the row.  A cluster may have
     lost all its points (they were outside when it shrank): its queries get none."""
-    cluster = hit(book["centres"], book["radii"], query, rounding)
-    _, point = nearest(book["points"], query, book["cluster"] == cluster[:, None])
-    if not book["points"].shape[-2]:
-        return point
-    block = book["block"] if book["block"].ndim == 2 else book["block"].expand(len(query), -1)
-    return torch.where(point >= 0, block.gather(1, point.clamp_min(0)[:, None])[:, 0], -1)
+    chosen = hit(book["centres"], book["radii"], query, rounding)
+    out = torch.full_like(chosen, -1)
+    if book["points"].ndim == 3:
+        apart = torch.linalg.vector_norm(query[:, None] - book["points"], dim=-1)
+        apart = apart.masked_fill(book["cluster"] != chosen[:, None], torch.inf)
+        if apart.shape[1]:
+            distance, point = apart.min(1)
+            out = torch.where(distance.isinf(), out, book["block"].gather(1, point[:, None])[:, 0])
+        return out
+    first, end = (torch.searchsorted(book["cluster"], chosen, right=side) for side in (False, True))  # points lie cluster by cluster
+    rows = (end > first).nonzero()[:, 0]
+    if not len(rows):
+        return out
+    widest = int((end - first).max())
+    for part in rows.split(max(1, AT_ONCE // (widest * query.shape[1]))):
+        index = first[part, None] + torch.arange(widest, device=query.device)
+        apart = torch.linalg.vector_norm(query[part, None] - book["points"][index.clamp_max(len(book["points"]) - 1)], dim=-1)
+        apart = apart.masked_fill(index >= end[part, None], torch.inf)
+        out[part] = book["block"][index.gather(1, apart.argmin(1)[:, None])[:, 0]]
+    return out
 
 
 class Router:
