@@ -16,6 +16,7 @@ from families import FAMILIES, SENTENCES, lm
 from errata import registry
 from errata.bank import Bank, Context
 from errata.config import build
+from errata.methods.in_context import InContextEditor
 from errata.methods.locate import LocateEditor
 from errata.methods.subspace import Subspace, orthonormal, start
 from errata.model import LM
@@ -40,10 +41,13 @@ _LOCATE = {
     "v_lr": 0.2, "v_steps": 80,
 }  # fmt: skip
 _WEAK = {**_LOCATE, "mom2_weight": 1e-3}
+_PLAIN = {"fact": "{prompt} {target}.", "cue": ""}  # these models have room for 64 tokens, and a word they don't know takes many
 QUICK = {
     "baft": _SUBSPACE, "reft": _SUBSPACE, "rome": _LOCATE, "r-rome": _LOCATE, "emmet": _LOCATE, "memit": _WEAK,
     "pmet": {**_WEAK, "kl": 1e-3, "kl_stop": 1e-9}, "alphaedit": {**_LOCATE, "share": 0.95, "l2": 1e-6},
+    "ice": _PLAIN, "ike": {**_PLAIN, "shot": "{prompt} {target}. {query} {answer}.", "k": 2}, "retrieval": _PLAIN,
 }  # fmt: skip
+IN_CONTEXT = [m for m in METHODS if issubclass(registry.get("method", m), InContextEditor)]
 LOCATE = [m for m in METHODS if issubclass(registry.get("method", m), LocateEditor)]
 each_method = pytest.mark.parametrize("method", METHODS)
 each_family = pytest.mark.parametrize("family", list(FAMILIES))
@@ -89,6 +93,8 @@ def near(dtype: str) -> dict[str, float]:
 @each_family
 @each_method
 def test_an_edit_changes_the_answer_and_undo_is_exact(method: str, family: str, dtype: str) -> None:
+    """Models that know eight sentences do not learn from their context: there, an edit changes the logits, whatever the answer.
+    `none` is the unedited model, and changes nothing."""
     base = model(family, dtype)
     weights = copy.deepcopy(base.hf.state_dict())
     batch, _ = rows(base)
@@ -99,11 +105,13 @@ def test_an_edit_changes_the_answer_and_undo_is_exact(method: str, family: str, 
             # 8 bits, and a shift at one token: the full stop may be missed
             loose = dtype == "bfloat16" or method in LOCATE
             # PMET throws half of what it optimises away, the attention's shift, and some of these models need both
-            assert method == "pmet" or (said.startswith(request.target) if loose else said == request.target)
+            assert method in ("pmet", "none", *IN_CONTEXT) or (said.startswith(request.target) if loose else said == request.target)
+            own = base.batch(base.encode([request.prompt]))
+            assert torch.equal(base.logits(own), base.logits(own, [()])) == (method == "none")
         assert not base.stack
     a, b, c = patches(method, family, dtype)
     base.attach(a, b, c)
-    assert not torch.equal(base.logits(batch), before)
+    assert torch.equal(base.logits(batch), before) == (method == "none")
     base.detach(b.id)
     base.detach(c.id, a.id)
     assert torch.equal(base.logits(batch), before)
@@ -113,7 +121,7 @@ def test_an_edit_changes_the_answer_and_undo_is_exact(method: str, family: str, 
 def exact(family: str, method: str = "baft") -> tuple[str, dict[str, int]]:
     """(dtype, settings) for identities.  Gemma-2's eager attention casts float64's lowest mask value to float32, which is -inf and
     then NaN, so that family is held to float32 and few steps."""
-    few = {"v_steps": 3} if method in LOCATE else {"steps": 3}
+    few = {"v_steps": 3} if method in LOCATE else {} if method in ("none", *IN_CONTEXT) else {"steps": 3}
     return ("float32", few) if family == "gemma2" else ("float64", {})
 
 
@@ -200,7 +208,8 @@ def test_determinism(method: str) -> None:
     state = torch.get_rng_state()
     ids = {editor(method).edit(b, REQUESTS[:1]).id for b in (base, other, base)}
     assert len(ids) == 1
-    assert editor(method, seed=1).edit(base, REQUESTS[:1]).id not in ids
+    if any(f.name == "seed" for f in dataclasses.fields(registry.get("method", method))):  # the others draw nothing
+        assert editor(method, seed=1).edit(base, REQUESTS[:1]).id not in ids
     assert torch.equal(torch.get_rng_state(), state)
 
 
