@@ -199,7 +199,7 @@ def test_what_cannot_be_widened_is_refused() -> None:
             with pytest.raises(ModelError, match=said):
                 model.hf(**wrong)
         long = torch.full((1, 60), 5)
-        with pytest.raises(ModelError, match="do not fit the model's 64 positions"):
+        with pytest.raises(ModelError, match="do not fit the model's 64 places"):
             model.hf(input_ids=long)
         room = 64 - len(front(model, a))
         cache = model.hf(input_ids=long[:, :room], use_cache=True).past_key_values  # fits to the last place
@@ -260,7 +260,9 @@ def test_tail_capture_and_read_see_the_caller_s_tokens(family: str) -> None:
     rows, want_rows = (cut(e, 2, 0, model.device) for e in (encoded, whole))
     noted: dict[object, torch.Tensor] = {}
     tape: dict[object, torch.Tensor] = {}
-    bank = [o for o in _gate_banks(model)]
+    from test_laws import random_bank
+
+    bank = [random_bank(model, 2, 2, model.dtype)]
     for runner, under, cut_rows, kept in ((Tail, on, rows, tape), (Whole, (), want_rows, noted)):
         logits = runner(model, cut_rows, 2, under).logits(bank, kept)
         if under:
@@ -277,12 +279,6 @@ def test_tail_capture_and_read_see_the_caller_s_tokens(family: str) -> None:
     site = Site(1, "mlp_down")
     for got, want in zip(read(model, encoded, [site], on=on)[site], read(model, whole, [site])[site], strict=True):
         torch.testing.assert_close(got, want, **close(family))
-
-
-def _gate_banks(model: LM) -> list:
-    from test_laws import random_bank
-
-    return [random_bank(model, 2, 2, model.dtype)]
 
 
 # -- retrieval ---------------------------------------------------------------------------------------------------------------------------
@@ -386,10 +382,9 @@ def test_a_sentence_encoder_is_optional(monkeypatch: pytest.MonkeyPatch) -> None
             return torch.tensor([[t.lower().count(chr(97 + i)) for i in range(26)] for t in texts]).float()
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=Letters))
-    with pytest.raises(ModelError, match="'absent' cannot be loaded: no such model$"):
+    with pytest.raises(ModelError, match=r"'absent' cannot be loaded: no such model$"):
         Retrieval(**PLAIN, encoder="absent").edit(model, [ROME])
     store = Retrieval(**PLAIN, encoder="letters", threshold=0.999).edit(model, [ROME])
-    assert "centre" not in store.ops[0].tensors
     for prompt, hit in ((ROME.prompt, True), (PARIS.prompt, False)):
         row = model.encode([prompt])[0]
         want = alone(model, row, front(model, store) if hit else ())
@@ -407,7 +402,7 @@ def shown(patch: Patch) -> list[str]:
 
 def test_the_wording_and_where_the_cue_stands() -> None:
     model = base()
-    a, b = ICE().edit_each(model, [ROME, PARIS])
+    a = ICE().edit(model, [ROME])
     assert shown(a) == ["New Fact: The capital of France is Rome\n"]
     text = "New Fact: The capital of France is Rome\nNew Fact: In Rome people speak French\nPrompt: "
     row = model.encode([ROME.prompt])[0]

@@ -16,6 +16,7 @@ from families import FAMILIES, SENTENCES, lm
 from errata import registry
 from errata.bank import Bank, Context
 from errata.config import build
+from errata.methods.in_context import InContextEditor
 from errata.methods.locate import LocateEditor
 from errata.methods.subspace import Subspace, orthonormal, start
 from errata.model import LM
@@ -47,6 +48,7 @@ _WISE = {
     "layer": 0, "contexts": [], "end": ".", "lr": 2.0, "steps": 40, "alpha": 0.1, "beta": 0.5, "gamma": 0.2, "norm_constraint": None,
     "stop": 0.1, "settled": 10.0,
 }  # fmt: skip
+_PLAIN = {"fact": "{prompt} {target}.", "cue": ""}  # these models have room for 64 tokens, and a word they don't know takes many
 QUICK = {
     "baft": _SUBSPACE, "reft": _SUBSPACE, "rome": _LOCATE, "r-rome": _LOCATE, "emmet": _LOCATE, "memit": _WEAK,
     "lora": {**_ADAPTER, "lr": 0.01}, "adalora": {**_ADAPTER, "lr": 0.02, "dropout": 0.05},
@@ -55,8 +57,10 @@ QUICK = {
     "grace": {"layer": 0, "eps": 0.1, "unit": "norm", "lr": 0.3, "steps": 30, "end": "."},
     "melo": {"layer": 0, "lora_layers": [1, 2], "radius": 0.1, "blocks": 4, "lr": 0.02, "steps": 30, "end": "."},
     "wise": {**_WISE, "mask_ratio": 0.8}, "wise-light": {**_WISE, "pool": 0.5, "mask_ratio": 1.0},
+    "ice": _PLAIN, "ike": {**_PLAIN, "shot": "{prompt} {target}. {query} {answer}.", "k": 2}, "retrieval": _PLAIN,
 }  # fmt: skip
 WISE = ("wise", "wise-light")  # a few steps of theirs show what identities are about
+IN_CONTEXT = [m for m in METHODS if issubclass(registry.get("method", m), InContextEditor)]
 LOCATE = [m for m in METHODS if issubclass(registry.get("method", m), LocateEditor)]
 ONE_TOKEN = [*LOCATE, "grace", "ft-l"]  # they change the output of a linear at one token; FT-L trains one token's distribution
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -103,6 +107,8 @@ def near(dtype: str) -> dict[str, float]:
 @each_family
 @each_method
 def test_an_edit_changes_the_answer_and_undo_is_exact(method: str, family: str, dtype: str) -> None:
+    """Models that know eight sentences do not learn from their context: there, an edit changes the logits, whatever the answer.
+    `none` is the unedited model, and changes nothing."""
     base = model(family, dtype)
     weights = copy.deepcopy(base.hf.state_dict())
     batch, _ = rows(base)
@@ -113,11 +119,13 @@ def test_an_edit_changes_the_answer_and_undo_is_exact(method: str, family: str, 
             # 8 bits, a shift at one token, and FT-L, which trains no full stop: it may be missed
             loose = dtype == "bfloat16" or method in ONE_TOKEN
             # PMET throws half of what it optimises away, the attention's shift, and some of these models need both
-            assert method == "pmet" or (said.startswith(request.target) if loose else said == request.target)
+            assert method in ("pmet", "none", *IN_CONTEXT) or (said.startswith(request.target) if loose else said == request.target)
+            own = base.batch(base.encode([request.prompt]))
+            assert torch.equal(base.logits(own), base.logits(own, [()])) == (method == "none")
         assert not base.stack
     a, b, c = patches(method, family, dtype)
     base.attach(a, b, c)
-    assert not torch.equal(base.logits(batch), before)
+    assert torch.equal(base.logits(batch), before) == (method == "none")
     base.detach(b.id)
     base.detach(c.id, a.id)
     assert torch.equal(base.logits(batch), before)
@@ -127,7 +135,7 @@ def test_an_edit_changes_the_answer_and_undo_is_exact(method: str, family: str, 
 def exact(family: str, method: str = "baft") -> tuple[str, dict[str, int]]:
     """(dtype, settings) for identities.  Gemma-2's eager attention casts float64's lowest mask value to float32, which is -inf and
     then NaN, so that family is held to float32 and few steps."""
-    few = {"v_steps": 3} if method in LOCATE else {"steps": 3}
+    few = {"v_steps": 3} if method in LOCATE else {} if method in ("none", *IN_CONTEXT) else {"steps": 3}
     return ("float32", few) if family == "gemma2" else ("float64", {"steps": 6} if method in WISE else {})
 
 
@@ -214,7 +222,8 @@ def test_determinism(method: str) -> None:
     state = torch.get_rng_state()
     ids = {editor(method).edit(b, REQUESTS[:1]).id for b in (base, other, base)}
     assert len(ids) == 1
-    assert editor(method, seed=1).edit(base, REQUESTS[:1]).id not in ids
+    if any(f.name == "seed" for f in dataclasses.fields(registry.get("method", method))):  # the others draw nothing
+        assert editor(method, seed=1).edit(base, REQUESTS[:1]).id not in ids
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -34,8 +34,8 @@ class InFront:
     settings   cue: token ids between the texts and the prompt; bos: the id that stays in front of everything, or None;
                budget: tokens of context at most, the newest facts first, then demonstrations
     retrieval  settings[``retrieval``] None: all texts.  Else {k, threshold, encoder, block, pool}, and tensors keys [K, D] (unit
-               vectors), owner [K] the text each key is of, and maybe centre [D]: the k texts nearest to the prompt whose cosine
-               reaches the threshold, or nothing
+               vectors) and owner [K], the text each key is of: the k texts nearest to the prompt whose cosine reaches the threshold,
+               or nothing
     """
 
     @staticmethod
@@ -121,11 +121,11 @@ class Front:
         vectors: dict[Any, Tensor] = {}
         for (s, place), rows in members.items():
             op = self.stacks[s][place]
-            how, centre = op.settings["retrieval"], op.tensors.get("centre")
-            name = how["encoder"], how["block"], how["pool"], None if centre is None else id(centre)
+            how = op.settings["retrieval"]
+            name = how["encoder"], how["block"], how["pool"]
             if name not in vectors:
                 some = torch.tensor(asking, device=ids.device)
-                vectors[name] = embed(hf, family, self.tokenizer, ids[some], position[some], lengths[some], how, centre)
+                vectors[name] = embed(hf, family, self.tokenizer, ids[some], position[some], lengths[some], how)
             own = vectors[name][torch.tensor([asking.index(i) for i in rows], device=ids.device)]
             for i, found in zip(rows, nearest(own, op), strict=True):
                 picks[i][place] = found
@@ -193,7 +193,7 @@ class Front:
         row = int(at.max(1).values.argmax())
         context = int(placed.lengths[row])
         raise ModelError(
-            f"row {row}: {context} tokens of context and {int(mask[row].sum()) - context} of text do not fit the model's {limit} positions; "
+            f"row {row}: {context} tokens of context and {int(mask[row].sum()) - context} of text do not fit the model's {limit} places; "
             "shorten the prompt, take patches off, or make the edit with a smaller budget"
         )
 

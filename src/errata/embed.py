@@ -1,9 +1,9 @@
 """What a prompt is about, as one vector: from the frozen base's own states, or from a sentence encoder.
 
-    e = (h − c) / ‖h − c‖          h [D] the state of the prompt's last token after a block (or the mean over its tokens)
+    e = h / ‖h‖          h [D] the state of the prompt's last token after a block (or the mean over its tokens)
 
-c is the mean of such states over beginnings of Wikipedia paragraphs: states of one model share a large part, which says nothing.
-Two vectors are compared by their product, the cosine.
+Two vectors are compared by their product, the cosine.  (Tried on the almanac: whitening, and taking off the mean state of other
+prompts, gain nothing at the late blocks that serve best; the mean state of ordinary text spoils it.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Reached(Exception):
 
 @contextmanager
 def bare(hf: Any) -> Iterator[None]:
-    """Inside, no hook of any module of ``hf`` runs, patches' and watchers' alike: the unedited base, unseen by who reads the pass around it."""
+    """Inside, no hook of any module of ``hf`` runs, of patches or watchers: the base, unseen by who reads the pass around it."""
     kept = [(m, name, getattr(m, name)) for m in hf.modules() for name in ("_forward_hooks", "_forward_pre_hooks") if getattr(m, name)]
     for module, name, _ in kept:
         setattr(module, name, OrderedDict())
@@ -79,9 +79,7 @@ def pooled(h: Tensor, position: Tensor, lengths: Tensor, pool: str) -> Tensor:
     return h.sum(1) / where.sum(1, keepdim=True)
 
 
-def embed(
-    hf: Any, family: Family, tokenizer: Any, ids: Tensor, position: Tensor, lengths: Tensor, how: Mapping[str, Any], centre: Tensor | None
-) -> Tensor:
+def embed(hf: Any, family: Family, tokenizer: Any, ids: Tensor, position: Tensor, lengths: Tensor, how: Mapping[str, Any]) -> Tensor:
     """Unit vectors [B, D] of the prompts (the first ``lengths`` tokens of each row).
 
     how   ``encoder`` (a sentence encoder's name, or None), else ``block`` and ``pool`` of the base's own states
@@ -91,14 +89,14 @@ def embed(
         prompts = [[t for t, p in zip(row, at, strict=True) if 0 <= p < n] for row, at, n in rows]
         return encode([tokenizer.decode(row, skip_special_tokens=True) for row in prompts], how["encoder"], ids.device)
     h = pooled(states(hf, family, ids, position, [how["block"]])[how["block"]], position, lengths, how["pool"])
-    return F.normalize(h if centre is None else h - centre.to(h), dim=-1)
+    return F.normalize(h, dim=-1)
 
 
 @functools.cache
 def _encoder(name: str) -> Any:
     """Loaded once a process: it is read only."""
     try:
-        from sentence_transformers import SentenceTransformer
+        from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise ConfigError(
             f"encoder {name!r} needs the package sentence-transformers; pip install 'errata[encoder]', or leave encoder out: "

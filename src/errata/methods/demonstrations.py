@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.errors import ConfigError
-from errata.methods.in_context_text import block_for, centre, vectors
+from errata.methods.in_context_text import block_for, vectors
 from errata.model import LM
 from errata.request import EditRequest, read_requests
 
@@ -38,18 +38,17 @@ def choose(lm: LM, editor: Any, requests: Sequence[EditRequest], earlier: Sequen
     if not editor.k:
         return []
     how = {"encoder": editor.encoder, "block": block_for(lm, editor), "pool": editor.pool}
-    mean = None if editor.encoder is not None else centre(lm, how["block"], editor.pool)
     common = shots(editor.shot, requests_of(editor.demonstrations))
     key = ("demonstrations", tuple(text for _, text in common), *how.values())
     if common and key not in lm.kept:
-        lm.kept[key] = vectors(lm, [text for _, text in common], how, mean)
+        lm.kept[key] = vectors(lm, [text for _, text in common], how)
     known = {text: vector for (_, text), vector in zip(common, lm.kept.get(key, ()), strict=True)}
     store = list(dict(((text, kind) for kind, text in shots(editor.shot, [*earlier, *requests])), **{t: k for k, t in common}).items())
     fresh = [text for text, _ in store if text not in known]
-    known |= dict(zip(fresh, vectors(lm, fresh, how, mean), strict=True)) if fresh else {}
+    known |= dict(zip(fresh, vectors(lm, fresh, how), strict=True)) if fresh else {}
     asked = [f + editor.cue + r.prompt.rstrip() for f, r in zip(editor.facts(requests), requests, strict=True)]
     chosen: dict[str, None] = {}
-    for vector in vectors(lm, asked, how, mean):
+    for vector in vectors(lm, asked, how):
         ranked = sorted(store, key=lambda pair: -round(float(vector @ known[pair[0]]), DIGITS))
         picked = [text for text in _mixed(ranked, editor.k, editor.mix) if text not in chosen]
         chosen |= dict.fromkeys(reversed(picked))

@@ -118,7 +118,7 @@ class IKE(ICE):
                     dev split, in the package); None: nothing but the requests of the stack and the request itself.  These last two
                     always serve too.  An editor sees no benchmark, so no question it is scored with
     encoder         a sentence encoder for the similarity (EasyEdit: all-MiniLM-L6-v2); None: the base's own states, the mean over
-                    the text's tokens (or its last token, ``pool``) after ``block`` (None: three quarters of the depth)
+                    the text's tokens (or its last token, ``pool``) after ``block`` (None: 7/8 of the depth)
 
     Demonstrations are chosen for the fact when the patch is made, nearest last, and stand in front of every prompt.  The paper asks for
     k = 32 and chooses by cosine within its mix; EasyEdit's code has k = 16 and no mix.  The default is 16 with the paper's mix, in

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.embed import embed, pooled, states
+from errata.embed import embed
 from errata.errors import ConfigError, ModelError
 from errata.model import LM
 from errata.patch import PROMPT, Op
-from errata.texts import bundled
 from errata.tokens import Encoded, pieces
 
 AT_ONCE = 64  # texts of one pass
 LONGEST = 256  # tokens of a text that are read for its vector
-CENTRE_TEXTS, CENTRE_WORDS, CENTRE_TOKENS = 128, 6, 32
+DEPTH = 7 / 8  # the almanac's dev split: prompts are told apart best late, but the last block is free to say only what comes next
 
 
 def blank(name: str, field: str, template: str, names: Sequence[str]) -> None:
@@ -32,8 +31,8 @@ def blank(name: str, field: str, template: str, names: Sequence[str]) -> None:
 
 
 def block_for(lm: LM, editor: Any) -> int:
-    """The block whose states are read: ``editor.block``, or three quarters of the depth; `ConfigError` where there is none."""
-    block = min(lm.depth - 1, int(0.75 * lm.depth + 0.5)) if editor.block is None else editor.block
+    """The block whose states are read: ``editor.block``, or the one at 7/8 of the depth; `ConfigError` where there is none."""
+    block = min(lm.depth - 1, int(DEPTH * lm.depth)) if editor.block is None else editor.block
     if not 0 <= block < lm.depth:
         raise ConfigError(f"{editor.name}: block {block} does not exist (0 to {lm.depth - 1}); set block for this model")
     return int(block)
@@ -73,24 +72,11 @@ def _passes(lm: LM, rows: Sequence[Encoded]) -> list[tuple[Tensor, Tensor, Tenso
     return out
 
 
-def vectors(lm: LM, texts: Sequence[str], how: dict[str, Any], centre: Tensor | None) -> Tensor:
+def vectors(lm: LM, texts: Sequence[str], how: dict[str, Any]) -> Tensor:
     """Unit vectors [N, D] of texts, on the CPU (`errata.embed`); `ModelError` where the model says NaN."""
-    found = [embed(lm.hf, lm.family, lm.tokenizer, *one, how, centre) for one in _passes(lm, lm.encode(texts))]
+    found = [embed(lm.hf, lm.family, lm.tokenizer, *one, how) for one in _passes(lm, lm.encode(texts))]
     out = torch.cat(found).cpu()
     if not bool(torch.isfinite(out).all()):
         broken = int((~torch.isfinite(out)).any(1).nonzero()[0])
         raise ModelError(f"the model gives NaN for {texts[broken]!r} in {lm.dtype}; load it with --dtype float32")
-    return out
-
-
-def centre(lm: LM, block: int, pool: str) -> Tensor:
-    """[D]: the mean state of beginnings of Wikipedia paragraphs in the package, read as prompts."""
-    key = ("centre", block, pool)
-    if key not in lm.kept:
-        lines = [line for line in bundled("heldout").split("\n") if line.strip()][:CENTRE_TEXTS]
-        rows = lm.encode([" ".join(line.split()[:CENTRE_WORDS]) for line in lines])
-        rows = [Encoded(r.ids[:CENTRE_TOKENS], min(CENTRE_TOKENS, len(r.ids))) for r in rows]
-        parts = [pooled(states(lm.hf, lm.family, ids, at, [block])[block], at, lengths, pool) for ids, at, lengths in _passes(lm, rows)]
-        lm.kept[key] = torch.cat(parts).mean(0).cpu()
-    out: Tensor = lm.kept[key]
     return out

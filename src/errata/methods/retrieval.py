@@ -19,7 +19,7 @@ from errata.config import to_dict
 from errata.errors import ConfigError
 from errata.lanes import Progress
 from errata.methods.in_context import InContextEditor
-from errata.methods.in_context_text import block_for, centre, context_op, padded, vectors
+from errata.methods.in_context_text import block_for, context_op, padded, vectors
 from errata.model import LM
 from errata.patch import Op, Patch
 from errata.request import EditRequest
@@ -32,8 +32,7 @@ class Retrieval(InContextEditor):
 
     k, threshold  the k nearest facts whose cosine with the prompt reaches the threshold
     encoder       a sentence encoder (the package sentence-transformers); None: the base's own states
-    block, pool   after which block (None: three quarters of the depth), and whether of the prompt's last token or the mean over tokens
-    centred       subtract the mean state of Wikipedia beginnings (see `errata.embed`)
+    block, pool   after which block (None: 7/8 of the depth), and whether of the prompt's last token or the mean over tokens
 
     A fact is found by its prompt and by the paraphrases its request brings.  No paper is followed: the nearest are IKE's retriever,
     which always shows k, and SERAC's scope, which is trained.  The default threshold was chosen on the almanac's dev split; for another
@@ -51,11 +50,10 @@ class Retrieval(InContextEditor):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"almanac": {"fact": "{prompt} {target}.", "cue": ""}}
 
     k: int = 1
-    threshold: float = 0.68
+    threshold: float = 0.66
     encoder: str | None = None
     block: int | None = None
     pool: Literal["last", "mean"] = "last"
-    centred: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,17 +84,16 @@ class Retrieval(InContextEditor):
 
     def _patches(self, lm: LM, problems: Sequence[Sequence[EditRequest]], on: Stack) -> list[Patch]:
         how = {"k": self.k, "threshold": self.threshold, "encoder": self.encoder, "block": block_for(lm, self), "pool": self.pool}
-        mean = centre(lm, how["block"], self.pool) if self.centred and self.encoder is None else None
         # of two requests with one prompt the later counts
         problems = [list({r.prompt: r for r in requests}.values()) for requests in problems]
         asked = [[(m, text) for m, r in enumerate(rs) for text in dict.fromkeys((r.prompt, *r.paraphrases))] for rs in problems]
         flat = [text for pairs in asked for _, text in pairs]
-        found = iter(vectors(lm, flat, how, mean).split([len(pairs) for pairs in asked])) if flat else iter(())
+        found = iter(vectors(lm, flat, how).split([len(pairs) for pairs in asked])) if flat else iter(())
         out = []
         for requests, pairs, keys in zip(problems, asked, found, strict=True):
             op = context_op(lm, self, (), self.facts(requests), how)
             tensors = {**op.tensors, "keys": keys.clone(), "owner": torch.tensor([m for m, _ in pairs])}
-            op = dataclasses.replace(op, tensors=tensors if mean is None else {**tensors, "centre": mean})
+            op = dataclasses.replace(op, tensors=tensors)
             every, before = tuple(requests), self._before(on, op)
             if before is not None:
                 op, every = _grown(before, op, every)
@@ -108,9 +105,7 @@ class Retrieval(InContextEditor):
     def _before(self, on: Stack, op: Op) -> Patch | None:
         """The store to go on from."""
         last = on[-1] if on else None
-        if last is None or last.method != self.name or last.ops[0].settings != op.settings:
-            return None
-        return last if ("centre" in last.ops[0].tensors) == ("centre" in op.tensors) else None
+        return last if last is not None and last.method == self.name and last.ops[0].settings == op.settings else None
 
 
 def _grown(before: Patch, op: Op, requests: tuple[EditRequest, ...]) -> tuple[Op, tuple[EditRequest, ...]]:
