@@ -50,8 +50,9 @@ class AdamW:
     eps: float = 1e-8
 
     def update(self, p: list[Tensor], gradient: list[Tensor], *moments: list[Tensor], step: int) -> None:
+        first, second = moments
         adamw(
-            p, gradient, *moments, [], [torch.tensor(float(step - 1), device=t.device) for t in p], fused=True, amsgrad=False,
+            p, gradient, first, second, [], [torch.tensor(float(step - 1), device=t.device) for t in p], fused=True, amsgrad=False,
             beta1=self.betas[0], beta2=self.betas[1], lr=self.lr, weight_decay=self.weight_decay, eps=self.eps, maximize=False,
         )  # fmt: skip
 
