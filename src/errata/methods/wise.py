@@ -36,9 +36,8 @@ _ALMANAC: dict[str, Any] = {
     "layer": 6, "lr": 10.0, "steps": 40, "unit": 30.0, "act_ratio": 0.6, "contexts": [[5, 3]], "save_freq": 4, "merge_freq": 16, "end": ".",
 }  # fmt: skip
 _CHAT = {"layer": 29, "alpha": 5.0, "beta": 10.0, "gamma": 10.0, "lr": 0.9, "steps": 30}
-_PRESETS: dict[
-    str, dict[str, Any]
-] = {  # EasyEdit hparams/WISE; wrapping prompts in a chat template, as its chat files do, is left to the user
+# EasyEdit hparams/WISE; wrapping prompts in a chat template, as its chat files do, is left to the user
+_PRESETS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama-2-7b", "llama-7b", "mistral-7b", "llama-3.2-3b"), _LLAMA),
     "llama-3-8b": {**_CHAT, "alpha": 2.0, "beta": 20.0, "act_ratio": 0.5},
     "llama-3.1-8b": _CHAT,
