@@ -21,7 +21,8 @@ from errata.methods.presets import preset
 from errata.methods.side_memory import SideMemory, activation, pack, packed, unpack
 from errata.methods.wise import WISE, WISELight
 from errata.methods.wise_memory import Memories, Memory, entries, ties
-from errata.methods.wise_training import Texts, contexts, margins
+from errata.methods.wise_texts import Texts, contexts
+from errata.methods.wise_training import margins
 from errata.model import LM
 from errata.patch import Op, Patch, Site
 from errata.request import EditRequest

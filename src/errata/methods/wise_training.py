@@ -11,7 +11,7 @@ token reads what a token's MLP wrote, so there only the tokens that predict the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -19,54 +19,21 @@ from torch import Tensor
 from torch.nn.functional import pad as padding
 
 from errata.bank import Bank, Stack
+from errata.config import to_dict
+from errata.families import linear_sizes
 from errata.fit import SGD, fit
 from errata.lanes import Progress
 from errata.methods.side_memory import activation
 from errata.methods.values import direct
 from errata.methods.wise_memory import Memories
+from errata.methods.wise_texts import Texts, contexts
 from errata.model import LM
-from errata.patch import Site
+from errata.patch import Patch, Site
 from errata.problems import Owned, per_problem, row_nll
-from errata.read import watching
+from errata.read import module_at, watching
 from errata.request import EditRequest
 from errata.tail import cut_at
-from errata.tokens import Encoded, pad_id
-
-STARTERS = ("I", "You", "Because", "Yes", "Q: ")  # of EasyEdit's contexts
-
-
-def contexts(lm: LM, lengths: Sequence[tuple[int, ...]]) -> list[str]:
-    """ "" and then, for each (tokens, count), ``count`` greedy continuations of the starters in turn by the unedited model; none twice."""
-    key = ("contexts", tuple(map(tuple, lengths)))
-    if key not in lm.kept:
-        found = [""]
-        for tokens, count in lengths:
-            starts = [STARTERS[i % len(STARTERS)] for i in range(count)]
-            texts = lm.generate(starts, stacks=[()], max_new_tokens=tokens, stop=())
-            found += [f"{start.strip()} {text}".strip() for start, text in zip(starts, texts, strict=True)]
-        lm.kept[key] = list(dict.fromkeys(found))
-    out: list[str] = lm.kept[key]
-    return out
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Tokenised texts of one edit: the prompt behind each context with its target, and what should not be touched."""
-
-    edit: list[Encoded]
-    unrelated: list[Encoded]
-
-    @classmethod
-    def of(cls, lm: LM, request: EditRequest, before: Sequence[str], end: str) -> Texts:
-        prompts = [f"{context} {request.prompt}".strip() for context in before]
-        edit = lm.encode(prompts, [request.target + end] * len(prompts))
-        if request.unrelated:
-            return cls(edit, lm.encode([p for p, _ in request.unrelated], [a for _, a in request.unrelated]))
-        return cls(edit, lm.encode([context for context in before if context]))
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(row.ids) for row in (*self.edit, *self.unrelated))
+from errata.tokens import pad_id
 
 
 def positive_mean(values: Tensor, where: Tensor) -> Tensor:
@@ -204,6 +171,37 @@ class Training:
         bound = self.editor.norm_constraint
         if bound is not None:
             p["values"].clamp_(-bound, bound)
+
+
+class Job:
+    """One call: the site, what the edits go on from, what stays underneath."""
+
+    def __init__(self, editor: Any, lm: LM, on: Stack, runner: Any) -> None:
+        self.editor, self.lm, self.runner, self.site = editor, lm, runner, editor.at(lm)
+        inner, outer = linear_sizes(module_at(lm, self.site))
+        self.shape, self.act = (outer, inner), editor.act(lm)
+        self.settings = {f.name: to_dict(editor)[f.name] for f in fields(editor)} | {"layer": self.site.block}
+        mine = [p for p in on if p.method == editor.name and p.settings == self.settings]
+        self.before = mine[-1] if mine else None
+        self.under = tuple(p for p in on if p is not self.before)
+        self.memories = Memories(editor, outer * inner)
+        if self.before is not None:
+            self.memories = self.memories.resumed(self.before.ops[0], int(self.before.state["edits"]))
+        self.contexts = contexts(lm, editor.contexts)
+
+    def texts(self, request: EditRequest) -> Texts:
+        return Texts.of(self.lm, request, self.contexts, self.editor.end)
+
+    def train(self, lm: LM, texts: list[Texts], memories: Memories, told: Progress | None) -> list[tuple[Memories, dict[str, Any]]]:
+        return Training(self.editor, lm, texts, memories, self.site, self.shape, self.act, self.under, self.runner).run(told)
+
+    def patch(self, requests: Sequence[EditRequest], memories: Memories, notes: dict[str, Any], seconds: float) -> Patch:
+        old = self.before
+        every = (*(old.requests if old else ()), *requests)
+        op = memories.op(self.site, self.shape, self.act)
+        state = {"edits": torch.tensor([memories.edits])}
+        notes = {**notes, "seconds": round(seconds, 4)}
+        return Patch(self.editor.name, self.settings, self.lm.fingerprint, every, (op,), state, (old.id,) if old else (), notes)
 
 
 def _table(lists: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
