@@ -26,7 +26,7 @@ from errata.methods.retrieval import Retrieval
 from errata.model import LM
 from errata.patch import PROMPT, Op, Patch, Site
 from errata.read import read
-from errata.request import EditRequest
+from errata.request import EditRequest, write_requests
 from errata.tail import Tail, Whole, capture, cut
 from errata.tokens import Encoded, pieces
 from errata.weights import merge
@@ -424,8 +424,6 @@ def test_the_newest_facts_that_fit_are_shown() -> None:
 
 
 def test_ike_shows_the_nearest_demonstrations_in_its_mix(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from errata.request import write_requests
-
     model = base()
     others = [
         EditRequest(p, t, paraphrases=(f"I say {p.lower()}", f"Say: {p}", f"{p} now"), unrelated=((q, u), (f"Ask {q}", u)))
@@ -523,9 +521,11 @@ def test_on_the_almanac_through_scores(tmp_path) -> None:  # type: ignore[no-unt
     from errata.run import batched, continual, single
 
     model = errata.load("almanac")
+    write_requests(tmp_path / "d.jsonl", requests_of("almanac")[:4])
+    few = {"ike": {"k": 4, "demonstrations": str(tmp_path / "d.jsonl")}}
     cases = [dataclasses.replace(c, probes=c.probes[:2]) for c in registry.get("benchmark", "almanac")().load("dev", 3)]
     for name in ("none", "ice", "ike", "retrieval"):
-        editor = registry.get("method", name).for_model(model, **({"k": 4} if name == "ike" else {}))
+        editor = registry.get("method", name).for_model(model, **few.get(name, {}))
         _, records = single(model, editor, cases)
         assert {r["method"] for r in records} == {name}
         if name == "none":
