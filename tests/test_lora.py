@@ -100,7 +100,8 @@ def test_first_values(method: str) -> None:
     base = lm("llama")
     one, other = (Training(e, base, [[r] for r in rs], (), None, Tail)._start() for rs in (REQUESTS[:1], REQUESTS))
     assert all(torch.equal(one[k][0], other[k][i]) for k in one for i in range(3))  # the same for every problem
-    assert not torch.equal(one["A.0"][0, 0], one["A.0"][0, 1])
+    reseeded = Training(dataclasses.replace(e, seed=1), base, [[FRANCE]], (), None, Tail)._start()
+    assert not torch.equal(one["A.0"][0, 0], one["A.0"][0, 1]) and not torch.equal(one["A.0"], reseeded["A.0"])
 
 
 def meta(width: int, heads: int, kv: int, head: int, depth: int, name: str) -> LM:

@@ -3,7 +3,7 @@
     ΔW = α/r · B diag(E) A,   A [r, I], B [O, r] ~ N(0, 0.02²),   E = 0
     loss = mean −log p(target token) + 0.5 · mean over all A and B of ‖A Aᵀ − I‖_F, ‖Bᵀ B − I‖_F
 
-Formulas as PEFT has them; the paper draws A and B like this too, sums squared norms instead of taking the mean of norms, and has no α/r.
+Formulas as PEFT has them, which EasyEdit runs; the paper's term is the sum of squared norms, not the mean of norms.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from errata.patch import Patch, Site
 @dataclass(frozen=True)
 class AdaLoRA(AdapterEditor):
     """The defaults are what EasyEdit's files do: their ``rank: 8`` is one that AdaLoRA ignores, the rank is 12 and stays 12, because the
-    step that lowers it is never called.  Where the early stop compares the loss with a number, it is the NLL alone: the
-    orthogonality term is far above it from start to end.
+    step that lowers it is never called.  The early stop looks at the NLL alone: the orthogonality
+    term by itself is above 0.01 from start to end (on the almanac 1.6, and 0.03 after 70 updates).
 
     orthogonal   weight of the orthogonality term
     allocate     lower the rank as published, to ``target_rank`` on average: `Allocation`.  A problem may then end early only once its
@@ -45,6 +45,7 @@ class AdaLoRA(AdapterEditor):
         "gpt-j-6b": {"targets": ["fc_in", "fc_out"], "steps": 50},
         "gpt2-xl": {"targets": ["c_attn"], "steps": 30},
         "chatglm": {"targets": ["dense_h_to_4h", "dense_4h_to_h"], "steps": 50},
+        "almanac": {"lr": 1e-2, "dropout": 0.0, "end": "."},  # chosen on dev: twice that rate costs locality, half of it generality
     }
 
     rank: int = 12

@@ -137,4 +137,4 @@ class Training:
 
 def generator_of(seed: int, site: Site) -> torch.Generator:
     """Of a site's first values: neither the other sites nor the other problems play a part."""
-    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(f"{site.block}/{site.point}".encode()))
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{site.block}/{site.point}".encode()))  # it reads 32 bits

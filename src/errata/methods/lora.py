@@ -26,6 +26,8 @@ class LoRA(AdapterEditor):
     paper: ClassVar[str] = "Hu et al., ICLR 2022 (LoRA), arXiv:2106.09685; as an editor: EasyEdit"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "qwen2.5-7b": {"steps": 60},
+        # chosen on dev: rates from 1e-3 to 1e-2 trade generality against locality; dropout from 0 to 0.5 changes less than the seed does
+        "almanac": {"dropout": 0.0, "end": "."},
     }
 
     steps: int = 60
