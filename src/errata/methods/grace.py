@@ -104,6 +104,8 @@ class GRACE:
         "gpt-j-6b": {"layer": 25, "steps": 200},
         "llama-3-8b": {"layer": 27, "steps": 250},  # as BaFT's paper ran it
         "gemma-1.1-7b": {"layer": 24, "steps": 100},  # as BaFT's paper ran it
+        # chosen on dev: what the MLP's first linear reads tells rephrases from neighbours far better than what its last one reads
+        "almanac": {"layer": 5, "point": "mlp.gate_proj", "eps": 0.65, "unit": "norm", "replace": "all", "end": "."},
     }
 
     layer: int | None = None

@@ -67,6 +67,8 @@ class MELO:
             "layer": 35, "point": "mlp.c_fc", "reads": "output", "lora_layers": [36, 37], "lora_point": "mlp.c_fc", "radius": 0.5,
             "unit": "absolute",
         },
+        # keys chosen on dev as for GRACE; lr, blocks, rank and steps are the published ones
+        "almanac": {"layer": 5, "point": "mlp.gate_proj", "lora_layers": [6, 7], "radius": 0.65, "end": "."},
     }  # fmt: skip
 
     layer: int | None = None
