@@ -12,7 +12,16 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["ERRATA_CACHE"] = tempfile.mkdtemp(prefix="errata-tests-")  # statistics made here stay here
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core
 sys.path.insert(0, str(Path(__file__).parent))  # for `families`
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under xdist, what shares a trained model or a module's fixtures runs in one worker: a family's tests, else a file's."""
+    for item in items:
+        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+        item.add_marker(pytest.mark.xdist_group(f"family {family}" if isinstance(family, str) else item.path.stem))
 
 
 @pytest.fixture(scope="module")
