@@ -37,11 +37,12 @@ def keys_like(lm: LM, rows: list[Encoded], site: Site, count: int) -> torch.Tens
 
 def grace(lm: LM, rows: list[Encoded], count: int) -> Patch:
     """A codebook of ``count`` entries where the method would put it; every prompt of an even row is in it."""
-    site = registry.get("method", "grace").for_model(lm).at(lm)
+    editor = registry.get("method", "grace").for_model(lm)
+    site = editor.at(lm)
     keys = keys_like(lm, rows[::2], site, count)
     _, outer = linear_sizes(module_at(lm, site))
     tensors = {"keys": keys, "values": torch.randn(count, outer).to(keys), "radii": keys.new_full((count,), 1e-3)}
-    return Patch("grace", {}, lm.fingerprint, (), (Op("codebook", site, tensors, {"replace": "last", "rounding": 1e-5}),))
+    return Patch("grace", {}, lm.fingerprint, (), (Op("codebook", site, tensors, {"replace": editor.replace, "rounding": 1e-5}),))
 
 
 def melo(lm: LM, rows: list[Encoded], count: int) -> Patch:
