@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from errata.errors import ConfigError
 from errata.methods.in_context_text import block_for, vectors
 from errata.model import LM
 from errata.request import EditRequest, read_requests
@@ -63,8 +62,6 @@ def _mixed(ranked: Sequence[tuple[str, str]], k: int, mix: Sequence[int]) -> lis
     left = [int(x) for x in exact]
     for i in sorted(range(len(mix)), key=lambda i: left[i] - exact[i])[: k - sum(left)]:
         left[i] += 1
-    if len(left) != len(KINDS):
-        raise ConfigError(f"mix must hold {len(KINDS)} shares")
     quota = dict(zip(KINDS, left, strict=True))
     out = []
     for text, kind in ranked:

@@ -35,8 +35,10 @@ class Retrieval(InContextEditor):
     block, pool   after which block (None: 7/8 of the depth), and whether of the prompt's last token or the mean over tokens
 
     A fact is found by its prompt and by the paraphrases its request brings.  No paper is followed: the nearest are IKE's retriever,
-    which always shows k, and SERAC's scope, which is trained.  The default threshold was chosen on the almanac's dev split; for another
-    model look at the cosines of prompts that are and are not meant.
+    which always shows k, and SERAC's scope, which is trained.  The default threshold was chosen on the almanac's dev split (of 200
+    facts in a store all edited prompts and 97 % of their rephrases find theirs, 6 % of other prompts find one); for another model
+    look at the cosines of prompts that are and are not meant.  A late state says what will be answered: what is found without being
+    meant are prompts of the same kind that the base answers alike.
 
     Continual: a new patch goes on from the last of the stack, if that is a store made with the same settings, and replaces it: one
     patch holds all facts.  A new fact with an old one's prompt takes its place.
