@@ -69,15 +69,15 @@ class WISE:
     mask_ratio, pool  masks are Bernoulli(mask_ratio) draws in a fixed random share ``pool`` of W; with mask_ratio 1 the pool is the mask
     retrieve          True: memories stay apart, the last merge_freq / save_freq of them merged into one every merge_freq edits (the
                       code's default); False: one is kept, merged every merge_freq edits with weight ``old_weight`` for what it was (the
-                      paper's main rows), and one least Δ is kept over all edits.  Saved memories answer until they are merged (in the code
-                      they are silent until then), and an unopened larger Δ does not shut out a smaller open one (in the code it does)
+                      paper's main rows), and one least Δ is kept over all edits.  What is saved and not yet merged answers for itself (the
+                      code merges it at the first call); a shut newest memory does not outbid an open one (in the code it may)
     densities         share of W's entries a memory keeps in merging
     end               text trained after the target; the papers train none
 
     x_u are all ``unrelated`` texts of a request (the code takes one); a request without any is trained against the contexts themselves.
-    The code's special case of an unrelated text inside the prompt (its subject) needs none here: it is a text of its own.
-    Requests of one joint edit are written one after the other, as released.  An edit on a stack that holds a patch made with these settings
-    goes on from the last of those and replaces it.
+    Not made: the code's other form of L_a for an irrelevant prompt that is the subject (its tokens against the rest of the prompt; here
+    ``unrelated`` always is what should stay), and its replay of earlier edits.
+    A joint edit writes its requests one by one, as released.  An edit goes on from, and replaces, the stack's last patch of these settings.
     """
 
     name: ClassVar[str] = "wise"
@@ -188,12 +188,13 @@ class WISE:
 @dataclass(frozen=True)
 class WISELight(WISE):
     """WISE restricted to a fixed random eighth of W, as BaFT's paper compares with (its Table 3 counts |W| / 8).  That paper does not say
-    whether the masks are drawn inside the eighth (the default) or the eighth is the mask (mask_ratio=1)."""
+    whether the masks are drawn inside the eighth (the default) or the eighth is the mask (mask_ratio=1).  In the latter case all memories
+    share one mask, and merging averages them away: keep merge_freq out of reach."""
 
     name: ClassVar[str] = "wise-light"
     paper: ClassVar[str] = "Liu et al., ICLR 2025 (BaFT), after Wang et al., NeurIPS 2024 (WISE)"
 
-    # on dev the eighth as the mask does better on so small a W
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {**_PRESETS, "almanac": {**_ALMANAC, "mask_ratio": 1.0}}
+    # on dev the eighth as the mask does better on so small a W; merged every 16 edits, nothing was left of them after 48
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {**_PRESETS, "almanac": {**_ALMANAC, "mask_ratio": 1.0, "merge_freq": 4000}}
 
     pool: float = 0.125
