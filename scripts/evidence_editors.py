@@ -3,6 +3,7 @@
     python scripts/evidence_editors.py single [--only LABEL]        # 200 test cases, each alone
     python scripts/evidence_editors.py batched [--only LABEL]       # joint edits of 10 and of 50 on a growing stack, 200 test cases
     python scripts/evidence_editors.py continual [--only LABEL]     # T = 1, 10, 100, 1,000 in one pass
+    python scripts/evidence_editors.py latency                      # decoding under one patch of each method against the base, all in turn
     python scripts/evidence_editors.py tables                       # the tables and plots of what is there
 
 Each label is kept in its own file, so that several can run side by side.  Hyper-parameters are the almanac presets, chosen on ``dev``.
@@ -78,16 +79,10 @@ def rows_of(records: Sequence[dict[str, Any]], label: str, **more: Any) -> list[
     return [{**row, "method": label, **more} for row in summarise(records) if row["metric"] in SHOWN]
 
 
-def cost(lm: LM, patches: Sequence[Patch], stack: Stack, prompts: Sequence[str]) -> dict[str, Any]:
-    """Of the patches as saved (means), and of decoding under ``stack``."""
-    seconds, ratio = latency(lm, [stack], prompts[:TIMED])[0]
+def sizes(patches: Sequence[Patch]) -> dict[str, Any]:
+    """Of the patches as saved, means."""
     few = patches[:20]
-    return {
-        "parameters": statistics.mean(p.parameters for p in few),
-        "bytes": statistics.mean(size_on_disk(p) for p in few),
-        "seconds_a_token": seconds,
-        "latency_ratio": ratio,
-    }
+    return {"parameters": statistics.mean(p.parameters for p in few), "bytes": statistics.mean(size_on_disk(p) for p in few)}
 
 
 def held_out(lm: LM, stacks: Sequence[Stack]) -> list[float]:
@@ -120,10 +115,10 @@ def single(lm: LM, n: int, label: str, answers: Answers) -> None:
     stacks: list[Stack] = [(p,) for p in patches]
     rows = rows_of(run.score(lm, chosen, stacks, label, None, answers), label)
     out = {"n": n, "rows": rows, "seconds_per_edit": seconds, "seconds_alone": statistics.median(alone), "threads": torch.get_num_threads()}
-    out |= cost(lm, patches, stacks[0], [chosen[0].request.prompt] * TIMED)
+    out |= sizes(patches)
     out["perplexity"] = statistics.mean(held_out(lm, stacks[:10]))
     keep("single", label, out)
-    show(label, rows, f"{seconds:.3f} s, alone {out['seconds_alone']:.3f} s, {out['bytes']:.0f} bytes, latency {out['latency_ratio']:.2f}")
+    show(label, rows, f"{seconds:.3f} s, alone {out['seconds_alone']:.3f} s, {out['bytes']:.0f} bytes")
 
 
 def batched(lm: LM, n: int, label: str, answers: Answers) -> None:
@@ -157,11 +152,21 @@ def continual(lm: LM, n: int, label: str, answers: Answers) -> None:
     stack, at, immediate = run.continual(lm, made(lm, label), chosen, marks, progress, answers, label, stacks)
     rows = [row for mark, records in at.items() for row in rows_of(records, label, T=mark)]
     out = {"n": n, "rows": rows, "immediate": rows_of(immediate, label, T="right after"), "seconds": time.perf_counter() - began}
-    out |= cost(lm, stack[-1:], stack, [c.request.prompt for c in chosen[:TIMED]])
+    out |= sizes(stack[-1:])
     out["patches"] = len(stack)
     out["perplexity"] = {str(m): held_out(lm, [stacks[m]])[0] for m in marks}
     keep("continual", label, out)
     show(label, [r for r in rows if r["T"] == marks[-1]], f"{out['seconds']:.0f} s", out["perplexity"])
+
+
+def speeds(lm: LM, n: int, labels: Sequence[str]) -> None:
+    """Decoding ``TIMED`` prompts of their own edits, one row at a time, under one patch of each method."""
+    chosen = cases("test", 1)
+    stacks = [(made(lm, label).edit(lm, [chosen[0].request]),) for label in labels]
+    found = latency(lm, stacks, [chosen[0].request.prompt] * TIMED, repeat=n)
+    rows = {label: {"seconds_a_token": seconds, "ratio": ratio} for label, (seconds, ratio) in zip(labels, found, strict=True)}
+    keep("latency", "all", {"repeat": n, "threads": torch.get_num_threads(), "rows": rows})
+    print(json.dumps(rows, indent=1))
 
 
 def read(scenario: str) -> dict[str, dict[str, Any]]:
@@ -182,11 +187,13 @@ def lines(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def costs(found: dict[str, dict[str, Any]]) -> str:
-    """What `single` measured beside the scores."""
+    """What `single` and `latency` measured beside the scores."""
+    path = OUT / FOLDER / "latency-all.json"
+    speed = json.loads(path.read_text())["rows"] if path.exists() else {}
     heads = ["method", "s an edit (200 at once)", "s an edit (alone)", "numbers", "bytes on disk", "decoding against base", "perplexity"]
     rows = [
         [label, f"{f['seconds_per_edit']:.3f}", f"{f['seconds_alone']:.3f}", f"{f['parameters']:,.0f}", f"{f['bytes']:,.0f}",
-         f"{f['latency_ratio']:.2f}", f"{f['perplexity']:.0f}"]
+         f"{speed[label]['ratio']:.2f}" if label in speed else "–", f"{f['perplexity']:.0f}"]
         for label, f in found.items()
     ]  # fmt: skip
     return "\nCost of a single edit\n\n" + lines(heads, rows)
@@ -217,7 +224,7 @@ def tables(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["single", "batched", "continual", "tables"])
+    parser.add_argument("what", choices=["single", "batched", "continual", "latency", "tables"])
     parser.add_argument("--n", type=int)
     parser.add_argument("--only", metavar="LABEL,LABEL", help=f"of {', '.join(EDITORS)}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -227,9 +234,13 @@ def main() -> None:
         tables(OUT / FOLDER)
         return
     lm, answers = errata.load("almanac"), Answers(free_tokens=True)
-    default = {"single": 200, "batched": 200, "continual": 1000}[args.what]
-    for label in args.only.split(",") if args.only else EDITORS:
-        globals()[args.what](lm, args.n or default, label, answers)
+    labels = args.only.split(",") if args.only else list(EDITORS)
+    n = args.n or {"single": 200, "batched": 200, "continual": 1000, "latency": 7}[args.what]
+    if args.what == "latency":
+        speeds(lm, n, labels)
+        return
+    for label in labels:
+        globals()[args.what](lm, n, label, answers)
 
 
 if __name__ == "__main__":
