@@ -62,7 +62,7 @@ EDITORS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 MARKS = (1, 10, 100, 1000)
 SIZES = (10, 50)
-TIMED = 8  # prompts whose decoding is timed
+TIMED = 8  # times the edited prompt is decoded in one turn
 TOKENS = 8_000  # of held-out text a stack
 FOLDER = "editors"
 # Continual runs made by other scripts on the same cases.
@@ -160,7 +160,7 @@ def continual(lm: LM, n: int, label: str, answers: Answers) -> None:
 
 
 def speeds(lm: LM, n: int, labels: Sequence[str]) -> None:
-    """Decoding ``TIMED`` prompts of their own edits, one row at a time, under one patch of each method."""
+    """Decoding the edited prompt ``TIMED`` times, one row at a time, under one patch of each method; ``n`` turns."""
     chosen = cases("test", 1)
     stacks = [(made(lm, label).edit(lm, [chosen[0].request]),) for label in labels]
     found = latency(lm, stacks, [chosen[0].request.prompt] * TIMED, repeat=n)
