@@ -265,7 +265,7 @@ SCORES = [
     Bad("marks without mode", 2, r"--marks has no meaning in single mode", lambda w: w.score("--marks", "1")),
     Bad("second method unknown", 2, r"no method named 'serac'", lambda w: w.score("--method", "baft,serac")),
     Bad("a method twice", 2, r"names one method twice", lambda w: w.score("--method", "baft,baft")),
-    Bad("no method", 2, r"names no method; there are alphaedit, baft", lambda w: w.score("--method", ",")),
+    Bad("no method", 2, r"names no method; there are adalora, alphaedit, baft", lambda w: w.score("--method", ",")),
     Bad("setting of an absent method", 2, r"no method 'reft' is scored here", lambda w: w.score("--n", "1", "--set", "reft.lr=1")),
     Bad("unknown command", 2, r"invalid choice: 'scores'", lambda w: ["scores"]),
     Bad("no command", 2, r"required: COMMAND", lambda w: []),

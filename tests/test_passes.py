@@ -18,7 +18,7 @@ def test_a_gradient_of_any_layout_makes_the_same_update() -> None:
     out = []
     for gradient in (g, g.T.contiguous().T):
         now, first, second = p.clone(), torch.zeros_like(p), torch.zeros_like(p)
-        AdamW(0.1).update([now], [gradient], [first], [second], 1)
+        AdamW(0.1).update([now], [gradient], [first], [second], step=1)
         out.append(now)
     assert not g.T.contiguous().T.is_contiguous() and torch.equal(*out)
 
