@@ -60,6 +60,7 @@ EDITORS: dict[str, tuple[str, dict[str, Any]]] = {
     "reft": ("reft", {}),
     "baft": ("baft", {}),
 }
+ONE_BY_ONE: dict[str, dict[str, Any]] = {"melo": {"blocks": 1000}}  # continual: a block an edit, and the published store holds 350
 MARKS = (1, 10, 100, 1000)
 SIZES = (10, 50)
 TIMED = 8  # times the edited prompt is decoded in one turn
@@ -70,9 +71,9 @@ ELSEWHERE = {label: f"locate-continual-{label}" for label in ("rome", "r-rome", 
 ELSEWHERE |= {label: f"continual-{label}" for label in ("baft", "reft")}
 
 
-def made(lm: LM, label: str) -> Any:
+def made(lm: LM, label: str, **more: Any) -> Any:
     method, values = EDITORS[label]
-    return editor(lm, method, **values)
+    return editor(lm, method, **{**values, **more})
 
 
 def rows_of(records: Sequence[dict[str, Any]], label: str, **more: Any) -> list[dict[str, Any]]:
@@ -149,7 +150,7 @@ def continual(lm: LM, n: int, label: str, answers: Answers) -> None:
         if stage == "editing" and done % 100 == 0
         else None
     )
-    stack, at, immediate = run.continual(lm, made(lm, label), chosen, marks, progress, answers, label, stacks)
+    stack, at, immediate = run.continual(lm, made(lm, label, **ONE_BY_ONE.get(label, {})), chosen, marks, progress, answers, label, stacks)
     rows = [row for mark, records in at.items() for row in rows_of(records, label, T=mark)]
     out = {"n": n, "rows": rows, "immediate": rows_of(immediate, label, T="right after"), "seconds": time.perf_counter() - began}
     out |= sizes(stack[-1:])
