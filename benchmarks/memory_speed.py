@@ -1,17 +1,20 @@
 """What a memory of N entries costs at use: a pass over the prompts and one decoded token, with it and without.
 
-    python benchmarks/memory_speed.py [--entries 10000] [--method grace,melo] [--rows 1,16,192] [--repeat 5] [--threads 1] [--out FILE.json]
+    python benchmarks/memory_speed.py [--entries 10000] [--method grace,melo,wise,retrieval] [--rows 1,16,192] [--repeat 5] [--threads 1]
+                                      [--out FILE.json]
     python benchmarks/memory_speed.py --shape llama-2-7b --device cuda --dtype bfloat16
 
 The memory's keys are those of benchmark prompts with noise of a twentieth of their size, half the rows hit an entry; values and blocks are
 random: nothing is trained, only time is measured.  Milliseconds a token, the best of ``--repeat``, base and memory in turn.
 A look-up happens once a text, at the prompt's last token; later tokens pay for what the memory does to them, which for a replaced
-last token is nothing.
+last token is nothing.  WISE keeps memories, not edits: a thousand edits are one memory there.  Retrieval embeds the prompt by a pass of
+its own and reads what it found in front of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +22,11 @@ from edit_speed import begin, end, options, timed
 
 from errata import registry
 from errata.families import linear_sizes
+from errata.methods.side_memory import LONG, pack
 from errata.model import LM
 from errata.patch import Op, Patch, Site
 from errata.read import module_at, read
+from errata.request import EditRequest
 from errata.tail import fork
 from errata.tokens import Encoded
 
@@ -59,7 +64,37 @@ def melo(lm: LM, rows: list[Encoded], count: int) -> Patch:
     return Patch("melo", {}, lm.fingerprint, (), tuple(ops))
 
 
-MEMORIES: dict[str, Callable[[LM, list[Encoded], int], Patch]] = {"grace": grace, "melo": melo}
+def wise(lm: LM, rows: list[Encoded], count: int) -> Patch:
+    """The memories ``count`` edits leave with the published merging (one a thousand edits), each open to every prompt: the dearest case."""
+    editor = registry.get("method", "wise").for_model(lm)
+    site = editor.at(lm)
+    inner, outer = linear_sizes(module_at(lm, site))
+    many, generator = max(1, count // 1000), torch.Generator().manual_seed(0)
+    tensors = {"least": torch.zeros(many)}
+    for i in range(many):
+        where = (torch.rand(inner * outer, generator=generator) < 0.2).nonzero()[:, 0]
+        own = pack(where, torch.randn(len(where), generator=generator) / inner, inner * outer)
+        tensors |= {f"{name}.{i}": t for name, t in own.items()}
+    settings = {"shape": [outer, inner], "act": editor.act(lm), "act_ratio": editor.act_ratio, "long": LONG}
+    return Patch("wise", {}, lm.fingerprint, (), (Op("side_memory", site, tensors, settings),))
+
+
+def retrieval(lm: LM, rows: list[Encoded], count: int) -> Patch:
+    """A store of ``count`` facts; every prompt of an even row has its own."""
+    some = [lm.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows[::2]]
+    requests = [EditRequest(prompt, "so") for prompt in dict.fromkeys(some)]
+    patch = registry.get("method", "retrieval").for_model(lm, threshold=0.99).edit(lm, requests)
+    op = patch.ops[0]
+    own, again = op.tensors["keys"], count // len(op.tensors["keys"]) + 1
+    noise = torch.randn((count, own.shape[1]), generator=torch.Generator().manual_seed(0)) * (0.3 / own.shape[1] ** 0.5)
+    noise[: len(own)] = 0
+    keys = torch.nn.functional.normalize(own.repeat(again, 1)[:count] + noise, dim=1)
+    tensors = {"keys": keys, "owner": torch.arange(count)}
+    tensors |= {name: op.tensors[name].repeat(again, *[1] * (op.tensors[name].ndim - 1))[:count] for name in ("texts", "lengths")}
+    return Patch("retrieval", {}, lm.fingerprint, (), (replace(op, tensors=tensors),))
+
+
+MEMORIES: dict[str, Callable[[LM, list[Encoded], int], Patch]] = {"grace": grace, "melo": melo, "wise": wise, "retrieval": retrieval}
 
 
 @torch.no_grad()

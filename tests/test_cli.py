@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,18 @@ def test_score_writes_a_result(tiny: str, tmp_path: Path, capsys: pytest.Capture
     assert "reliability" in text and "unedited model" in text and "reft" in text
     assert text.index("Teacher-forced:") < text.index("Generated:") < text.index("Likelihood:") < text.index("NS (neighbours)")
     assert (again / "records.jsonl").read_bytes() == (out / "records.jsonl").read_bytes()  # same inputs, same bytes
+
+
+def test_edit_at_a_lower_rank_says_what_is_lost(tiny: str, requests: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["edit", tiny, "--method", "ft-m", "--requests", requests, "--rank", "2", "--set", "steps=3", "--set", "lr=0.01"]
+    assert main([*argv, "--out", str(tmp_path / "o")]) == 0
+    said = re.search(r"Kept at a lower rank: ([\d.]+) % of the change's", capsys.readouterr().out)
+    patches = [Patch.load(p) for p in (tmp_path / "o").iterdir() if p.is_dir()]
+    assert {op.kind for p in patches for op in p.ops} == {"low_rank"} and {
+        op.tensors["down"].shape[0] for p in patches for op in p.ops
+    } == {2}
+    shares = [p.notes["lost_share"] for p in patches]
+    assert said is not None and 0 < float(said[1]) < 100 and float(said[1]) == pytest.approx(100 * sum(shares) / len(shares), abs=0.06)
 
 
 def test_score_with_sampled_texts_and_free_tokens(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,4 +151,7 @@ def _show(screen: Screen, document: dict[str, Any], args: argparse.Namespace) ->
     screen.say(f"{right} of {count} as wanted; {document['method']}, {document['seconds']:.2f} s, {each:.2f} s an edit.")
     names = ", ".join(p["id"] for p in patches[:6]) + (" …" if len(patches) > 6 else "")
     screen.say(f"{len(patches)} patch{'es' if len(patches) > 1 else ''}: {names}")
+    lost = [p["notes"]["lost_share"] for p in patches if "lost_share" in p["notes"]]
+    if lost:
+        screen.say(f"Kept at a lower rank: {100 * sum(lost) / len(lost):.1f} % of the change's (Frobenius) norm is lost.")
     screen.say(common.saved(args.out))
