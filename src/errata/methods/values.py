@@ -103,6 +103,20 @@ def direct(lm: LM, site: Site, on: Stack) -> bool:
     return site.point == "mlp_down" and not bent and adds_directly(lm, site.block)
 
 
+class _Rows:
+    """Rows (problem, text with its place, tokens) cut at the place; ``mark``: no target, the prediction at the place counts."""
+
+    def __init__(
+        self, rows: Sequence[tuple[int, Placed, Encoded]], lm: LM, count: int, first: int, on: Stack, runner: Any, mark: bool = False
+    ) -> None:
+        cut = cut_at([row for _, _, row in rows], [p.at for _, p, _ in rows], pad_id(lm.tokenizer), lm.device, final=False)
+        if mark:
+            cut.labels[:, 0] = 0
+        cut.prompt_lengths = torch.tensor([p.row.prompt_length for _, p, _ in rows], device=lm.device)
+        self.at = torch.tensor([p.at for _, p, _ in rows], device=lm.device)
+        self.owned = Owned(runner(lm, cut, first, on), torch.tensor([i for i, _, _ in rows], device=lm.device), count)
+
+
 class _Values:
     """One batch of `optimise`."""
 
@@ -110,27 +124,22 @@ class _Values:
         self, lm: LM, wanted: Sequence[Wanted], sites: Sequence[Site], first: int, objective: Objective, on: Stack, runner: Any
     ) -> None:
         self.lm, self.wanted, self.sites, self.objective = lm, wanted, sites, objective
-        self.precision, device = torch.promote_types(torch.float32, lm.dtype), lm.device
-        pairs = [(i, p, False) for i, w in enumerate(wanted) for p in w.rows]
-        pairs += [(i, w.kl, True) for i, w in enumerate(wanted) if w.kl is not None and objective.kl]
-        encoded = [Encoded(p.row.ids[: p.at + 1], p.at + 1) if is_kl else p.row for _, p, is_kl in pairs]
-        rows = cut_at(encoded, [p.at for _, p, _ in pairs], pad_id(lm.tokenizer), device, final=False)
-        self.is_kl = torch.tensor([is_kl for _, _, is_kl in pairs], device=device)
-        rows.labels[self.is_kl, 0] = 0  # not a target: it marks the place whose prediction is compared
-        rows.prompt_lengths = torch.tensor([p.row.prompt_length for _, p, _ in pairs], device=device)
-        owner = torch.tensor([i for i, _, _ in pairs], device=device)
-        self.at = torch.tensor([p.at for _, p, _ in pairs], device=device)
-        self.norm = torch.tensor([w.norm for w in wanted], device=device, dtype=self.precision)
-        self.owned = Owned(runner(lm, rows, first, on), owner, len(wanted))
+        self.precision = torch.promote_types(torch.float32, lm.dtype)
+        self.norm = torch.tensor([w.norm for w in wanted], device=lm.device, dtype=self.precision)
+        how = (lm, len(wanted), first, on, runner)
+        self.targets = _Rows([(i, p, p.row) for i, w in enumerate(wanted) for p in w.rows], *how)
+        # rows of their own: one token each, which in a batch with the targets would be padded to their length
+        kl = [(i, w.kl, Encoded(w.kl.row.ids[: w.kl.at + 1], w.kl.at + 1)) for i, w in enumerate(wanted) if w.kl and objective.kl]
+        self.kl = _Rows(kl, *how, mark=True) if kl else None
         self.before: Tensor | None = None  # log p_0 at the KL rows, [rows, V]
 
     def run(self, told: Progress) -> list[Found]:
         o, count = self.objective, len(self.wanted)
         start = torch.zeros(count, len(self.sites) * self.lm.width, device=self.lm.device, dtype=self.precision)
-        if bool(self.is_kl.any()):
+        if self.kl is not None:
             with torch.no_grad():
-                logits, kl_places, _, _, _ = self._forward(start, torch.arange(count, device=start.device))
-                self.before = logits[kl_places].to(self.precision).log_softmax(-1)
+                logits = self._forward(self.kl, start, torch.arange(count, device=start.device))[0]
+                self.before = logits.to(self.precision).log_softmax(-1)
         rule = AdamW(o.lr)  # without decay: Adam
         fitted = fit({"delta": start}, self._loss, steps=o.steps - 1, rule=rule, stop=o.stop, progress=told, project=self._clamp)
         return [
@@ -138,43 +147,35 @@ class _Values:
             for d, loss, steps in zip(fitted.params["delta"], fitted.loss.tolist(), fitted.steps.tolist(), strict=True)
         ]
 
-    def _forward(self, delta: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Any, Tensor, Tensor]:
-        """(logits [M, V], which of the M belong to KL rows, runner, owner [B], original rows [B])."""
-        runner, owner, kept = self.owned.of(alive)
+    def _forward(self, rows: _Rows, delta: Tensor, alive: Tensor) -> tuple[Tensor, Any, Tensor, Tensor]:
+        """(logits [M, V], runner, owner [B], numbers [B] of the rows among all of ``rows``)."""
+        runner, owner, kept = rows.owned.of(alive)
         parts = delta[owner].split(self.lm.width, -1)
-        banks = [Bank("shift", site, {}, {"delta": part, "at": self.at[kept]}) for site, part in zip(self.sites, parts, strict=True)]
-        logits = runner.logits(banks)
-        return logits, self.is_kl[kept][runner.rows.labelled.nonzero()[:, 0]], runner, owner, kept
+        banks = [Bank("shift", site, {}, {"delta": part, "at": rows.at[kept]}) for site, part in zip(self.sites, parts, strict=True)]
+        return runner.logits(banks), runner, owner, kept
 
     def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
-        logits, kl_places, runner, owner, kept = self._forward(p["delta"], alive)
-        target = ~self.is_kl[kept]
-        summed, number = row_nll(logits, runner.rows.labels, runner.rows.labelled)
         count = len(alive)
-        nll = per_problem((summed / number)[target], owner[target], count)
-        right = self._right(logits.detach(), runner, owner, target, count)
+        logits, runner, owner, _ = self._forward(self.targets, p["delta"], alive)
+        summed, number = row_nll(logits, runner.rows.labels, runner.rows.labelled)
+        nll = per_problem(summed / number, owner, count)
+        right = self._right(logits.detach(), runner, owner, count)
         kl = torch.zeros(count, device=logits.device, dtype=nll.dtype)
-        if self.before is not None:
-            now = logits[kl_places].to(self.precision).log_softmax(-1)
-            own = self.before[_places(self.is_kl, kept)]
-            kl = kl.index_add(0, owner[~target], (now.exp() * (now - own)).sum(-1))
+        if self.kl is not None and self.before is not None:
+            logits, _, owner, kept = self._forward(self.kl, p["delta"], alive)
+            now = logits.to(self.precision).log_softmax(-1)
+            kl = kl.index_add(0, owner, (now.exp() * (now - self.before[kept])).sum(-1))
         decay = torch.linalg.vector_norm(p["delta"], dim=-1) / self.norm[alive].square()
         return self.objective.total(nll, kl, decay, right)
 
     @staticmethod
-    def _right(logits: Tensor, runner: Any, owner: Tensor, target: Tensor, count: int) -> Tensor:
+    def _right(logits: Tensor, runner: Any, owner: Tensor, count: int) -> Tensor:
         """[e] bool: every target token of every row is the argmax."""
         where = runner.rows.labelled
-        wrong = (logits.argmax(-1) != runner.rows.labels[where]) & target[where.nonzero()[:, 0]]
+        wrong = logits.argmax(-1) != runner.rows.labels[where]
         return torch.zeros(count, device=logits.device).index_add(0, owner[where.nonzero()[:, 0]], wrong.float()) == 0
 
     def _clamp(self, p: Mapping[str, Tensor], alive: Tensor) -> None:
         for part in p["delta"].split(self.lm.width, -1):
             size = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
             part.mul_((self.objective.clamp * self.norm[alive, None] / size.clamp_min(1e-30)).clamp_max(1.0))
-
-
-def _places(is_kl: Tensor, kept: Tensor) -> Tensor:
-    """Numbers among all KL rows of those that are kept."""
-    number = is_kl.long().cumsum(0) - 1
-    return number[kept[is_kl[kept]]]
