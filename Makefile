@@ -16,7 +16,7 @@ demo: $(READY)
 	$(BIN)/errata demo --out demo-report --force
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
