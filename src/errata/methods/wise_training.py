@@ -90,7 +90,7 @@ class Training:
         seen: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad(), self.lm.running(plan), watching(self.lm, [self.site], lambda _, x, y: seen.append((x, y))):
             self.lm.forward(batch.ids, batch.mask, use_cache=False, **self.lm.last_only)
-        x, y = (t.to(self.precision) for t in seen[0])
+        x, y = (t[:, -batch.ids.shape[1] :].to(self.precision) for t in seen[0])  # context may stand in front
         place, row, share, start = [], [], [], 0
         for texts in self.texts:
             own = (*texts.edit, *texts.unrelated)
