@@ -58,7 +58,7 @@ def test_edit_continual_keeps_the_final_live_stack(
     assert main(argv) == 0
     (kept,) = document(capsys)["patches"]
     patch = Patch.load(out / kept["id"])
-    assert len(patch.requests) == 3 and len(patch.replaces) == 1
+    assert len(patch.requests) == 3 and len(patch.replaces) == 2
 
 
 def test_edit_batched_makes_joint_patches(tiny: str, requests: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -447,7 +447,7 @@ def test_continual_editing_is_one_joint_edit_made_in_steps() -> None:
     stack: tuple[Patch, ...] = ()
     for request in (ROME, SPANISH, FRENCH):
         patch = e.edit(base, [request], on=stack)
-        assert patch.replaces == tuple(p.id for p in stack[-1:])
+        assert patch.replaces == tuple(p.id for p in stack)
         stack = (*stack, patch)
     joint = e.edit(base, [ROME, SPANISH, FRENCH])
     assert joint.requests == patch.requests and int(patch.state["edits"]) == 3
@@ -458,7 +458,7 @@ def test_continual_editing_is_one_joint_edit_made_in_steps() -> None:
     assert not other.replaces  # other settings: it stands on its own
     above = dataclasses.replace(patch_of(base, real_op(base, [1e9], 0), "x"))
     again = e.edit(base, [FRENCH], on=(*stack, above))
-    assert again.replaces == (patch.id,)  # also where another patch stands above
+    assert again.replaces == (*patch.replaces, patch.id)  # also where another patch stands above
 
 
 def test_memories_keep_edits_apart() -> None:

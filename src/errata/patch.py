@@ -94,7 +94,7 @@ class Patch:
 
     base      fingerprint of the model it belongs to (`errata.model.fingerprint`)
     state     running values a later edit goes on from (for example BaFT's load-balancing sums)
-    replaces  ids of the patches this one went on from: on a stack it stands in their place
+    replaces  ids of the patches this one went on from (`chain`): on a stack it stands in their place
     notes     facts about the making (loss, steps, seconds); not part of the id
     """
 
@@ -240,6 +240,11 @@ class Patch:
     def scale(self, factor: float) -> Patch:
         """A weight-like patch times a number; -1 negates it."""
         return dataclasses.replace(self, ops=tuple(_scaled(op, factor) for op in weight_like(self)), notes={})
+
+
+def chain(before: Patch | None) -> tuple[str, ...]:
+    """What a patch that goes on from ``before`` replaces: all that it holds, so that taking off one between brings no older one back."""
+    return () if before is None else (*before.replaces, before.id)
 
 
 def weight_like(patch: Patch) -> tuple[Op, ...]:

@@ -22,7 +22,7 @@ from errata.fit import AdamW, Fitted, fit
 from errata.lanes import Progress
 from errata.methods.adapter import Drop
 from errata.model import LM
-from errata.patch import Op, Patch, Site
+from errata.patch import Op, Patch, Site, chain
 from errata.problems import Owned, per_problem, row_nll
 from errata.request import EditRequest
 from errata.tail import cut_at
@@ -117,7 +117,7 @@ class Training:
             notes = {"steps": int(fitted.steps[i]), "loss": round(float(fitted.loss[i]), 6), "seconds": round(seconds, 4)}
             every = (*(old.requests if old else ()), *requests)
             ops = self._ops(groups)
-            patches.append(Patch(e.name, settings, self.lm.fingerprint, every, ops, state, (old.id,) if old else (), notes))
+            patches.append(Patch(e.name, settings, self.lm.fingerprint, every, ops, state, chain(old), notes))
         return patches
 
     def _ops(self, groups: list[dict[str, Tensor]]) -> tuple[Op, ...]:

@@ -24,7 +24,7 @@ from errata.methods.codebook import ask, check_site, decide, entries_of, hit, pa
 from errata.methods.grace_training import Filled, train
 from errata.methods.presets import for_model
 from errata.model import LM
-from errata.patch import Op, Patch, Positions, Site
+from errata.patch import Op, Patch, Positions, Site, chain
 from errata.request import EditRequest
 from errata.tail import Tail
 from errata.weights import Groups
@@ -185,4 +185,4 @@ class GRACE:
         own = {f.name: to_dict(self)[f.name] for f in fields(self)} | {"layer": site.block}
         every, state = (*(before.requests if before else ()), *requests), {"labels": pack(book.book.labels)}
         notes = book.notes() | {"seconds": round(seconds, 4)}
-        return Patch(self.name, own, lm.fingerprint, every, (op,), state, (before.id,) if before else (), notes)
+        return Patch(self.name, own, lm.fingerprint, every, (op,), state, chain(before), notes)

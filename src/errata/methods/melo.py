@@ -24,7 +24,7 @@ from errata.methods.codebook import ask, check_site, pack, rounding_of
 from errata.methods.melo_training import Clusters, Trained, train
 from errata.methods.presets import for_model
 from errata.model import LM
-from errata.patch import Op, Patch, Site
+from errata.patch import Op, Patch, Site, chain
 from errata.request import EditRequest
 from errata.tail import Tail
 
@@ -171,4 +171,4 @@ class MELO:
         every, state = (*(before.requests if before else ()), *requests), {"labels": pack(store.book.labels)}
         loss, steps = (sum(m[i] for m in made) / len(made) for i in (1, 2))
         notes = {"steps": steps, "loss": round(loss, 6), "seconds": round(seconds, 4), "clusters": len(store.book.radii), **store.counts}
-        return Patch(self.name, own, lm.fingerprint, every, tuple(ops), state, (before.id,) if before else (), notes)
+        return Patch(self.name, own, lm.fingerprint, every, tuple(ops), state, chain(before), notes)

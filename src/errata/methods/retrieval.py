@@ -21,7 +21,7 @@ from errata.lanes import Progress
 from errata.methods.in_context import InContextEditor
 from errata.methods.in_context_text import block_for, context_op, padded, vectors
 from errata.model import LM
-from errata.patch import Op, Patch
+from errata.patch import Op, Patch, chain
 from errata.request import EditRequest
 from errata.tail import Tail
 
@@ -100,8 +100,7 @@ class Retrieval(InContextEditor):
             if before is not None:
                 op, every = _grown(before, op, every)
             settings = {**to_dict(self), "block": how["block"]}
-            gone = () if before is None else (before.id,)
-            out.append(Patch(self.name, settings, lm.fingerprint, every, (op,), replaces=gone))
+            out.append(Patch(self.name, settings, lm.fingerprint, every, (op,), replaces=chain(before)))
         return out
 
     def _before(self, on: Stack, op: Op) -> Patch | None:

@@ -20,7 +20,7 @@ from errata.fit import AdamW, Fitted, fit
 from errata.lanes import Progress
 from errata.methods.subspace import gate, orthonormal, start
 from errata.model import LM
-from errata.patch import Op, Patch, Site
+from errata.patch import Op, Patch, Site, chain
 from errata.problems import Owned, per_problem, row_nll
 from errata.request import EditRequest
 from errata.tail import capture, cut
@@ -149,7 +149,7 @@ class Training:
             notes = {"steps": int(fitted.steps[i]), "loss": round(float(fitted.loss[i]), 6), "seconds": round(seconds, 4)}
             settings = {f.name: to_dict(e)[f.name] for f in fields(e)} | {"layers": list(self.blocks)}
             every = (*(old.requests if old else ()), *requests)
-            patches.append(Patch(e.name, settings, self.lm.fingerprint, every, ops, state, (old.id,) if old else (), notes))
+            patches.append(Patch(e.name, settings, self.lm.fingerprint, every, ops, state, chain(old), notes))
         return patches
 
     @property

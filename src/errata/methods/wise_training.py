@@ -28,7 +28,7 @@ from errata.methods.values import direct
 from errata.methods.wise_memory import Memories
 from errata.methods.wise_texts import Texts, contexts
 from errata.model import LM
-from errata.patch import Patch, Site
+from errata.patch import Patch, Site, chain
 from errata.problems import Owned, per_problem, row_nll
 from errata.read import module_at, watching
 from errata.request import EditRequest
@@ -90,7 +90,7 @@ class Training:
         seen: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad(), self.lm.running(plan), watching(self.lm, [self.site], lambda _, x, y: seen.append((x, y))):
             self.lm.forward(batch.ids, batch.mask, use_cache=False, **self.lm.last_only)
-        x, y = (t.to(self.precision) for t in seen[0])
+        x, y = (t[:, -batch.ids.shape[1] :].to(self.precision) for t in seen[0])  # context may stand in front
         place, row, share, start = [], [], [], 0
         for texts in self.texts:
             own = (*texts.edit, *texts.unrelated)
@@ -201,7 +201,7 @@ class Job:
         op = memories.op(self.site, self.shape, self.act)
         state = {"edits": torch.tensor([memories.edits])}
         notes = {**notes, "seconds": round(seconds, 4)}
-        return Patch(self.editor.name, self.settings, self.lm.fingerprint, every, (op,), state, (old.id,) if old else (), notes)
+        return Patch(self.editor.name, self.settings, self.lm.fingerprint, every, (op,), state, chain(old), notes)
 
 
 def _table(lists: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
