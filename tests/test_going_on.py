@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from families import lm
 from test_laws import METHODS, asked, editor
 
-from errata.bank import live
+from errata.bank import live, looks_ahead
 from errata.methods.wise_training import Job, Training
-from errata.read import read, up_to
+from errata.patch import Site
+from errata.read import read, up_to, watching
 from errata.tail import Tail
 
 
@@ -40,3 +43,38 @@ def test_wise_reads_its_own_tokens_behind_what_stands_in_front(family: str) -> N
     x, o = read(base, rows, [job.site], on=on)[job.site]
     torch.testing.assert_close(training.read["x"][0][real], x)
     torch.testing.assert_close(training.read["o"][0][real], o)
+
+
+LOOKING = {"melo": {}, "wise": {}, "grace": {"replace": "all"}, "retrieval": {"threshold": 0.5}}
+
+
+@pytest.mark.parametrize("method", LOOKING)
+def test_a_state_inside_a_prompt_is_read_as_the_whole_prompt_makes_it(method: str) -> None:
+    base, site = lm("llama", torch.float64), Site(3, "mlp_down")
+    on = (editor(method, **LOOKING[method]).edit(base, asked(method)[:1]),)  # type: ignore[attr-defined]
+    assert looks_ahead(on)
+    rows = base.encode(["The capital of France is", "In Rome people speak"], ["Rome", "French"])
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    batch = base.batch(rows)
+    plan = base.plan([on], None, len(rows))
+    plan.prompt_lengths = batch.prompt_lengths
+    with torch.no_grad(), base.running(plan), watching(base, [site], lambda _, x, y: seen.append((x, y))):
+        base.forward(batch.ids, batch.mask)
+    at = [3, 2]
+    found = read(base, rows, [site], at=at, on=on)[site]
+    for got, want in zip(found, seen[0], strict=True):
+        torch.testing.assert_close(got, torch.stack([w[t - len(r.ids)] for w, t, r in zip(want, at, rows, strict=True)]))
+    for got, want in zip(read(base, rows, [site], at=at)[site], found, strict=True):
+        assert not torch.allclose(got[0], want[0], atol=1e-3)  # the first prompt is one that the patch acts on
+
+
+def test_rome_on_top_of_a_memory_that_acts_on_its_prompt() -> None:
+    """It writes at the key that the prompt has there, not at the base's."""
+    base = lm("llama", torch.float64)
+    request = asked("rome")[0]
+    under = editor("melo").edit(base, [dataclasses.replace(request, target="Madrid")])  # type: ignore[attr-defined]
+    patch = editor("rome", layers=[3], fact_token="subject_last").edit(base, [request], on=(under,))  # type: ignore[attr-defined]
+    op = patch.ops[0]
+    row = base.encode([request.prompt])[0]
+    key = read(base, [row], [op.site], at=[4], on=(under,))[op.site][0][0]
+    torch.testing.assert_close(op.tensors["down"] @ key, torch.ones(1, dtype=torch.float64))

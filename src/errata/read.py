@@ -1,7 +1,7 @@
 """Reading the model: what goes into and comes out of chosen sites at one token of each row, in as few passes as possible.
 
-Causal attention means that a token's states depend on nothing after it, so a row ends at the token that is read; and
-blocks above the highest site need not run.
+Causal attention means that a token's states depend on nothing after it, so a row ends at the token that is read, but for a stack that
+`looks_ahead`: what that does depends on the whole prompt.  Blocks above the highest site need not run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.bank import Bank, Stack
+from errata.bank import Bank, Stack, looks_ahead
 from errata.families import resolve
 from errata.model import LM
 from errata.patch import Site
@@ -67,24 +67,36 @@ def watching(lm: LM, sites: Sequence[Site], seen: Callable[[Site, Tensor, Tensor
 
 @torch.no_grad()
 def read(
-    lm: LM, rows: Sequence[Encoded], sites: Sequence[Site], *, on: Stack = (), banks: Sequence[Bank] = (), owner: Tensor | None = None
+    lm: LM,
+    rows: Sequence[Encoded],
+    sites: Sequence[Site],
+    *,
+    at: Sequence[int] | None = None,
+    on: Stack = (),
+    banks: Sequence[Bank] = (),
+    owner: Tensor | None = None,
 ) -> dict[Site, tuple[Tensor, Tensor]]:
-    """{site: (input [B, I], output [B, O])} at the last token of each row, under ``on`` and then ``banks``.
+    """{site: (input [B, I], output [B, O])} at one token of each row, under ``on`` and then ``banks``.
 
-    ``owner`` [B] names each row's entry of the banks.  float32, or wider where the model is.
+    ``at``: which token, None for the last.  ``owner`` [B] names each row's entry of the banks.  float32, or wider where the model is.
     """
+    at = [len(row.ids) - 1 for row in rows] if at is None else at
+    ahead = looks_ahead(on)
+    rows = [up_to(row, max(t, row.prompt_length - 1) if ahead else t) for row, t in zip(rows, at, strict=True)]
     precision = torch.promote_types(torch.float32, lm.dtype)
     found: dict[Site, list[tuple[Tensor, Tensor]]] = {site: [] for site in sites}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
 
     def keep(site: Site, x: Tensor, y: Tensor) -> None:
-        found[site].append((x[:, -1].to(precision), y[:, -1].to(precision)))
+        found[site].append((x[here, place].to(precision), y[here, place].to(precision)))
 
     for chunk in _chunks([len(rows[i].ids) for i in order]):
         members = order[chunk]
         batch = lm.batch([rows[i] for i in members]).to(lm.device)
         plan = lm.plan([on], None, len(members))
         plan.prompt_lengths = batch.prompt_lengths
+        here = torch.arange(len(members), device=lm.device)
+        place = torch.tensor([at[i] - len(rows[i].ids) for i in members], device=lm.device)  # counted from the end: rows end together
         for bank in banks:
             plan.add(replace(bank, rows=owner[torch.tensor(members, device=owner.device)] if owner is not None else None))
         with lm.running(plan), watching(lm, sites, keep):

@@ -21,7 +21,7 @@ from errata.bank import Stack
 from errata.errors import ConfigError, PatchError
 from errata.model import LM
 from errata.patch import Positions, Site
-from errata.read import read, up_to
+from errata.read import read
 from errata.request import EditRequest
 from errata.tokens import Encoded
 from errata.weights import Groups
@@ -209,7 +209,7 @@ def ask(lm: LM, problems: Sequence[Sequence[EditRequest]], end: str, site: Site,
     if not flat:
         return []
     rows = lm.encode([text for _, text, _ in flat], [target for _, _, target in flat])
-    x, y = read(lm, [up_to(row, row.prompt_length - 1) for row in rows], [site], on=on)[site]
+    x, y = read(lm, rows, [site], at=[row.prompt_length - 1 for row in rows], on=on)[site]
     asked = iter([Asked(i, row, key, value) for (i, _, _), row, key, value in zip(flat, rows, x, y, strict=True)])
     return [[next(asked) for _ in own] for own in texts]
 

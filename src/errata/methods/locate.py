@@ -25,12 +25,12 @@ from errata.config import to_dict
 from errata.errors import ConfigError, FitError
 from errata.lanes import Progress
 from errata.methods.conditioning import Conditioning
-from errata.methods.locate_text import place, place_kl, prefixes
+from errata.methods.locate_text import Placed, place, place_kl, prefixes
 from errata.methods.presets import for_model
 from errata.methods.values import Found, Objective, Wanted, optimise
 from errata.model import LM
 from errata.patch import Op, Patch, Site
-from errata.read import adds_directly, read, up_to
+from errata.read import adds_directly, read
 from errata.request import EditRequest
 from errata.stats import TOKENS, Moments, moments
 from errata.tail import Tail
@@ -245,14 +245,17 @@ class Locating:
 
     def read_bare(self, site: Site, ops: Sequence[list[Op]]) -> Tensor:
         """[N, O] output of the site at the subject of the bare prompt, under ``on`` and ``ops``."""
-        rows = [up_to(placed[0].row, placed[0].at) for placed in self.placed]
-        return read(self.lm, rows, [site], on=self.on, banks=self.banks(ops), owner=self.owner)[site][1]
+        first = [placed[0] for placed in self.placed]
+        return self._read(first, site, ops, self.owner)[1]
+
+    def _read(self, places: Sequence[Placed], site: Site, ops: Sequence[list[Op]], owner: Tensor) -> tuple[Tensor, Tensor]:
+        rows, at = [p.row for p in places], [p.at for p in places]
+        return read(self.lm, rows, [site], at=at, on=self.on, banks=self.banks(ops), owner=owner)[site]
 
     def read_keys(self, block: int, ops: Sequence[list[Op]]) -> tuple[Tensor, Tensor]:
         """(inputs [N, T, I], outputs [N, T, O]) of the edited linear at the subject behind each of T prefixes."""
-        rows = [up_to(p.row, p.at) for placed in self.placed for p in placed]
-        owner = self.owner.repeat_interleave(len(self.before))
-        x, y = read(self.lm, rows, [Site(block, POINT)], on=self.on, banks=self.banks(ops), owner=owner)[Site(block, POINT)]
+        every = [p for placed in self.placed for p in placed]
+        x, y = self._read(every, Site(block, POINT), ops, self.owner.repeat_interleave(len(self.before)))
         count = len(self.requests)
         return x.unflatten(0, (count, -1)), y.unflatten(0, (count, -1))
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from errata.bank import Bank, Stack, live
+from errata.bank import Bank, Stack, live, looks_ahead
 from errata.fit import AdamW, fit
 from errata.lanes import Progress, in_lanes
 from errata.methods.locate_text import Placed
@@ -129,7 +129,9 @@ class _Values:
         how = (lm, len(wanted), first, on, runner)
         self.targets = _Rows([(i, p, p.row) for i, w in enumerate(wanted) for p in w.rows], *how)
         # rows of their own: one token each, which in a batch with the targets would be padded to their length
-        kl = [(i, w.kl, Encoded(w.kl.row.ids[: w.kl.at + 1], w.kl.at + 1)) for i, w in enumerate(wanted) if w.kl and objective.kl]
+        asked = [(i, w.kl) for i, w in enumerate(wanted) if w.kl and objective.kl]
+        ends = [p.row.prompt_length if looks_ahead(on) else p.at + 1 for _, p in asked]
+        kl = [(i, p, Encoded(p.row.ids[:n], n)) for (i, p), n in zip(asked, ends, strict=True)]
         self.kl = _Rows(kl, *how, mark=True) if kl else None
         self.before: Tensor | None = None  # log p_0 at the KL rows, [rows, V]
 
