@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,6 +22,19 @@ def size_on_disk(patch: Patch) -> int:
         return sum(file.stat().st_size for file in saved.iterdir())
 
 
+@torch.no_grad()
+def _decode(lm: LM, prompts: Sequence[str], tokens: int) -> None:
+    """Exactly ``tokens`` greedy tokens a row, whatever they are, under what is attached."""
+    batch = lm.batch(lm.encode(prompts)).to(lm.device)
+    ids, mask, cache = batch.ids, batch.mask, None
+    for _ in range(tokens):
+        out = lm.forward(ids, mask, past_key_values=cache, use_cache=True, **lm.last_only)
+        cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+        mask = torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
+    if lm.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def latency(
     lm: LM, stacks: Sequence[Stack], prompts: Sequence[str], *, tokens: int = 16, repeat: int = 5, rows: int = 1
 ) -> list[tuple[float, float]]:
@@ -36,15 +50,10 @@ def latency(
         for stack in ((), *stacks):
             with lm.under(*stack):  # compiled once, as where it is served
                 began = time.perf_counter()
-                made = sum(len(ids) for chunk in chunks for ids in lm.continuations(chunk, max_new_tokens=tokens, stop=()))
-                if lm.device.type == "cuda":
-                    torch.cuda.synchronize()
-                taken.append((time.perf_counter() - began) / max(1, made))
+                for chunk in chunks:
+                    _decode(lm, chunk, tokens)
+                taken.append((time.perf_counter() - began) / (tokens * len(prompts)))
         if turn:
             seconds.append(taken)
-    out = []
-    for i in range(1, len(stacks) + 1):
-        own = sorted(t[i] for t in seconds)
-        ratios = sorted(t[i] / t[0] for t in seconds)
-        out.append((own[len(own) // 2], ratios[len(ratios) // 2]))
-    return out
+    middle = [(statistics.median(t[i] for t in seconds), statistics.median(t[i] / t[0] for t in seconds)) for i in range(len(stacks) + 1)]
+    return middle[1:]
