@@ -270,3 +270,27 @@ def test_tail_capture_and_read_see_the_caller_s_tokens(family: str) -> None:
     site = Site(1, "mlp_down")
     for got, want in zip(read(model, encoded, [site], on=on)[site], read(model, whole, [site])[site], strict=True):
         torch.testing.assert_close(got, want, **close(family))
+
+
+def test_what_is_attached_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And calls of errata and raw ones between them do not read each other's texts."""
+    import errata.model
+
+    base, made = lm("llama"), []
+    compiled = errata.model.compile_plan
+    monkeypatch.setattr(errata.model, "compile_plan", lambda *args: made.append(args) or compiled(*args))
+    a, b = ICE(**PLAIN).edit(base, [ROME]), Retrieval(**PLAIN).edit(base, [EditRequest("In Rome people speak", "French")])
+    want = base.generate(PROMPTS, stacks=[(a, b)])
+    raw = base.batch(base.encode(["The language of Spain is"]))
+    made.clear()
+    with base.under(a, b):
+        first = base.forward(raw.ids, raw.mask, use_cache=True)
+        mask = torch.cat([raw.mask, raw.mask[:, :1]], 1)
+        token = first.logits[:, -1:].argmax(-1)
+        assert base.generate(PROMPTS) == want and torch.equal(base.logits(raw), first.logits)
+        then = base.forward(token, mask, past_key_values=first.past_key_values, use_cache=True).logits
+        whole = base.logits(base.batch([Encoded((*raw.ids[0].tolist(), int(token)), raw.ids.shape[1])]))
+        assert len(made) == 1
+    torch.testing.assert_close(then[:, -1], whole[:, -1], atol=1e-4, rtol=1e-4)
+    assert len(made) == 1
+    assert base.generate(PROMPTS) == base.generate(PROMPTS, stacks=[()])

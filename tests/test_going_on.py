@@ -78,3 +78,15 @@ def test_rome_on_top_of_a_memory_that_acts_on_its_prompt() -> None:
     row = base.encode([request.prompt])[0]
     key = read(base, [row], [op.site], at=[4], on=(under,))[op.site][0][0]
     torch.testing.assert_close(op.tensors["down"] @ key, torch.ones(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_an_edit_on_a_scaled_adapter_starts_from_what_that_does(method: str) -> None:
+    base = lm("llama", torch.float64)
+    first, second = asked(method)[:2]
+    half = editor(method).edit(base, [first]).scale(0.5)  # type: ignore[attr-defined]
+    still = editor(method, lr=1e-12, steps=1, stop=0.0).edit(base, [second], on=(half,))  # type: ignore[attr-defined]
+    batch = base.batch(base.encode([first.prompt, second.prompt]))
+    want, got = (base.logits(batch, [stack]) for stack in ((half,), live((half, still))))
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+    assert half.scale(0.5).settings["scaled"] == 0.25

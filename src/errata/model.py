@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class LM:
         self.find_blocks()
         self._attached: Stack = ()
         self._hooks: Hooks | None = None
+        self._where: torch.device | None = None  # the device of what the hooks hold
         self._fingerprint: str | None = None
         self.kept: dict[Any, Any] = {}  # what was found out about the frozen base and costs time: functions of it and the key alone
 
@@ -112,7 +114,7 @@ class LM:
     def _set(self, stack: Stack) -> None:
         if self._hooks is not None:
             self._hooks.close()
-        self._attached = stack
+        self._attached, self._where = stack, self.device
         self._hooks = Hooks(self.hf, self.family, compile_plan([stack], None, self.device, self.tokenizer)) if stack else None
 
     @contextmanager
@@ -141,8 +143,8 @@ class LM:
     def plan(self, stacks: Sequence[Stack] | None, rows: Sequence[int] | Tensor | None, count: int) -> Plan:
         """A plan for ``count`` rows.  ``stacks`` None means what is attached; ``rows`` names each row's stack."""
         if stacks is None:
-            stacks, rows = [self._attached], None
-        elif rows is None and len(stacks) == count:
+            return self._attached_plan()
+        if rows is None and len(stacks) == count:
             rows = range(count)
         elif rows is None and len(stacks) != 1:
             raise ModelError(f"{len(stacks)} stacks for {count} rows; say with rows= which row runs under which stack")
@@ -152,6 +154,16 @@ class LM:
         if index is not None and (len(index) != count or not bool(((index >= 0) & (index < len(stacks))).all())):
             raise ModelError(f"rows must name one of {len(stacks)} stacks for each of {count} rows")
         return compile_plan(list(stacks), index, self.device, self.tokenizer)
+
+    def _attached_plan(self) -> Plan:
+        """What is attached, with the banks that were compiled then: writing a patch out can take longer than a short answer."""
+        if self._hooks is None:
+            return Plan()
+        if self._where != self.device:  # the model was moved since
+            self._set(self._attached)
+        own = self._hooks.plan
+        front = own.front and replace(own.front, placed=None, keep=None)
+        return Plan({site: list(banks) for site, banks in own.banks.items()}, front=front)
 
     # -- running -----------------------------------------------------------------------------------------------
 

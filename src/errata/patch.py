@@ -238,8 +238,9 @@ class Patch:
         return patch
 
     def scale(self, factor: float) -> Patch:
-        """A weight-like patch times a number; -1 negates it."""
-        return dataclasses.replace(self, ops=tuple(_scaled(op, factor) for op in weight_like(self)), notes={})
+        """A weight-like patch times a number; -1 negates it.  Its settings say so (``scaled``): its state is of the patch as it was."""
+        settings = {**self.settings, "scaled": self.settings.get("scaled", 1.0) * factor}
+        return dataclasses.replace(self, settings=settings, ops=tuple(_scaled(op, factor) for op in weight_like(self)), notes={})
 
 
 def chain(before: Patch | None) -> tuple[str, ...]:

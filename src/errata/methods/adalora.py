@@ -95,6 +95,9 @@ class AdaLoRA(AdapterEditor):
         a = state[f"A.{group}"] if f"A.{group}" in state else torch.stack([ops[s]["down"] for s in sites])
         return {"A": a, "B": state[f"B.{group}"], "E": state[f"E.{group}"]}
 
+    def resumable(self, patch: Patch) -> bool:
+        return "scaled" not in patch.settings  # what the state holds was not scaled
+
     def held(self, updates: int) -> bool:
         return self.allocate and updates < self.steps - self.t_final
 

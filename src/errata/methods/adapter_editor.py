@@ -92,6 +92,10 @@ class AdapterEditor:
     def resumed(self, group: int, sites: Sequence[Site], patch: Patch) -> dict[str, Tensor]:
         """Parameters [S, …] of these sites, of one shape, to go on from."""
 
+    def resumable(self, patch: Patch) -> bool:
+        """Whether `resumed` gives what the patch does; else the edit stands on its own on top of it."""
+        return True
+
     def penalty(self, groups: Sequence[Mapping[str, Tensor]]) -> Tensor | float:
         """Added to the loss, [E]."""
         return 0.0
@@ -157,7 +161,7 @@ class AdapterEditor:
         if not on or on[-1].method != self.name or any(on[-1].settings.get(k) != v for k, v in same.items()):
             return on, None
         lm.check(on[-1])
-        return on[:-1], on[-1]
+        return (on[:-1], on[-1]) if self.resumable(on[-1]) else (on, None)
 
     def resolved(self, lm: LM) -> dict[str, Any]:
         """The settings that say what the parameters are, as a patch holds them."""
