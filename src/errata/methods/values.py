@@ -18,7 +18,7 @@ from torch import Tensor
 
 from errata.bank import Bank, Stack, live, looks_ahead
 from errata.fit import AdamW, fit
-from errata.lanes import Progress, in_lanes
+from errata.lanes import FIXED_TOKENS_ALONE, Progress, in_lanes
 from errata.methods.locate_text import Placed
 from errata.model import LM
 from errata.patch import Positions, Site
@@ -104,17 +104,18 @@ def direct(lm: LM, site: Site, on: Stack) -> bool:
 
 
 class _Rows:
-    """Rows (problem, text with its place, tokens) cut at the place; ``mark``: no target, the prediction at the place counts."""
+    """Rows (problem, text with its place, tokens) cut at the place; those at ``is_kl`` [B] have no target, the prediction there counts."""
 
     def __init__(
-        self, rows: Sequence[tuple[int, Placed, Encoded]], lm: LM, count: int, first: int, on: Stack, runner: Any, mark: bool = False
+        self, rows: Sequence[tuple[int, Placed, Encoded]], kl: int, lm: LM, count: int, first: int, on: Stack, runner: Any
     ) -> None:
         cut = cut_at([row for _, _, row in rows], [p.at for _, p, _ in rows], pad_id(lm.tokenizer), lm.device, final=False)
-        if mark:
-            cut.labels[:, 0] = 0
+        self.is_kl = torch.arange(len(rows), device=lm.device) >= len(rows) - kl  # the last ``kl``
+        cut.labels[self.is_kl, 0] = 0
         cut.prompt_lengths = torch.tensor([p.row.prompt_length for _, p, _ in rows], device=lm.device)
         self.at = torch.tensor([p.at for _, p, _ in rows], device=lm.device)
         self.owned = Owned(runner(lm, cut, first, on), torch.tensor([i for i, _, _ in rows], device=lm.device), count)
+        self.before: Tensor | None = None  # log p_0 at the KL rows, [kl, V]
 
 
 class _Values:
@@ -126,22 +127,24 @@ class _Values:
         self.lm, self.wanted, self.sites, self.objective = lm, wanted, sites, objective
         self.precision = torch.promote_types(torch.float32, lm.dtype)
         self.norm = torch.tensor([w.norm for w in wanted], device=lm.device, dtype=self.precision)
-        how = (lm, len(wanted), first, on, runner)
-        self.targets = _Rows([(i, p, p.row) for i, w in enumerate(wanted) for p in w.rows], *how)
-        # rows of their own: one token each, which in a batch with the targets would be padded to their length
+        targets = [(i, p, p.row) for i, w in enumerate(wanted) for p in w.rows]
         asked = [(i, w.kl) for i, w in enumerate(wanted) if w.kl and objective.kl]
         ends = [p.row.prompt_length if looks_ahead(on) else p.at + 1 for _, p in asked]
         kl = [(i, p, Encoded(p.row.ids[:n], n)) for (i, p), n in zip(asked, ends, strict=True)]
-        self.kl = _Rows(kl, *how, mark=True) if kl else None
-        self.before: Tensor | None = None  # log p_0 at the KL rows, [rows, V]
+        how = (lm, len(wanted), first, on, runner)
+        # KL rows run one token; in a batch with the targets they are padded to theirs, apart they cost a pass of their own
+        padding = len(kl) * max(len(row.ids) - 2 - p.at for _, p, row in targets)
+        apart = padding > FIXED_TOKENS_ALONE
+        self.rows = [_Rows(targets, 0, *how), _Rows(kl, len(kl), *how)] if apart else [_Rows([*targets, *kl], len(kl), *how)]
 
     def run(self, told: Progress) -> list[Found]:
         o, count = self.objective, len(self.wanted)
         start = torch.zeros(count, len(self.sites) * self.lm.width, device=self.lm.device, dtype=self.precision)
-        if self.kl is not None:
-            with torch.no_grad():
-                logits = self._forward(self.kl, start, torch.arange(count, device=start.device))[0]
-                self.before = logits.to(self.precision).log_softmax(-1)
+        for rows in self.rows:
+            if bool(rows.is_kl.any()):
+                with torch.no_grad():
+                    logits, at_kl, _, _, _ = self._forward(rows, start, torch.arange(count, device=start.device))
+                    rows.before = logits[at_kl].to(self.precision).log_softmax(-1)
         rule = AdamW(o.lr)  # without decay: Adam
         fitted = fit({"delta": start}, self._loss, steps=o.steps - 1, rule=rule, stop=o.stop, progress=told, project=self._clamp)
         return [
@@ -149,35 +152,46 @@ class _Values:
             for d, loss, steps in zip(fitted.params["delta"], fitted.loss.tolist(), fitted.steps.tolist(), strict=True)
         ]
 
-    def _forward(self, rows: _Rows, delta: Tensor, alive: Tensor) -> tuple[Tensor, Any, Tensor, Tensor]:
-        """(logits [M, V], runner, owner [B], numbers [B] of the rows among all of ``rows``)."""
+    def _forward(self, rows: _Rows, delta: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Any, Tensor, Tensor]:
+        """(logits [M, V], which of the M belong to KL rows, runner, owner [B], numbers [B] of the rows among all of ``rows``)."""
         runner, owner, kept = rows.owned.of(alive)
         parts = delta[owner].split(self.lm.width, -1)
         banks = [Bank("shift", site, {}, {"delta": part, "at": rows.at[kept]}) for site, part in zip(self.sites, parts, strict=True)]
-        return runner.logits(banks), runner, owner, kept
+        logits = runner.logits(banks)
+        return logits, rows.is_kl[kept][runner.rows.labelled.nonzero()[:, 0]], runner, owner, kept
 
     def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
         count = len(alive)
-        logits, runner, owner, _ = self._forward(self.targets, p["delta"], alive)
-        summed, number = row_nll(logits, runner.rows.labels, runner.rows.labelled)
-        nll = per_problem(summed / number, owner, count)
-        right = self._right(logits.detach(), runner, owner, count)
-        kl = torch.zeros(count, device=logits.device, dtype=nll.dtype)
-        if self.kl is not None and self.before is not None:
-            logits, _, owner, kept = self._forward(self.kl, p["delta"], alive)
-            now = logits.to(self.precision).log_softmax(-1)
-            kl = kl.index_add(0, owner, (now.exp() * (now - self.before[kept])).sum(-1))
+        kl = torch.zeros(count, device=alive.device, dtype=self.precision)
+        nll, right = kl, kl == 0
+        for rows in self.rows:
+            logits, at_kl, runner, owner, kept = self._forward(rows, p["delta"], alive)
+            target = ~rows.is_kl[kept]
+            if rows is self.rows[0]:  # holds all targets
+                summed, number = row_nll(logits, runner.rows.labels, runner.rows.labelled)
+                nll = per_problem((summed / number)[target], owner[target], count)
+                right = self._right(logits.detach(), runner, owner, target, count)
+            if rows.before is not None:
+                now = logits[at_kl].to(self.precision).log_softmax(-1)
+                own = rows.before[_places(rows.is_kl, kept)]
+                kl = kl.index_add(0, owner[~target], (now.exp() * (now - own)).sum(-1))
         decay = torch.linalg.vector_norm(p["delta"], dim=-1) / self.norm[alive].square()
         return self.objective.total(nll, kl, decay, right)
 
     @staticmethod
-    def _right(logits: Tensor, runner: Any, owner: Tensor, count: int) -> Tensor:
+    def _right(logits: Tensor, runner: Any, owner: Tensor, target: Tensor, count: int) -> Tensor:
         """[e] bool: every target token of every row is the argmax."""
         where = runner.rows.labelled
-        wrong = logits.argmax(-1) != runner.rows.labels[where]
+        wrong = (logits.argmax(-1) != runner.rows.labels[where]) & target[where.nonzero()[:, 0]]
         return torch.zeros(count, device=logits.device).index_add(0, owner[where.nonzero()[:, 0]], wrong.float()) == 0
 
     def _clamp(self, p: Mapping[str, Tensor], alive: Tensor) -> None:
         for part in p["delta"].split(self.lm.width, -1):
             size = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
             part.mul_((self.objective.clamp * self.norm[alive, None] / size.clamp_min(1e-30)).clamp_max(1.0))
+
+
+def _places(is_kl: Tensor, kept: Tensor) -> Tensor:
+    """Numbers among all KL rows of those that are kept."""
+    number = is_kl.long().cumsum(0) - 1
+    return number[kept[is_kl[kept]]]
