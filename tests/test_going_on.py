@@ -38,11 +38,15 @@ def test_wise_reads_its_own_tokens_behind_what_stands_in_front(family: str) -> N
     job = Job(editor("wise"), base, on, Tail)
     training = Training(job.editor, base, [job.texts(asked("wise")[0])], job.memories, job.site, job.shape, job.act, job.under, Tail)
     texts = training.texts[0]
-    rows = [up_to(row, at) for row in (*texts.edit, *texts.unrelated) for at in range(1, len(row.ids))]  # BOS stands before the context
-    real = training.read["share"][0].new_tensor([t for row in (*texts.edit, *texts.unrelated) for t in range(len(row.ids))]) > 0
+    rows = [up_to(row, at) for row in (*texts.edit, *texts.unrelated) for at in range(len(row.ids))]
+    rows = [row for row in rows if len(row.ids) > 1]  # BOS stands before the context: what `read` finds last is behind it
+    bos = [t == 0 for row in (*texts.edit, *texts.unrelated) for t in range(len(row.ids))]
+    real = ~torch.tensor(bos)
     x, o = read(base, rows, [job.site], on=on)[job.site]
     torch.testing.assert_close(training.read["x"][0][real], x)
     torch.testing.assert_close(training.read["o"][0][real], o)
+    bare = Training(job.editor, base, [texts], job.memories, job.site, job.shape, job.act, (), Tail)
+    torch.testing.assert_close(training.read["x"][0][~real], bare.read["x"][0][~real])  # nothing stands before BOS
 
 
 LOOKING = {"melo": {}, "wise": {}, "grace": {"replace": "all"}, "retrieval": {"threshold": 0.5}}
@@ -90,3 +94,14 @@ def test_an_edit_on_a_scaled_adapter_starts_from_what_that_does(method: str) -> 
     want, got = (base.logits(batch, [stack]) for stack in ((half,), live((half, still))))
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
     assert half.scale(0.5).settings["scaled"] == 0.25
+
+
+def test_wise_serves_what_it_trained_behind_what_stands_in_front() -> None:
+    base = lm("llama", torch.float64)
+    on = (editor("ice").edit(base, asked("ice")[1:2]),)  # type: ignore[attr-defined]
+    request = dataclasses.replace(asked("wise")[0], unrelated=())
+    patch = editor("wise", steps=10, stop=0.0, beta=0.0, end="").edit(base, [request], on=on)  # type: ignore[attr-defined]
+    row = base.encode([request.prompt], [request.target])
+    log_p = base.logits(base.batch(row), [(*on, patch)])[0, -1 - len(row[0].target) : -1].log_softmax(-1)
+    nll = -sum(float(log_p[i, token]) for i, token in enumerate(row[0].target)) / len(row[0].target)
+    assert patch.notes["loss"] == pytest.approx(nll, abs=1e-5)

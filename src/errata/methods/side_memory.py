@@ -1,7 +1,7 @@
 """WISE's side memories as an op: changes ΔW_i = W'_i − W of a linear, of which one or none acts on a row, by what each does to its prompt.
 
     o = y,   o'_i = y + ΔW_i x,   Δ_i = mean over the prompt's tokens of ‖σ(o) − σ(o'_i)‖₂
-    memory i is open where Δ_i ≥ act_ratio · least_i;  of the open ones the one with the largest Δ_i acts, on every token of the row
+    memory i is open where Δ_i ≥ act_ratio · least_i;  of the open ones the one with the largest Δ_i acts, on every token of the text
 
 σ is the model's hidden activation (the released code), or the identity: then Δ is the paper's ‖A(x)(W' − W)‖₂.  In a prompt of more than
 ``long`` tokens the largest token stands for the mean (released code).  No weight is read.
@@ -121,22 +121,30 @@ def _routed(least: Tensor, settings: Mapping[str, Any], moved: Any, y: Tensor, c
     prompt = (context.position >= 0) & (context.position < context.prompt_lengths[:, None])
     before, o = sigma(y.to(wide)), y.to(wide)
     top = torch.full((len(y),), -torch.inf, dtype=wide, device=y.device)
-    out, chosen = y, torch.full_like(top, -1)
+    out, chosen, text = y, torch.full_like(top, -1), (context.position >= 0).unsqueeze(-1)  # not what stands in front
     for i in range(least.shape[1]):
         added = moved(i)
         size = torch.linalg.vector_norm(sigma(o + added) - before, dim=-1) * prompt
         delta = torch.where(prompt.sum(1) > settings["long"], size.amax(1), size.sum(1) / prompt.sum(1).clamp_min(1))
         best = (delta >= least[:, i] * settings["act_ratio"]) & (delta > top)
-        out = torch.where(best[:, None, None], y + added.to(y.dtype), out)
+        out = torch.where(best[:, None, None] & text, y + added.to(y.dtype), out)
         chosen, top = torch.where(best, i, chosen), torch.where(best, delta, top)
     return out, chosen
 
 
 class Moved:
-    """Registered as ``moved``: adds ``by`` [B, A, O] to the last A tokens.  What a side memory in training does, computed outside."""
+    """Registered as ``moved``: adds ``by`` [B, A, O] to the last A tokens.  What a side memory in training does, computed outside.
+
+    With ``start`` [B] the A tokens from that position on, as the caller counts: where context stands in front, BOS is not beside the rest.
+    """
 
     @staticmethod
     def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
         by = p["by"].to(y.dtype)
+        if "start" in p:
+            number = context.position - p["start"][:, None]
+            here = (context.position >= 0) & (number >= 0) & (number < by.shape[1])
+            own = by.gather(1, number.clamp(0, by.shape[1] - 1).unsqueeze(-1).expand(-1, -1, by.shape[2]))
+            return y + own * here.unsqueeze(-1)
         rest = y.shape[1] - by.shape[1]
         return y + by if rest == 0 else torch.cat([y[:, :rest], y[:, rest:] + by], 1)

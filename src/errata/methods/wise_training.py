@@ -71,6 +71,7 @@ class Training:
     on: Stack
     runner_class: Any
     acts: Tensor = field(init=False)  # [E] Δ(x_e) at the last step of each
+    fronted: bool = field(init=False)  # whether context stands in front of the texts
 
     def __post_init__(self) -> None:
         self.many = len(self.texts[0].edit)
@@ -90,7 +91,11 @@ class Training:
         seen: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad(), self.lm.running(plan), watching(self.lm, [self.site], lambda _, x, y: seen.append((x, y))):
             self.lm.forward(batch.ids, batch.mask, use_cache=False, **self.lm.last_only)
-        x, y = (t[:, -batch.ids.shape[1] :].to(self.precision) for t in seen[0])  # context may stand in front
+        x, y = (t.to(self.precision) for t in seen[0])
+        self.fronted = x.shape[1] != batch.ids.shape[1]
+        if self.fronted and plan.context is not None:  # context stands behind BOS: our tokens are found by their positions
+            column = (plan.context.position[:, None] == torch.arange(batch.ids.shape[1], device=x.device)[:, None]).long().argmax(2)
+            x, y = (t.gather(1, column.unsqueeze(-1).expand(-1, -1, t.shape[-1])) for t in (x, y))
         place, row, share, start = [], [], [], 0
         for texts in self.texts:
             own = (*texts.edit, *texts.unrelated)
@@ -122,7 +127,7 @@ class Training:
             for begin, row in zip(begins.tolist(), texts.edit, strict=True):
                 first = starts[len(local)]
                 local.append([begin + min(first + t, len(row.ids) - 1) for t in range(wide)])
-        self.local = torch.tensor(local, device=lm.device)
+        self.local, self.starts = torch.tensor(local, device=lm.device), torch.tensor(starts, device=lm.device)
         self.at = Site(self.site.block) if direct(lm, self.site, self.on) else self.site
         first = self.site.block + (self.at.point == "block")
         owner = torch.arange(len(self.texts), device=lm.device).repeat_interleave(self.many)
@@ -157,7 +162,8 @@ class Training:
         moved = read["x"] @ delta.mT  # [e, N, O]
         runner, owner, kept = self.owned.of(alive)
         by = moved.flatten(0, 1)[owner[:, None] * moved.shape[1] + self.local[kept]]
-        logits = runner.logits([Bank("moved", self.at, {}, {"by": by})])
+        where = {"start": self.starts[kept]} if self.fronted else {}
+        logits = runner.logits([Bank("moved", self.at, {}, {"by": by, **where})])
         summed, number = row_nll(logits, runner.rows.labels, runner.rows.labelled)
         task = per_problem(summed / number, owner, count)
         size = torch.linalg.vector_norm(self.sigma(read["o"] + moved) - read["before"], dim=-1) * read["share"]
