@@ -61,6 +61,30 @@ class InContextEditor:
     def facts(self, requests: Sequence[EditRequest]) -> list[str]:
         return [self.fact.format(prompt=r.prompt.rstrip(), target=r.target.strip()) for r in requests]
 
+    def edit(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> Patch:
+        """One patch of all facts."""
+        if not requests:
+            raise ConfigError(f"{self.name}: nothing to edit; give at least one request")
+        patch = self._patches(lm, [list(requests)], live(tuple(on)))[0]
+        if progress is not None:
+            progress(1, 0, 0.0)
+        return patch
+
+    def edit_each(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> list[Patch]:
+        """A patch for each request, as if it were made alone on ``on``."""
+        patches = self._patches(lm, [[r] for r in requests], live(tuple(on)))
+        if progress is not None and requests:
+            progress(1, 0, 0.0)
+        return patches
+
+    def _patches(self, lm: LM, problems: Sequence[Sequence[EditRequest]], on: Stack) -> list[Patch]:
+        """A patch for each list of requests."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class ICE(InContextEditor):
@@ -73,24 +97,6 @@ class ICE(InContextEditor):
     name: ClassVar[str] = "ice"
     paper: ClassVar[str] = "in-context editing without demonstrations, as in Zheng et al., EMNLP 2023 (IKE), and EasyEdit"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"almanac": {"fact": "{prompt} {target}.", "cue": ""}}  # dev; see IKE
-
-    def edit(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> Patch:
-        """One patch that shows all facts."""
-        patch = self._patches(lm, [list(requests)], live(tuple(on)))[0]
-        if progress is not None:
-            progress(1, 0, 0.0)
-        return patch
-
-    def edit_each(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> list[Patch]:
-        """A patch for each request."""
-        patches = self._patches(lm, [[r] for r in requests], live(tuple(on)))
-        if progress is not None and requests:
-            progress(1, 0, 0.0)
-        return patches
 
     def _patches(self, lm: LM, problems: Sequence[Sequence[EditRequest]], on: Stack) -> list[Patch]:
         if not all(problems):

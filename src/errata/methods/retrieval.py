@@ -14,16 +14,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from errata.bank import Stack, live
+from errata.bank import Stack
 from errata.config import to_dict
 from errata.errors import ConfigError
-from errata.lanes import Progress
 from errata.methods.in_context import InContextEditor
 from errata.methods.in_context_text import block_for, context_op, padded, vectors
 from errata.model import LM
 from errata.patch import Op, Patch, chain
 from errata.request import EditRequest
-from errata.tail import Tail
 
 
 @dataclass(frozen=True)
@@ -63,26 +61,6 @@ class Retrieval(InContextEditor):
             raise ConfigError(f"retrieval: k must be at least 1, not {self.k}")
         if not -1 <= self.threshold <= 1:
             raise ConfigError(f"retrieval: threshold is a cosine, from -1 to 1, not {self.threshold}")
-
-    def edit(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> Patch:
-        """One store of all requests' facts, and those of the store it goes on from."""
-        if not requests:
-            raise ConfigError("retrieval: nothing to edit; give at least one request")
-        patch = self._patches(lm, [list(requests)], live(tuple(on)))[0]
-        if progress is not None:
-            progress(1, 0, 0.0)
-        return patch
-
-    def edit_each(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> list[Patch]:
-        """A store for each request, as if it were made alone on ``on``."""
-        patches = self._patches(lm, [[r] for r in requests], live(tuple(on)))
-        if progress is not None and requests:
-            progress(1, 0, 0.0)
-        return patches
 
     def _patches(self, lm: LM, problems: Sequence[Sequence[EditRequest]], on: Stack) -> list[Patch]:
         how = {"k": self.k, "threshold": self.threshold, "encoder": self.encoder, "block": block_for(lm, self), "pool": self.pool}
