@@ -188,25 +188,9 @@ class LM:
     def batch(self, rows: Sequence[Encoded], side: str = "left") -> Batch:
         return pad(rows, pad_id(self.tokenizer), side)
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        stacks: Sequence[Stack] | None = None,
-        rows: Sequence[int] | Tensor | None = None,
-        max_new_tokens: int = 12,
-        stop: Sequence[str] = STOPS,
-        chat: bool = False,
-        top_k: int | None = None,
-        seed: int = 0,
-    ) -> list[str]:
-        """Continuations, each row under its own stack; a row ends at EOS or at the first ``stop`` text (left out).
-
-        Greedy, or sampled from the ``top_k`` likeliest tokens: a row's draws depend on ``seed``, its prompt and how often that
-        prompt stood before it, not on the other rows.
-        """
-        how = {"stacks": stacks, "rows": rows, "max_new_tokens": max_new_tokens, "stop": stop, "chat": chat, "top_k": top_k, "seed": seed}
-        return [decode.text_of(self.tokenizer, ids, stop) for ids in self.continuations(prompts, **how)]  # type: ignore[arg-type]
+    def generate(self, prompts: Sequence[str], *, stop: Sequence[str] = STOPS, **how: Any) -> list[str]:
+        """What `continuations` says, as texts up to the first ``stop``; it takes the same arguments."""
+        return [decode.text_of(self.tokenizer, ids, stop) for ids in self.continuations(prompts, stop=stop, **how)]
 
     @torch.no_grad()
     def continuations(
@@ -221,7 +205,11 @@ class LM:
         top_k: int | None = None,
         seed: int = 0,
     ) -> list[list[int]]:
-        """What `generate` says as token ids; the token that completes a ``stop`` text is the last, EOS is left out."""
+        """New token ids, each row under its own stack; a row ends before EOS or with the token that completes a ``stop`` text.
+
+        Greedy, or sampled from the ``top_k`` likeliest tokens: a row's draws depend on ``seed``, its prompt and how often that
+        prompt stood before it, not on the other rows.
+        """
         if not prompts:
             return []
         batch = self.batch(self.encode(prompts, chat=chat)).to(self.device)

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from errata.bank import Stack
 from errata.errors import ConfigError, PatchError
+from errata.lanes import Progress
+from errata.methods.presets import for_model
 from errata.model import LM
-from errata.patch import Positions, Site
+from errata.patch import Patch, Positions, Site
 from errata.read import read
 from errata.request import EditRequest
+from errata.tail import Tail
 from errata.tokens import Encoded
 from errata.weights import Groups
 
@@ -30,6 +33,7 @@ SEAM = 1e-5  # by which the older of two keys that part at a split keeps less th
 FEW = 64  # keys that are compared one by one
 CANDIDATES = 8  # of a coarse look-up
 
+K = TypeVar("K", bound="KeyedEditor")
 Look = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
@@ -225,3 +229,30 @@ def check_site(lm: LM, name: str, block: int, point: str) -> Site:
     except PatchError as error:
         raise ConfigError(f"{name}: {error}") from None
     return Site(block, point)
+
+
+class KeyedEditor:
+    """What GRACE and MELO share as editors: one patch or many, made by the method's ``_make``."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def for_model(cls: type[K], lm: LM, **settings: Any) -> K:
+        """The preset for this model, with ``settings`` on top."""
+        return for_model(cls, lm, settings)
+
+    def edit(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> Patch:
+        """One patch with all requests, put in one after another; what they train, they train at once."""
+        return self._make(lm, [list(requests)], on, runner, progress)[0]
+
+    def edit_each(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> list[Patch]:
+        """A patch a request, as if it were made alone on ``on``."""
+        return self._make(lm, [[r] for r in requests], on, runner, progress)
+
+    def _make(self, lm: LM, problems: Sequence[list[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
+        """A patch for each list of requests."""
+        raise NotImplementedError

@@ -20,13 +20,11 @@ from errata.bank import Stack, live
 from errata.config import to_dict
 from errata.errors import ConfigError
 from errata.lanes import Progress
-from errata.methods.codebook import ask, check_site, decide, entries_of, hit, pack, remembered, rounding_of
+from errata.methods.codebook import KeyedEditor, ask, check_site, decide, entries_of, hit, pack, remembered, rounding_of
 from errata.methods.grace_training import Filled, train
-from errata.methods.presets import for_model
 from errata.model import LM
 from errata.patch import Op, Patch, Positions, Site, chain
 from errata.request import EditRequest
-from errata.tail import Tail
 from errata.weights import Groups
 
 
@@ -68,7 +66,7 @@ class Codebook:
 
 
 @dataclass(frozen=True)
-class GRACE:
+class GRACE(KeyedEditor):
     """Hyper-parameters (EasyEdit ``hparams/GRACE``):
 
     layer, point  block and linear; None: by depth, 27/32 of it as for LLaMA-7B, but never the last block, which writes the answer's
@@ -130,11 +128,6 @@ class GRACE:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"grace: seed must be from 0 to 4294967295, not {self.seed}")
 
-    @classmethod
-    def for_model(cls, lm: LM, **settings: Any) -> GRACE:
-        """The preset for this model, with ``settings`` on top."""
-        return for_model(cls, lm, settings)
-
     def at(self, lm: LM) -> Site:
         """The linear to stand beside; `ConfigError` where there is none or where it could not matter."""
         block = self.layer if self.layer is not None else max(0, min(lm.depth - 2, int(lm.depth * 27 / 32 + 0.5)))
@@ -142,18 +135,6 @@ class GRACE:
         if self.replace == "prompt" and block == lm.depth - 1:
             raise ConfigError(f"grace: nothing reads earlier tokens of the last block ({block}); choose a lower layer or replace=last")
         return site
-
-    def edit(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> Patch:
-        """One codebook with all requests, put in one after another."""
-        return self._make(lm, [list(requests)], on, runner, progress)[0]
-
-    def edit_each(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> list[Patch]:
-        """A codebook a request, as if it were made alone on ``on``."""
-        return self._make(lm, [[r] for r in requests], on, runner, progress)
 
     def _make(self, lm: LM, problems: Sequence[list[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
         if not all(problems):

@@ -20,19 +20,17 @@ from errata.bank import Stack, live
 from errata.config import to_dict
 from errata.errors import ConfigError
 from errata.lanes import Progress
-from errata.methods.codebook import ask, check_site, pack, rounding_of
+from errata.methods.codebook import KeyedEditor, ask, check_site, pack, rounding_of
 from errata.methods.melo_training import Clusters, Trained, train
-from errata.methods.presets import for_model
 from errata.model import LM
 from errata.patch import Op, Patch, Site, chain
 from errata.request import EditRequest
-from errata.tail import Tail
 
 Sites = tuple[Site, tuple[Site, ...]]
 
 
 @dataclass(frozen=True)
-class MELO:
+class MELO(KeyedEditor):
     """Hyper-parameters (the authors' repository; EasyEdit's GPT-2-XL file is the same):
 
     layer, point      the linear whose ``reads`` ("input", or "output" as the released code takes it) at the last prompt token is the key;
@@ -107,11 +105,6 @@ class MELO:
         """s, by which both factors of a block are multiplied."""
         return float(self.blocks) ** 0.5
 
-    @classmethod
-    def for_model(cls, lm: LM, **settings: Any) -> MELO:
-        """The preset for this model, with ``settings`` on top."""
-        return for_model(cls, lm, settings)
-
     def at(self, lm: LM) -> Sites:
         """(where keys are read, where blocks act); `ConfigError` where this model has no such place or the order is wrong."""
         key = self.layer if self.layer is not None else max(0, min(lm.depth - 3, int(lm.depth * 35 / 48 + 0.5)))
@@ -119,18 +112,6 @@ class MELO:
         if not lora or min(lora) <= key:
             raise ConfigError(f"melo: blocks are chosen at layer {key}, so lora_layers must lie above it; got {list(lora)}")
         return check_site(lm, self.name, key, self.point), tuple(check_site(lm, self.name, b, self.lora_point) for b in sorted(lora))
-
-    def edit(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> Patch:
-        """One patch; every ``edits_per_block`` requests get a block, and all new blocks train at once."""
-        return self._make(lm, [list(requests)], on, runner, progress)[0]
-
-    def edit_each(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> list[Patch]:
-        """A patch a request, as if it were made alone on ``on``."""
-        return self._make(lm, [[r] for r in requests], on, runner, progress)
 
     def _make(self, lm: LM, problems: Sequence[list[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
         if not all(problems):
