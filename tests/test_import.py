@@ -17,7 +17,7 @@ HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 FLOORS = {
     **dict.fromkeys(("errors", "request", "registry", "config", "storage", "benchmarks", "report"), 0),
     **dict.fromkeys(("families", "texts", "tokens", "decode", "patch", "weights", "offload"), 1),
-    **dict.fromkeys(("bank", "context", "embed", "model", "tail", "fit", "lanes", "problems", "read", "stats"), 2),
+    **dict.fromkeys(("bank", "context", "embed", "model", "tail", "fit", "lanes", "problems", "read", "stats", "surfaces"), 2),
     **dict.fromkeys(("methods", "trace", "score"), 3),
     **dict.fromkeys(("run", "ledger", "export", "almanac"), 4),
     **dict.fromkeys(("__main__", "cli", "commands", "serve"), 5),

@@ -39,6 +39,7 @@ class EditRequest:
     old           the answer before, where known
     paraphrases   other prompts with the same answer; the editor may train on them
     unrelated     (prompt, answer) pairs that should stay; the editor may use them for locality regularisation
+    aliases       other names of the subject; the editor may train on the prompt with them in the subject's place (`fill`)
     """
 
     prompt: str
@@ -47,17 +48,19 @@ class EditRequest:
     old: str | None = None
     paraphrases: tuple[str, ...] = ()
     unrelated: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _text("prompt", self.prompt)
         _text("target", self.target)
         _text("subject", self.subject, optional=True)
         _text("old", self.old, optional=True)
-        if isinstance(self.paraphrases, str) or isinstance(self.unrelated, str):
-            raise InputError("paraphrases and unrelated are lists, not texts")
-        object.__setattr__(self, "paraphrases", tuple(self.paraphrases))
-        for i, paraphrase in enumerate(self.paraphrases):
-            _text(f"paraphrases[{i}]", paraphrase)
+        if isinstance(self.paraphrases, str) or isinstance(self.unrelated, str) or isinstance(self.aliases, str):
+            raise InputError("paraphrases, unrelated and aliases are lists, not texts")
+        for name in ("paraphrases", "aliases"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            for i, text in enumerate(getattr(self, name)):
+                _text(f"{name}[{i}]", text)
         pairs = []
         for i, pair in enumerate(self.unrelated):
             if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -68,6 +71,10 @@ class EditRequest:
         object.__setattr__(self, "unrelated", tuple(pairs))
         if self.subject is not None and self.subject not in self.prompt:
             raise InputError(f"subject {self.subject!r} does not occur in prompt {self.prompt!r}; spell it as the prompt does")
+        if self.aliases and self.subject is None:
+            raise InputError(f"aliases are other names of the subject, and prompt {self.prompt!r} has none; give the key 'subject'")
+        if self.subject in self.aliases:
+            raise InputError(f"aliases[{self.aliases.index(self.subject)}] is the subject {self.subject!r} itself; give other names")
 
     @property
     def id(self) -> str:
@@ -85,6 +92,8 @@ class EditRequest:
             out["paraphrases"] = list(self.paraphrases)
         if self.unrelated:
             out["unrelated"] = [list(pair) for pair in self.unrelated]
+        if self.aliases:
+            out["aliases"] = list(self.aliases)
         return out
 
     @classmethod
@@ -92,6 +101,22 @@ class EditRequest:
         """The inverse of `to_dict`; unknown keys raise."""
         request: EditRequest = _make(cls, record, required=("prompt", "target"), known=cls.__slots__)
         return request
+
+
+def fill(request: EditRequest, name: str) -> str:
+    """The prompt with ``name`` in place of the subject's first occurrence.
+
+    Only the seam is mended: a name that begins with "the" begins a prompt with "The", and the comma that ends a name
+    ("X, so called,") gives way to the punctuation that follows.
+    """
+    if request.subject is None:
+        raise InputError(f"prompt {request.prompt!r} has no subject to put {name!r} in the place of; give the key 'subject'")
+    before, _, after = request.prompt.partition(request.subject)
+    if not before.strip() and name.startswith("the "):
+        name = "T" + name[1:]
+    if name.endswith(",") and (not after or not after[0].isspace()):
+        name = name[:-1]
+    return before + name + after
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +135,20 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A request with the probes that score it: one benchmark record.  What trains may not score."""
+    """A request with the probes that score it: one benchmark record.
+
+    What trains may not score, except by a probe whose kind says so: it ends in "_seen" and asks the prompt under an alias.
+    """
 
     request: EditRequest
     probes: tuple[Probe, ...]
 
     def __post_init__(self) -> None:
-        training = {*self.request.paraphrases, *(prompt for prompt, _ in self.request.unrelated)}
+        request = self.request
+        training = {*request.paraphrases, *(prompt for prompt, _ in request.unrelated)}
+        renamed = {fill(request, name) for name in request.aliases}
         for probe in self.probes:
-            if probe.prompt in training:
+            if probe.prompt in training or (probe.prompt in renamed and not probe.kind.endswith("_seen")):
                 raise InputError(
                     f"probe {probe.prompt!r} is also training text of its request; a model may not be scored on what it was shown"
                 )
@@ -136,7 +166,7 @@ def _make(cls: Any, record: object, *, required: tuple[str, ...], known: Iterabl
     missing = [key for key in required if key not in record]
     if missing:
         raise InputError(f"key {missing[0]!r} is missing")
-    for key in ("paraphrases", "unrelated"):
+    for key in ("paraphrases", "unrelated", "aliases"):
         if key in record and not isinstance(record[key], list | tuple):
             raise InputError(f"{key} must be a list, not {type(record[key]).__name__}")
     return cls(**record)
