@@ -57,12 +57,16 @@ QUICK = {
     "grace": {"layer": 0, "eps": 0.1, "unit": "norm", "lr": 0.3, "steps": 30, "end": "."},
     "melo": {"layer": 0, "lora_layers": [1, 2], "radius": 0.1, "blocks": 4, "lr": 0.02, "steps": 30, "end": "."},
     "wise": {**_WISE, "mask_ratio": 0.8}, "wise-light": {**_WISE, "pool": 0.5, "mask_ratio": 1.0},
+    "rep": {
+        "wrapped": _LOCATE, "steps": 20, "lr": 0.02, "rank": 4, "pool": 20, "away": 32, "prefixes": [[5, 2]],
+        "surfaces": ["names", "shuffled", "prefixes"], "aggregation": 0.0, "match": 1.0, "closing": 1.0, "consistency": 100.0, "tau": 0.6,
+    },
     "ice": _PLAIN, "ike": {**_PLAIN, "shot": "{prompt} {target}. {query} {answer}.", "k": 2}, "retrieval": _PLAIN,
 }  # fmt: skip
 WISE = ("wise", "wise-light")  # a few steps of theirs show what identities are about
 IN_CONTEXT = [m for m in METHODS if issubclass(registry.get("method", m), InContextEditor)]
 LOCATE = [m for m in METHODS if issubclass(registry.get("method", m), LocateEditor)]
-ONE_TOKEN = [*LOCATE, "grace", "ft-l"]  # they change the output of a linear at one token; FT-L trains one token's distribution
+ONE_TOKEN = [*LOCATE, "rep", "grace", "ft-l"]  # they change the output of a linear at one token; FT-L trains one token's distribution
 each_method = pytest.mark.parametrize("method", METHODS)
 each_family = pytest.mark.parametrize("family", list(FAMILIES))
 each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -7,7 +7,6 @@ and serving many users' stacks at once.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
@@ -21,8 +20,8 @@ from errata import registry
 from errata.context import Front, named
 from errata.errors import PatchError
 from errata.families import Family, resolve
-from errata.patch import PROMPT, WEIGHT_LIKE, Op, Patch, Site
-from errata.weights import Groups, padded, sizes, total
+from errata.patch import PROMPT, Op, Patch, Site
+from errata.weights import Groups, padded, sizes, together
 
 Stack = tuple[Patch, ...]
 _Placed = tuple[Op, int]  # an op and the place of its patch in the stack
@@ -175,7 +174,7 @@ def looks_ahead(stack: Stack) -> bool:
 def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.device, tokenizer: Any = None) -> Plan:
     """Stacks as banks: the j-th op of each stack at a site joins the j-th group; alike ones share a bank.
 
-    Weight-like ops that follow each other at a site are one op (see `_added`): a stack of a thousand costs one product a site.
+    Ops that only add, following each other at a site, are one there (`errata.weights.together`): a thousand cost one product a site.
     ``rows`` [B] names the stack of each row; None means that the one stack given serves every row.  ``tokenizer``: for ops that read
     the prompt as text.
     """
@@ -190,7 +189,7 @@ def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.dev
                 per_site.setdefault(op.site, [[] for _ in stacks])[i].append((op, slot))
     made: dict[tuple[int, ...], Op] = {}
     for columns in per_site.values():
-        columns = [_added(ops, device, made) for ops in columns]
+        columns = [together(ops, device, made) for ops in columns]
         for depth in range(max(map(len, columns))):
             groups: dict[Any, list[int]] = {}
             for i, ops in enumerate(columns):
@@ -201,23 +200,6 @@ def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.dev
                 bank.slot = columns[members[0]][depth][1]
                 plan.add(bank)
     return plan
-
-
-def _added(ops: Sequence[_Placed], device: torch.device, made: dict[tuple[int, ...], Op]) -> list[_Placed]:
-    """Each run of weight-like ops as one.  Only what follows each other is added: an op between them may read y.
-
-    ``made`` holds the sums of this plan, so that equal stacks share one.
-    """
-    out: list[_Placed] = []
-    for adds, run in itertools.groupby(ops, lambda placed: placed[0].kind in WEIGHT_LIKE):
-        together = list(run)
-        if adds and len(together) > 1:
-            key = tuple(id(op) for op, _ in together)
-            if key not in made:
-                made[key] = total([op for op, _ in together], device)
-            together = [(made[key], 0)]
-        out += together
-    return out
 
 
 def _alike(op: Op, slot: int) -> tuple[Any, ...]:

@@ -23,7 +23,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def build(cls: type[C], values: Mapping[str, Any]) -> C:
@@ -63,6 +65,10 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         if value not in args:
             raise ConfigError(f"{name} must be one of {', '.join(map(str, args))}, not {value!r}")
         return value
+    if origin is Mapping:
+        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+            raise ConfigError(f"{name} must map settings to values, not {value!r}; write {{key: value}}")
+        return dict(value)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise ConfigError(f"{name} must be a list, not {value!r}")

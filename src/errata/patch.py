@@ -61,6 +61,9 @@ class Kind(Protocol):
     A kind that decides on the prompt and acts on it, or later, by that decision sets ``remembers = True``, uses ``context.remember`` and
     ``recall``, and says with ``looks_ahead(settings)`` whether what it does to a token can depend on tokens after it.
 
+    A kind that reads x alone and adds to y may say ``adds = True``; ops of it that follow each other and have equal ``joins(op)`` are then
+    put together by ``joined(ops, device)``, as weight-like ones are.
+
     A kind whose tensors are not what it computes with, or need not have equal shapes in one bank, has ``alike(op)``, what ops of one
     bank have in common, and ``stacked(ops, device)``, the bank's parameters [P, …].
     """

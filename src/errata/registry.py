@@ -32,6 +32,7 @@ ENTRIES: dict[str, dict[str, str]] = {
         "none": "errata.methods.none:Nothing",
         "wise": "errata.methods.wise:WISE",
         "wise-light": "errata.methods.wise:WISELight",
+        "rep": "errata.methods.rep:REP",
     },
     "benchmark": {
         "almanac": "errata.benchmarks.almanac:Almanac",
@@ -48,6 +49,7 @@ ENTRIES: dict[str, dict[str, str]] = {
         "routed": "errata.methods.melo_ops:Routed",
         "side_memory": "errata.methods.side_memory:SideMemory",
         "moved": "errata.methods.side_memory:Moved",
+        "key_adaptor": "errata.methods.key_adaptor:KeyAdaptor",
     },
 }
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from errata import registry
 from errata.errors import PatchError
-from errata.patch import Op, Patch, Positions, Site, weight_like
+from errata.patch import WEIGHT_LIKE, Op, Patch, Positions, Site, weight_like
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,37 @@ def total(ops: Sequence[Op], device: torch.device | None = None) -> Op:
             weight = more if weight is None else weight + more
     assert weight is not None
     return Op("dense", ops[0].site, {"weight": weight})
+
+
+def together(ops: Sequence[tuple[Op, int]], device: torch.device, made: dict[tuple[int, ...], Op]) -> list[tuple[Op, int]]:
+    """(op, place of its patch) pairs of one site with each run of ops that only add to y as one op a kind: those read x alone, so their
+    order does not matter.  Weight-like ops are added up (`total`); so are those of a kind with ``adds`` (`errata.patch.Kind`).
+    An op between them may read y.
+
+    ``made`` holds what was put together, so that equal stacks share it.
+    """
+    out: list[tuple[Op, int]] = []
+    for adds, run in groupby(ops, lambda placed: _adds(placed[0].kind)):
+        members = list(run)
+        if adds and len(members) > 1:
+            alike: dict[Any, list[Op]] = {}
+            for op, _ in members:
+                alike.setdefault(None if op.kind in WEIGHT_LIKE else registry.get("op", op.kind).joins(op), []).append(op)
+            members = [(_joined(own, device, made), 0) for own in alike.values()]
+        out += members
+    return out
+
+
+def _adds(kind: str) -> bool:
+    return kind in WEIGHT_LIKE or getattr(registry.get("op", kind), "adds", False)
+
+
+def _joined(ops: list[Op], device: torch.device, made: dict[tuple[int, ...], Op]) -> Op:
+    key = tuple(map(id, ops))
+    if key not in made:
+        weights = ops[0].kind in WEIGHT_LIKE
+        made[key] = total(ops, device) if weights else registry.get("op", ops[0].kind).joined(ops, device)
+    return made[key]
 
 
 def delta(op: Op) -> Tensor:

@@ -246,16 +246,17 @@ class Locating:
     def read_bare(self, site: Site, ops: Sequence[list[Op]]) -> Tensor:
         """[N, O] output of the site at the subject of the bare prompt, under ``on`` and ``ops``."""
         first = [placed[0] for placed in self.placed]
-        return self._read(first, site, ops, self.owner)[1]
+        return self.read_at(first, site, ops, self.owner)[1]
 
-    def _read(self, places: Sequence[Placed], site: Site, ops: Sequence[list[Op]], owner: Tensor) -> tuple[Tensor, Tensor]:
+    def read_at(self, places: Sequence[Placed], site: Site, ops: Sequence[list[Op]], owner: Tensor) -> tuple[Tensor, Tensor]:
+        """(inputs, outputs) of the site at these places, under ``on`` and the ops of each place's problem (``owner``)."""
         rows, at = [p.row for p in places], [p.at for p in places]
         return read(self.lm, rows, [site], at=at, on=self.on, banks=self.banks(ops), owner=owner)[site]
 
     def read_keys(self, block: int, ops: Sequence[list[Op]]) -> tuple[Tensor, Tensor]:
         """(inputs [N, T, I], outputs [N, T, O]) of the edited linear at the subject behind each of T prefixes."""
         every = [p for placed in self.placed for p in placed]
-        x, y = self._read(every, Site(block, POINT), ops, self.owner.repeat_interleave(len(self.before)))
+        x, y = self.read_at(every, Site(block, POINT), ops, self.owner.repeat_interleave(len(self.before)))
         count = len(self.requests)
         return x.unflatten(0, (count, -1)), y.unflatten(0, (count, -1))
 

@@ -59,27 +59,27 @@ def place(lm: LM, request: EditRequest, before: Sequence[str], end: str, method:
     """The prompt with its target behind each of the prefixes, tokenised in one piece."""
     stop = len(request.prompt.rstrip()) if fact_token == "last" else subject_end(request, method)
     texts = [prefix + request.prompt for prefix in before]
-    rows = lm.encode(texts, [request.target + end] * len(texts))
-    return [Placed(row, _token_at(lm, row, text, len(prefix) + stop)) for row, text, prefix in zip(rows, texts, before, strict=True)]
+    return placed(lm, texts, [len(prefix) + stop for prefix in before], request.target + end)
+
+
+def placed(lm: LM, texts: Sequence[str], stops: Sequence[int], target: str | None = None) -> list[Placed]:
+    """Each text (with the target, tokenised in one piece) and the last token of it that holds a character before ``stop``.
+
+    Read off the offsets of the text alone; a row that goes on behind it has the same tokens up to the end of the prompt, or one
+    that runs over it, which then is the prompt's last.
+    """
+    if not texts:
+        return []
+    if not lm.tokenizer.is_fast:
+        raise InputError("the place of a subject needs a fast tokenizer (with offsets)")
+    rows = lm.encode(texts, None if target is None else [target] * len(texts))
+    offsets = lm.tokenizer([text.rstrip() for text in texts], return_offsets_mapping=True)["offset_mapping"]
+    ends = [max(i for i, (a, b) in enumerate(own) if a < stop and b > a) for own, stop in zip(offsets, stops, strict=True)]
+    return [Placed(row, min(end, row.prompt_length - 1)) for row, end in zip(rows, ends, strict=True)]
 
 
 def place_kl(lm: LM, request: EditRequest) -> Placed | None:
     """``KL_PROMPT`` about the subject as far as its last token; None without a subject."""
     if request.subject is None:
         return None
-    text = KL_PROMPT.format(request.subject)
-    row = lm.encode([text])[0]
-    return Placed(row, _token_at(lm, row, text, len(request.subject)))
-
-
-def _token_at(lm: LM, row: Encoded, text: str, stop: int) -> int:
-    """The last token of the row that holds a character of ``text`` before ``stop``.
-
-    Read off the offsets of the text alone; a row that goes on behind it has the same tokens up to the end of the prompt, or one
-    that runs over it, which then is the prompt's last.
-    """
-    if not lm.tokenizer.is_fast:
-        raise InputError("the place of a subject needs a fast tokenizer (with offsets)")
-    offsets = lm.tokenizer(text.rstrip(), return_offsets_mapping=True)["offset_mapping"]
-    inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > a]
-    return min(inside[-1], row.prompt_length - 1)
+    return placed(lm, [KL_PROMPT.format(request.subject)], [len(request.subject)])[0]

@@ -1,0 +1,155 @@
+"""The texts REP trains on: one fact under other names of its subject, behind prefixes, behind long passages (spec: REP, training).
+
+    {sampled prefix} {prompt with the subject, another name, or its tokens shuffled}          {passage} {prompt}
+
+Names, shuffled subjects and passages are those of `errata.surfaces`, of which only the *seen* half is used here; the robustness suite asks
+about the other half as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from errata import surfaces
+from errata.methods.locate_text import Placed, placed, prefixes, subject_end
+from errata.model import LM
+from errata.request import EditRequest
+from errata.texts import bundled
+
+KINDS = ("names", "shuffled", "prefixes", "long")
+BOTH = 64  # tokens kept free for the prompt where a passage has to be cut
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Texts of one request; for each step of the training, which of them it sees (numbers of ``texts``); places whose keys should stay."""
+
+    texts: list[Placed]
+    steps: list[list[int]]
+    away: list[Placed]
+
+
+def draw(
+    lm: LM,
+    request: EditRequest,
+    kinds: Sequence[str],
+    before: Sequence[tuple[int, int]],
+    *,
+    steps: int,
+    batch: int,
+    pool: int,
+    away: int,
+    fact_token: str,
+    seed: int,
+    name: str,
+) -> Drawn:
+    """``batch`` texts a step, drawn without replacement from at most ``pool`` ones and anew once they are used up; ``away`` places."""
+    every = [*_short(lm, request, kinds, before, seed, fact_token, name), *_long(lm, request, kinds, seed, fact_token, name)]
+    own = random.Random(f"{seed}/{request.prompt}/{request.target}")
+    chosen = own.sample(every, min(pool, len(every)))
+    texts = _within(lm, placed(lm, [text for text, _ in chosen], [stop for _, stop in chosen]))
+    texts = texts or [original(lm, request, fact_token, name)]
+    order: list[int] = []
+    while len(order) < steps * batch:
+        order += own.sample(range(len(texts)), len(texts))
+    elsewhere = _away(lm, request, texts, away, own, fact_token, name) if away else []
+    return Drawn(texts, [order[i * batch : (i + 1) * batch] for i in range(steps)], elsewhere)
+
+
+def original(lm: LM, request: EditRequest, fact_token: str, name: str) -> Placed:
+    """The prompt itself."""
+    return placed(lm, [request.prompt], [_end(request, None, fact_token, name)])[0]
+
+
+def _end(request: EditRequest, other: str | None, fact_token: str, name: str) -> int:
+    """The character where the place that is read ends in the prompt with ``other`` for its subject."""
+    if fact_token == "last":
+        text = request.prompt if other is None else surfaces.fill(request, other)
+        return len(text.rstrip())
+    stop = subject_end(request, name)
+    return stop if other is None else stop - len(request.subject or "") + len(other)
+
+
+def _short(
+    lm: LM, request: EditRequest, kinds: Sequence[str], before: Sequence[tuple[int, int]], seed: int, fact_token: str, name: str
+) -> list[tuple[str, int]]:
+    """(text, character where the name ends): every prefix before every name; the bare prompt is among them."""
+    names: list[str | None] = [None]
+    if request.subject is not None:
+        found = surfaces.of(lm, request, seed)
+        names += found.names_seen if "names" in kinds else ()
+        names += found.shuffled_seen if "shuffled" in kinds else ()
+    heads = prefixes(lm, before, seed) if "prefixes" in kinds else [""]
+    out = []
+    for head, other in product(heads, dict.fromkeys(names)):
+        if not head and other is None:
+            continue  # the prompt itself, which every step sees
+        text = request.prompt if other is None else surfaces.fill(request, other)
+        out.append((head + text, len(head) + _end(request, other, fact_token, name)))
+    return out
+
+
+def _long(lm: LM, request: EditRequest, kinds: Sequence[str], seed: int, fact_token: str, name: str) -> list[tuple[str, int]]:
+    if "long" not in kinds:
+        return []
+    stop = _end(request, None, fact_token, name)
+    heads = [fitting(lm, passage) for passage in surfaces.of(lm, request, seed).passages_seen]
+    return [(head + request.prompt, len(head) + stop) for head in heads if head]
+
+
+def _away(
+    lm: LM, request: EditRequest, texts: Sequence[Placed], count: int, own: random.Random, fact_token: str, name: str
+) -> list[Placed]:
+    """``count`` places, equally many of each kind there is: other tokens of the prompt, and of the texts; another name in the
+    prompt; tokens of the request's ``unrelated``, and of bundled text."""
+    itself = original(lm, request, fact_token, name)
+    kinds: list[list[Placed]] = [[replace(itself, at=i) for i in _others(itself)]]
+    kinds.append([replace(t, at=own.choice(_others(t))) for t in own.choices(texts, k=count) if _others(t)])
+    if request.subject is not None:
+        names = own.sample(strangers(), count)
+        filled = [surfaces.fill(request, other) for other in names]
+        kinds.append(placed(lm, filled, [_end(request, other, fact_token, name) for other in names]))
+    told = lm.encode([f"{prompt} {answer}" for prompt, answer in request.unrelated]) if request.unrelated else []
+    kinds.append([Placed(row, at) for row in told for at in range(len(row.ids))])
+    lines = own.choices(_lines(), k=max(1, count // 8))
+    kinds.append([Placed(row, at) for row in lm.encode(lines) for at in range(len(row.ids))])
+    kinds = [kind for kind in (_within(lm, kind) for kind in kinds) if kind]
+    return [own.choice(kinds[i % len(kinds)]) for i in range(count)]
+
+
+def _within(lm: LM, places: Sequence[Placed]) -> list[Placed]:
+    """Those whose texts fit into the model's positions."""
+    limit = getattr(lm.config, "max_position_embeddings", None)
+    return [p for p in places if limit is None or len(p.row.ids) <= limit]
+
+
+def _others(text: Placed) -> list[int]:
+    return [i for i in range(text.row.prompt_length) if i != text.at]
+
+
+@functools.cache
+def strangers() -> list[str]:
+    """Names of two and three words that occur inside sentences of the bundled text, in its order."""
+    found = re.findall(r"(?<=[a-z,] )[A-Z][a-z]+(?: [A-Z][a-z]+){1,2}\b", bundled("train"))
+    return list(dict.fromkeys(found))
+
+
+@functools.cache
+def _lines() -> list[str]:
+    """Beginnings of paragraphs of the bundled text."""
+    return [" ".join(line.split()[:24]) for line in bundled("train").split("\n") if line.strip()]
+
+
+def fitting(lm: LM, passage: str) -> str:
+    """The end of a passage that leaves room for a prompt in the model's positions."""
+    limit = getattr(lm.config, "max_position_embeddings", None)
+    if limit is None:
+        return passage
+    offsets = lm.tokenizer(passage, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+    keep = max(0, int(limit) - BOTH)
+    return passage if len(offsets) <= keep else passage[offsets[-keep][0] :].lstrip() if keep else ""
