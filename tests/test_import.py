@@ -19,7 +19,7 @@ FLOORS = {
     **dict.fromkeys(("families", "texts", "tokens", "decode", "patch", "weights", "offload"), 1),
     **dict.fromkeys(("bank", "context", "embed", "model", "tail", "fit", "lanes", "problems", "read", "stats", "surfaces"), 2),
     **dict.fromkeys(("methods", "trace", "score"), 3),
-    **dict.fromkeys(("run", "ledger", "export", "almanac"), 4),
+    **dict.fromkeys(("run", "ledger", "export", "almanac", "analyse"), 4),
     **dict.fromkeys(("__main__", "cli", "commands", "serve"), 5),
 }
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")

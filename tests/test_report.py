@@ -296,5 +296,5 @@ def test_curves_without_matplotlib_say_what_to_install(monkeypatch: pytest.Monke
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ErrataError, match=r"curves need matplotlib.*pip install matplotlib"):
+    with pytest.raises(ErrataError, match=r"plots need matplotlib.*pip install matplotlib"):
         retention(CURVE, tmp_path / "c.png")

@@ -1,7 +1,4 @@
-"""Curves as image files: how an edit holds as more follow (`retention`), and what a setting does (`sweep`).
-
-Drawn on matplotlib's figure objects without pyplot, so no window system and no global style is touched.
-"""
+"""Curves as image files: how an edit holds as more follow (`retention`), and what a setting does (`sweep`)."""
 
 from __future__ import annotations
 
@@ -10,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.errors import ErrataError, InputError, StorageError
+from errata.errors import InputError
+from errata.report import figures
 from errata.report.tables import HEADINGS, PROTOCOLS, methods, metrics, protocols
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
 
@@ -23,18 +20,6 @@ Row = Mapping[str, Any]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
 LABELS = {"likelihood": "share of probes, or difference of probability", "sampled": "bits (GE), cosine (RS)"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-
-
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ErrataError("curves need matplotlib, which is not installed; pip install matplotlib") from None
-    figure = Figure(figsize=(5.2 * panels, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)
-    return figure, list(axes[0])
 
 
 def _check(rows: Sequence[Row], needed: tuple[str, ...]) -> None:
@@ -86,7 +71,7 @@ def _limits(rows: Sequence[Row]) -> tuple[float, float]:
 
 def _draw(rows: Sequence[Row], path: str | Path, x: str, label: str, log: bool) -> None:
     shown = protocols(rows)
-    figure, panels = _figure(len(shown))
+    figure, panels = figures.figure(5.2 * len(shown), 4.0, len(shown))
     for axes, protocol in zip(panels, shown, strict=True):
         mine = [row for row in rows if row["protocol"] == protocol]
         _lines(axes, mine, x)
@@ -102,12 +87,7 @@ def _draw(rows: Sequence[Row], path: str | Path, x: str, label: str, log: bool) 
         axes.set_title(_plain(PROTOCOLS.get(protocol, protocol).partition(":")[0]), fontsize=10)
         axes.grid(True, alpha=0.25)
         axes.legend(fontsize=7)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:  # an ending matplotlib cannot write
-        raise InputError(f"{path}: {error}") from None
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror}); check the folder and the space left") from None
+    figures.save(figure, [path])
 
 
 def retention(rows: Sequence[Row], path: str | Path) -> None:

@@ -1,19 +1,16 @@
-"""Causal traces as heat maps, from the plain numbers that ``trace.json`` holds (`errata trace`).
-
-Drawn without pyplot, like `errata.report.curves`.  An SVG is the same file for the same numbers: text stays text, and no date is written.
-"""
+"""Causal traces as heat maps, from the plain numbers that ``trace.json`` holds (`errata trace`)."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.errors import ErrataError, InputError, StorageError
+from errata.errors import InputError
+from errata.report import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,22 +88,11 @@ def _draw(panels: Sequence[Panel], labels: Sequence[str], paths: Sequence[str | 
     for panel in panels:
         if len(panel.values) != len(labels) or not all(math.isfinite(v) for row in panel.values for v in row):
             raise InputError(f"the {panel.kind} panel must hold a row of finite numbers for each of {len(labels)} labels")
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ErrataError("heat maps need matplotlib, which is not installed; pip install matplotlib") from None
     wide = 0.055 * max(map(len, labels))
-    figure = Figure(figsize=((2.9 + wide) * len(panels), max(2.0, 0.75 + 0.145 * len(labels))), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    figure, every = figures.figure((2.9 + wide) * len(panels), max(2.0, 0.75 + 0.145 * len(labels)), len(panels))
+    for axes, panel in zip(every, panels, strict=True):
         _panel(figure, axes, panel, labels)
-    # The hash salt makes the ids in an SVG the same each time.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "errata"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*missing from.*font")  # a script the font lacks is drawn as boxes
-        for path in paths:
-            _save(figure, path)
+    figures.save(figure, paths)
 
 
 def _panel(figure: Figure, axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
@@ -127,12 +113,3 @@ def _panel(figure: Figure, axes: Axes, panel: Panel, labels: Sequence[str]) -> N
         bar.solids.set(rasterized=False, edgecolor="face")
     bar.ax.tick_params(labelsize=6)
     bar.ax.set_title(panel.bar, fontsize=6) if len(panel.bar) < 16 else bar.set_label(panel.bar, fontsize=7)
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    try:
-        figure.savefig(path, dpi=200, metadata={"Date": None} if str(path).endswith(".svg") else None)
-    except ValueError as error:  # an ending matplotlib cannot write
-        raise InputError(f"{path}: {error}") from None
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror}); check the folder and the space left") from None

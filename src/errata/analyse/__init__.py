@@ -1,0 +1,1 @@
+"""What an edit rests on, as numbers and plots: `errata.analyse.keys`."""
