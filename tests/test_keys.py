@@ -15,7 +15,6 @@ from errata.cli import main
 from errata.config import build
 from errata.errors import InputError
 from errata.methods.rep import REP
-from errata.methods.rep_adapting import apart
 from errata.patch import Site
 from errata.read import read
 from errata.request import EditRequest
