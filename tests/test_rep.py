@@ -204,6 +204,20 @@ def test_stacks_join_adaptors_and_taking_one_off_leaves_the_other() -> None:
     base.detach(second.id)
 
 
+def test_a_patch_that_is_there_can_be_adapted() -> None:
+    base = lm("llama")
+    made = build(registry.get("method", "rome"), WRAPPED).edit_each(base, [FRANCE, ITALY])
+    assert [p.id for p in rep().adapt(base, made)] == [p.id for p in rep().edit_each(base, [FRANCE, ITALY])]
+    joint = build(registry.get("method", "memit"), {**WRAPPED, "layers": [0, 1]})
+    unequal = [joint.edit(base, [FRANCE, ITALY]), joint.edit(base, [ITALY])]
+    counts = [
+        len(op.tensors["a"]) for p in rep(wraps="memit", wrapped={**WRAPPED, "layers": [0, 1]}).adapt(base, unequal) for op in p.ops[2:]
+    ]
+    assert counts == [2, 2, 1, 1]
+    with pytest.raises(ConfigError, match="was made with rome"):
+        rep(wraps="memit").adapt(base, made)
+
+
 def test_a_joint_patch_has_an_adaptor_an_edit_or_a_shared_one() -> None:
     base = lm("llama")
     for scope, count in (("edit", 2), ("shared", 1)):

@@ -55,7 +55,7 @@ class REP:
     needs: ClassVar[frozenset[str]] = frozenset({"subject", "stats"})
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # chosen on dev (docs/results): the published terms leave the gate open everywhere on a small model, or shut everywhere
-        "almanac": {"steps": 200, "lr": 2e-3, "aggregation": 0.0, "consistency": 100.0, "match": 1.0, "closing": 1.0},
+        "almanac": {"steps": 200, "lr": 2e-3, "aggregation": 0.0, "consistency": 100.0, "match": 1.0, "closing": 0.3, "tau": 0.8},
     }
 
     wraps: str = "rome"
@@ -129,3 +129,11 @@ class REP:
     ) -> list[Patch]:
         """A patch for each request, as if it were made alone on ``on``; all adaptors are trained in one batch."""
         return Adapting(self, lm, live(tuple(on)), runner).run([[r] for r in requests], progress)
+
+    def adapt(self, lm: LM, patches: Sequence[Patch], *, on: Stack = (), progress: Progress | None = None) -> list[Patch]:
+        """Each of the wrapped method's patches, made on ``on``, with adaptors: `edit_each` where each holds one request."""
+        wrong = next((p for p in patches if p.method != self.wraps or p.settings.get("layers") != list(self.inner(lm).at(lm))), None)
+        if wrong is not None:
+            made = f"was made with {wrong.method}, blocks {wrong.settings.get('layers')}"
+            raise ConfigError(f"rep: patch {wrong.id} {made}; set wraps and wrapped accordingly")
+        return Adapting(self, lm, live(tuple(on)), Tail).run([list(p.requests) for p in patches], progress, patches)

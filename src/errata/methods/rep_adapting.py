@@ -59,7 +59,10 @@ class Adapting:
     ops: list[list[Op]] = field(init=False)  # of each problem: what the wrapped method wrote, then the adaptors
     kept: list[dict[str, Tensor]] = field(init=False)  # of each problem: what shared adaptors are trained further from
 
-    def run(self, problems: Sequence[list[EditRequest]], progress: Progress | None = None) -> list[Patch]:
+    def run(
+        self, problems: Sequence[list[EditRequest]], progress: Progress | None = None, made: Sequence[Patch] | None = None
+    ) -> list[Patch]:
+        """A patch a problem; ``made``: the wrapped method's, where they are there already."""
         if not problems:
             return []
         if not all(problems):
@@ -67,10 +70,14 @@ class Adapting:
         began, e, lm = time.perf_counter(), self.editor, self.lm
         inner, under = e.inner(lm), tuple(q for p in self.on for q in apart(p))
         self.before = self._goes_on(inner.at(lm))
-        if self.before is not None and len(problems) > 1:  # each goes on by itself
-            return [patch for rs in problems for patch in Adapting(e, lm, self.on, self.runner).run([rs], progress)]
+        if len(problems) > 1 and (self.before is not None or len({*map(len, problems)}) > 1):  # each goes on by itself; unequal sizes
+            each = [None] * len(problems) if made is None else [[p] for p in made]
+            runs = (Adapting(e, lm, self.on, self.runner).run([rs], progress, own) for rs, own in zip(problems, each, strict=True))
+            return [patch for run in runs for patch in run]
         given = {"on": under, "runner": self.runner, "progress": progress}
-        made = [inner.edit(lm, problems[0], **given)] if len(problems) == 1 else inner.edit_each(lm, [rs[0] for rs in problems], **given)
+        if made is None:
+            joint = len(problems) == 1
+            made = [inner.edit(lm, problems[0], **given)] if joint else inner.edit_each(lm, [rs[0] for rs in problems], **given)
         # the adaptors gone on from are the ones that are trained: keys are read without them
         self.job = Locating(inner, lm, list(problems), under[:-1] if self.before else under, self.runner)
         self.job.place()
