@@ -15,6 +15,13 @@ from typing import Any
 from errata.errors import InputError
 
 PROBE_KINDS = ("rewrite", "rephrase", "neighbour", "unrelated", "two_hop", "reverse", "alias")
+# What `errata.score.robustness` adds.  "_seen": an editor may have trained on this surface of the fact; "_unseen": on one like it.
+SURFACE_KINDS = (
+    *("paraphrase_seen", "subject_seen", "subject_unseen", "shuffled_seen", "shuffled_unseen"),
+    *("long_seen", "long_unseen", "long_tokens_seen", "long_tokens_unseen"),
+    *("question_form", "completion_form", "chat"),
+)
+ROBUST_KINDS = (*SURFACE_KINDS, "statement_true", "statement_false", "negation")
 
 
 def _text(name: str, value: object, *, optional: bool = False) -> None:
@@ -137,7 +144,8 @@ class Probe:
 class Case:
     """A request with the probes that score it: one benchmark record.
 
-    What trains may not score, except by a probe whose kind says so: it ends in "_seen" and asks the prompt under an alias.
+    What trains may not score, except by a probe whose kind says so: it ends in "_seen" and asks a paraphrase, or the prompt under
+    an alias.
     """
 
     request: EditRequest
@@ -145,10 +153,10 @@ class Case:
 
     def __post_init__(self) -> None:
         request = self.request
-        training = {*request.paraphrases, *(prompt for prompt, _ in request.unrelated)}
-        renamed = {fill(request, name) for name in request.aliases}
+        pairs = {prompt for prompt, _ in request.unrelated}
+        surfaces = {*request.paraphrases, *(fill(request, name) for name in request.aliases)}
         for probe in self.probes:
-            if probe.prompt in training or (probe.prompt in renamed and not probe.kind.endswith("_seen")):
+            if probe.prompt in pairs or (probe.prompt in surfaces and not probe.kind.endswith("_seen")):
                 raise InputError(
                     f"probe {probe.prompt!r} is also training text of its request; a model may not be scored on what it was shown"
                 )

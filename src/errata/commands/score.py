@@ -41,6 +41,11 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--seed", type=int, default=0, help="of the order of the cases (0)")
     out.add_argument("--marks", metavar="T,T,…", help="continual mode: score after so many edits (powers of ten and the last)")
     out.add_argument("--free-tokens", action="store_true", help="also the token agreement of free answers, by which GRACE was published")
+    out.add_argument(
+        "--robustness",
+        action="store_true",
+        help="also other names and shuffled tokens of the subject, long contexts, question form, chat template, true or false, negation",
+    )
     out.add_argument("--fluency", action="store_true", help="also fluency (GE) and consistency (RS) of sampled text, after all edits")
     common.mode_options(out)
     common.out_options(out)
@@ -139,6 +144,10 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         files.check(args.out, args.force)
     lm = common.load(args)
     editors = [registry.get("method", m).for_model(lm, **settings_of(m, methods, values)) for m in methods]
+    if args.robustness:
+        from errata.score import robustness
+
+        cases = robustness.widen(lm, cases)
     scored, answers = Scored(), Answers(free_tokens=args.free_tokens)
     with screen.progress() as progress:
         for editor in editors:
@@ -153,6 +162,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             results.save(folder, title, document, scored.every, scored.final, what)
     screen.document(document)
     results.show(screen, document["summary"], document["differences"])
+    results.micro(screen, document.get("micro_averages", ()))
     _retention(screen, document)
     screen.say(common.saved(args.out))
 
@@ -187,6 +197,10 @@ def _document(args: argparse.Namespace, lm: LM, editors: list[Any], scored: Scor
         "differences": results.differences(scored.final, rows),
         "saved": None if args.out is None else str(args.out),
     }
+    if args.robustness:
+        from errata.score.robustness import micro_averages
+
+        out["micro_averages"] = micro_averages(scored.final)
     if args.mode == "batched":
         out["batch_size"] = common.batch_size(args)
     if args.mode == "continual":
@@ -199,7 +213,7 @@ def _retention(screen: Screen, document: dict[str, Any]) -> None:
     """How each method's metrics stand after T edits (generated answers)."""
     from errata.report import tables
 
-    rows = [r for r in document.get("retention", ()) if r["protocol"] == "generated"]
+    rows = [r for r in tables.main(document.get("retention", ())) if r["protocol"] == "generated"]
     if not rows:
         return
     at = sorted({r["T"] for r in rows})
