@@ -226,6 +226,11 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     return requests
 
 
-def write_requests(path: str | Path, requests: Iterable[EditRequest]) -> None:
+def as_lines(requests: Iterable[EditRequest]) -> str:
     """One JSON object a line."""
-    Path(path).write_text("".join(json.dumps(r.to_dict(), ensure_ascii=False) + "\n" for r in requests), encoding="utf-8")
+    return "".join(json.dumps(r.to_dict(), ensure_ascii=False) + "\n" for r in requests)
+
+
+def write_requests(path: str | Path, requests: Iterable[EditRequest]) -> None:
+    """`as_lines` in a file."""
+    Path(path).write_text(as_lines(requests), encoding="utf-8")
