@@ -35,6 +35,10 @@ ENTRIES: dict[str, dict[str, str]] = {
     },
     "benchmark": {
         "almanac": "errata.benchmarks.almanac:Almanac",
+        "zsre": "errata.benchmarks.zsre:ZsRE",
+        "wiki-recent": "errata.benchmarks.knowedit:WikiRecent",
+        "wiki-counterfact": "errata.benchmarks.knowedit:WikiCounterfact",
+        "wikibio": "errata.benchmarks.knowedit:WikiBio",
     },
     "op": {
         "context": "errata.context:InFront",
