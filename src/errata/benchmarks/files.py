@@ -7,40 +7,21 @@ Nothing is dropped in silence: `Report` counts by reason what could not be used.
 
 from __future__ import annotations
 
-import collections
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from errata import registry
+from errata.benchmarks import drafts
+from errata.benchmarks.drafts import Draft, Report, Unusable
 from errata.benchmarks.facts import share
 from errata.benchmarks.records import SUFFIXES, Record, locate, read_records, unknown_field
 from errata.errors import InputError
-from errata.request import LOCAL_KINDS, SENTIMENT, Case, EditRequest, Probe
+from errata.request import Case, EditRequest, Probe
 
 Item = TypeVar("Item")
-
-
-class Unusable(Exception):
-    """A record that is well formed but makes no case; the message is the reason it is counted under."""
-
-
-@dataclass(slots=True)
-class Draft:
-    """What a record says, before it is checked.  ``more``: further edits that belong to the same change."""
-
-    prompt: str
-    target: str
-    subject: str | None = None
-    old: str | None = None
-    probes: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
-    more: tuple[Draft, ...] = ()
-
-    def ask(self, kind: str, prompt: str, *answers: str) -> None:
-        """One probe; ``answers`` best first, all accepted."""
-        self.probes.append((kind, prompt, answers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,40 +62,6 @@ class Form(Generic[Item]):
             raise record.fail(unknown_field(unknown[0], self.known))
 
 
-@dataclass(slots=True)
-class Report:
-    """What became of the records of a file.
-
-    dropped    reason -> records that made no case
-    probes     kind -> probes of all cases
-    left_out   "kind: reason" -> probes that were not taken
-    remarks    what is odd about what was taken
-    """
-
-    form: str
-    records: int
-    cases: int = 0
-    joined: int = 0
-    dropped: collections.Counter[str] = field(default_factory=collections.Counter)
-    probes: collections.Counter[str] = field(default_factory=collections.Counter)
-    left_out: collections.Counter[str] = field(default_factory=collections.Counter)
-    remarks: collections.Counter[str] = field(default_factory=collections.Counter)
-
-    def lines(self) -> list[str]:
-        """For people: one line a fact."""
-        out = [f"{self.records} records ({self.form}), {self.cases} cases"]
-        if self.joined:
-            out.append(f"{self.joined} records of an edit that an earlier record also asks for: their probes joined its case")
-        out += [f"dropped {count} records: {reason}" for reason, count in self.dropped.most_common()]
-        out += [f"left out {count} probes: {reason}" for reason, count in self.left_out.most_common()]
-        return out + [f"{count} cases: {remark}" for remark, count in self.remarks.most_common()]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        counts = {name: dict(getattr(self, name)) for name in ("dropped", "probes", "left_out", "remarks")}
-        return {"form": self.form, "records": self.records, "cases": self.cases, "joined": self.joined, **counts}
-
-
 class FileData(Generic[Item]):
     """Records of one form, from a file, a folder (one file of the split in it) or the hub."""
 
@@ -126,6 +73,7 @@ class FileData(Generic[Item]):
     splits: ClassVar[tuple[str, ...]]  # of the published files; the first is the one to score on
     forms: ClassVar[tuple[Form[Any], ...]]
     needs_data: ClassVar[bool] = True
+    kind: ClassVar[str] = "edits"  # or choices, questions, facts: without edits
 
     def __init__(self, data: str | Path) -> None:
         self.data = data
@@ -191,39 +139,44 @@ class FileData(Generic[Item]):
 class FileBenchmark(FileData[Case]):
     """A benchmark of edits.  ``report`` says what became of the records that the last `load` read."""
 
+    probes: ClassVar[tuple[str, ...]]  # kinds that may occur
     report: Report
+    openings: Mapping[str, tuple[str, ...]]  # of cases by id, likewise
 
     def load(self, split: str | None = None, n: int | None = None, seed: int | None = 0) -> Iterator[Case]:
         """``n`` cases (all without ``n``) in the order of ``seed``; None: the file's own, by which papers make T edits."""
         cases = self._cases(split)
         return self.dealt(cases, [case.id for case in cases], n, seed)
 
-    def drafts(self, form: Form[Any], records: Sequence[Record]) -> Iterator[Callable[[], Draft]]:
-        """How to make the draft of each record; what needs the other records overrides this."""
-        for record in records:
-            yield lambda record=record: form.make(record)  # type: ignore[misc]
+    def draft(self, form: Form[Any], records: Sequence[Record], i: int) -> Draft:
+        """The draft of record i; what needs the other records overrides this."""
+        draft: Draft = form.make(records[i])
+        return draft
 
     def _cases(self, split: str | None) -> list[Case]:
         form, records = self.records(split)
         self.report = report = Report(form.name, len(records))
         found: dict[tuple[EditRequest, ...], list[Probe]] = {}
-        for record, make in zip(records, self.drafts(form, records), strict=True):
+        openings: dict[tuple[EditRequest, ...], tuple[str, ...]] = {}
+        for i, record in enumerate(records):
             try:
-                draft = make()
-                requests = tuple(_request(part) for part in (draft, *draft.more))
+                draft = self.draft(form, records, i)
+                requests = tuple(drafts.request(part) for part in (draft, *draft.more))
             except Unusable as reason:
                 report.dropped[str(reason)] += 1
                 continue
             except InputError as error:
                 raise error if str(error).startswith(record.where) else record.fail(str(error)) from None
             report.joined += requests in found
-            _take(_probes(draft, requests, record, report), found.setdefault(requests, []), report)
+            openings[requests] = tuple(dict.fromkeys((*openings.get(requests, ()), *draft.openings)))
+            drafts.take(drafts.probes(draft, requests, record, report), found.setdefault(requests, []), report)
         cases = [Case(requests[0], tuple(probes), requests[1:]) for requests, probes in found.items()]
         if not cases:
             raise InputError(f"{self.data}: no record makes a case of {self.name}; {'; '.join(report.lines())}")
         report.cases = len(cases)
         report.probes.update(probe.kind for case in cases for probe in case.probes)
-        _remark(cases, report)
+        self.openings = {case.id: openings[case.requests] for case in cases}
+        drafts.remark(cases, report)
         return cases
 
 
@@ -233,75 +186,6 @@ def _words(stem: str) -> list[str]:
 
 def _takes(benchmark: Any, record: Record) -> bool:
     return any(form.fits(record) for form in getattr(benchmark, "forms", ()))
-
-
-def _request(draft: Draft) -> EditRequest:
-    """The request, its subject spelt as in the prompt; `Unusable` where a part is missing."""
-    for name in ("prompt", "target"):
-        if not getattr(draft, name).strip():
-            raise Unusable(f"the {name} is empty")
-    subject = draft.subject
-    if subject is not None:
-        if not subject.strip():
-            raise Unusable("the subject is empty")
-        if subject not in draft.prompt:
-            at = draft.prompt.lower().find(subject.lower())
-            if at < 0 or len(draft.prompt.lower()) != len(draft.prompt):
-                raise Unusable("the subject does not occur in the prompt")
-            subject = draft.prompt[at : at + len(subject)]
-    return EditRequest(draft.prompt, draft.target, subject, draft.old if draft.old and draft.old.strip() else None)
-
-
-def _probes(draft: Draft, requests: Sequence[EditRequest], record: Record, report: Report) -> list[Probe]:
-    """A rewrite probe of each request, and what else can be asked."""
-    edited = {r.prompt for r in requests}
-    out = [Probe("rewrite", r.prompt, r.target) for r in requests]
-    for kind, prompt, answers in draft.probes:
-        given = tuple(dict.fromkeys(a for a in answers if a.strip()))
-        if not prompt.strip():
-            report.left_out[f"{kind}: its prompt is empty"] += 1
-        elif prompt in edited and kind not in SENTIMENT:
-            report.left_out[f"{kind}: it is the edited prompt itself"] += 1
-        elif not given and kind not in LOCAL_KINDS:
-            report.left_out[f"{kind}: no answer is given"] += 1
-        else:
-            try:
-                out.append(Probe(kind, prompt, given[0] if given else None, given[1:]))
-            except InputError as error:
-                raise record.fail(str(error)) from None
-    return out
-
-
-def _take(probes: Sequence[Probe], into: list[Probe], report: Report) -> None:
-    """Adds what is not there yet.  An equal question with an equal answer is asked once."""
-    there = {(p.kind, p.prompt, p.target) for p in into}
-    for probe in probes:
-        name = (probe.kind, probe.prompt, probe.target)
-        if name not in there:
-            there.add(name)
-            into.append(probe)
-        elif probe.kind != "rewrite":
-            report.left_out[f"{probe.kind}: asked twice of one edit"] += 1
-
-
-def _remark(cases: Sequence[Case], report: Report) -> None:
-    """Counts what a reader of scores should know about the cases."""
-    targets: dict[str, set[str]] = {}
-    for case in cases:
-        for r in case.requests:
-            targets.setdefault(r.prompt, set()).add(r.target)
-    for case in cases:
-        news = {r.target for r in case.requests}
-        report.remarks.update(
-            remark
-            for remark, holds in (
-                ("the new answer is the old one", any(r.target == r.old for r in case.requests)),
-                ("another case edits the same prompt to another answer", any(len(targets[r.prompt]) > 1 for r in case.requests)),
-                ("a fact that should stay has the new answer", any(p.kind in LOCAL_KINDS and p.target in news for p in case.probes)),
-                ("no subject", any(r.subject is None for r in case.requests)),
-            )
-            if holds
-        )
 
 
 def open_benchmark(name: str, data: str | Path | None = None) -> Any:

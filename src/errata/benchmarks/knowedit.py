@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from errata.benchmarks.files import Draft, FileBenchmark, Form
+from errata.benchmarks.drafts import Draft
+from errata.benchmarks.files import FileBenchmark, Form
 from errata.benchmarks.records import Record
 
 KINDS: Final = {
@@ -70,6 +71,7 @@ class WikiRecent(_KnowEdit):
     name = "wiki-recent"
     source = "KnowEdit, benchmark/wiki_recent (hub: zjunlp/KnowEdit); facts and probes from RippleEdits"
     citation = "Zhang et al. 2024 (KnowEdit, arXiv 2401.01286); Cohen et al. 2024 (RippleEdits, arXiv 2307.12976)"
+    probes = ("rewrite", "rephrase", "same_subject", "forgetfulness", "two_hop", "alias", "logical")
     forms = (Form.of("KnowEdit", _fact, _COMMON, _REPHRASED),)
 
 
@@ -79,6 +81,7 @@ class WikiCounterfact(_KnowEdit):
     name = "wiki-counterfact"
     source = "KnowEdit, benchmark/wiki_counterfact (hub: zjunlp/KnowEdit); facts and probes from RippleEdits"
     citation = WikiRecent.citation
+    probes = ("rewrite", "rephrase", "same_subject", "forgetfulness", "two_hop", "alias", "logical")
     forms = (Form.of("KnowEdit", _fact, f"{_COMMON} ground_truth", _REPHRASED),)
 
 
@@ -89,4 +92,5 @@ class WikiBio(_KnowEdit):
     source = "KnowEdit, benchmark/WikiBio (hub: zjunlp/KnowEdit); passages of Wikipedia as in SelfCheckGPT"
     licence = "MIT (KnowEdit); text of Wikipedia CC BY-SA"
     citation = "Zhang et al. 2024 (KnowEdit, arXiv 2401.01286); Manakul et al. 2023 (SelfCheckGPT)"
+    probes = ("rewrite", "same_subject")
     forms = (Form.of("KnowEdit", _biography, "text labels concept locality"),)

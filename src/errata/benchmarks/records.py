@@ -44,6 +44,12 @@ class Record:
         """A field that is a list of texts."""
         return tuple(self._part(f"{key}[{i}]", value, str, "a text") for i, value in enumerate(self._typed(key, list, "a list of texts")))
 
+    def rows(self, key: str) -> list[tuple[str, ...]]:
+        """A field that is a list of lists of texts."""
+        found = enumerate(self._typed(key, list, "a list of lists"))
+        lists = [(f"{key}[{i}]", self._part(f"{key}[{i}]", value, list, "a list of texts")) for i, value in found]
+        return [tuple(self._part(f"{name}[{j}]", v, str, "a text") for j, v in enumerate(value)) for name, value in lists]
+
     def answers(self, key: str) -> tuple[str, ...]:
         """A field of accepted answers, best first: a text, a list, or (KnowEdit) a list of lists of spellings."""
         if key not in self.values:

@@ -10,7 +10,8 @@ KnowEdit form (Zhang et al. 2024): see `errata.benchmarks.knowedit`.
 
 from __future__ import annotations
 
-from errata.benchmarks.files import Draft, FileBenchmark, Form
+from errata.benchmarks.drafts import Draft
+from errata.benchmarks.files import FileBenchmark, Form
 from errata.benchmarks.knowedit import ZSRE_FORM
 from errata.benchmarks.records import Record
 
@@ -38,6 +39,7 @@ class ZsRE(FileBenchmark):
     source = "zsre_mend_eval.json and zsre_mend_edit.json of MEND, ROME and EasyEdit (WISE), or KnowEdit's ZsRE-test-all.json"
     licence = "none stated for zsRE; its locality questions (Natural Questions) CC BY-SA 3.0; KnowEdit MIT"
     citation = "Levy et al. 2017; De Cao et al. 2021; Mitchell et al. 2022 (MEND); Zhang et al. 2024 (KnowEdit)"
+    probes = ("rewrite", "rephrase", "unrelated", "same_subject", "two_hop", "alias", "reverse", "logical")
     splits = ("test", "edit", "eval", "train")
     forms = (
         Form.of(
