@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from errata.request import LOCAL_KINDS
+
 PROTOCOLS: Final = ("teacher_forced", "generated", "free_tokens", "likelihood", "sampled")
 
 
@@ -33,14 +35,16 @@ class Metric:
 _AFTER: Final = {"teacher_forced": "tf_after", "generated": "gen_match_after", "free_tokens": "free_after"}
 _BEFORE: Final = {"teacher_forced": "tf_before", "generated": "gen_match_before", "free_tokens": "free_before"}
 _AGREE: Final = {"teacher_forced": "tf_agree", "generated": "gen_agree", "free_tokens": "free_agree"}
-_LOCAL: Final = ("neighbour", "unrelated")
+_LOCAL: Final = LOCAL_KINDS
+_PORTABLE: Final = ("two_hop", "multi_hop", "reverse", "alias", "logical")
+_FORCED: Final = ({"teacher_forced": "tf_after"}, {"teacher_forced": "tf_before"})
 _WINS: Final = ({"likelihood": "nll_wins_after"}, {"likelihood": "nll_wins_before"})
+_MARGIN: Final = ({"likelihood": "nll_margin_after"}, {"likelihood": "nll_margin_before"})
 _SURFACE: Final = ({**_AFTER, **_WINS[0]}, {**_BEFORE, **_WINS[1]})
 _AVOIDED: Final = (
     {"teacher_forced": "tf_not_after", "generated": "gen_not_after", **_WINS[0]},
     {"teacher_forced": "tf_not_before", "generated": "gen_not_before", **_WINS[1]},
 )
-_MARGIN: Final = ({"likelihood": "nll_margin_after"}, {"likelihood": "nll_margin_before"})
 
 ROBUST: Final = (
     Metric("paraphrase_seen", 1, ("paraphrase_seen",), *_SURFACE, note="the request's own paraphrases, which the editor was given"),
@@ -71,13 +75,24 @@ METRICS: Final[dict[str, Metric]] = {
     for metric in (
         Metric("reliability", 1, ("rewrite",), _AFTER, _BEFORE, note="the edited prompt gives the new answer"),
         Metric("generality", 1, ("rephrase",), _AFTER, _BEFORE, note="other ways to ask give the new answer"),
-        Metric("portability", 1, ("two_hop", "reverse", "alias"), _AFTER, _BEFORE, note="what follows from the new answer holds too"),
+        Metric("portability", 1, _PORTABLE, _AFTER, _BEFORE, note="what follows from the new answer holds too"),
         Metric("two_hop", 1, ("two_hop",), _AFTER, _BEFORE, note="a question through the new answer"),
         Metric("reverse", 1, ("reverse",), _AFTER, _BEFORE, note="the fact said backwards"),
         Metric("alias", 1, ("alias",), _AFTER, _BEFORE, note="the subject under another name"),
+        Metric("multi_hop", 1, ("multi_hop",), _AFTER, _BEFORE, note="a question through a longer chain of facts"),
+        Metric("logical", 1, ("logical",), _AFTER, _BEFORE, note="what must hold with the new fact"),
+        Metric("sub_fact", 1, ("sub_fact",), _AFTER, _BEFORE, note="a part of a long answer, asked for by itself"),
+        Metric("out_of_domain", 1, ("out_of_domain",), _FORCED[0], _FORCED[1], note="another text about the subject goes on as it does"),
         Metric("locality_agreement", 1, _LOCAL, _AGREE, {}, note="other facts are answered as before, right or wrong"),
         Metric("locality_correct", 1, _LOCAL, _AFTER, _BEFORE, note="other facts are answered truly"),
         Metric("locality_correct_known", 1, _LOCAL, _AFTER, _BEFORE, known=True, note="other facts known before are still answered truly"),
+        Metric("same_subject", 1, ("same_subject",), _AGREE, {}, note="other facts of the subject are answered as before"),
+        Metric("forgetfulness", 1, ("forgetfulness",), _AGREE, {}, note="the older answers of a relation with several stay"),
+        Metric("distracting", 1, ("distracting",), _AFTER, _BEFORE, note="neighbours keep their answers with the new fact in front"),
+        Metric(
+            "choices", 1, ("choice",), {"likelihood": "right_after"}, {"likelihood": "right_before"}, note="the right choice is likeliest"
+        ),
+        Metric("questions", 1, ("question",), {"generated": "gen_match_after"}, {"generated": "gen_match_before"}, note="right answers"),
         Metric("S", 1, ("rewrite", "rephrase", "neighbour"), *_WINS, harmonic=True, note="harmonic mean of ES, PS and NS"),
         Metric("ES", 1, ("rewrite",), *_WINS, note="the new answer is likelier than the old one after the edited prompt"),
         Metric("PS", 1, ("rephrase",), *_WINS, note="the same after other ways to ask"),

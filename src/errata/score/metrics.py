@@ -11,6 +11,7 @@ A record is one probe of one method, as plain JSON values:
     free_before, free_after, free_agree    share of the target's tokens that stand at the same place of that text; alike in both texts
     known                                  the model answered this probe truly before the edit
     nll_before, nll_after                  mean negative log-likelihood of the answer's tokens, in nats
+    also                                   other accepted answers, where there are any: free text that equals one is a match
     rival, nll_rival_before, …_after       the answer it is weighed against and its NLL; None where there is none
     ge_…, rs_…                             of records of kind "generation" only, see `errata.score.generation`
 
