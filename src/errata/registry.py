@@ -47,6 +47,7 @@ ENTRIES: dict[str, dict[str, str]] = {
         "qaedit": "errata.benchmarks.qaedit:QAEdit",
         "unke": "errata.benchmarks.unke:UnKE",
         "peak": "errata.benchmarks.peak:PEAK",
+        "robustkey": "errata.benchmarks.robustkey:RobustKey",
         "piqa": "errata.benchmarks.downstream:PIQA",
         "nq-open": "errata.benchmarks.downstream:NQOpen",
         "known1000": "errata.benchmarks.downstream:Known1000",

@@ -9,7 +9,7 @@ from typing import Any
 
 from errata.benchmarks.records import Record
 from errata.errors import InputError
-from errata.request import LOCAL_KINDS, SENTIMENT, Case, EditRequest, Probe
+from errata.request import LOCAL_KINDS, SENTIMENT, Case, EditRequest, Probe, fill
 
 
 class Unusable(Exception):
@@ -22,6 +22,7 @@ class Draft:
 
     more      further edits that belong to the same change
     openings  prompts to go on from at length, where generation is measured
+    aliases   other names of the subject, on which an editor may train
     """
 
     prompt: str
@@ -31,6 +32,7 @@ class Draft:
     probes: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
     more: tuple[Draft, ...] = ()
     openings: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
     def ask(self, kind: str, prompt: str, *answers: str) -> None:
         """One probe; ``answers`` best first, all accepted."""
@@ -85,12 +87,14 @@ def request(draft: Draft) -> EditRequest:
             if at < 0 or len(draft.prompt.lower()) != len(draft.prompt):
                 raise Unusable("the subject does not occur in the prompt")
             subject = draft.prompt[at : at + len(subject)]
-    return EditRequest(draft.prompt, draft.target, subject, draft.old if draft.old and draft.old.strip() else None)
+    old = draft.old if draft.old and draft.old.strip() else None
+    return EditRequest(draft.prompt, draft.target, subject, old, aliases=draft.aliases)
 
 
 def probes(draft: Draft, requests: Sequence[EditRequest], record: Record, report: Report) -> list[Probe]:
     """A rewrite probe of each request, and what else can be asked."""
     edited = {r.prompt for r in requests}
+    renamed = {fill(r, name) for r in requests for name in r.aliases}
     out = [Probe("rewrite", r.prompt, r.target) for r in requests]
     for kind, prompt, answers in draft.probes:
         given = tuple(dict.fromkeys(a for a in answers if a.strip()))
@@ -98,6 +102,8 @@ def probes(draft: Draft, requests: Sequence[EditRequest], record: Record, report
             report.left_out[f"{kind}: its prompt is empty"] += 1
         elif prompt in edited and kind not in SENTIMENT:
             report.left_out[f"{kind}: it is the edited prompt itself"] += 1
+        elif prompt in renamed:
+            report.left_out[f"{kind}: it is the prompt under an alias, which may be trained on"] += 1
         elif not given and kind not in LOCAL_KINDS:
             report.left_out[f"{kind}: no answer is given"] += 1
         else:

@@ -144,6 +144,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     if args.out is not None:
         files.check(args.out, args.force)
     benchmark, cases = common.items(args, CASES, "test", args.seed)
+    if args.robustness and benchmark.kind != "edits":
+        raise ConfigError(f"--robustness: {benchmark.name} makes no edits; leave it out")
     if benchmark.kind in ("choices", "questions"):
         return downstream.run(args, screen, benchmark, cases)
     if benchmark.kind != "edits":

@@ -38,7 +38,7 @@ SMALL: Final = frozenset(
 )  # at a sentence's start
 MARGIN: Final = MAX_NEW_TOKENS + 32  # tokens kept free of the window: for answer and chat template
 
-# REP's own names for its columns -> (kind, record field): §3.6 of its evaluation, 0/1 per item, all items of all records alike.
+# The names of REP's evaluation -> the kind of probe they count.
 PAPER: Final[dict[str, str]] = {
     "success": "rewrite",
     "paraphrase": "rephrase",
@@ -54,7 +54,8 @@ PAPER: Final[dict[str, str]] = {
 def widen(lm: LM, cases: Iterable[Case], seed: int = 0, long_seen: int = 1) -> list[Case]:
     """The cases with robustness probes behind their own.
 
-    Of the five passages a case is asked behind ``long_seen``, another one from case to case: long texts cost most of the time.
+    A case is asked behind ``long_seen`` of the five seen passages, in turn from case to case: long texts cost most of the time, and
+    the mean over cases is that of all five.
     """
     return [replace(case, probes=(*case.probes, *_probes(lm, case, i, seed, long_seen))) for i, case in enumerate(cases)]
 
@@ -137,9 +138,10 @@ def negated(prompt: str, subject: str | None = None) -> str | None:
 
 def _fits(lm: LM, probe: Probe) -> bool:
     limit = getattr(lm.config, "max_position_embeddings", None)
-    if not limit or len(probe.prompt) < limit - MARGIN:  # no token is shorter than a character's byte in a short text
+    text = f"{probe.prompt} {probe.target}"
+    if not limit or len(text.encode()) + MARGIN <= limit:  # a token is at least a byte
         return True
-    return len(lm.tokenizer(f"{probe.prompt} {probe.target}")["input_ids"]) + MARGIN <= int(limit)
+    return len(lm.tokenizer(text)["input_ids"]) + MARGIN <= int(limit)
 
 
 def micro_averages(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
