@@ -60,17 +60,21 @@ class Report:
 
     def lines(self) -> list[str]:
         """For people: one line a fact."""
-        out = [f"{self.records} records ({self.form}), {self.cases} cases"]
+        out = [f"{_many(self.records, 'record')} ({self.form}), {_many(self.cases, 'case')}"]
         if self.joined:
-            out.append(f"{self.joined} records of an edit that an earlier record also asks for: their probes joined its case")
-        out += [f"dropped {count} records: {reason}" for reason, count in self.dropped.most_common()]
-        out += [f"left out {count} probes: {reason}" for reason, count in self.left_out.most_common()]
-        return out + [f"{count} cases: {remark}" for remark, count in self.remarks.most_common()]
+            out.append(f"{_many(self.joined, 'record')} of an edit that an earlier record also asks for: the probes joined its case")
+        out += [f"dropped {_many(count, 'record')}: {reason}" for reason, count in self.dropped.most_common()]
+        out += [f"left out {_many(count, 'probe')}: {reason}" for reason, count in self.left_out.most_common()]
+        return out + [f"{_many(count, 'case')}: {remark}" for remark, count in self.remarks.most_common()]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         counts = {name: dict(getattr(self, name)) for name in ("dropped", "probes", "left_out", "remarks")}
         return {"form": self.form, "records": self.records, "cases": self.cases, "joined": self.joined, **counts}
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def request(draft: Draft) -> EditRequest:

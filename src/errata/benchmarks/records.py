@@ -121,7 +121,8 @@ def _decode(where: str, text: str, at: int) -> tuple[Any, int]:
     try:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        cut = " (the file is cut off here)" if not text[error.pos :].strip(_SPACE) else ""
+        ends = error.msg.startswith("Unterminated") or not text[error.pos :].strip(_SPACE)
+        cut = " (it is cut off here)" if ends else ""
         raise InputError(f"{where}: not valid JSON: {error}{cut}; mend or remove the record") from None
     except (ValueError, RecursionError) as error:  # a number with more digits than Python reads; thousands of brackets
         raise InputError(f"{where}: not valid JSON: {error}; mend or remove the record") from None

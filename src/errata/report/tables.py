@@ -51,6 +51,7 @@ HEADINGS: Final[dict[str, str]] = {
     "distracting": "distracted neighbours (true)",
     "choices": "choices",
     "questions": "questions",
+    "sentiment": "ES of ConvSent",
     "S": "S (harmonic mean)",
     "ES": "ES (edited prompt)",
     "PS": "PS (rephrased)",

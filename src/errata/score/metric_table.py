@@ -19,6 +19,7 @@ class Metric:
     after     protocol -> record field
     before    protocol -> record field of the unedited model; empty where that is 1 by definition
     known     restricted to probes the unedited model answered truly
+    true      restricted to probes with an answer of their own: "as before" is no truth
     harmonic  the harmonic mean over ``kinds`` of each kind's mean over cases; there is none unless every kind occurs
     """
 
@@ -28,6 +29,7 @@ class Metric:
     after: Mapping[str, str]
     before: Mapping[str, str]
     known: bool = False
+    true: bool = False
     harmonic: bool = False
     note: str = ""
 
@@ -84,8 +86,17 @@ METRICS: Final[dict[str, Metric]] = {
         Metric("sub_fact", 1, ("sub_fact",), _AFTER, _BEFORE, note="a part of a long answer, asked for by itself"),
         Metric("out_of_domain", 1, ("out_of_domain",), _FORCED[0], _FORCED[1], note="another text about the subject goes on as it does"),
         Metric("locality_agreement", 1, _LOCAL, _AGREE, {}, note="other facts are answered as before, right or wrong"),
-        Metric("locality_correct", 1, _LOCAL, _AFTER, _BEFORE, note="other facts are answered truly"),
-        Metric("locality_correct_known", 1, _LOCAL, _AFTER, _BEFORE, known=True, note="other facts known before are still answered truly"),
+        Metric("locality_correct", 1, _LOCAL, _AFTER, _BEFORE, true=True, note="other facts are answered truly"),
+        Metric(
+            "locality_correct_known",
+            1,
+            _LOCAL,
+            _AFTER,
+            _BEFORE,
+            known=True,
+            true=True,
+            note="other facts known before are still answered truly",
+        ),
         Metric("same_subject", 1, ("same_subject",), _AGREE, {}, note="other facts of the subject are answered as before"),
         Metric("forgetfulness", 1, ("forgetfulness",), _AGREE, {}, note="the older answers of a relation with several stay"),
         Metric("distracting", 1, ("distracting",), _AFTER, _BEFORE, note="neighbours keep their answers with the new fact in front"),
@@ -93,6 +104,7 @@ METRICS: Final[dict[str, Metric]] = {
             "choices", 1, ("choice",), {"likelihood": "right_after"}, {"likelihood": "right_before"}, note="the right choice is likeliest"
         ),
         Metric("questions", 1, ("question",), {"generated": "gen_match_after"}, {"generated": "gen_match_before"}, note="right answers"),
+        Metric("sentiment", 1, ("sentiment",), {"likelihood": "sentiment_after"}, {"likelihood": "sentiment_before"}, note="ConvSent's ES"),
         Metric("S", 1, ("rewrite", "rephrase", "neighbour"), *_WINS, harmonic=True, note="harmonic mean of ES, PS and NS"),
         Metric("ES", 1, ("rewrite",), *_WINS, note="the new answer is likelier than the old one after the edited prompt"),
         Metric("PS", 1, ("rephrase",), *_WINS, note="the same after other ways to ask"),

@@ -45,6 +45,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errata.errors import InputError, UnknownName
+from errata.score import sentiment
 from errata.score.metric_table import METRICS, PROTOCOLS, Metric
 
 Record = Mapping[str, Any]
@@ -138,10 +139,15 @@ _OPTIONAL: Final = ("free_before", "free_after", "free_agree")
 
 def _chosen(records: Iterable[Record], which: Metric, protocol: str) -> list[Record]:
     """The records a metric counts.  A probe whose field is None (it could not be asked) counts nowhere."""
+    if which.kinds == (sentiment.KIND,):
+        records = sentiment.scores(records)
     found = [
         r
         for r in records
-        if _field(r, "kind") in which.kinds and _field(r, which.after[protocol]) is not None and (not which.known or _field(r, "known"))
+        if _field(r, "kind") in which.kinds
+        and _field(r, which.after[protocol]) is not None
+        and (not which.known or _field(r, "known"))
+        and not (which.true and r.get("target", "") is None)
     ]
     whole = not which.harmonic or {r["kind"] for r in found} == set(which.kinds)
     return found if whole else []

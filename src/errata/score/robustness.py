@@ -107,7 +107,7 @@ def _forms(lm: LM, case: Case) -> list[Probe]:
     if prompt.endswith("?"):
         out = [Probe("completion_form", f'The answer to the question "{prompt}" is', request.target)]
     else:
-        natural = [p.prompt for p in case.probes if p.kind == "rephrase" and p.prompt.rstrip().endswith("?")]
+        natural = [p.prompt for p in case.probes if (p.kind, p.target) == ("rephrase", request.target) and p.prompt.rstrip().endswith("?")]
         out = [Probe("question_form", natural[0] if natural else f"{prompt} what?", request.target)]
     if getattr(lm.tokenizer, "chat_template", None):
         out.append(Probe("chat", request.prompt, request.target))
