@@ -25,7 +25,7 @@ from errata.request import ROBUST_KINDS, SURFACE_KINDS, Case, EditRequest, Probe
 from errata.score.metric_table import ROBUST
 from errata.score.metrics import summarise
 from errata.score.queries import Answers, score
-from errata.score.robustness import micro_averages, negated, widen
+from errata.score.robustness import micro_averages, negated, unasked, widen
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France", "Paris")
 
@@ -89,6 +89,15 @@ def test_what_cannot_be_asked_is_left_out(lm: LM) -> None:
     assert [p.prompt for p in question["completion_form"]] == ['The answer to the question "Where is France?" is']
     small = added(tiny_lm("llama"), asked(FRANCE))  # a window of 64 tokens
     assert not [kind for kind in small if kind.startswith("long")]
+
+
+def test_what_an_in_context_editor_may_fill_is_left_free(lm: LM, cases: list[Case]) -> None:
+    room = registry.get("method", "ike").for_model(lm).room(lm)
+    wide = widen(lm, cases, room=room)
+    assert {"long_tokens_seen", "long_tokens_unseen"} <= set(unasked(wide))
+    assert unasked(widen(lm, cases)) == unasked(widen(lm, cases, room=300)) == []
+    longest = max(len(lm.tokenizer(f"{p.prompt} {p.target}")["input_ids"]) for c in wide for p in c.probes)
+    assert 100 < longest <= 1024 - room - 12
 
 
 def test_five_passages_where_wanted(lm: LM) -> None:

@@ -104,7 +104,7 @@ def _letters(text: str) -> list[str]:
 def variants(subject: str) -> tuple[str, ...]:
     """Other names for the same thing by rule, all different from the subject; dealt so that both `halves` have rules of each kind.
 
-    ROME's edits of the almanac (dev) survive the two halves alike, 0.56 and 0.61 of them.
+    Of 60 single edits of the almanac (dev) ROME's survive 0.63 of the seen names and 0.65 of the unseen, MEMIT's 0.54 and 0.58.
 
     The rules do not know what the subject is, so none says more of it than its name does (a title would):
 

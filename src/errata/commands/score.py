@@ -159,9 +159,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     lm = common.load(args)
     editors = [registry.get("method", m).for_model(lm, **settings_of(m, methods, values)) for m in methods]
     if args.robustness:
-        from errata.score import robustness
-
-        cases = robustness.widen(lm, cases)
+        cases = _widened(lm, editors, cases, screen)
     scored, answers = Scored(), Answers(free_tokens=args.free_tokens)
     with screen.progress() as progress:
         for editor in editors:
@@ -179,6 +177,18 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     results.micro(screen, document.get("micro_averages", ()))
     _retention(screen, document)
     screen.say(common.saved(args.out))
+
+
+def _widened(lm: LM, editors: list[Any], cases: list[Case], screen: Screen) -> list[Case]:
+    """With robustness probes, the same for all methods: those that fit behind the longest context an editor may put in front."""
+    from errata.score import robustness
+
+    out = robustness.widen(lm, cases, room=max(editor.room(lm) if hasattr(editor, "room") else 0 for editor in editors))
+    if missing := robustness.unasked(out):
+        screen.say(
+            f"Not asked, since the model's window is too short (an in-context method may get a smaller budget): {', '.join(missing)}."
+        )
+    return out
 
 
 def _mode(args: argparse.Namespace) -> str:

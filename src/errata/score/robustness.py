@@ -17,7 +17,8 @@ The right answer to all but the last two is the new one.  A true statement wants
 many answers are right and one is wrong, the new one: the score counts that it is not said, and an edit that did not work passes.
 
 A probe that cannot be asked is not added and counts nowhere: no subject, no old answer (statements), a question to negate, no chat
-template, a text longer than the model's window.  A case that brings probes of a kind keeps them and gets no more of that kind.
+template, a text longer than the model's window (less the budget of an in-context editor, for all methods of a run).  A case that
+brings probes of a kind keeps them and gets no more of that kind.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any, Final
 
 from errata import surfaces
 from errata.model import LM
-from errata.request import Case, EditRequest, Probe, fill
+from errata.request import SURFACE_KINDS, Case, EditRequest, Probe, fill
 from errata.score.queries import MAX_NEW_TOKENS
 from errata.surfaces import PASSAGES_SEEN, PASSAGES_UNSEEN
 
@@ -51,16 +52,22 @@ PAPER: Final[dict[str, str]] = {
 }
 
 
-def widen(lm: LM, cases: Iterable[Case], seed: int = 0, long_seen: int = 1) -> list[Case]:
+def widen(lm: LM, cases: Iterable[Case], seed: int = 0, long_seen: int = 1, room: int = 0) -> list[Case]:
     """The cases with robustness probes behind their own.
 
     A case is asked behind ``long_seen`` of the five seen passages, in turn from case to case: long texts cost most of the time, and
-    the mean over cases is that of all five.
+    the mean over cases is that of all five.  ``room``: tokens of the model's window that an in-context editor fills.
     """
-    return [replace(case, probes=(*case.probes, *_probes(lm, case, i, seed, long_seen))) for i, case in enumerate(cases)]
+    return [replace(case, probes=(*case.probes, *_probes(lm, case, i, seed, long_seen, room))) for i, case in enumerate(cases)]
 
 
-def _probes(lm: LM, case: Case, index: int, seed: int, long_seen: int) -> list[Probe]:
+def unasked(cases: Iterable[Case]) -> list[str]:
+    """The long contexts that no case is asked behind: they do not fit the model's window."""
+    there = {probe.kind for case in cases for probe in case.probes}
+    return [kind for kind in SURFACE_KINDS if kind.startswith("long_") and kind not in there]
+
+
+def _probes(lm: LM, case: Case, index: int, seed: int, long_seen: int, room: int) -> list[Probe]:
     request, own = case.request, {probe.kind for probe in case.probes}
     asked = [*_names(lm, request, seed), *_contexts(lm, request, index, seed, long_seen), *_forms(lm, case), *_logic(request)]
     trained = {request.prompt, *(prompt for prompt, _ in request.unrelated)}
@@ -68,7 +75,7 @@ def _probes(lm: LM, case: Case, index: int, seed: int, long_seen: int) -> list[P
     out: dict[tuple[str, str], Probe] = {}
     for probe in asked:
         known = probe.kind != "chat" and (probe.prompt in trained or (not probe.kind.endswith("_seen") and probe.prompt in seen))
-        if probe.kind not in own and not known and _fits(lm, probe):
+        if probe.kind not in own and not known and _fits(lm, probe, room):
             out.setdefault((probe.kind, probe.prompt), probe)
     return list(out.values())
 
@@ -136,12 +143,12 @@ def negated(prompt: str, subject: str | None = None) -> str | None:
     return f"It is not true that {prompt[0].lower() + prompt[1:] if small else prompt}"
 
 
-def _fits(lm: LM, probe: Probe) -> bool:
+def _fits(lm: LM, probe: Probe, room: int) -> bool:
     limit = getattr(lm.config, "max_position_embeddings", None)
-    text = f"{probe.prompt} {probe.target}"
-    if not limit or len(text.encode()) + MARGIN <= limit:  # a token is at least a byte
+    text, taken = f"{probe.prompt} {probe.target}", MARGIN + room
+    if not limit or len(text.encode()) + taken <= limit:  # a token is at least a byte
         return True
-    return len(lm.tokenizer(text)["input_ids"]) + MARGIN <= int(limit)
+    return len(lm.tokenizer(text)["input_ids"]) + taken <= int(limit)
 
 
 def micro_averages(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
