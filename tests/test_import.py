@@ -15,7 +15,7 @@ import errata
 ROOT = Path(errata.__file__).parent
 HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 FLOORS = {
-    **dict.fromkeys(("errors", "request", "registry", "config", "storage", "benchmarks", "report"), 0),
+    **dict.fromkeys(("errors", "request", "registry", "config", "storage", "endpoint", "benchmarks", "report"), 0),
     **dict.fromkeys(("families", "texts", "tokens", "decode", "patch", "weights", "offload"), 1),
     **dict.fromkeys(("bank", "context", "embed", "model", "tail", "fit", "lanes", "problems", "read", "stats", "surfaces"), 2),
     **dict.fromkeys(("methods", "trace", "score"), 3),
@@ -49,7 +49,9 @@ print(json.dumps({"same": state() == before, "modules": sorted(sys.modules), "na
     assert {"load", "edit", "Patch", "LM"} <= set(found["names"])
 
 
-@pytest.mark.parametrize("argument", ["--help", "--version", "edit --help", "score --help", "patch show --help", "patch bake --help"])
+@pytest.mark.parametrize(
+    "argument", ["--help", "--version", "edit --help", "score --help", "patch show --help", "patch bake --help", "surfaces --help"]
+)
 def test_help_and_version_load_no_torch(argument: str) -> None:
     code = f"""
 import contextlib, io, json, sys

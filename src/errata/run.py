@@ -45,11 +45,18 @@ def single(
     """A patch a case, and the records of each case under its own patch.  ``label`` names the method in the records."""
     patches: list[Patch] = []
     for start in range(0, len(cases), GROUP):
-        group = [c.request for c in cases[start : start + GROUP]]
-        patches += editor.edit_each(lm, group, progress=_editing(progress, start, len(group), len(cases)))
+        group = cases[start : start + GROUP]
+        patches += _each(lm, editor, group, _editing(progress, start, len(group), len(cases)))
         if progress:
             progress("editing", len(patches), len(cases))
     return patches, score(lm, cases, [(p,) for p in patches], label or editor.name, _scoring(progress), answers)
+
+
+def _each(lm: LM, editor: Any, cases: Sequence[Case], told: Callable[[int, int, float], None] | None) -> list[Patch]:
+    """A patch a case.  Cases of one request are edited together, as independent edits; one of several is a joint edit by itself."""
+    alone = [i for i, c in enumerate(cases) if not c.more]
+    found = dict(zip(alone, editor.edit_each(lm, [cases[i].request for i in alone], progress=told), strict=True)) if alone else {}
+    return [found[i] if i in found else editor.edit(lm, list(c.requests)) for i, c in enumerate(cases)]
 
 
 def batched(
@@ -61,15 +68,15 @@ def batched(
     answers: Answers | None = None,
     label: str | None = None,
 ) -> tuple[Stack, Records]:
-    """Joint edits of ``size`` requests on the growing stack; records of every case on the final stack."""
+    """Joint edits of ``size`` cases' requests on the growing stack; records of every case on the final stack."""
     if size < 1:
         raise ConfigError(f"a batch holds at least one edit, not {size}")
     stack: Stack = ()
     for start in range(0, len(cases), size):
-        chunk = [c.request for c in cases[start : start + size]]
+        chunk = [r for c in cases[start : start + size] for r in c.requests]
         stack = live((*stack, editor.edit(lm, chunk, on=stack)))
         if progress:
-            progress("editing", start + len(chunk), len(cases))
+            progress("editing", min(start + size, len(cases)), len(cases))
     return stack, score(lm, cases, [stack] * len(cases), label or editor.name, _scoring(progress), answers)
 
 
@@ -97,7 +104,7 @@ def continual(
     immediate: Records = []
     name = label or editor.name
     for i, case in enumerate(cases[: marks[-1]], 1):
-        patch = editor.edit(lm, [case.request], on=stack)
+        patch = editor.edit(lm, list(case.requests), on=stack)
         stack, scored = live((*stack, patch)), _grown(scored, patch)
         pending.append((case, scored))
         if i in marks or len(pending) == GROUP:  # rows let many stacks be scored at once, so the scores can wait

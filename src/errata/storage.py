@@ -61,3 +61,16 @@ def write(path: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """A file that is whole or as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary, content)
+        os.replace(temporary, path)
+    except OSError as error:
+        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise StorageError(f"{path}: nothing was written ({why}); free space or choose another place, then try again") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from errata.report import tables
 
 Record = Mapping[str, Any]
 Row = Mapping[str, Any]
+MICRO = "As REP averages: percent of all items of all records, every token of the answer right, the answer being fed"
 LEAST = 10  # cases behind a difference that is pointed out: resampling a handful says nothing
 
 
@@ -33,13 +34,17 @@ def differences(records: Sequence[Record], rows: Sequence[Row]) -> list[dict[str
 
 
 def show(screen: Screen, rows: Sequence[Row], gaps: Sequence[Row]) -> None:
-    """A table for each protocol, metrics down and methods across: few methods are compared on many metrics, and a terminal is narrow."""
-    for protocol in tables.protocols(rows):
-        screen.say(tables.PROTOCOLS.get(protocol, protocol))
-        heads, *lines = list(zip(*_columns(rows, protocol), strict=True))
-        screen.table(heads, lines, right=(-1,))
-        screen.say(f"{tables.unit(protocol)}, 95 % intervals over cases. {tables.counts(rows, protocol)}.")
-        screen.say()
+    """A table for each protocol, metrics down and methods across: few methods are compared on many metrics, and a terminal is narrow.
+
+    Robustness has tables of its own behind them; of its many differences only those of generated text are pointed out.
+    """
+    for part, before in ((tables.main(rows), ""), (tables.robust(rows), "Robustness. ")):
+        for protocol in tables.protocols(part):
+            screen.say(before + tables.PROTOCOLS.get(protocol, protocol))
+            screen.table(*tables.turned(part, protocol), right=(-1,))
+            screen.say(f"{tables.unit(protocol)}, 95 % intervals over cases. {tables.counts(part, protocol)}.")
+            screen.say()
+    gaps = [g for g in gaps if g["metric"] not in tables.ROBUST or g["protocol"] == "generated"]
     enough = [g for g in gaps if g["n_cases"] >= LEAST]
     shown = [g for g in enough if g["low"] > 0 or g["high"] < 0]
     for g in shown:
@@ -55,14 +60,37 @@ def gap(row: Row) -> str:
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _columns(rows: Sequence[Row], protocol: str) -> list[list[str]]:
-    headings, lines = tables.grid(rows, protocol)
-    return [["metric", *headings[1:]], *lines]
+def micro(screen: Screen, averages: Sequence[Row]) -> None:
+    """REP's averages: one line a method."""
+    if averages:
+        screen.say(MICRO)
+        screen.table(*_micro(averages), right=(-1,))
 
 
-def markdown(title: str, rows: Sequence[Row], notes: Mapping[str, object], gaps: Sequence[Row], retention: Sequence[Row] = ()) -> str:
+def _micro(averages: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    scores = list(dict.fromkeys(str(row["score"]) for row in averages))
+    at = {(row["method"], row["score"]): row for row in averages}
+    lines = []
+    for method in tables.methods(averages):
+        found = [at.get((method, score)) for score in scores]
+        lines.append([method, *("–" if row is None else f"{tables.percent(row['value'])} of {row['n']}" for row in found)])
+    return ["method", *scores], lines
+
+
+def markdown(
+    title: str,
+    rows: Sequence[Row],
+    notes: Mapping[str, object],
+    gaps: Sequence[Row],
+    retention: Sequence[Row] = (),
+    averages: Sequence[Row] = (),
+) -> str:
     """The report for a README."""
     lines = [f"# {title}", "", *(f"- {k}: {' '.join(str(v).split())}" for k, v in notes.items()), "", tables.markdown(rows)]
+    if averages:
+        headings, cells = _micro(averages)
+        lines += [f"**{MICRO}**", "", f"| {' | '.join(headings)} |", f"|---|{'---:|' * (len(headings) - 1)}"]
+        lines += [*(f"| {' | '.join(line)} |" for line in cells), ""]
     if gaps:
         lines += ["## Paired differences", "", "| methods | metric | protocol | difference [95 %] |", "|---|---|---|---:|"]
         lines += [f"| {g['method']} − {g['minus']} | {g['metric']} | {g['protocol']} | {gap(g)} |" for g in gaps]
@@ -84,17 +112,25 @@ def save(
     files.write(folder / "records.jsonl", "".join(as_json(r, indent=None) + "\n" for r in every))
     files.write(folder / "summary.json", as_json(document) + "\n")
     files.write(folder / "report.html", page(title, rows, final, notes))
-    files.write(folder / "report.md", markdown(title, rows, notes, document["differences"], document.get("retention", ())))
+    files.write(
+        folder / "report.md",
+        markdown(title, rows, notes, document["differences"], document.get("retention", ()), document.get("micro_averages", ())),
+    )
 
 
-def notes(lm: Any, benchmark: Any, split: str, cases: int, seed: int, mode: str, seconds: Mapping[str, float]) -> dict[str, object]:
+def notes(
+    lm: Any, benchmark: Any, split: str | None, cases: int, seed: int | None, mode: str, seconds: Mapping[str, float]
+) -> dict[str, object]:
     """What a reader must know to repeat the numbers."""
     import torch
 
+    where = f"{split} split" if split is not None else str(benchmark.data)
+    order = "the file's order" if seed is None else f"seed {seed}"
     dtype = str(lm.dtype).removeprefix("torch.")
     return {
         "model": f"{lm.name} ({type(lm.hf).__name__}, fingerprint {lm.fingerprint}, {dtype}, {lm.device.type})",
-        "benchmark": f"{benchmark.name} version {benchmark.version}, {split} split, {cases} cases, seed {seed}",
+        "benchmark": f"{benchmark.name} version {benchmark.version}, {where}, {cases} cases, {order}",
+        **({"records": "; ".join(benchmark.report.lines())} if hasattr(benchmark, "report") else {}),
         "mode": mode,
         **({"seconds an edit": ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())} if seconds else {}),
         "made with": f"errata {errata.__version__}, torch {torch.__version__.partition('+')[0]}",

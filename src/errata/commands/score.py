@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from errata import registry
-from errata.commands import common, files, results
+from errata.commands import common, downstream, files, results
 from errata.commands.screen import Progress, Screen
 from errata.errors import ConfigError, UnknownName
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from errata.request import Case
 
 CASES = 100
+METHOD = "baft"
 
 
 @dataclass
@@ -34,13 +35,17 @@ class Scored:
 
 def add(commands: common.Subparsers) -> None:
     out = common.parser(commands, "score", run, "score editing methods on a benchmark")
-    out.add_argument("--method", default="baft", metavar="NAME[,NAME]", help="methods to compare (baft)")
-    out.add_argument("--benchmark", default="almanac", metavar="NAME", help="almanac")
-    out.add_argument("--split", default="test", help="dev (for tuning) or test")
-    out.add_argument("--n", type=common.positive, default=CASES, help=f"cases ({CASES})")
-    out.add_argument("--seed", type=int, default=0, help="of the order of the cases (0)")
+    out.add_argument("--method", metavar="NAME[,NAME]", help=f"methods to compare ({METHOD})")
+    common.benchmark_options(out, "almanac", CASES)
+    out.add_argument("--seed", type=common.seed_or_file, default=0, help="of the order of the cases (0); file: the file's own order")
+    out.add_argument("--patch", nargs="+", action="extend", default=[], metavar="DIR", help="benchmarks without edits: score under these")
     out.add_argument("--marks", metavar="T,T,…", help="continual mode: score after so many edits (powers of ten and the last)")
     out.add_argument("--free-tokens", action="store_true", help="also the token agreement of free answers, by which GRACE was published")
+    out.add_argument(
+        "--robustness",
+        action="store_true",
+        help="also other names and shuffled tokens of the subject, long contexts, question form, chat template, true or false, negation",
+    )
     out.add_argument("--fluency", action="store_true", help="also fluency (GE) and consistency (RS) of sampled text, after all edits")
     common.mode_options(out)
     common.out_options(out)
@@ -124,7 +129,10 @@ def _fluency(
     if not hasattr(benchmark, "generation"):
         raise ConfigError("--fluency: this benchmark offers no prompts to sample from; leave it out")
     told = lambda done, total: progress(f"{editor.name}: sampling", done, total)  # noqa: E731
-    return generation.score(lm, cases, stacks, editor.name, benchmark, texts=texts, progress=told)
+    found = generation.score(lm, cases, stacks, editor.name, benchmark, texts=texts, progress=told)
+    if not found:
+        raise ConfigError("--fluency: no case has a prompt to sample from; leave it out")
+    return found
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
@@ -132,19 +140,32 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from errata.score.queries import Answers
 
     common.batch_size(args)
-    at, values, methods = marks(args), common.settings(args), common.editors(args.method)
-    benchmark = registry.get("benchmark", args.benchmark)()
-    cases = list(benchmark.load(args.split, args.n, args.seed))
+    values, methods = common.settings(args), common.editors(args.method or METHOD)
     if args.out is not None:
         files.check(args.out, args.force)
+    benchmark, cases = common.items(args, CASES, "test", args.seed)
+    if args.robustness and benchmark.kind != "edits":
+        raise ConfigError(f"--robustness: {benchmark.name} makes no edits; leave it out")
+    if benchmark.kind in ("choices", "questions"):
+        return downstream.run(args, screen, benchmark, cases)
+    if benchmark.kind != "edits":
+        raise ConfigError(f"{benchmark.name} has no edits to score; try `errata trace --benchmark {benchmark.name} --data {args.data}`")
+    if args.patch:
+        raise ConfigError(f"--patch: {benchmark.name} makes its own edits; leave it out, or score a benchmark without edits")
+    args.n = len(cases)
+    at = marks(args)
+    if benchmark.needs_data:
+        screen.say("\n".join(benchmark.report.lines()))
     lm = common.load(args)
     editors = [registry.get("method", m).for_model(lm, **settings_of(m, methods, values)) for m in methods]
+    if args.robustness:
+        cases = _widened(lm, editors, cases, screen)
     scored, answers = Scored(), Answers(free_tokens=args.free_tokens)
     with screen.progress() as progress:
         for editor in editors:
             common.prepare(editor, lm, progress)
             _score(lm, editor, cases, benchmark, args, at, answers, progress, scored)
-    document = _document(args, lm, editors, scored, summarise)
+    document = _document(args, lm, editors, scored, summarise, common.benchmark_facts(args, benchmark, len(cases)))
     if args.out is not None:
         what = results.notes(lm, benchmark, args.split, len(cases), args.seed, _mode(args), scored.seconds)
         what |= {f"{e.name} settings": _settings(e) for e in editors}
@@ -153,8 +174,21 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             results.save(folder, title, document, scored.every, scored.final, what)
     screen.document(document)
     results.show(screen, document["summary"], document["differences"])
+    results.micro(screen, document.get("micro_averages", ()))
     _retention(screen, document)
     screen.say(common.saved(args.out))
+
+
+def _widened(lm: LM, editors: list[Any], cases: list[Case], screen: Screen) -> list[Case]:
+    """With robustness probes, the same for all methods: those that fit behind the longest context an editor may put in front."""
+    from errata.score import robustness
+
+    out = robustness.widen(lm, cases, room=max(editor.room(lm) if hasattr(editor, "room") else 0 for editor in editors))
+    if missing := robustness.unasked(out):
+        screen.say(
+            f"Not asked, since the model's window is too short (an in-context method may get a smaller budget): {', '.join(missing)}."
+        )
+    return out
 
 
 def _mode(args: argparse.Namespace) -> str:
@@ -169,17 +203,16 @@ def _settings(editor: Any) -> str:
     return ", ".join(f"{k}={v}" for k, v in to_dict(editor).items())
 
 
-def _document(args: argparse.Namespace, lm: LM, editors: list[Any], scored: Scored, summarise: Any) -> dict[str, Any]:
+def _document(
+    args: argparse.Namespace, lm: LM, editors: list[Any], scored: Scored, summarise: Any, facts: dict[str, Any]
+) -> dict[str, Any]:
     from errata.config import to_dict
 
     rows = summarise(scored.final)
     out = {
         "model": lm.name,
         "base": lm.fingerprint,
-        "benchmark": args.benchmark,
-        "split": args.split,
-        "n": args.n,
-        "seed": args.seed,
+        **facts,
         "mode": args.mode,
         "settings": {e.name: to_dict(e) for e in editors},
         "seconds_an_edit": {k: round(v, 4) for k, v in scored.seconds.items()},
@@ -187,6 +220,10 @@ def _document(args: argparse.Namespace, lm: LM, editors: list[Any], scored: Scor
         "differences": results.differences(scored.final, rows),
         "saved": None if args.out is None else str(args.out),
     }
+    if args.robustness:
+        from errata.score.robustness import micro_averages
+
+        out["micro_averages"] = micro_averages(scored.final)
     if args.mode == "batched":
         out["batch_size"] = common.batch_size(args)
     if args.mode == "continual":
@@ -199,7 +236,7 @@ def _retention(screen: Screen, document: dict[str, Any]) -> None:
     """How each method's metrics stand after T edits (generated answers)."""
     from errata.report import tables
 
-    rows = [r for r in document.get("retention", ()) if r["protocol"] == "generated"]
+    rows = [r for r in tables.main(document.get("retention", ())) if r["protocol"] == "generated"]
     if not rows:
         return
     at = sorted({r["T"] for r in rows})

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from errata.report.scatter import scatter
-from errata.report.tables import PROTOCOLS, counts, escape, grid, methods, protocols, unit
+from errata.report.tables import PROTOCOLS, counts, escape, grid, main, methods, protocols, robust, turned, unit
 
 Row = Mapping[str, Any]
 Record = Mapping[str, Any]
@@ -21,9 +21,36 @@ KINDS: Final[dict[str, str]] = {
     "two_hop": "two hops",
     "reverse": "reverse",
     "alias": "alias",
+    "multi_hop": "longer chain",
+    "logical": "consequence",
+    "sub_fact": "part of the answer",
+    "out_of_domain": "another text",
+    "same_sentiment": "wanted sentiment",
+    "opposite_sentiment": "opposite sentiment",
     "neighbour": "neighbour",
     "unrelated": "unrelated",
+    "same_subject": "same subject",
+    "forgetfulness": "older answer",
+    "distracting": "distracted neighbour",
+    "question": "question",
+    "paraphrase_seen": "given paraphrase",
+    "subject_seen": "other name (seen)",
+    "subject_unseen": "other name",
+    "shuffled_seen": "shuffled (seen)",
+    "shuffled_unseen": "shuffled",
+    "long_seen": "behind 300 words (seen)",
+    "long_unseen": "behind 300 words",
+    "long_tokens_seen": "behind 512 tokens (seen)",
+    "long_tokens_unseen": "behind 512 tokens",
+    "question_form": "as a question",
+    "completion_form": "as a sentence",
+    "chat": "chat template",
+    "statement_true": "true or false",
+    "statement_false": "true or false",
+    "negation": "negated",
 }
+AVOIDED: Final = frozenset({"negation"})  # kinds where the target is the one wrong answer
+LONGEST: Final = 400  # characters of a prompt that are shown; the whole is in the records
 POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 STYLE: Final = """
@@ -83,7 +110,9 @@ def page(title: str, summary_rows: Sequence[Row], records: Sequence[Record], not
     Beyond ``max_cases`` cases are left out, and the page says so: a browser should open it without waiting.
     """
     body = [f"<h1>{escape(title)}</h1>", _notes(notes)]
-    body += [_scores(summary_rows, protocol) for protocol in protocols(summary_rows)]
+    first, second = main(summary_rows), robust(summary_rows)
+    body += [_scores(protocol, "scores", *grid(first, protocol), counts(first, protocol)) for protocol in protocols(first)]
+    body += [_scores(protocol, "robustness", *turned(second, protocol), counts(second, protocol)) for protocol in protocols(second)]
     if figures := [f"<figure>{drawing}</figure>" for p in protocols(summary_rows) if (drawing := scatter(summary_rows, p))]:
         body += ["<h2>Reliability against locality</h2>", '<div class="figures">', *figures, "</div>"]
     body.append(_cases(records, max_cases))
@@ -104,15 +133,14 @@ def _notes(notes: Mapping[str, object]) -> str:
     return '<dl class="notes">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in notes.items()) + "</dl>"
 
 
-def _scores(rows: Sequence[Row], protocol: str) -> str:
-    headings, lines = grid(rows, protocol)
+def _scores(protocol: str, what: str, headings: Sequence[str], lines: Sequence[Sequence[str]], rest_on: str) -> str:
     name, _, meaning = PROTOCOLS.get(protocol, protocol).partition(": ")
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in headings)
     body = "".join(f'<tr><th scope="row">{escape(line[0])}</th>{"".join(map(_score, line[1:]))}</tr>' for line in lines)
     return (
-        f'<h2>{escape(name)} scores</h2>\n<p class="soft">{escape(meaning)}. {unit(protocol)}, with 95 % intervals over cases.</p>\n'
+        f'<h2>{escape(name)} {what}</h2>\n<p class="soft">{escape(meaning)}. {unit(protocol)}, with 95 % intervals over cases.</p>\n'
         f'<div class="scroll" tabindex="0"><table class="scores"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n'
-        f'<p class="soft">{escape(counts(rows, protocol))}.</p>'
+        f'<p class="soft">{escape(rest_on)}.</p>'
     )
 
 
@@ -125,7 +153,7 @@ def _cases(records: Sequence[Record], max_cases: int) -> str:
     names = methods(records)
     grouped: dict[str, list[Record]] = {}
     for record in records:
-        if record["kind"] == "generation":  # long sampled texts, no question with an answer
+        if record["kind"] in ("generation", "choice"):  # no question with an answer: long sampled texts, likelihoods
             continue
         grouped.setdefault(str(record["case"]), []).append(record)
     if not grouped:
@@ -146,16 +174,16 @@ def _cases(records: Sequence[Record], max_cases: int) -> str:
 
 def _case(rows: Sequence[Record], names: Sequence[str]) -> str:
     """A case: one line for each probe, one column for each method.  Methods may lack probes."""
-    probes: dict[tuple[str, str], dict[str, Record]] = {}
+    probes: dict[tuple[str, str, str], dict[str, Record]] = {}
     for row in rows:
-        probes.setdefault((str(row["kind"]), str(row["prompt"])), {})[str(row["method"])] = row
+        probes.setdefault((str(row["kind"]), str(row["prompt"]), str(row["target"])), {})[str(row["method"])] = row
     order = {kind: i for i, kind in enumerate(KINDS)}
     ranked = sorted(probes.items(), key=lambda item: order.get(item[0][0], len(order)))
     edit = next((row for row in rows if row["kind"] == "rewrite"), None)
     name = "Case " + escape(rows[0]["case"]) if edit is None else _edit(edit)
     heads = ["probe", "question", "wanted", "before", *names]
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    body = "".join(_probe(kind, prompt, by_method, names) for (kind, prompt), by_method in ranked)
+    body = "".join(_probe(kind, prompt, by_method, names) for (kind, prompt, _), by_method in ranked)
     return (
         f'<section class="case"><header><h3>{name}</h3></header><div class="scroll">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
@@ -168,20 +196,29 @@ def _edit(row: Record) -> str:
 
 def _probe(kind: str, prompt: str, by_method: Mapping[str, Record], names: Sequence[str]) -> str:
     first = next(iter(by_method.values()))
-    wanted = "as before" if first["target"] is None else first["target"]
+    wanted = "as before" if first["target"] is None else f"not {first['target']}" if kind in AVOIDED else first["target"]
     cells = [
         f'<td class="kind">{escape(KINDS.get(kind, kind))}</td>',
-        f"<td>{escape(prompt)}</td>",
+        f"<td>{escape(_short(prompt))}</td>",
         f'<td><span class="label">wanted: </span>{escape(wanted)}</td>',
-        _said("before", first["gen_before"], None if first["target"] is None else first["gen_match_before"]),
+        _said("before", first["gen_before"], None if first["target"] is None else _right(first, "gen_match_before")),
     ]
     for name in names:
         row = by_method.get(name)
         if row is None:
             cells.append("<td>–</td>")
         else:
-            cells.append(_said(name, row["gen_after"], row["gen_agree"] if row["target"] is None else row["gen_match_after"]))
+            cells.append(_said(name, row["gen_after"], row["gen_agree"] if row["target"] is None else _right(row, "gen_match_after")))
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def _right(row: Record, field: str) -> bool:
+    return bool(row[field]) != (row["kind"] in AVOIDED)
+
+
+def _short(prompt: str) -> str:
+    """A long prompt without its middle: what stands before the question is context."""
+    return prompt if len(prompt) <= LONGEST else f"{prompt[: LONGEST // 4]} […] {prompt[-LONGEST // 2 :]}"
 
 
 def _said(who: str, text: object, right: object) -> str:

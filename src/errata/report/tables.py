@@ -13,6 +13,24 @@ from typing import Any, Final
 
 Row = Mapping[str, Any]
 
+# What `errata score --robustness` adds: a table of its own, beside `REFERENCE`, what the edit does where nothing is changed.
+ROBUST: Final[dict[str, str]] = {
+    "paraphrase_seen": "given paraphrases (seen)",
+    "subject_seen": "subject paraphrased (seen)",
+    "subject_unseen": "subject paraphrased (unseen)",
+    "shuffled_seen": "subject shuffled (seen)",
+    "shuffled_unseen": "subject shuffled (unseen)",
+    "long_seen": "behind 300 words (seen)",
+    "long_unseen": "behind 300 words (unseen)",
+    "long_tokens_seen": "behind 512 tokens (seen)",
+    "long_tokens_unseen": "behind 512 tokens (unseen)",
+    "question_form": "as a question",
+    "completion_form": "as a sentence to complete",
+    "chat": "in the chat template",
+    "true_false": "true or false (chance 50)",
+    "negation": "negated: new answer not said",
+}
+REFERENCE: Final = ("reliability", "generality", "ES", "PS")
 # Metric -> heading, in reading order: the edit, what follows from it, what should stay.  Others follow under their own name.
 HEADINGS: Final[dict[str, str]] = {
     "reliability": "reliability",
@@ -21,9 +39,19 @@ HEADINGS: Final[dict[str, str]] = {
     "two_hop": "two hops",
     "reverse": "reverse",
     "alias": "alias",
+    "multi_hop": "longer chains",
+    "logical": "logical consequences",
+    "sub_fact": "parts of the answer",
+    "out_of_domain": "another text",
     "locality_agreement": "locality (as before)",
     "locality_correct": "locality (true)",
     "locality_correct_known": "locality (true, known)",
+    "same_subject": "same subject (as before)",
+    "forgetfulness": "older answers (as before)",
+    "distracting": "distracted neighbours (true)",
+    "choices": "choices",
+    "questions": "questions",
+    "sentiment": "ES of ConvSent",
     "S": "S (harmonic mean)",
     "ES": "ES (edited prompt)",
     "PS": "PS (rephrased)",
@@ -33,6 +61,7 @@ HEADINGS: Final[dict[str, str]] = {
     "NM": "NM (neighbours)",
     "GE": "GE (fluency)",
     "RS": "RS (consistency)",
+    **ROBUST,
 }
 PROTOCOLS: Final[dict[str, str]] = {
     "teacher_forced": "Teacher-forced: share of the answer's tokens, the answer being fed",
@@ -100,6 +129,34 @@ def grid(rows: Sequence[Row], protocol: str) -> tuple[list[str], list[list[str]]
     return ["method", *(HEADINGS.get(column, column) for column in columns)], lines
 
 
+def turned(rows: Sequence[Row], protocol: str) -> tuple[list[str], list[list[str]]]:
+    """`grid` with metrics down and methods across."""
+    headings, lines = grid(rows, protocol)
+    _, *across = headings
+    return ["metric", *(line[0] for line in lines)], [
+        [name, *cells] for name, *cells in zip(across, *(line[1:] for line in lines), strict=True)
+    ]
+
+
+def main(rows: Iterable[Row]) -> list[Row]:
+    """The rows that are not of the robustness table."""
+    return [row for row in rows if row["metric"] not in ROBUST]
+
+
+def robust(rows: Iterable[Row]) -> list[Row]:
+    """The rows of the robustness table, `REFERENCE` first; none without a robustness metric."""
+    rows = list(rows)
+    there = {row["protocol"] for row in rows if row["metric"] in ROBUST}
+    return [row for row in rows if row["protocol"] in there and (row["metric"] in ROBUST or row["metric"] in REFERENCE)]
+
+
+def _blocks(rows: Sequence[Row]) -> Iterable[tuple[str, list[str], list[list[str]], str]]:
+    """(title, headings, lines, footer) of each table."""
+    for part, before, form in ((main(rows), "", grid), (robust(rows), "Robustness. ", turned)):
+        for protocol in protocols(part):
+            yield before + PROTOCOLS.get(protocol, protocol), *form(part, protocol), _footer(part, protocol)
+
+
 def counts(rows: Sequence[Row], protocol: str) -> str:
     """ "reliability 300 cases, 300 probes; …": what the numbers of one protocol rest on."""
     mine = [row for row in rows if row["protocol"] == protocol]
@@ -128,23 +185,21 @@ def _pad(text: str, to: int, right: bool) -> str:
 def terminal(rows: Sequence[Row]) -> str:
     """Plain text with aligned columns, one table for each protocol; "" without rows."""
     blocks = []
-    for protocol in protocols(rows):
-        headings, lines = grid(rows, protocol)
+    for title, headings, lines, footer in _blocks(rows):
         widths = [max(width(line[i]) for line in (headings, *lines)) for i in range(len(headings))]
         text = ["  ".join(_pad(part, widths[i], right=i > 0) for i, part in enumerate(line)).rstrip() for line in (headings, *lines)]
         text.insert(1, "  ".join("─" * w for w in widths))
-        blocks.append("\n".join([PROTOCOLS.get(protocol, protocol), "", *text, "", _footer(rows, protocol)]))
+        blocks.append("\n".join([title, "", *text, "", footer]))
     return "\n\n".join(blocks) + ("\n" if blocks else "")
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The same as Markdown tables; "" without rows."""
     blocks = []
-    for protocol in protocols(rows):
-        headings, lines = grid(rows, protocol)
+    for title, headings, lines, footer in _blocks(rows):
         table = [headings, ["---", *["---:"] * (len(headings) - 1)], *lines]
         text = ["| " + " | ".join(_markdown_cell(part) for part in line) + " |" for line in table]
-        blocks.append("\n".join([f"**{PROTOCOLS.get(protocol, protocol)}**", "", *text, "", _footer(rows, protocol)]))
+        blocks.append("\n".join([f"**{title}**", "", *text, "", footer]))
     return "\n\n".join(blocks) + ("\n" if blocks else "")
 
 

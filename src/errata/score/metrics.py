@@ -2,7 +2,7 @@
 
 A record is one probe of one method, as plain JSON values:
 
-    method, case, kind, prompt, target     what was asked (kind as in `errata.request.PROBE_KINDS`)
+    method, case, kind, prompt, target     what was asked (kind as in `errata.request`: PROBE_KINDS, ROBUST_KINDS)
     tf_before, tf_after                    share of the target's tokens that are the argmax, the target being fed (teacher forcing)
     tf_agree                               share of those positions with the same argmax before and after
     gen_before, gen_after                  the model's own greedy text up to its natural stop
@@ -11,6 +11,7 @@ A record is one probe of one method, as plain JSON values:
     free_before, free_after, free_agree    share of the target's tokens that stand at the same place of that text; alike in both texts
     known                                  the model answered this probe truly before the edit
     nll_before, nll_after                  mean negative log-likelihood of the answer's tokens, in nats
+    also                                   other accepted answers, where there are any: free text that equals one is a match
     rival, nll_rival_before, …_after       the answer it is weighed against and its NLL; None where there is none
     ge_…, rs_…                             of records of kind "generation" only, see `errata.score.generation`
 
@@ -27,6 +28,8 @@ The likelihood metrics are those of ROME (Meng et al. 2022, arXiv 2202.05262) an
 
 Answer and rival are the new and the old object after a rewrite or a rephrase, so more is better for the edit.  After a
 neighbour's prompt they are the neighbour's own true object and the edit's new one, so more is better for what should stay.
+
+Robustness metrics (`ROBUST`; probes by `errata.score.robustness`) have their likelihood wins under their own name.
 """
 
 from __future__ import annotations
@@ -36,73 +39,20 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from errata.errors import InputError, UnknownName
+from errata.score import sentiment
+from errata.score.metric_table import METRICS, PROTOCOLS, Metric
 
 Record = Mapping[str, Any]
 Floats = NDArray[np.float64]
 
-PROTOCOLS: Final = ("teacher_forced", "generated", "free_tokens", "likelihood", "sampled")
 LEVEL = 0.95
 CHUNK = 1 << 21  # resampled indices held at once: 16 MB
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """What a number means.  ``version`` rises when a change makes it incomparable with numbers published before.
-
-    kinds     probe kinds it averages over
-    after     protocol -> record field
-    before    protocol -> record field of the unedited model; empty where that is 1 by definition
-    known     restricted to probes the unedited model answered truly
-    harmonic  the harmonic mean over ``kinds`` of each kind's mean over cases; there is none unless every kind occurs
-    """
-
-    name: str
-    version: int
-    kinds: tuple[str, ...]
-    after: Mapping[str, str]
-    before: Mapping[str, str]
-    known: bool = False
-    harmonic: bool = False
-    note: str = ""
-
-
-_AFTER: Final = {"teacher_forced": "tf_after", "generated": "gen_match_after", "free_tokens": "free_after"}
-_BEFORE: Final = {"teacher_forced": "tf_before", "generated": "gen_match_before", "free_tokens": "free_before"}
-_AGREE: Final = {"teacher_forced": "tf_agree", "generated": "gen_agree", "free_tokens": "free_agree"}
-_LOCAL: Final = ("neighbour", "unrelated")
-_WINS: Final = ({"likelihood": "nll_wins_after"}, {"likelihood": "nll_wins_before"})
-_MARGIN: Final = ({"likelihood": "nll_margin_after"}, {"likelihood": "nll_margin_before"})
-
-METRICS: Final[dict[str, Metric]] = {
-    metric.name: metric
-    for metric in (
-        Metric("reliability", 1, ("rewrite",), _AFTER, _BEFORE, note="the edited prompt gives the new answer"),
-        Metric("generality", 1, ("rephrase",), _AFTER, _BEFORE, note="other ways to ask give the new answer"),
-        Metric("portability", 1, ("two_hop", "reverse", "alias"), _AFTER, _BEFORE, note="what follows from the new answer holds too"),
-        Metric("two_hop", 1, ("two_hop",), _AFTER, _BEFORE, note="a question through the new answer"),
-        Metric("reverse", 1, ("reverse",), _AFTER, _BEFORE, note="the fact said backwards"),
-        Metric("alias", 1, ("alias",), _AFTER, _BEFORE, note="the subject under another name"),
-        Metric("locality_agreement", 1, _LOCAL, _AGREE, {}, note="other facts are answered as before, right or wrong"),
-        Metric("locality_correct", 1, _LOCAL, _AFTER, _BEFORE, note="other facts are answered truly"),
-        Metric("locality_correct_known", 1, _LOCAL, _AFTER, _BEFORE, known=True, note="other facts known before are still answered truly"),
-        Metric("S", 1, ("rewrite", "rephrase", "neighbour"), *_WINS, harmonic=True, note="harmonic mean of ES, PS and NS"),
-        Metric("ES", 1, ("rewrite",), *_WINS, note="the new answer is likelier than the old one after the edited prompt"),
-        Metric("PS", 1, ("rephrase",), *_WINS, note="the same after other ways to ask"),
-        Metric("NS", 1, ("neighbour",), *_WINS, note="a neighbour's own answer is likelier than the edit's new one"),
-        Metric("EM", 1, ("rewrite",), *_MARGIN, note="how much more probable the new answer is than the old one"),
-        Metric("PM", 1, ("rephrase",), *_MARGIN, note="the same after other ways to ask"),
-        Metric("NM", 1, ("neighbour",), *_MARGIN, note="how much more probable a neighbour's own answer is than the edit's new one"),
-        Metric("GE", 1, ("generation",), {"sampled": "ge_after"}, {"sampled": "ge_before"}, note="n-gram entropy of sampled text, bits"),
-        Metric("RS", 1, ("generation",), {"sampled": "rs_after"}, {"sampled": "rs_before"}, note="likeness to texts with the new answer"),
-    )
-}
 
 
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -177,6 +127,10 @@ _DERIVED: Final[dict[str, Callable[[Record], Any]]] = {
     "nll_wins_after": lambda r: _wins(r, "after"),
     "nll_margin_before": lambda r: _margin(r, "before"),
     "nll_margin_after": lambda r: _margin(r, "after"),
+    "tf_not_before": lambda r: 1 - float(_field(r, "tf_before")),
+    "tf_not_after": lambda r: 1 - float(_field(r, "tf_after")),
+    "gen_not_before": lambda r: not _field(r, "gen_match_before"),
+    "gen_not_after": lambda r: not _field(r, "gen_match_after"),
 }
 
 
@@ -185,10 +139,15 @@ _OPTIONAL: Final = ("free_before", "free_after", "free_agree")
 
 def _chosen(records: Iterable[Record], which: Metric, protocol: str) -> list[Record]:
     """The records a metric counts.  A probe whose field is None (it could not be asked) counts nowhere."""
+    if which.kinds == (sentiment.KIND,):
+        records = sentiment.scores(records)
     found = [
         r
         for r in records
-        if _field(r, "kind") in which.kinds and _field(r, which.after[protocol]) is not None and (not which.known or _field(r, "known"))
+        if _field(r, "kind") in which.kinds
+        and _field(r, which.after[protocol]) is not None
+        and (not which.known or _field(r, "known"))
+        and not (which.true and r.get("target", "") is None)
     ]
     whole = not which.harmonic or {r["kind"] for r in found} == set(which.kinds)
     return found if whole else []

@@ -18,14 +18,16 @@ import torch
 from errata.bank import Stack
 from errata.decode import text_of
 from errata.model import LM, STOPS
-from errata.request import Case, Probe
+from errata.request import LOCAL_KINDS, SURFACE_KINDS, Case, Probe
 from errata.score.metrics import exact_match
 from errata.tokens import Encoded
 
 Progress = Callable[[int, int], None]
 ROWS = 192  # of a batch; more gains nothing on two cores and holds more memory
+TOKENS = 1 << 14  # of a batch: long contexts run in smaller ones
 MAX_NEW_TOKENS = 12
 NUMBERS = 1 << 24  # of the logits that are held in float32 at once: 64 MB
+STATEMENTS = {"statement_true": "False", "statement_false": "True"}  # kind -> the wrong answer
 WORST = 1e3  # nats of a token that has no probability, or of a model that says NaN: records hold finite numbers
 
 
@@ -52,12 +54,22 @@ class Answers:
     """What stacks said, kept by (stack key, prompt[, target]) so that nothing is asked twice; free answers as text and as token ids.
 
     free_tokens  records made with these answers also hold the fields of that protocol
+    chat         prompts are asked in the tokenizer's chat template; ``in_chat`` are the answers to such probes (kind "chat")
     """
 
     forced: dict[tuple[str, str, str], Forced] = field(default_factory=dict)
     text: dict[tuple[str, str], str] = field(default_factory=dict)
     ids: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     free_tokens: bool = False
+    chat: bool = False
+    in_chat: Answers | None = None
+
+    def to(self, probe: Probe) -> Answers:
+        """Where the probe's answers are kept."""
+        if probe.kind != "chat":
+            return self
+        self.in_chat = self.in_chat or Answers(free_tokens=self.free_tokens, chat=True)
+        return self.in_chat
 
 
 def key(stack: Stack) -> str:
@@ -67,14 +79,17 @@ def key(stack: Stack) -> str:
 def _batches(todo: Sequence[tuple[Any, Encoded]]) -> Iterable[list[int]]:
     """Indices in batches of like length, longest first (so that a batch that does not fit fails at once, not after an hour)."""
     order = sorted(range(len(todo)), key=lambda i: -len(todo[i][1].ids))
-    return [order[i : i + ROWS] for i in range(0, len(order), ROWS)]
+    while order:
+        rows = max(1, min(ROWS, TOKENS // len(todo[order[0]][1].ids)))
+        yield order[:rows]
+        order = order[rows:]
 
 
 @torch.no_grad()
 def force(lm: LM, asked: Sequence[tuple[Stack, str, str]], answers: Answers, progress: Progress | None = None) -> None:
     """Teacher-forced answers to (stack, prompt, target), into ``answers``."""
     new = {(key(s), p, t): s for s, p, t in asked if (key(s), p, t) not in answers.forced}
-    encoded = lm.encode([p for _, p, _ in new], [t for _, _, t in new])
+    encoded = lm.encode([p for _, p, _ in new], [t for _, _, t in new], chat=answers.chat)
     todo = list(zip(new.items(), encoded, strict=True))
     done = 0
     for indices in _batches(todo):
@@ -118,11 +133,12 @@ def _read(lm: LM, rows: Sequence[Encoded], stacks: list[Stack], which: list[int]
 def generate(lm: LM, asked: Sequence[tuple[Stack, str]], answers: Answers, progress: Progress | None = None) -> None:
     """Greedy free answers to (stack, prompt), into ``answers``."""
     new = {(key(s), p): s for s, p in asked if (key(s), p) not in answers.text}
-    todo = list(zip(new.items(), lm.encode([p for _, p in new]), strict=True))
+    todo = list(zip(new.items(), lm.encode([p for _, p in new], chat=answers.chat), strict=True))
     done = 0
     for indices in _batches(todo):
         stacks, which = distinct([todo[i][0][1] for i in indices])
-        said = lm.continuations([todo[i][0][0][1] for i in indices], stacks=stacks, rows=which, max_new_tokens=MAX_NEW_TOKENS)
+        prompts = [todo[i][0][0][1] for i in indices]
+        said = lm.continuations(prompts, stacks=stacks, rows=which, max_new_tokens=MAX_NEW_TOKENS, chat=answers.chat)
         for i, ids in zip(indices, said, strict=True):
             answers.ids[todo[i][0][0]], answers.text[todo[i][0][0]] = tuple(ids), text_of(lm.tokenizer, ids, STOPS)
         done += len(indices)
@@ -158,27 +174,29 @@ def score(
     """
     answers = answers if answers is not None else Answers()
     probes = [(case, probe, stack) for case, stack in zip(cases, stacks, strict=True) for probe in case.probes]
+    for chat in (False, True):
+        if mine := [(c, p, s) for c, p, s in probes if (p.kind == "chat") == chat]:
+            _ask(lm, mine, answers.to(mine[0][1]), progress)
+    known = _known(lm, cases, answers)
+    out = []
+    for case, probe, stack in probes:
+        said = answers.to(probe)
+        target = _target(probe, said)
+        record = _record(method, case, probe, stack, target, said, known) | _likelihood(probe, stack, _against(case, probe, target), said)
+        out.append(record | (_free_tokens(probe, stack, target, said) if answers.free_tokens else {}))
+    return out
+
+
+def _ask(lm: LM, probes: Sequence[tuple[Case, Probe, Stack]], answers: Answers, progress: Progress | None) -> None:
+    """Everything the records of these probes need."""
     generate(lm, [((), p.prompt) for _, p, _ in probes], answers, progress)
-    targets = [_target(p, answers) for _, p, _ in probes]
-    against = [_against(c, p, t) for (c, p, _), t in zip(probes, targets, strict=True)]
-    asked = [
-        (s, p.prompt, text)
-        for (_, p, stack), t, pair in zip(probes, targets, against, strict=True)
-        for text in (t, *pair)
-        if text is not None
-        for s in ((), stack)
-    ]
+    asked = []
+    for case, probe, stack in probes:
+        target = _target(probe, answers)
+        texts = [text for text in (target, *_against(case, probe, target)) if text is not None]
+        asked += [(s, probe.prompt, text) for text in texts for s in ((), stack)]
     force(lm, asked, answers, progress)
     generate(lm, [(s, p.prompt) for _, p, s in probes], answers, progress)
-    known = _known(lm, cases, answers)
-    return [
-        {
-            **_record(method, c, p, s, t, answers, known),
-            **_likelihood(p, s, pair, answers),
-            **(_free_tokens(p, s, t, answers) if answers.free_tokens else {}),
-        }
-        for (c, p, s), t, pair in zip(probes, targets, against, strict=True)
-    ]
 
 
 def _target(probe: Probe, answers: Answers) -> str:
@@ -192,13 +210,19 @@ def _against(case: Case, probe: Probe, target: str) -> tuple[str, str | None]:
     The edited prompt and its rephrases: the new object against the old one.  A neighbour: its own true object against the
     edit's new one.  In CounterFact every neighbour's object is the edited subject's old one; in other benchmarks (the
     almanac) it may be any other object of the relation, so NS asks there as here whether the *new* object spilled over.
+    A surface (`errata.score.robustness`) is as a rephrase; a negated prompt has the old object against the new one, a statement
+    "True" against "False" or the other way round.
     """
-    request = case.request
+    request = next((r for r in case.requests if r.target == probe.target), case.request)
     own, rival = target, None
-    if probe.kind in ("rewrite", "rephrase"):
+    if probe.kind in ("rewrite", "rephrase", *SURFACE_KINDS):
         own, rival = request.target, request.old
     elif probe.kind == "neighbour" and probe.target is not None:
-        rival = request.target
+        rival = case.request.target
+    elif probe.kind == "negation" and request.old is not None:
+        own, rival = request.old, request.target
+    elif probe.kind in STATEMENTS:
+        rival = STATEMENTS[probe.kind]
     return own, None if rival is None or exact_match(own, rival) else rival
 
 
@@ -223,29 +247,30 @@ def _free_tokens(probe: Probe, stack: Stack, target: str, answers: Answers) -> d
 
 
 def _known(lm: LM, cases: Sequence[Case], answers: Answers) -> dict[str, bool]:
-    """Whether the base gave each case's old answer on its own prompt (True where no old answer is named)."""
-    return {c.request.id: c.request.old is None or exact_match(answers.text.get(("", c.request.prompt), ""), c.request.old) for c in cases}
+    """Whether the base gave each case's old answers on their own prompts (True where no old answer is named)."""
+    return {c.id: all(r.old is None or exact_match(answers.text.get(("", r.prompt), ""), r.old) for r in c.requests) for c in cases}
 
 
 def _record(method: str, case: Case, probe: Probe, stack: Stack, target: str, answers: Answers, known: dict[str, bool]) -> dict[str, Any]:
     before, after = answers.forced["", probe.prompt, target], answers.forced[key(stack), probe.prompt, target]
     text_before, text_after = answers.text["", probe.prompt], answers.text[key(stack), probe.prompt]
-    matched = exact_match(text_before, target)
-    local = probe.kind in ("neighbour", "unrelated")
+    accepted = (target, *probe.also)
+    matched = any(exact_match(text_before, answer) for answer in accepted)
     return {
         "method": method,
-        "case": case.request.id,
+        "case": case.id,
         "kind": probe.kind,
         "prompt": probe.prompt,
         "target": probe.target,
+        **({"also": list(probe.also)} if probe.also else {}),
         "tf_before": before.share,
         "tf_after": after.share,
         "tf_agree": sum(a == b for a, b in zip(before.argmax, after.argmax, strict=True)) / len(after.argmax),
         "gen_before": text_before,
         "gen_after": text_after,
         "gen_match_before": matched,
-        "gen_match_after": exact_match(text_after, target),
+        "gen_match_after": any(exact_match(text_after, answer) for answer in accepted),
         "gen_agree": text_before == text_after,
         # a neighbour's own answer; for the rest, the fact that was edited
-        "known": matched if local else known[case.request.id],
+        "known": matched if probe.kind in LOCAL_KINDS else known[case.id],
     }
