@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from families import lm
-from tiny import FAST, FRANCE
+from tiny import FRANCE, write_piqa
 
 from errata import run
 from errata.benchmarks.downstream import Choice, Question
 from errata.benchmarks.files import open_benchmark
-from errata.cli import main
 from errata.errors import InputError
 from errata.methods.reft import ReFT
 from errata.request import Case, EditRequest, Probe
@@ -192,36 +191,34 @@ def test_questions_take_any_accepted_answer() -> None:
     assert (row["metric"], row["protocol"], row["value"], row["before"]) == ("questions", "generated", 0.0, 0.5)
 
 
-def piqa(folder: Path, labels: str | None = "1\n0\n", **more: Any) -> Path:
-    goals = [
-        {"goal": FRANCE, "sol1": "Rome", "sol2": "Paris", **more},
-        {"goal": "The capital of Japan is", "sol1": "Tokyo", "sol2": "Rome", **more},
-    ]
-    path = folder / "valid.jsonl"
-    path.write_text("\n".join(map(json.dumps, goals)))
-    if labels is not None:
-        (folder / "valid-labels.lst").write_text(labels)
-    return path
-
-
 def test_piqa_and_its_labels(tmp_path: Path) -> None:
     whole = [Choice(FRANCE, ("Rome", "Paris"), 1), Choice("The capital of Japan is", ("Tokyo", "Rome"), 0)]
-    assert list(open_benchmark("piqa", piqa(tmp_path)).load(seed=None)) == whole
+    assert list(open_benchmark("piqa", write_piqa(tmp_path)).load(seed=None)) == whole
     assert list(open_benchmark("piqa", tmp_path).load("valid", seed=None)) == whole
     for labels, message in (
         ("1\n", r"valid-labels.lst: 1 labels for 2 records"),
         ("1\n2\n", r"valid-labels.lst:2: a label must be 0 or 1, not '2'"),
     ):
         with pytest.raises(InputError, match=message):
-            open_benchmark("piqa", piqa(tmp_path, labels)).load()
+            open_benchmark("piqa", write_piqa(tmp_path, labels)).load()
     (tmp_path / "valid-labels.lst").unlink()
     with pytest.raises(InputError, match=r"has no labels; put valid-labels.lst \(0 or 1 a line\) beside it"):
-        open_benchmark("piqa", piqa(tmp_path, None)).load()
-    assert {c.answer for c in open_benchmark("piqa", piqa(tmp_path, None, label=1)).load()} == {1}
+        open_benchmark("piqa", write_piqa(tmp_path, None)).load()
+    assert {c.answer for c in open_benchmark("piqa", write_piqa(tmp_path, None, label=1)).load()} == {1}
     with pytest.raises(InputError, match="record 1: label must be 0 or 1, not 2"):
-        open_benchmark("piqa", piqa(tmp_path, None, label=2)).load()
+        open_benchmark("piqa", write_piqa(tmp_path, None, label=2)).load()
     with pytest.raises(InputError, match="record 1: label must be 0 or 1, not -1"):
-        open_benchmark("piqa", piqa(tmp_path, None, label=-1)).load()
+        open_benchmark("piqa", write_piqa(tmp_path, None, label=-1)).load()
+
+
+def test_piqa_fetches_its_labels_from_where_it_fetched_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    folders = {"valid.jsonl": write_piqa(tmp_path).parent, "valid-labels.lst": tmp_path / "elsewhere"}
+    folders["valid-labels.lst"].mkdir()
+    (tmp_path / "valid-labels.lst").rename(folders["valid-labels.lst"] / "valid-labels.lst")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, path, **how: str(folders[path] / path))
+    assert [c.answer for c in open_benchmark("piqa", "hub:a/b/valid.jsonl@v1").load(seed=None)] == [1, 0]
 
 
 @pytest.mark.parametrize("name", ["nq-open", "known1000"])
@@ -233,111 +230,6 @@ def test_items_come_in_an_order_of_the_seed(name: str) -> None:
     assert own != every and [item.prompt for item in own][:1] == [json.loads(path.read_text().strip("[\n]").split("\n")[0].rstrip(","))[
         "question" if name == "nq-open" else "prompt"
     ]]  # fmt: skip
-
-
-# -- the command --------------------------------------------------------------------------------------------------
-
-
-def document(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
-    code = main([*argv, "--json"])
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    return json.loads(out)
-
-
-@pytest.mark.parametrize("sample", ["counterfact-original.json", "mquake.json", "qaedit.json"])
-def test_score_reads_a_file(sample: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name, data, out = sample.partition(".")[0].partition("-")[0], SAMPLES / sample, tmp_path / "out"
-    argv = ["score", tiny, "--benchmark", name, "--data", str(data), "--n", "2", "--method", "none,reft", *FAST[2:4], "--out", str(out)]
-    found = document(capsys, *argv[:-4], "--set", "reft.rank=2", "--set", "reft.steps=2", "--out", str(out))
-    assert found["n"] == 2 and found["split"] is None and found["data"] == str(data) and found["records"]["records"] == 5
-    assert {r["method"] for r in found["summary"]} == {"none", "reft"}
-    assert all(r["value"] == r["before"] for r in found["summary"] if r["method"] == "none")
-    assert {"records.jsonl", "report.html", "report.md", "summary.json"} == {p.name for p in out.iterdir()}
-    assert "5 records (" in (out / "report.md").read_text()
-
-
-def test_score_takes_what_there_is_without_n_and_says_what_was_left_out(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["score", tiny, "--benchmark", "convsent", "--data", str(SAMPLES / "convsent.json"), "--method", "none", "--seed", "file"]
-    assert main(argv) == 0
-    out, _ = capsys.readouterr()
-    assert "5 records (KnowEdit), 4 cases" in out and "dropped 1 record: set aside as a bystander" in out and "ES of ConvSent" in out
-
-
-def test_choices_of_the_command_are_scored_under_patches(tiny: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["score", tiny, "--benchmark", "piqa", "--data", str(piqa(tmp_path))]
-    found = document(capsys, *argv)
-    assert [(r["method"], r["value"], r["before"]) for r in found["summary"]] == [("unedited", 1.0, 1.0)] and found["patches"] == []
-    found = document(capsys, *argv, "--patch", str(good), "--out", str(tmp_path / "out"))
-    assert len(found["patches"]) == 1 and found["summary"][0]["before"] == 1.0
-    assert (tmp_path / "out" / "report.html").exists()
-    for wrong, message in ((["--method", "reft"], "--method: piqa has no edits to make"), (["--fluency"], "--fluency: piqa has no edits")):
-        assert main([*argv, *wrong]) == 2
-        assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--benchmark", "zsre"], "'zsre' is not in the package; give its file with --data"),
-        (["--data", "x.json"], "'almanac' is in the package and takes no data"),
-        (["--benchmark", "qaedit", "--data", str(SAMPLES / "qaedit.json"), "--n", "9"], "9 asked for, but"),
-        (["--benchmark", "qaedit", "--data", str(SAMPLES / "qaedit.json"), "--split", "test"], "is one file, which has no splits"),
-        (["--benchmark", "qaedit", "--data", str(SAMPLES / "qaedit.json"), "--patch", "x"], "--patch: qaedit makes its own edits"),
-        (["--benchmark", "known1000", "--data", str(SAMPLES / "known1000.json")], "has no edits to score; try `errata trace"),
-        (["--seed", "first"], "must be a whole number, or 'file'"),
-        (["--seed", "file"], "the almanac has no order of its own"),
-    ],
-)
-def test_wrong_arguments_are_told(argv: list[str], message: str, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["score", tiny, "--method", "none", *argv]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_methods_that_need_a_subject_say_so(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = {"id": 0, "question": "The capital of", "para_question": "Capital", "answer": "Rome", "sub_question": [], "sub_answer": []}
-    (tmp_path / "unke.json").write_text(json.dumps([record]))
-    argv = ["score", tiny, "--benchmark", "unke", "--data", str(tmp_path / "unke.json"), "--method", "rome", "--set", "stats_tokens=200"]
-    assert main(argv[:-2]) != 0
-    assert "edits at the subject's last token; give the subject" in capsys.readouterr().err
-
-
-def test_fluency_without_prompts_is_refused(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["score", tiny, "--benchmark", "counterfact", "--method", "none", "--fluency", "--n", "1", "--data"]
-    assert main([*argv, str(SAMPLES / "counterfact-flattened.json")]) == 2
-    assert "no case has a prompt to sample from" in capsys.readouterr().err
-    found = document(capsys, *argv, str(SAMPLES / "counterfact-original.json"))
-    assert {"GE"} == {r["metric"] for r in found["summary"] if r["protocol"] == "sampled"}  # no references, no RS
-
-
-def test_trace_reads_facts_and_edits(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fact = {
-        "known_id": 0,
-        "subject": "France",
-        "attribute": "Paris",
-        "template": "…",
-        "prediction": "…",
-        "prompt": FRANCE,
-        "relation_id": "P",
-    }
-    (tmp_path / "known.json").write_text(json.dumps([fact]))
-    found = document(capsys, "trace", tiny, "--benchmark", "known1000", "--data", str(tmp_path), "--samples", "1", "--kinds", "hidden")
-    assert [f["prompt"] for f in found["facts"]] == [FRANCE]
-    argv = ["trace", tiny, "--benchmark", "counterfact", "--data", str(SAMPLES / "counterfact-flattened.json"), "--n", "2"]
-    assert main(argv) == 2  # the tiny model knows none of them
-    assert "none of 2 fact(s) can be traced" in capsys.readouterr().err
-    assert main(["trace", tiny, "--benchmark", "nq-open", "--data", str(SAMPLES / "nq-open.jsonl")]) == 2
-    assert "nq-open has no facts with a subject to trace" in capsys.readouterr().err
-    assert main(["trace", tiny, "--data", "x", "--prompt", "a", "--subject", "a"]) == 2
-    assert "--data has no meaning without --benchmark" in capsys.readouterr().err
-
-
-def test_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    found = {row["name"]: row for row in document(capsys, "benchmarks")["benchmarks"]}
-    assert found["zsre"]["forms"] == ["MEND", "KnowEdit"] and "two_hop" in found["zsre"]["probes"] and found["piqa"]["kind"] == "choices"
-    assert not found["almanac"]["needs_data"] and all(row["licence"] for row in found.values())
-    assert main(["benchmarks"]) == 0
-    assert "qaedit (edits, needs --data)" in capsys.readouterr().out
 
 
 def test_every_kind_of_probe_is_counted_by_some_metric() -> None:
