@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import FAST, FRANCE, write_piqa
+from tiny import FRANCE, write_piqa
 
 from errata.cli import main
 
@@ -24,8 +24,9 @@ def document(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 @pytest.mark.parametrize("sample", ["counterfact-original.json", "mquake.json", "qaedit.json"])
 def test_score_reads_a_file(sample: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, data, out = sample.partition(".")[0].partition("-")[0], SAMPLES / sample, tmp_path / "out"
-    argv = ["score", tiny, "--benchmark", name, "--data", str(data), "--n", "2", "--method", "none,reft", *FAST[2:4], "--out", str(out)]
-    found = document(capsys, *argv[:-4], "--set", "reft.rank=2", "--set", "reft.steps=2", "--out", str(out))
+    settings = ("--set", "reft.rank=2", "--set", "reft.steps=2", "--set", "reft.batched_steps=2")
+    argv = ("score", tiny, "--benchmark", name, "--data", str(data), "--n", "2", "--method", "none,reft")
+    found = document(capsys, *argv, *settings, "--out", str(out))
     assert found["n"] == 2 and found["split"] is None and found["data"] == str(data) and found["records"]["records"] == 5
     assert {r["method"] for r in found["summary"]} == {"none", "reft"}
     assert all(r["value"] == r["before"] for r in found["summary"] if r["method"] == "none")
