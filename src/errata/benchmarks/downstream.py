@@ -12,6 +12,8 @@ from errata.benchmarks.records import Record, locate
 from errata.errors import InputError
 from errata.request import read_bytes
 
+UNKNOWN = -1  # the answer of a choice whose label stands beside it
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -47,8 +49,8 @@ def _whole(record: Record, key: str) -> str:
 
 
 def _choice(record: Record) -> Choice:
-    label = record.values.get("label", -1)
-    if isinstance(label, bool) or label not in (-1, 0, 1):
+    label = record.values.get("label", UNKNOWN)
+    if "label" in record and (isinstance(label, bool) or label not in (0, 1)):
         raise record.fail(f"label must be 0 or 1, not {label!r}")
     return Choice(_whole(record, "goal"), (_whole(record, "sol1"), _whole(record, "sol2")), label)
 

@@ -1,7 +1,7 @@
 """PEAK (Ma et al. 2024): a further object is appended to a relation that has several; the others must not be disturbed.
 
-``target_true`` is one object the subject has and keeps, so nothing is called old.  Every object of ``postive_list`` (the file's
-spelling) is an accepted answer of nothing here: the lists are what the paper weighs probabilities over.
+``target_true`` is one object the subject has and keeps, so nothing is called old.  The lists of true and false objects
+(``postive_list``, ``negtive_list``: the file's spelling), over which the paper weighs probabilities, are not used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PEAK(FileBenchmark):
     version = "1"
     source = "PEAK_counter.json and PEAK_time.json of mjy1111/PEAK"
     licence = "none stated"
-    citation = "Ma et al. 2024 (PEAK, Neighboring Perturbations of Knowledge Editing, arXiv 2401.17623)"
+    citation = "Ma et al. 2024 (PEAK, Neighboring Perturbations of Knowledge Editing)"
     probes = ("rewrite", "rephrase", "neighbour")
     splits = ("time", "counter")
     forms = (

@@ -58,7 +58,7 @@ class WISETemporal(FileBenchmark):
     version = "1"
     source = "EasyEdit, data/wise/temporal/temporal-edit.json; locality from web text"
     licence = "MIT (EasyEdit); its locality is web text of unclear licence"
-    citation = "Wang et al. 2024 (WISE, arXiv 2405.14768); Gangadhar and Stratos 2024"
+    citation = "Wang et al. 2024 (WISE, arXiv 2405.14768)"
     probes = ("rewrite", "out_of_domain", "unrelated")
     splits = WISEHallucination.splits
     forms = (Form.of("temporal", _text, f"{_FIELDS} ood_rephrase"),)
