@@ -22,6 +22,7 @@ from errata.request import EditRequest
 from errata.texts import bundled
 
 KINDS = ("names", "shuffled", "prefixes", "long")
+FEW = 32  # texts, and lines of bundled text, at whose tokens gates are trained shut
 BOTH = 64  # tokens kept free for the prompt where a passage has to be cut
 
 
@@ -109,14 +110,14 @@ def _away(
     prompt; tokens of the request's ``unrelated``, and of bundled text."""
     itself = original(lm, request, fact_token, name)
     kinds: list[list[Placed]] = [[replace(itself, at=i) for i in _others(itself)]]
-    kinds.append([replace(t, at=own.choice(_others(t))) for t in own.choices(texts, k=count) if _others(t)])
+    kinds.append([replace(t, at=i) for t in own.sample(texts, min(FEW, len(texts))) for i in _others(t)])
     if request.subject is not None:
         names = own.sample(strangers(), count)
         filled = [surfaces.fill(request, other) for other in names]
         kinds.append(placed(lm, filled, [_end(request, other, fact_token, name) for other in names]))
     told = lm.encode([f"{prompt} {answer}" for prompt, answer in request.unrelated]) if request.unrelated else []
     kinds.append([Placed(row, at) for row in told for at in range(len(row.ids))])
-    lines = own.choices(_lines(), k=max(1, count // 8))
+    lines = own.choices(_lines(), k=FEW)
     kinds.append([Placed(row, at) for row in lm.encode(lines) for at in range(len(row.ids))])
     kinds = [kind for kind in (_within(lm, kind) for kind in kinds) if kind]
     return [own.choice(kinds[i % len(kinds)]) for i in range(count)]
