@@ -1,9 +1,9 @@
 """The texts REP trains on: one fact under other names of its subject, behind prefixes, behind long passages (spec: REP, training).
 
-    {sampled prefix} {prompt with the subject, another name, or its tokens shuffled}          {passage} {prompt}
+    {sampled prefix} {prompt with the subject, another name, or its tokens shuffled}          {passage} {prompt}          {paraphrase}
 
-Names, shuffled subjects and passages are those of `errata.surfaces`, of which only the *seen* half is used here; the robustness suite asks
-about the other half as well.
+Paraphrases are the request's own.  Names, shuffled subjects and passages are those of `errata.surfaces`, of which only the *seen* half
+is used here; the robustness suite asks about the other half as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from errata.model import LM
 from errata.request import EditRequest
 from errata.texts import bundled
 
-KINDS = ("names", "shuffled", "prefixes", "long")
+KINDS = ("names", "shuffled", "prefixes", "long", "paraphrases")
 FEW = 32  # texts, and lines of bundled text, at whose tokens gates are trained shut
 BOTH = 64  # tokens kept free for the prompt where a passage has to be cut
 
@@ -92,7 +92,15 @@ def _short(
             continue  # the prompt itself, which every step sees
         text = request.prompt if other is None else surfaces.fill(request, other)
         out.append((head + text, len(head) + _end(request, other, fact_token, name)))
-    return out
+    return [*out, *_paraphrases(request, fact_token)] if "paraphrases" in kinds else out
+
+
+def _paraphrases(request: EditRequest, fact_token: str) -> list[tuple[str, int]]:
+    """The request's own, where the place can be found in them."""
+    if fact_token == "last":
+        return [(text, len(text.rstrip())) for text in request.paraphrases]
+    subject = request.subject or ""
+    return [(text, text.find(subject) + len(subject)) for text in request.paraphrases if subject and subject in text]
 
 
 def _long(lm: LM, request: EditRequest, kinds: Sequence[str], seed: int, fact_token: str, name: str) -> list[tuple[str, int]]:
