@@ -20,7 +20,7 @@ from errata.methods.key_adaptor import KeyAdaptor, gate_logit
 from errata.methods.locate import LocateEditor
 from errata.methods.rep import REP
 from errata.methods.rep_adapting import apart
-from errata.methods.rep_surfaces import KINDS, draw
+from errata.methods.rep_surfaces import KINDS, OWN, draw
 from errata.methods.rep_training import Keys, initial, train
 from errata.model import LM
 from errata.patch import Op, Patch, Site
@@ -276,7 +276,7 @@ def test_what_trains_is_seen_and_what_is_kept_is_elsewhere() -> None:
         base, request, KINDS, ((5, 2),), steps=4, batch=5, pool=400, away=30, fact_token="subject_last",
         seed=0, name="rep",
     )  # fmt: skip
-    assert len(drawn.steps) == 4 and all(len(s) == 5 for s in drawn.steps) and len(drawn.away) == 30
+    assert len(drawn.steps) == 4 and all(len(s) == 5 for s in drawn.steps) and len(drawn.away) == OWN + 30
     said = [base.tokenizer.decode(t.row.ids, skip_special_tokens=True) for t in drawn.texts]
     for unseen in (*found.names_unseen, *found.shuffled_unseen):
         assert not any(surfaces.fill(request, unseen) in text for text in said)

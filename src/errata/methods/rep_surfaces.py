@@ -22,6 +22,7 @@ from errata.request import EditRequest
 from errata.texts import bundled
 
 KINDS = ("names", "shuffled", "prefixes", "long", "paraphrases")
+OWN = 16  # places in prompt and target at which a gate is trained shut in every step
 FEW = 32  # texts, and lines of bundled text, at whose tokens gates are trained shut
 BOTH = 64  # tokens kept free for the prompt where a passage has to be cut
 
@@ -114,11 +115,9 @@ def _long(lm: LM, request: EditRequest, kinds: Sequence[str], seed: int, fact_to
 def _away(
     lm: LM, request: EditRequest, texts: Sequence[Placed], count: int, own: random.Random, fact_token: str, name: str
 ) -> list[Placed]:
-    """``count`` places, equally many of each kind there is: other tokens of the prompt, and of the texts; another name in the
-    prompt; tokens of the request's ``unrelated``, and of bundled text."""
-    itself = original(lm, request, fact_token, name)
-    kinds: list[list[Placed]] = [[replace(itself, at=i) for i in _others(itself)]]
-    kinds.append([replace(t, at=i) for t in own.sample(texts, min(FEW, len(texts))) for i in _others(t)])
+    """`OWN` places that every step sees, the other tokens of prompt and target in turn; and ``count``, equally many of each kind there
+    is: other tokens of the texts; another name in the prompt; tokens of the request's ``unrelated``, and of bundled text."""
+    kinds = [[replace(t, at=i) for t in own.sample(texts, min(FEW, len(texts))) for i in _others(t)]]
     if request.subject is not None:
         names = own.sample(strangers(), count)
         filled = [surfaces.fill(request, other) for other in names]
@@ -128,7 +127,9 @@ def _away(
     lines = own.choices(_lines(), k=FEW)
     kinds.append([Placed(row, at) for row in lm.encode(lines) for at in range(len(row.ids))])
     kinds = [kind for kind in (_within(lm, kind) for kind in kinds) if kind]
-    return [own.choice(kinds[i % len(kinds)]) for i in range(count)]
+    itself = placed(lm, [request.prompt], [_end(request, None, fact_token, name)], request.target)[0]
+    rest = [replace(itself, at=i) for i in range(len(itself.row.ids)) if i != itself.at]
+    return [*(rest[i % len(rest)] for i in range(OWN)), *(own.choice(kinds[i % len(kinds)]) for i in range(count))]
 
 
 def _within(lm: LM, places: Sequence[Placed]) -> list[Placed]:
