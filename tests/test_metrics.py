@@ -11,7 +11,8 @@ import pytest
 
 from errata.errors import InputError, UnknownName
 from errata.score import metrics
-from errata.score.metrics import METRICS, PROTOCOLS, contains, difference, exact_match, get_metric, normalise, summarise
+from errata.score.match import contains, exact_match, normalise
+from errata.score.metrics import METRICS, PROTOCOLS, difference, get_metric, summarise
 
 
 def record(kind: str = "rewrite", case: str = "c0", method: str = "m", **changes: Any) -> dict[str, Any]:

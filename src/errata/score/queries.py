@@ -19,7 +19,7 @@ from errata.bank import Stack
 from errata.decode import text_of
 from errata.model import LM, STOPS
 from errata.request import Case, Probe
-from errata.score.metrics import exact_match
+from errata.score.match import exact_match
 from errata.tokens import Encoded
 
 Progress = Callable[[int, int], None]
@@ -157,16 +157,14 @@ def score(
     ``answers``: keep one between calls and the base is asked once for all methods and marks.
     """
     answers = answers if answers is not None else Answers()
+    ask_base(lm, cases, answers, progress)
     probes = [(case, probe, stack) for case, stack in zip(cases, stacks, strict=True) for probe in case.probes]
-    generate(lm, [((), p.prompt) for _, p, _ in probes], answers, progress)
-    targets = [_target(p, answers) for _, p, _ in probes]
-    against = [_against(c, p, t) for (c, p, _), t in zip(probes, targets, strict=True)]
+    targets, against = _asked([(case, probe) for case, probe, _ in probes], answers)
     asked = [
-        (s, p.prompt, text)
+        (stack, p.prompt, text)
         for (_, p, stack), t, pair in zip(probes, targets, against, strict=True)
         for text in (t, *pair)
         if text is not None
-        for s in ((), stack)
     ]
     force(lm, asked, answers, progress)
     generate(lm, [(s, p.prompt) for _, p, s in probes], answers, progress)
@@ -179,6 +177,23 @@ def score(
         }
         for (c, p, s), t, pair in zip(probes, targets, against, strict=True)
     ]
+
+
+def ask_base(lm: LM, cases: Sequence[Case], answers: Answers, progress: Progress | None = None) -> None:
+    """What the unedited model says to everything that `score` will ask about these cases, into ``answers``; what is there is not asked."""
+    probes = [(case, probe) for case in cases for probe in case.probes]
+    generate(lm, [((), p.prompt) for _, p in probes], answers, progress)
+    targets, against = _asked(probes, answers)
+    texts = [
+        ((), p.prompt, text) for (_, p), t, pair in zip(probes, targets, against, strict=True) for text in (t, *pair) if text is not None
+    ]
+    force(lm, texts, answers, progress)
+
+
+def _asked(probes: Sequence[tuple[Case, Probe]], answers: Answers) -> tuple[list[str], list[tuple[str, str | None]]]:
+    """(the target, what is weighed against what) of each probe."""
+    targets = [_target(p, answers) for _, p in probes]
+    return targets, [_against(c, p, t) for (c, p), t in zip(probes, targets, strict=True)]
 
 
 def _target(probe: Probe, answers: Answers) -> str:
