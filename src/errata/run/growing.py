@@ -1,7 +1,7 @@
 """Edits one after another on a growing stack, in parts (see `errata.run.parts`): continual and batched editing are this.
 
-A part of edits ends at each mark, after every ``group`` cases, and wherever the guard looks.  Where the guard rolls back, it ends only at marks
-and looks: what lies between two looks is done again when one of its edits is taken back, and is put on disk when the look was good.
+A part of edits ends at each mark, after every ``group`` cases, and wherever the guard looks.  Where the guard rolls back, it ends only
+at marks and looks: what lies between two looks is done again when one of its edits is taken back, and is a part when the look was good.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Growing:
         edits, stack, stopped, undone = at.edits, at.stack, at.stopped, dict(at.undone)
         while True:
             if edits in self.how.marks or stopped:
-                yield from (part for part in self._mark(edits, stack, undone, at.done))
+                yield from self._mark(edits, stack, undone, at.done)
             if stopped or edits >= self.how.marks[-1]:
                 return
             part = self._edits(edits, next(end for end in self.ends if end > edits), stack)
@@ -107,7 +107,7 @@ class Growing:
         kept = [m for m in made if m.patch is not None]
         records: Records = []
         if self.how.right_after:
-            order = sorted((m for m in (*kept, *undone)), key=lambda m: m.first)
+            order = sorted((*kept, *undone), key=lambda m: m.first)
             asked = [(self.cases[i], self.folded(m.stack)) for m in order for i in range(m.first, m.last)]
             found = clock.run("scoring", lambda: self.score([c for c, _ in asked], [s for _, s in asked]))
             records = _marked(found, {self.cases[i].request.id: said for i, said in why.items()})
@@ -141,7 +141,7 @@ class Growing:
         return made
 
     def _looked_at(self, made: list[_Edit], before: Stack, clock: Clock) -> tuple[list[_Edit], list[_Edit], Health]:
-        """(edits that stay, edits taken back, health with the former).  What follows an edit that is taken back is made again without it."""
+        """(edits that stay, edits taken back, health with the former).  What follows an edit taken back is made again without it."""
         assert self.guard is not None
         guard, gone, good = self.guard, [], 0
         while True:

@@ -1,7 +1,8 @@
 """The health guard: what edits did to everything that is not the edit, looked at every n edits; warn, stop, or take back the culprit.
 
-Held-out text is foretold under the stack and under the base.  Healthy means: perplexity at most ``perplexity`` times the base's, and (where
-set) the mean KL divergence of next-token distributions, KL(base ‖ edited), at most ``kl`` nats.  Numbers that are not finite are not healthy.
+Held-out text is foretold under the stack and under the base.  Healthy means: perplexity at most ``perplexity`` times the base's, and
+(where set) the mean KL divergence of next-token distributions, KL(base ‖ edited), at most ``kl`` nats.  Numbers that are not finite are not
+healthy.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Limits:
     every       edits between two looks (there is one at each mark too)
     action      warn: say so and go on; stop: score what there is and end; rollback: take back the edit that broke the model, go on without
     perplexity  most times the base's; kl: most nats, None for no limit
-    text        held-out text, as `errata.texts.open_corpus` names it; ``tokens`` of it in rows of ``length`` (None: 256, or what the model takes)
+    text        held-out text, as `errata.texts.open_corpus` names it; the first ``tokens`` tokens in rows of ``length`` (None: 256, or what
+                the model takes)
     """
 
     every: int = 100
@@ -48,7 +50,7 @@ class Health:
     """What one look found; None stands for a number that is not finite."""
 
     perplexity: float | None
-    base: float
+    base: float | None
     kl: float | None
     healthy: bool
 
@@ -56,8 +58,8 @@ class Health:
         return {"perplexity": self.perplexity, "perplexity_base": self.base, "kl": self.kl, "healthy": self.healthy}
 
     def __str__(self) -> str:
-        said = ["not finite" if v is None else f"{v:.4g}" for v in (self.perplexity, self.kl)]
-        return f"perplexity {said[0]} (base {self.base:.4g}), KL {said[1]}"
+        edited, base, kl = ("not finite" if v is None else f"{v:.4g}" for v in (self.perplexity, self.base, self.kl))
+        return f"perplexity {edited} (base {base}), KL {kl}"
 
 
 class Guard:
@@ -73,7 +75,7 @@ class Guard:
         base, edited, kl = against_base(self.lm, self.text, stack, self.limits.tokens, self.length)
         ratio = edited.nll - base.nll
         broken = not (ratio <= math.log(self.limits.perplexity)) or (self.limits.kl is not None and not (kl <= self.limits.kl))
-        return Health(_finite(edited.value), base.value, _finite(kl), not broken)
+        return Health(_finite(edited.value), _finite(base.value), _finite(kl), not broken)
 
     def first_broken(self, stacks: list[Stack]) -> int:
         """Index of the first stack that is not healthy, given that the last is not and that what came before the first was: by bisection,

@@ -61,7 +61,7 @@ class Part:
 
 @dataclass(frozen=True)
 class State:
-    """Where a scenario begins: T, the stack then, cases taken back before, whether the guard ended it, parts that need not be done again."""
+    """Where a scenario begins: T, the stack then, cases taken back before, whether the guard ended it; parts not to be done again."""
 
     edits: int = 0
     stack: Stack = ()

@@ -219,7 +219,7 @@ def _harmonic(drawn: Floats) -> Floats:
     return out
 
 
-def _interval(values: Floats, seed: int, resamples: int, statistic: Callable[[Floats], Floats] = _mean) -> tuple[float, float]:
+def interval(values: Floats, seed: int, resamples: int = 2000, statistic: Callable[[Floats], Floats] = _mean) -> tuple[float, float]:
     """Percentile bootstrap over cases.  values [cases] or [cases, …], ``statistic`` [resamples, cases, …] -> [resamples].
 
     Several columns of a case are drawn together.  The generator starts anew for each call, so all metrics and methods with
@@ -263,7 +263,7 @@ def summarise(records: Iterable[Record], seed: int = 0, resamples: int = 2000) -
 def _row(chosen: Sequence[Record], which: Metric, protocol: str, seed: int, resamples: int) -> dict[str, Any]:
     statistic = _harmonic if which.harmonic else _mean
     means = _array(_columns(chosen, which, which.after[protocol]).values(), which)
-    low, high = _interval(means, seed, resamples, statistic)
+    low, high = interval(means, seed, resamples, statistic)
     before: float | None = 1.0  # a model agrees with itself
     if which.before:
         unedited = _columns(chosen, which, which.before[protocol])
@@ -313,7 +313,7 @@ def difference(
     left, right = (_array((side[case] for case in common), which) for side in sides)
     if not which.harmonic:
         gaps = left - right
-        value, (low, high) = float(gaps.mean()), _interval(gaps, seed, resamples)
+        value, (low, high) = float(gaps.mean()), interval(gaps, seed, resamples)
     else:
         both, k = np.concatenate([left, right], axis=1), len(which.kinds)
 
@@ -323,5 +323,5 @@ def difference(
         value = float(gap(both))
         if math.isnan(value):  # the common cases lack a kind
             raise InputError(nothing)
-        low, high = _interval(both, seed, resamples, gap)
+        low, high = interval(both, seed, resamples, gap)
     return {"value": value, "low": low, "high": high, "n_cases": len(common)}

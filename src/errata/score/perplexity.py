@@ -64,7 +64,7 @@ def perplexity(lm: LM, text: str, stacks: Sequence[Stack] = ((),), tokens: int =
 def against_base(lm: LM, text: str, stack: Stack, tokens: int, length: int) -> tuple[Perplexity, Perplexity, float]:
     """(base, under ``stack``, KL) on ``text``, read as in `perplexity`.
 
-    KL = mean over foretold tokens t of Σ_v p(v) (ln p(v) − ln q(v)), p the base's distribution and q the stack's after the same t − 1 tokens.
+    KL = mean over foretold tokens of Σ_v p(v) (ln p(v) − ln q(v)), p the base's distribution and q the stack's after the same tokens.
     """
     rows, ratio = _rows(lm, text, tokens, length)
     ids = torch.tensor(rows, device=lm.device)
