@@ -208,6 +208,7 @@ def run(
     kept = manifest.begin(root, spec, workers if isinstance(workers, int) else torch.get_num_threads())
     cells = left(root, grid.cells(spec))
     if not cells:
+        manifest.complete(root)
         return []
     if workers == "ray":
         out = on_ray(root, spec, cells, told, address, int(kept["threads"]))
