@@ -218,20 +218,23 @@ def slug(*parts: str) -> str:
 
 def read(path: str | Path, sets: Iterable[str] = ()) -> RunSpec:
     """A run file, with ``--set`` on top: ``benchmark.n=10``, ``methods.baft-r4.rank=6``, ``scenario.0.marks=[1,5]``."""
-    values = read_yaml(path)
-    for key in MANY:
-        if key in values and not isinstance(values[key], list):
-            values[key] = [values[key]]
-    for key, read_one in (("model", _named), ("methods", _named), ("benchmark", _named), ("scenario", _scenario)):
-        values |= {key: [read_one(v) for v in values[key]]} if key in values else {}
-    if isinstance(values.get("score"), dict) and isinstance(values["score"].get("judges"), list):
-        values["score"] = {**values["score"], "judges": [_named(j) for j in values["score"]["judges"]]}
+    values = _in_full(read_yaml(path))
     try:
         for key, value in parse_sets(sets).items():
             _set(values, key, value)
-        return _checked(build(RunSpec, values, "run"))
+        return _checked(build(RunSpec, _in_full(values), "run"))
     except (ConfigError, UnknownName) as error:
         raise type(error)(f"{path}: {error}") from None
+
+
+def _in_full(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists where there may be several, mappings where a name was enough."""
+    out = {key: [value] if key in MANY and not isinstance(value, list) else value for key, value in values.items()}
+    for key, read_one in (("model", _named), ("methods", _named), ("benchmark", _named), ("scenario", _scenario)):
+        out |= {key: [read_one(v) for v in out[key]]} if key in out else {}
+    if isinstance(out.get("score"), dict) and isinstance(out["score"].get("judges"), list):
+        out["score"] = {**out["score"], "judges": [_named(j) for j in out["score"]["judges"]]}
+    return out
 
 
 def _named(value: Any) -> Any:
@@ -248,10 +251,6 @@ def _scenario(value: Any) -> Any:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     """Put one ``--set`` in its place; a list's entries go by label, name or kind, or by number, and one that is alone needs neither."""
     first, *path = key.split(".")
-    if not path and first in MANY:
-        one = {"scenario": _scenario, "seeds": lambda v: v}.get(first, _named)
-        values[first] = [one(v) for v in (value if isinstance(value, list) else [value])]
-        return
     at: Any = values
     steps = [first, *path]
     while steps:
