@@ -111,7 +111,7 @@ def test_rollback_takes_back_the_edits_that_broke_the_model_by_name(
     last = Patch.load(cell(tmp_path / "guarded") / "patches" / "0000009")
     assert last.requests == tuple(kept) and last.id == stack[0].id
     after = {r["case"]: r for r in records(tmp_path / "guarded") if r["edits"] == 9 and r["kind"] == "rewrite"}
-    assert after[cases[8].request.id]["gen_match_after"] and len(after) == 9
+    assert len(after) == 9  # those taken back are asked for all the same
 
 
 def test_an_edit_that_cannot_be_made_is_taken_back_too(tiny: str, text: Path, tmp_path: Path) -> None:
