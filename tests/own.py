@@ -31,7 +31,7 @@ class Tiny:
     name = "tiny"
     version = "1"
 
-    def load(self, split: str = "test", n: int | None = None, seed: int = 0) -> Iterator[Case]:
+    def load(self, split: str | None = "test", n: int | None = None, seed: int | None = 0) -> Iterator[Case]:
         made = []
         for turn, (i, (prompt, old)) in itertools.product(range(2), enumerate(SENTENCES)):
             target = [a for a in ANSWERS if a != old][(i + turn) % 3]

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import lm
@@ -31,6 +32,19 @@ def saved(folder: Path, family: str = "llama") -> Path:
 def write_requests(path: Path) -> Path:
     """`EDITS` as JSON Lines."""
     path.write_text("".join(json.dumps({"prompt": p, "target": t, "subject": s}) + "\n" for p, t, s in EDITS))
+    return path
+
+
+def write_piqa(folder: Path, labels: str | None = "1\n0\n", **more: Any) -> Path:
+    """Two choices in the form of PIQA, with their labels beside them."""
+    goals = [
+        {"goal": FRANCE, "sol1": "Rome", "sol2": "Paris", **more},
+        {"goal": "The capital of Japan is", "sol1": "Tokyo", "sol2": "Rome", **more},
+    ]
+    path = folder / "valid.jsonl"
+    path.write_text("\n".join(map(json.dumps, goals)))
+    if labels is not None:
+        (folder / "valid-labels.lst").write_text(labels)
     return path
 
 

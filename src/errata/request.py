@@ -14,7 +14,14 @@ from typing import Any
 
 from errata.errors import InputError
 
-PROBE_KINDS = ("rewrite", "rephrase", "neighbour", "unrelated", "two_hop", "reverse", "alias")
+PROBE_KINDS = (
+    *("rewrite", "rephrase"),
+    *("neighbour", "unrelated", "same_subject", "forgetfulness", "distracting"),
+    *("two_hop", "multi_hop", "reverse", "alias", "logical", "sub_fact", "out_of_domain"),
+    *("same_sentiment", "opposite_sentiment"),
+)
+SENTIMENT = ("same_sentiment", "opposite_sentiment")  # replies to the edited prompt itself, weighed by their likelihood
+LOCAL_KINDS = ("neighbour", "unrelated", "same_subject", "forgetfulness")  # facts that an edit should leave as they were
 
 
 def _text(name: str, value: object, *, optional: bool = False) -> None:
@@ -96,34 +103,59 @@ class EditRequest:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One question asked to score an edit.  ``target`` None means "whatever the model said before the edit"."""
+    """One question asked to score an edit.  ``target`` None means "whatever the model said before the edit".
+
+    ``also``: other accepted spellings or answers; a free answer that equals one of them is right.  Teacher forcing and
+    likelihoods take ``target``.
+    """
 
     kind: str
     prompt: str
     target: str | None = None
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _text("probe kind", self.kind)
         _text("probe prompt", self.prompt)
         _text("probe target", self.target, optional=True)
+        object.__setattr__(self, "also", tuple(self.also))
+        for i, answer in enumerate(self.also):
+            _text(f"probe also[{i}]", answer)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A request with the probes that score it: one benchmark record.  What trains may not score."""
+    """A request with the probes that score it: one benchmark record.  What trains may not score.
+
+    ``more``: requests that belong to the same change (a chain of facts in MQuAKE); all are written together before any probe is asked.
+    """
 
     request: EditRequest
     probes: tuple[Probe, ...]
+    more: tuple[EditRequest, ...] = ()
 
     def __post_init__(self) -> None:
-        training = {*self.request.paraphrases, *(prompt for prompt, _ in self.request.unrelated)}
+        training = {text for r in self.requests for text in (*r.paraphrases, *(prompt for prompt, _ in r.unrelated))}
+        edited = {r.prompt for r in self.requests}
         for probe in self.probes:
             if probe.prompt in training:
                 raise InputError(
                     f"probe {probe.prompt!r} is also training text of its request; a model may not be scored on what it was shown"
                 )
-            if probe.kind != "rewrite" and probe.prompt == self.request.prompt:
+            if probe.kind not in ("rewrite", *SENTIMENT) and probe.prompt in edited:
                 raise InputError(f"probe {probe.prompt!r} of kind {probe.kind!r} is the edited prompt itself; call it 'rewrite'")
+
+    @property
+    def requests(self) -> tuple[EditRequest, ...]:
+        """All that are written together."""
+        return (self.request, *self.more)
+
+    @property
+    def id(self) -> str:
+        """The request's id; with ``more``, a hash of all ids."""
+        if not self.more:
+            return self.request.id
+        return hashlib.sha256(" ".join(r.id for r in self.requests).encode()).hexdigest()[:16]
 
 
 def _make(cls: Any, record: object, *, required: tuple[str, ...], known: Iterable[str]) -> Any:
@@ -142,21 +174,25 @@ def _make(cls: Any, record: object, *, required: tuple[str, ...], known: Iterabl
     return cls(**record)
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """("file:line", parsed JSON) of each non-empty line."""
-    path = Path(path)
+def read_bytes(path: Path) -> bytes:
+    """What a file holds; `InputError` where it cannot be read."""
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (IsADirectoryError, PermissionError) as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a JSON Lines file") from None
-    for number, line in enumerate(raw.split(b"\n"), 1):
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """("file:line", parsed JSON) of each non-empty line."""
+    path = Path(path)
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=_no_constant)
+            yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=no_constant)
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
@@ -166,7 +202,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{where}: {error}") from None
 
 
-def _no_constant(name: str) -> float:
+def no_constant(name: str) -> float:
+    """For json's ``parse_constant``: NaN and Infinity are no JSON."""
     raise InputError(f"{name} is not a JSON value")
 
 

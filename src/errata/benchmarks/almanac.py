@@ -22,6 +22,7 @@ from errata.benchmarks.facts import Fact, share
 from errata.errors import InputError
 from errata.request import Case, EditRequest, Probe
 
+PROBES: Final = ("rewrite", "rephrase", "neighbour", "unrelated", "two_hop", "reverse", "alias")
 SPLITS: Final = ("dev", "test")
 SIZE: Final = {"dev": 500, "test": 1000}  # cases aimed at; the smaller relations run out first
 DEV_SHARE = 1 / 3  # of the subjects
@@ -274,10 +275,18 @@ class Almanac:
     version = "1"
     source = "CounterFact (Meng et al. 2022), LRE relations (Hernandez et al. 2024), The World Factbook 2010; questions by errata"
     licence = "MIT (CounterFact, LRE), public domain (Factbook), Apache-2.0 (questions)"
+    citation = "Meng et al. 2022; Hernandez et al. 2024; CIA World Factbook 2010"
     SPLITS = SPLITS
+    splits = ("test", "dev")
+    kind = "edits"
+    probes = PROBES
+    needs_data = False
 
-    def load(self, split: str = "test", n: int | None = None, seed: int = 0) -> Iterator[Case]:
+    def load(self, split: str | None = None, n: int | None = None, seed: int | None = 0) -> Iterator[Case]:
         """``n`` cases (all without ``n``) balanced over the relations; a smaller ``n`` gives the beginning of a larger one's."""
+        split = "test" if split is None else split
+        if seed is None:
+            raise InputError("the almanac has no order of its own; give a number as seed")
         if split not in SPLITS:
             raise InputError(f"the almanac has no split {split!r}; it has {' and '.join(SPLITS)}")
         if isinstance(n, bool) or not isinstance(n, int | None):

@@ -1,4 +1,4 @@
-"""Commands that look and change nothing: ``inspect``, ``patch show``, ``methods``, ``almanac check``."""
+"""Commands that look and change nothing: ``inspect``, ``patch show``, ``methods``, ``benchmarks``, ``almanac check``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ QUICK = 20  # facts of each relation that `almanac check --quick` asks
 def add(commands: common.Subparsers) -> None:
     common.parser(commands, "inspect", inspect, "show where a model's parts were found")
     common.parser(commands, "methods", methods, "list the editing methods and their hyper-parameters", model=False)
+    common.parser(commands, "benchmarks", benchmarks, "list the benchmarks, their sources and licences", model=False)
     group = _group(commands, "patch", "look at patches, and write them for programs without errata")
     out = common.parser(group, "show", patch, "show what a patch edits and where it attaches", model=False)
     out.add_argument("folder", metavar="DIR", help="a patch folder")
@@ -122,6 +123,30 @@ def methods(args: argparse.Namespace, screen: Screen) -> None:
         if row["presets"]:
             screen.say(f"presets, chosen by the model's name: {', '.join(row['presets'])}")
         screen.say()
+
+
+def benchmarks(args: argparse.Namespace, screen: Screen) -> None:
+    document = []
+    for name in registry.names("benchmark"):
+        kind = registry.get("benchmark", name)
+        forms = [form.name for form in getattr(kind, "forms", ())]
+        row = {key: getattr(kind, key) for key in ("kind", "version", "source", "licence", "citation")}
+        document.append(
+            {
+                "name": name,
+                **row,
+                "probes": list(getattr(kind, "probes", ())),
+                "splits": list(kind.splits),
+                "forms": forms,
+                "needs_data": kind.needs_data,
+            }
+        )
+    screen.document({"benchmarks": document})
+    for row in document:
+        screen.say(f"{row['name']} ({row['kind']}{', needs --data' if row['needs_data'] else ', in the package'}): {row['source']}")
+        if row["probes"]:
+            screen.say(f"  probes: {', '.join(row['probes'])}")
+        screen.say(f"  {row['citation']}. Licence: {row['licence']}.")
 
 
 def almanac(args: argparse.Namespace, screen: Screen) -> None:

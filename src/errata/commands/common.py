@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from errata import registry
+from errata.benchmarks.files import open_benchmark
 from errata.commands.screen import Progress, quiet
 from errata.config import parse_sets, read_yaml
 from errata.errors import ConfigError, ModelError
@@ -64,6 +66,41 @@ def mode_options(out: argparse.ArgumentParser) -> None:
 def out_options(out: argparse.ArgumentParser) -> None:
     out.add_argument("--out", type=Path, metavar="DIR", help="folder to save in; without it nothing is saved")
     out.add_argument("--force", action="store_true", help="replace an earlier result of errata at --out (as a whole)")
+
+
+def seed_or_file(text: str) -> int | None:
+    """The argument --seed where "file" means the file's own order: None."""
+    if text == "file":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, or 'file' for the file's own order, not {text!r}") from None
+
+
+def benchmark_options(out: argparse.ArgumentParser, default: str | None, cases: int) -> None:
+    out.add_argument("--benchmark", default=default, metavar="NAME", help=f"see `errata benchmarks`{f' ({default})' if default else ''}")
+    out.add_argument("--data", metavar="PATH", help="its file, a folder with it, or hub:OWNER/NAME/PATH (the almanac needs none)")
+    out.add_argument("--split", metavar="NAME", help="of the almanac or of a folder: test, dev …; a file is one split")
+    out.add_argument("--n", type=positive, help=f"cases ({cases}, or as many as there are)")
+
+
+def items(args: argparse.Namespace, most: int, packaged: str, seed: int | None) -> tuple[Any, list[Any]]:
+    """(the benchmark, its first items): --n of them, else up to ``most``.  ``packaged``: the split of a benchmark in the package."""
+    benchmark = open_benchmark(args.benchmark, args.data)
+    args.split = args.split or (None if benchmark.needs_data else packaged)
+    found = benchmark.load(args.split, args.n, seed)
+    return benchmark, list(found if args.n else itertools.islice(found, most))
+
+
+def benchmark_facts(args: argparse.Namespace, benchmark: Any, count: int) -> dict[str, Any]:
+    """What was asked, for a document."""
+    out = {"benchmark": args.benchmark, "version": benchmark.version, "split": args.split, "n": count, "seed": args.seed}
+    if benchmark.needs_data:
+        out["data"] = str(args.data)
+        if benchmark.kind == "edits":
+            out["records"] = benchmark.report.to_dict()
+    return out
 
 
 def batch_size(args: argparse.Namespace) -> int:

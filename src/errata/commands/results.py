@@ -87,14 +87,19 @@ def save(
     files.write(folder / "report.md", markdown(title, rows, notes, document["differences"], document.get("retention", ())))
 
 
-def notes(lm: Any, benchmark: Any, split: str, cases: int, seed: int, mode: str, seconds: Mapping[str, float]) -> dict[str, object]:
+def notes(
+    lm: Any, benchmark: Any, split: str | None, cases: int, seed: int | None, mode: str, seconds: Mapping[str, float]
+) -> dict[str, object]:
     """What a reader must know to repeat the numbers."""
     import torch
 
+    where = f"{split} split" if split is not None else str(benchmark.data)
+    order = "the file's order" if seed is None else f"seed {seed}"
     dtype = str(lm.dtype).removeprefix("torch.")
     return {
         "model": f"{lm.name} ({type(lm.hf).__name__}, fingerprint {lm.fingerprint}, {dtype}, {lm.device.type})",
-        "benchmark": f"{benchmark.name} version {benchmark.version}, {split} split, {cases} cases, seed {seed}",
+        "benchmark": f"{benchmark.name} version {benchmark.version}, {where}, {cases} cases, {order}",
+        **({"records": "; ".join(benchmark.report.lines())} if hasattr(benchmark, "report") else {}),
         "mode": mode,
         **({"seconds an edit": ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())} if seconds else {}),
         "made with": f"errata {errata.__version__}, torch {torch.__version__.partition('+')[0]}",

@@ -77,11 +77,11 @@ def _row(cell: Any, spec: Any) -> dict[str, Any]:
     marks = cell.scenario.at(n)
     if cell.scenario.kind != "single":
         How(cell.scenario.size or 1, marks).check(n)
-    where = Path(cell.benchmark.data).name if cell.benchmark.data else cell.benchmark.split
+    where = Path(cell.benchmark.data).name if cell.benchmark.data else cell.benchmark.split or ""
     return {
         "cell": cell.id,
         "method": cell.method.label,
-        "benchmark": f"{cell.benchmark.name} {where}",
+        "benchmark": f"{cell.benchmark.name} {where}".strip(),
         "cases": n,
         "scenario": cell.scenario.title,
         "marks": "–" if cell.scenario.kind == "single" else ", ".join(map(str, marks)),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from errata import registry
-from errata.commands import common, files, results
+from errata.commands import common, downstream, files, results
 from errata.commands.screen import Progress, Screen
 from errata.errors import ConfigError, UnknownName
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from errata.request import Case
 
 CASES = 100
+METHOD = "baft"
 
 
 @dataclass
@@ -34,11 +35,10 @@ class Scored:
 
 def add(commands: common.Subparsers) -> None:
     out = common.parser(commands, "score", run, "score editing methods on a benchmark")
-    out.add_argument("--method", default="baft", metavar="NAME[,NAME]", help="methods to compare (baft)")
-    out.add_argument("--benchmark", default="almanac", metavar="NAME", help="almanac")
-    out.add_argument("--split", default="test", help="dev (for tuning) or test")
-    out.add_argument("--n", type=common.positive, default=CASES, help=f"cases ({CASES})")
-    out.add_argument("--seed", type=int, default=0, help="of the order of the cases (0)")
+    out.add_argument("--method", metavar="NAME[,NAME]", help=f"methods to compare ({METHOD})")
+    common.benchmark_options(out, "almanac", CASES)
+    out.add_argument("--seed", type=common.seed_or_file, default=0, help="of the order of the cases (0); file: the file's own order")
+    out.add_argument("--patch", nargs="+", action="extend", default=[], metavar="DIR", help="benchmarks without edits: score under these")
     out.add_argument("--marks", metavar="T,T,…", help="continual mode: score after so many edits (powers of ten and the last)")
     out.add_argument("--free-tokens", action="store_true", help="also the token agreement of free answers, by which GRACE was published")
     out.add_argument("--fluency", action="store_true", help="also fluency (GE) and consistency (RS) of sampled text, after all edits")
@@ -124,7 +124,10 @@ def _fluency(
     if not hasattr(benchmark, "generation"):
         raise ConfigError("--fluency: this benchmark offers no prompts to sample from; leave it out")
     told = lambda done, total: progress(f"{editor.name}: sampling", done, total)  # noqa: E731
-    return generation.score(lm, cases, stacks, editor.name, benchmark, texts=texts, progress=told)
+    found = generation.score(lm, cases, stacks, editor.name, benchmark, texts=texts, progress=told)
+    if not found:
+        raise ConfigError("--fluency: no case has a prompt to sample from; leave it out")
+    return found
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
@@ -132,11 +135,20 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from errata.score.queries import Answers
 
     common.batch_size(args)
-    at, values, methods = marks(args), common.settings(args), common.editors(args.method)
-    benchmark = registry.get("benchmark", args.benchmark)()
-    cases = list(benchmark.load(args.split, args.n, args.seed))
+    values, methods = common.settings(args), common.editors(args.method or METHOD)
     if args.out is not None:
         files.check(args.out, args.force)
+    benchmark, cases = common.items(args, CASES, "test", args.seed)
+    if benchmark.kind in ("choices", "questions"):
+        return downstream.run(args, screen, benchmark, cases)
+    if benchmark.kind != "edits":
+        raise ConfigError(f"{benchmark.name} has no edits to score; try `errata trace --benchmark {benchmark.name} --data {args.data}`")
+    if args.patch:
+        raise ConfigError(f"--patch: {benchmark.name} makes its own edits; leave it out, or score a benchmark without edits")
+    args.n = len(cases)
+    at = marks(args)
+    if benchmark.needs_data:
+        screen.say("\n".join(benchmark.report.lines()))
     lm = common.load(args)
     editors = [registry.get("method", m).for_model(lm, **settings_of(m, methods, values)) for m in methods]
     scored, answers = Scored(), Answers(free_tokens=args.free_tokens)
@@ -144,7 +156,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         for editor in editors:
             common.prepare(editor, lm, progress)
             _score(lm, editor, cases, benchmark, args, at, answers, progress, scored)
-    document = _document(args, lm, editors, scored, summarise)
+    document = _document(args, lm, editors, scored, summarise, common.benchmark_facts(args, benchmark, len(cases)))
     if args.out is not None:
         what = results.notes(lm, benchmark, args.split, len(cases), args.seed, _mode(args), scored.seconds)
         what |= {f"{e.name} settings": _settings(e) for e in editors}
@@ -169,17 +181,16 @@ def _settings(editor: Any) -> str:
     return ", ".join(f"{k}={v}" for k, v in to_dict(editor).items())
 
 
-def _document(args: argparse.Namespace, lm: LM, editors: list[Any], scored: Scored, summarise: Any) -> dict[str, Any]:
+def _document(
+    args: argparse.Namespace, lm: LM, editors: list[Any], scored: Scored, summarise: Any, facts: dict[str, Any]
+) -> dict[str, Any]:
     from errata.config import to_dict
 
     rows = summarise(scored.final)
     out = {
         "model": lm.name,
         "base": lm.fingerprint,
-        "benchmark": args.benchmark,
-        "split": args.split,
-        "n": args.n,
-        "seed": args.seed,
+        **facts,
         "mode": args.mode,
         "settings": {e.name: to_dict(e) for e in editors},
         "seconds_an_edit": {k: round(v, 4) for k, v in scored.seconds.items()},

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata import registry
 from errata.commands import common, files
 from errata.commands.screen import Screen, as_json
 from errata.errors import ConfigError
@@ -29,9 +28,7 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--subject", help="what the fact is about, spelt as in the prompt")
     out.add_argument("--answer", help="trace only if the model says this; without it, whatever it says is traced")
     out.add_argument("--requests", metavar="FILE.jsonl", help="many facts: edit requests with subject; `old` is the expected answer")
-    out.add_argument("--benchmark", metavar="NAME", help="facts of a benchmark: almanac")
-    out.add_argument("--split", help="of the benchmark: dev or test (dev)")
-    out.add_argument("--n", type=common.positive, help=f"facts of the benchmark ({CASES})")
+    common.benchmark_options(out, None, CASES)
     out.add_argument("--kinds", default="hidden,mlp,attn", help="states to restore (hidden,mlp,attn)")
     out.add_argument("--samples", type=common.positive, default=10, metavar="N", help="noise samples a fact (10)")
     out.add_argument("--noise", type=float, default=3.0, metavar="X", help="in standard deviations of the subjects' embeddings (3)")
@@ -51,11 +48,10 @@ def facts(args: argparse.Namespace) -> Callable[[], list[Fact]]:
     given = [f"--{name}" for name in (*single[:1], "requests", "benchmark") if getattr(args, name) is not None]
     if len(given) > 1:
         raise ConfigError(f"{given[0]} and {given[1]} exclude each other; trace one or the other")
-    if args.benchmark is None and (odd := [name for name in ("split", "n") if getattr(args, name) is not None]):
+    if args.benchmark is None and (odd := [name for name in ("data", "split", "n") if getattr(args, name) is not None]):
         raise ConfigError(f"--{odd[0]} has no meaning without --benchmark")
     if args.benchmark is not None:
-        cases = list(registry.get("benchmark", args.benchmark)().load(args.split or "dev", args.n or CASES, 0))
-        wanted = [case.request for case in cases]
+        wanted = _of_benchmark(args)
     elif args.requests is not None:
         wanted = read_requests(args.requests)
     elif args.prompt is None or args.subject is None:
@@ -66,9 +62,21 @@ def facts(args: argparse.Namespace) -> Callable[[], list[Fact]]:
     def make() -> list[Fact]:
         from errata.trace import Fact
 
-        return [Fact.of(r) for r in wanted] if wanted else [Fact(args.prompt, args.subject, args.answer)]
+        return (
+            [Fact(*r) if isinstance(r, tuple) else Fact.of(r) for r in wanted] if wanted else [Fact(args.prompt, args.subject, args.answer)]
+        )
 
     return make
+
+
+def _of_benchmark(args: argparse.Namespace) -> list[Any]:
+    """The requests of a benchmark of edits, or (prompt, subject, answer) of one of facts."""
+    benchmark, items = common.items(args, CASES, "dev", 0)
+    if benchmark.kind == "edits":
+        return [r for case in items for r in case.requests]
+    if benchmark.kind != "facts":
+        raise ConfigError(f"{benchmark.name} has no facts with a subject to trace; `errata benchmarks` says which have")
+    return [(fact.prompt, fact.subject, fact.answer) for fact in items]
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:

@@ -21,8 +21,18 @@ KINDS: Final[dict[str, str]] = {
     "two_hop": "two hops",
     "reverse": "reverse",
     "alias": "alias",
+    "multi_hop": "longer chain",
+    "logical": "consequence",
+    "sub_fact": "part of the answer",
+    "out_of_domain": "another text",
+    "same_sentiment": "wanted sentiment",
+    "opposite_sentiment": "opposite sentiment",
     "neighbour": "neighbour",
     "unrelated": "unrelated",
+    "same_subject": "same subject",
+    "forgetfulness": "older answer",
+    "distracting": "distracted neighbour",
+    "question": "question",
 }
 POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -125,7 +135,7 @@ def _cases(records: Sequence[Record], max_cases: int) -> str:
     names = methods(records)
     grouped: dict[str, list[Record]] = {}
     for record in records:
-        if record["kind"] == "generation":  # long sampled texts, no question with an answer
+        if record["kind"] in ("generation", "choice"):  # no question with an answer: long sampled texts, likelihoods
             continue
         grouped.setdefault(str(record["case"]), []).append(record)
     if not grouped:
@@ -146,16 +156,16 @@ def _cases(records: Sequence[Record], max_cases: int) -> str:
 
 def _case(rows: Sequence[Record], names: Sequence[str]) -> str:
     """A case: one line for each probe, one column for each method.  Methods may lack probes."""
-    probes: dict[tuple[str, str], dict[str, Record]] = {}
+    probes: dict[tuple[str, str, str], dict[str, Record]] = {}
     for row in rows:
-        probes.setdefault((str(row["kind"]), str(row["prompt"])), {})[str(row["method"])] = row
+        probes.setdefault((str(row["kind"]), str(row["prompt"]), str(row["target"])), {})[str(row["method"])] = row
     order = {kind: i for i, kind in enumerate(KINDS)}
     ranked = sorted(probes.items(), key=lambda item: order.get(item[0][0], len(order)))
     edit = next((row for row in rows if row["kind"] == "rewrite"), None)
     name = "Case " + escape(rows[0]["case"]) if edit is None else _edit(edit)
     heads = ["probe", "question", "wanted", "before", *names]
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    body = "".join(_probe(kind, prompt, by_method, names) for (kind, prompt), by_method in ranked)
+    body = "".join(_probe(kind, prompt, by_method, names) for (kind, prompt, _), by_method in ranked)
     return (
         f'<section class="case"><header><h3>{name}</h3></header><div class="scroll">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"

@@ -13,7 +13,7 @@ from typing import Any
 
 from errata.bank import Stack
 from errata.config import to_dict
-from errata.errors import ModelError, StorageError
+from errata.errors import ConfigError, ModelError, StorageError
 from errata.model import LM
 from errata.request import Case
 from errata.run import base, grid, summary
@@ -78,7 +78,7 @@ class Work:
             "cell": self.cell.to_dict(),
             "settings": to_dict(self.editor),
             "fingerprint": self.lm.fingerprint,
-            "cases": grid.digest([[c.request.to_dict(), [dataclasses.astuple(p) for p in c.probes]] for c in self.cases]),
+            "cases": grid.digest([[[r.to_dict() for r in c.requests], [dataclasses.astuple(p) for p in c.probes]] for c in self.cases]),
         }
         path = self.folder / CELL
         if not path.exists():
@@ -203,7 +203,7 @@ class Work:
         """GE and RS after all edits; of single edits, of those whose patches are kept."""
         source = grid.benchmark(self.cell.benchmark)
         if not hasattr(source, "generation"):
-            raise StorageError(f"score.fluency: the benchmark {self.cell.benchmark.name} offers no prompts to sample from; leave it out")
+            raise ConfigError(f"score.fluency: the benchmark {self.cell.benchmark.name} offers no prompts to sample from; leave it out")
         if self.single:
             loaded = self.patches.load(self.patches.there()) or []
             stacks = [(p,) for p in loaded]

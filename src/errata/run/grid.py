@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from errata import registry
+from errata.benchmarks.files import open_benchmark
 from errata.config import build, parse_sets, read_yaml, to_dict
 from errata.errors import ConfigError, UnknownName
 from errata.methods.presets import preset
 from errata.run.guard import Limits
 
+CASES = 100  # where the run file does not say
 BATCHED = re.compile(r"batched\((\d+)\)")
 MANY = ("model", "methods", "benchmark", "scenario", "seeds")  # one, or a list
 
@@ -59,13 +61,18 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class BenchmarkSpec:
-    """Which cases, in which order.  ``seed`` None: the order is dealt with the cell's seed; n None: all."""
+    """Which cases, in which order.
+
+    data   its file, folder or hub name, where it is not in the package; ``split`` of it (None: test, or the one file)
+    n      cases, or "all" (None: 100, or as many as there are)
+    seed   of the order, or "file" for the file's own (None: the cell's seed)
+    """
 
     name: str
     data: str | None = None
-    split: str = "test"
-    n: int | None = 100
-    seed: int | None = None
+    split: str | None = None
+    n: int | Literal["all"] | None = None
+    seed: int | Literal["file"] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,9 +172,10 @@ class Cell:
     seed: int
 
     @property
-    def order(self) -> int:
-        """The seed its cases are dealt with."""
-        return self.seed if self.benchmark.seed is None else self.benchmark.seed
+    def order(self) -> int | None:
+        """The seed its cases are dealt with; None for the file's own order."""
+        seed = self.benchmark.seed
+        return self.seed if seed is None else seed if isinstance(seed, int) else None
 
     @property
     def base(self) -> str:
@@ -188,13 +196,22 @@ class Cell:
 
     def cases(self) -> list[Any]:
         """The benchmark's, in this cell's order."""
-        return list(benchmark(self.benchmark).load(self.benchmark.split, self.benchmark.n, self.order))
+        spec, source = self.benchmark, benchmark(self.benchmark)
+        split = spec.split or (None if getattr(source, "needs_data", False) else "test")
+        found = source.load(split, spec.n if isinstance(spec.n, int) else None, self.order)
+        return list(itertools.islice(found, CASES) if spec.n is None else found)
 
 
 def benchmark(spec: BenchmarkSpec) -> Any:
     """The benchmark, on its own data or on those named."""
-    made = _class("benchmark", spec.name)
-    return made() if spec.data is None else made(spec.data)
+    if ":" in spec.name:
+        made = _class("benchmark", spec.name)
+        found = made() if spec.data is None else made(spec.data)
+    else:
+        found = open_benchmark(spec.name, spec.data)
+    if getattr(found, "kind", "edits") != "edits":
+        raise ConfigError(f"the benchmark {spec.name!r} has no edits to make; `errata score --benchmark {spec.name}` scores patches on it")
+    return found
 
 
 def _class(kind: str, name: str) -> Any:

@@ -21,7 +21,7 @@ from errata.run.parts import GROUP, Clock, Folded, Part, Progress, Records, Scor
 
 @dataclass(frozen=True)
 class How:
-    """size    requests of one edit
+    """size    cases whose requests are one edit
     marks   T at which all cases so far are scored on the stack as it then is; the last is the end
     group   cases edited in one part, at most; ``chunk``: cases of a mark scored in one part
     right_after  score each case right after its own edit too
@@ -110,7 +110,7 @@ class Growing:
             order = sorted((*kept, *undone), key=lambda m: m.first)
             asked = [(self.cases[i], self.folded(m.stack)) for m in order for i in range(m.first, m.last)]
             found = clock.run("scoring", lambda: self.score([c for c, _ in asked], [s for _, s in asked]))
-            records = _marked(found, {self.cases[i].request.id: said for i, said in why.items()})
+            records = _marked(found, {self.cases[i].id: said for i, said in why.items()})
         return Part(
             f"edits {first + 1}-{last}",
             records,
@@ -128,7 +128,7 @@ class Growing:
         for start in range(first, last, self.how.size):
             end = min(start + self.how.size, last)
             try:
-                patch = settled(self.editor.edit(self.lm, [c.request for c in self.cases[start:end]], on=stack))
+                patch = settled(self.editor.edit(self.lm, [r for c in self.cases[start:end] for r in c.requests], on=stack))
             except FitError as error:
                 if not self.rolls_back:
                     raise
@@ -164,7 +164,7 @@ class Growing:
     def _mark(self, edits: int, stack: Stack, undone: dict[int, str], done: Any) -> Iterator[Part]:
         """All cases so far on the stack as it is now."""
         folded = self.folded(stack)
-        why = {self.cases[i].request.id: said for i, said in undone.items()}
+        why = {self.cases[i].id: said for i, said in undone.items()}
         for start in range(0, edits, self.how.chunk):
             chunk, clock = self.cases[start : min(edits, start + self.how.chunk)], Clock()
             name = f"at {edits} cases {start + 1}-{start + len(chunk)}"

@@ -138,13 +138,20 @@ def alone(
     for start in range(at.edits, len(cases), group):
         chunk, clock = cases[start : start + group], Clock()
         told = _editing(progress, start, len(chunk), len(cases))
-        patches = [settled(p) for p in clock.run("editing", lambda: editor.edit_each(lm, [c.request for c in chunk], progress=told))]  # noqa: B023
+        patches = [settled(p) for p in clock.run("editing", lambda: _each(lm, editor, chunk, told))]  # noqa: B023
         end = start + len(chunk)
         if progress:
             progress("editing", end, len(cases))
         records = clock.run("scoring", lambda: score(chunk, [(p,) for p in patches]))  # noqa: B023
         made = tuple(enumerate(patches, start + 1))
         yield Part(f"edits {start + 1}-{end}", records, end, end, made, seconds=clock.spent)
+
+
+def _each(lm: LM, editor: Any, cases: Sequence[Case], told: Callable[[int, int, float], None] | None) -> list[Patch]:
+    """A patch a case.  Cases of one request are edited together, as independent edits; one of several is a joint edit by itself."""
+    alone = [i for i, c in enumerate(cases) if not c.more]
+    found = dict(zip(alone, editor.edit_each(lm, [cases[i].request for i in alone], progress=told), strict=True)) if alone else {}
+    return [found[i] if i in found else editor.edit(lm, list(c.requests)) for i, c in enumerate(cases)]
 
 
 def _editing(progress: Progress | None, before: int, group: int, total: int) -> Callable[[int, int, float], None] | None:

@@ -186,14 +186,15 @@ def score(
     if not offered:
         return []
     texts = sample(lm, [(s, p) for _, stack, prompts, _ in offered for p in prompts for s in ((), stack)], sampling, texts, progress)
-    weights = weights or TfIdf(source.collection())
+    if weights is None and any(references for *_, references in offered):
+        weights = TfIdf(source.collection())
     out = []
     for case, stack, prompts, references in offered:
-        record: dict[str, Any] = {"method": method, "case": case.request.id, "kind": "generation", "prompts": list(prompts)}
+        record: dict[str, Any] = {"method": method, "case": case.id, "kind": "generation", "prompts": list(prompts)}
         for when, name in (("before", ""), ("after", key(stack))):
             said = [texts[name, prompt, sampling] for prompt in prompts]
             record[f"texts_{when}"] = said
             record[f"ge_{when}"] = sum(map(entropy, said)) / len(said)
-            record[f"rs_{when}"] = weights.cosine(" ".join(said), " ".join(references)) if references else None
+            record[f"rs_{when}"] = weights.cosine(" ".join(said), " ".join(references)) if weights and references else None
         out.append(record)
     return out

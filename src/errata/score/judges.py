@@ -150,8 +150,11 @@ def judge(records: Sequence[dict[str, Any]], judges: Sequence[Judge]) -> list[di
     if not judges:
         return list(records)
     return [
-        {**r, "judged": {j.name: [j(r["prompt"], r["target"], r[f"gen_{when}"]) for when in ("before", "after")] for j in judges}}
-        if r.get("target") is not None
-        else r
+        {**r, "judged": {j.name: [_says(j, r, when) for when in ("before", "after")] for j in judges}} if r.get("target") is not None else r
         for r in records
     ]
+
+
+def _says(judge: Judge, record: Mapping[str, Any], when: str) -> bool:
+    """Whether the answer means one of those that are accepted."""
+    return any(judge(record["prompt"], wanted, record[f"gen_{when}"]) for wanted in (record["target"], *record.get("also", ())))

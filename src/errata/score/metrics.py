@@ -11,6 +11,7 @@ A record is one probe of one method, as plain JSON values:
     free_before, free_after, free_agree    share of the target's tokens that stand at the same place of that text; alike in both texts
     known                                  the model answered this probe truly before the edit
     nll_before, nll_after                  mean negative log-likelihood of the answer's tokens, in nats
+    also                                   other accepted answers, where there are any: free text that equals one is a match
     rival, nll_rival_before, …_after       the answer it is weighed against and its NLL; None where there is none
     ge_…, rs_…                             of records of kind "generation" only, see `errata.score.generation`
     judged                                 {judge@version: [before, after]}: what a judge says of the two texts (`errata.score.judges`)
@@ -37,74 +38,21 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from errata.errors import InputError, UnknownName
+from errata.score import sentiment
+from errata.score.metric_table import AFTER, METRICS, PROTOCOLS, Metric
 
 Record = Mapping[str, Any]
 Floats = NDArray[np.float64]
 
-PROTOCOLS: Final = ("teacher_forced", "generated", "free_tokens", "likelihood", "sampled")
 JUDGED: Final = "judged "  # a judge's protocol is this and its name
 LEVEL = 0.95
 CHUNK = 1 << 21  # resampled indices held at once: 16 MB
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """What a number means.  ``version`` rises when a change makes it incomparable with numbers published before.
-
-    kinds     probe kinds it averages over
-    after     protocol -> record field
-    before    protocol -> record field of the unedited model; empty where that is 1 by definition
-    known     restricted to probes the unedited model answered truly
-    harmonic  the harmonic mean over ``kinds`` of each kind's mean over cases; there is none unless every kind occurs
-    """
-
-    name: str
-    version: int
-    kinds: tuple[str, ...]
-    after: Mapping[str, str]
-    before: Mapping[str, str]
-    known: bool = False
-    harmonic: bool = False
-    note: str = ""
-
-
-_AFTER: Final = {"teacher_forced": "tf_after", "generated": "gen_match_after", "free_tokens": "free_after"}
-_BEFORE: Final = {"teacher_forced": "tf_before", "generated": "gen_match_before", "free_tokens": "free_before"}
-_AGREE: Final = {"teacher_forced": "tf_agree", "generated": "gen_agree", "free_tokens": "free_agree"}
-_LOCAL: Final = ("neighbour", "unrelated")
-_WINS: Final = ({"likelihood": "nll_wins_after"}, {"likelihood": "nll_wins_before"})
-_MARGIN: Final = ({"likelihood": "nll_margin_after"}, {"likelihood": "nll_margin_before"})
-
-METRICS: Final[dict[str, Metric]] = {
-    metric.name: metric
-    for metric in (
-        Metric("reliability", 1, ("rewrite",), _AFTER, _BEFORE, note="the edited prompt gives the new answer"),
-        Metric("generality", 1, ("rephrase",), _AFTER, _BEFORE, note="other ways to ask give the new answer"),
-        Metric("portability", 1, ("two_hop", "reverse", "alias"), _AFTER, _BEFORE, note="what follows from the new answer holds too"),
-        Metric("two_hop", 1, ("two_hop",), _AFTER, _BEFORE, note="a question through the new answer"),
-        Metric("reverse", 1, ("reverse",), _AFTER, _BEFORE, note="the fact said backwards"),
-        Metric("alias", 1, ("alias",), _AFTER, _BEFORE, note="the subject under another name"),
-        Metric("locality_agreement", 1, _LOCAL, _AGREE, {}, note="other facts are answered as before, right or wrong"),
-        Metric("locality_correct", 1, _LOCAL, _AFTER, _BEFORE, note="other facts are answered truly"),
-        Metric("locality_correct_known", 1, _LOCAL, _AFTER, _BEFORE, known=True, note="other facts known before are still answered truly"),
-        Metric("S", 1, ("rewrite", "rephrase", "neighbour"), *_WINS, harmonic=True, note="harmonic mean of ES, PS and NS"),
-        Metric("ES", 1, ("rewrite",), *_WINS, note="the new answer is likelier than the old one after the edited prompt"),
-        Metric("PS", 1, ("rephrase",), *_WINS, note="the same after other ways to ask"),
-        Metric("NS", 1, ("neighbour",), *_WINS, note="a neighbour's own answer is likelier than the edit's new one"),
-        Metric("EM", 1, ("rewrite",), *_MARGIN, note="how much more probable the new answer is than the old one"),
-        Metric("PM", 1, ("rephrase",), *_MARGIN, note="the same after other ways to ask"),
-        Metric("NM", 1, ("neighbour",), *_MARGIN, note="how much more probable a neighbour's own answer is than the edit's new one"),
-        Metric("GE", 1, ("generation",), {"sampled": "ge_after"}, {"sampled": "ge_before"}, note="n-gram entropy of sampled text, bits"),
-        Metric("RS", 1, ("generation",), {"sampled": "rs_after"}, {"sampled": "rs_before"}, note="likeness to texts with the new answer"),
-    )
-}
 
 
 def get_metric(name: str) -> Metric:
@@ -117,7 +65,7 @@ def get_metric(name: str) -> Metric:
 
 def _under(which: Metric, protocol: str) -> Metric:
     """The metric with the fields of a judge's protocol; itself under any other."""
-    if not protocol.startswith(JUDGED) or which.after is not _AFTER:
+    if not protocol.startswith(JUDGED) or which.after is not AFTER:
         return which
     return dataclasses.replace(which, after={protocol: f"{protocol} 1"}, before={protocol: f"{protocol} 0"})
 
@@ -174,10 +122,15 @@ _OPTIONAL: Final = ("free_before", "free_after", "free_agree")
 
 def _chosen(records: Iterable[Record], which: Metric, protocol: str) -> list[Record]:
     """The records a metric counts.  A probe whose field is None (it could not be asked) counts nowhere."""
+    if which.kinds == (sentiment.KIND,):
+        records = sentiment.scores(records)
     found = [
         r
         for r in records
-        if _field(r, "kind") in which.kinds and _field(r, which.after[protocol]) is not None and (not which.known or _field(r, "known"))
+        if _field(r, "kind") in which.kinds
+        and _field(r, which.after[protocol]) is not None
+        and (not which.known or _field(r, "known"))
+        and not (which.true and r.get("target", "") is None)
     ]
     whole = not which.harmonic or {r["kind"] for r in found} == set(which.kinds)
     return found if whole else []
@@ -253,7 +206,7 @@ def summarise(records: Iterable[Record], seed: int = 0, resamples: int = 2000) -
     for method, mine in by_method.items():
         judges = [JUDGED + judge for judge in sorted({judge for r in mine for judge in r.get("judged", ())})]
         for metric in METRICS.values():
-            for protocol in (*metric.after, *(judges if metric.after is _AFTER else ())):
+            for protocol in (*metric.after, *(judges if metric.after is AFTER else ())):
                 which = _under(metric, protocol)
                 if chosen := _chosen(mine, which, protocol):
                     rows.append({"method": method, **_row(chosen, which, protocol, seed, resamples)})

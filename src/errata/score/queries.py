@@ -18,7 +18,7 @@ import torch
 from errata.bank import Stack
 from errata.decode import text_of
 from errata.model import LM, STOPS
-from errata.request import Case, Probe
+from errata.request import LOCAL_KINDS, Case, Probe
 from errata.score.match import exact_match
 from errata.tokens import Encoded
 
@@ -208,12 +208,12 @@ def _against(case: Case, probe: Probe, target: str) -> tuple[str, str | None]:
     edit's new one.  In CounterFact every neighbour's object is the edited subject's old one; in other benchmarks (the
     almanac) it may be any other object of the relation, so NS asks there as here whether the *new* object spilled over.
     """
-    request = case.request
+    request = next((r for r in case.requests if r.target == probe.target), case.request)
     own, rival = target, None
     if probe.kind in ("rewrite", "rephrase"):
         own, rival = request.target, request.old
     elif probe.kind == "neighbour" and probe.target is not None:
-        rival = request.target
+        rival = case.request.target
     return own, None if rival is None or exact_match(own, rival) else rival
 
 
@@ -238,29 +238,30 @@ def _free_tokens(probe: Probe, stack: Stack, target: str, answers: Answers) -> d
 
 
 def _known(lm: LM, cases: Sequence[Case], answers: Answers) -> dict[str, bool]:
-    """Whether the base gave each case's old answer on its own prompt (True where no old answer is named)."""
-    return {c.request.id: c.request.old is None or exact_match(answers.text.get(("", c.request.prompt), ""), c.request.old) for c in cases}
+    """Whether the base gave each case's old answers on their own prompts (True where no old answer is named)."""
+    return {c.id: all(r.old is None or exact_match(answers.text.get(("", r.prompt), ""), r.old) for r in c.requests) for c in cases}
 
 
 def _record(method: str, case: Case, probe: Probe, stack: Stack, target: str, answers: Answers, known: dict[str, bool]) -> dict[str, Any]:
     before, after = answers.forced["", probe.prompt, target], answers.forced[key(stack), probe.prompt, target]
     text_before, text_after = answers.text["", probe.prompt], answers.text[key(stack), probe.prompt]
-    matched = exact_match(text_before, target)
-    local = probe.kind in ("neighbour", "unrelated")
+    accepted = (target, *probe.also)
+    matched = any(exact_match(text_before, answer) for answer in accepted)
     return {
         "method": method,
-        "case": case.request.id,
+        "case": case.id,
         "kind": probe.kind,
         "prompt": probe.prompt,
         "target": probe.target,
+        **({"also": list(probe.also)} if probe.also else {}),
         "tf_before": before.share,
         "tf_after": after.share,
         "tf_agree": sum(a == b for a, b in zip(before.argmax, after.argmax, strict=True)) / len(after.argmax),
         "gen_before": text_before,
         "gen_after": text_after,
         "gen_match_before": matched,
-        "gen_match_after": exact_match(text_after, target),
+        "gen_match_after": any(exact_match(text_after, answer) for answer in accepted),
         "gen_agree": text_before == text_after,
         # a neighbour's own answer; for the rest, the fact that was edited
-        "known": matched if local else known[case.request.id],
+        "known": matched if probe.kind in LOCAL_KINDS else known[case.id],
     }
