@@ -349,3 +349,20 @@ def test_a_stack_on_disk_is_the_stack_in_memory(tiny: str, tmp_path: Path) -> No
         grown(last.stack[:i])
     assert [p.id for p in grown(last.stack)] == [p.id for p in fresh(last.stack)]
     assert [p.id for p in grown(last.stack[:1])] == [p.id for p in Folded()(last.stack[:1])]
+
+
+def test_on_a_real_ray_cluster(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ray is installed (it is not among the test requirements): the same bytes, and a lost worker is replaced."""
+    import os
+
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(scenarios.__file__).parents[2])]))
+    data = tmp_path / "lives.txt"
+    data.write_text("")
+    spec = spec_of(tmp_path, tiny, f"benchmark={{name: 'own:Deadly', data: {data}, n: 4}}", "scenario.marks=[2,4]")
+    whole, root = done(tmp_path / "whole", spec), tmp_path / "ray"
+    manifest.begin(root, spec, 1)
+    data.write_text("x")
+    monkeypatch.setattr(manifest, "files", lambda spec: json.loads((root / manifest.NAME).read_text())["files"])
+    done(root, spec, workers="ray")
+    assert data.read_text() == "" and differences(whole, root) == []

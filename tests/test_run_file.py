@@ -118,3 +118,18 @@ def test_a_dry_run_finds_what_needs_the_cases(tmp_path: Path, capsys: pytest.Cap
     path = written(tmp_path, SMALL)
     assert main(["run", str(path), "--dry-run", "--set", "methods.r2.rnk=3"]) == 2
     assert "methods.r2 has no setting 'rnk'; did you mean 'rank'" in capsys.readouterr().err
+
+
+def test_the_run_file_of_the_documentation_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "runs.md").read_text(encoding="utf-8")
+    path = written(tmp_path, text.split("```yaml\n")[1].split("```")[0])
+    assert main(["run", str(path), "--dry-run"]) == 0
+    assert "6 cells" in capsys.readouterr().out
+    small = ["benchmark.n=2", "scenario.1.marks=[1,2]", "methods.baft.steps=2", "guard.tokens=64", "score.latency=false"]
+    sets = [part for one in small for part in ("--set", one)]
+    assert main(["run", str(path), "--out", str(tmp_path / "out"), *sets]) == 0
+    out = capsys.readouterr().out
+    assert out.count(": done (") == 6 and "Saved in" in out
+    records = [json.loads(line) for p in (tmp_path / "out").glob("cells/*/records.jsonl") for line in p.read_text().splitlines()]
+    assert {r["method"] for r in records} == {"none", "ft-m-5", "baft"} and all("judged" in r for r in records if r["target"])
+    assert all(r["gen_after"] == r["gen_before"] for r in records if r["method"] == "none")

@@ -11,9 +11,10 @@ import functools
 import json
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,29 +86,25 @@ def _failed(folder: Path, name: str, message: str, code: int) -> Outcome:
 
 def serial(root: Path, cells: Sequence[grid.Cell], told: Told, progress: Callable[[str], Progress] | None = None) -> list[Outcome]:
     """One after another, here."""
-    threads, out = torch.get_num_threads(), []
+    threads = torch.get_num_threads()
     try:
-        for cell in cells:
-            out.append(attempt(str(root), cell.id, progress=progress(cell.method.label) if progress else None))
-            told(out[-1])
-            if out[-1].code == DISK:
-                break
+        outcomes = (attempt(str(root), cell.id, progress=progress(cell.method.label) if progress else None) for cell in cells)
+        return _collected(outcomes, told)
     finally:
         torch.set_num_threads(threads)
         _model.cache_clear()
-    return out
 
 
 def processes(root: Path, cells: Sequence[grid.Cell], told: Told, count: int) -> list[Outcome]:
     """``count`` at a time, a process a cell."""
     running: set[subprocess.Popen[str]] = set()
-    ended = False
+    ended = threading.Event()
 
     def one(name: str, base_only: bool) -> Outcome:
         command = [sys.executable, "-m", "errata.run.worker", str(root), name, *(["--base"] if base_only else [])]
         said = ""
         for _ in range(1 + RETRIES):
-            if ended:
+            if ended.is_set():
                 return Outcome(name, "not begun: the run was ended", DISK)
             child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             running.add(child)
@@ -122,15 +119,9 @@ def processes(root: Path, cells: Sequence[grid.Cell], told: Told, count: int) ->
         run = lambda names, base_only: (  # noqa: E731
             done.result() for done in as_completed([pool.submit(one, name, base_only) for name in names])
         )
-        out = []
-        for outcome in _in_two_stages(cells, run):
-            out.append(outcome)
-            told(outcome)
-            if outcome.code == DISK:
-                break
-        return out
+        return _collected(_in_two_stages(cells, run), told)
     finally:
-        ended = True
+        ended.set()
         for child in list(running):
             child.kill()
         pool.shutdown(wait=True, cancel_futures=True)
@@ -160,16 +151,21 @@ def on_ray(root: Path, spec: grid.RunSpec, cells: Sequence[grid.Cell], told: Tol
                 yield Outcome(name, f"its worker was lost {1 + RETRIES} times ({first})", 1)
 
     try:
-        out = []
-        for outcome in _in_two_stages(cells, run):
-            out.append(outcome)
-            told(outcome)
-            if outcome.code == DISK:
-                break
-        return out
+        return _collected(_in_two_stages(cells, run), told)
     finally:
         if begun:
             ray.shutdown()
+
+
+def _collected(outcomes: Iterable[Outcome], told: Told) -> list[Outcome]:
+    """All of them, or up to the one whose disk could not be written."""
+    out = []
+    for outcome in outcomes:
+        out.append(outcome)
+        told(outcome)
+        if outcome.code == DISK:
+            break
+    return out
 
 
 def _in_two_stages(cells: Sequence[grid.Cell], run: Callable[[Sequence[str], bool], Iterator[Outcome]]) -> Iterator[Outcome]:
