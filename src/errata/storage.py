@@ -100,7 +100,8 @@ def flush(folders: Sequence[Path]) -> None:
     if not folders:
         return
     with complaining(folders[0].parent):
-        os.sync()
+        if hasattr(os, "sync"):
+            os.sync()
         for path in (p for folder in folders for p in (*folder.iterdir(), folder)):
             _sync(path)
         _sync(folders[0].parent)
@@ -117,6 +118,8 @@ def complaining(path: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows opens no folder, and syncs no file that is open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
