@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,84 +14,16 @@ import pytest
 import torch
 from families import lm
 from own import Tiny
+from runs import FILE, FINETUNE, MEMORY, cell, differences, done, records, spec_of, stop_at
 from tiny import fill_disk
 
 from errata import run as scenarios
-from errata.cli import main
-from errata.errors import ErrataError, ModelError, StorageError
+from errata.errors import ModelError, StorageError
 from errata.run import engine, grid, manifest
 from errata.run.cell import Work
 from errata.run.folder import Journal, locked
 from errata.run.growing import Growing, How
 from errata.run.parts import Folded, settled
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from kill_runs import differences
-
-FILE = """
-methods: [{name: reft, label: quick, set: {rank: 2, lr: 0.02, steps: 6, layers: [3]}}]
-benchmark: {name: "own:Tiny", n: 9}
-scenario: {kind: continual, marks: [2, 5, 9]}
-store: {group: 2, chunk: 4}
-score: {latency: false}
-threads: 1
-"""
-FINETUNE = "methods=[{name: ft-m, set: {layers: [3], steps: 3, lr: 0.01}}]"  # every patch stays on, and they are added up
-MEMORY = "methods=[{name: grace, set: {}}]"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def spec_of(tmp_path: Path, tiny: str, *sets: str, text: str = FILE) -> grid.RunSpec:
-    path = tmp_path / "run.yaml"
-    path.write_text(f"model: {tiny}\n{text}")
-    return grid.read(path, sets)
-
-
-def done(root: Path, spec: grid.RunSpec, **how: Any) -> Path:
-    """Run it; every cell must be complete."""
-    outcomes = engine.run(root, spec, **how)
-    assert not [o for o in outcomes if o.error], outcomes
-    return root
-
-
-def cell(root: Path) -> Path:
-    (found,) = (root / "cells").iterdir()
-    return found
-
-
-def records(root: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in (cell(root) / "records.jsonl").read_text().splitlines()]
-
-
-def summary(root: Path) -> dict[str, Any]:
-    return json.loads((cell(root) / "summary.json").read_text())
-
-
-class Stopped(Exception):
-    """The place of a kill, where the test wants to say which."""
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
-    """The ``moment``-th time that anything goes to the disk does not come."""
-    from errata import storage
-
-    left = [moment]
-    for name in ("write", "write_file", "append", "flush"):
-        real = getattr(storage, name)
-
-        def counted(*args: Any, real: Any = real, **how: Any) -> None:
-            left[0] -= 1
-            if left[0] < 0:
-                raise KeyboardInterrupt  # nothing on the way up keeps it: as with a kill, no handler runs that a kill would not run
-            real(*args, **how)
-
-        monkeypatch.setattr(storage, name, counted)
 
 
 @pytest.mark.parametrize("sets", [(), (FINETUNE,), (MEMORY,), ("scenario=single",), ("scenario=batched(2)",)])
@@ -112,9 +45,6 @@ def test_stopped_at_any_write_it_ends_with_the_same_bytes(tiny: str, tmp_path: P
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tiny: str, tmp_path: Path) -> None:
     """kill -9 of a process; `scripts/kill_runs.py` does the same twenty times."""
-    import os
-    import subprocess
-
     path = tmp_path / "run.yaml"
     path.write_text(f"model: {tiny}\n{FILE}")
     script, here = Path(__file__).parent.parent / "scripts" / "kill_runs.py", Path(__file__).parent
@@ -158,8 +88,6 @@ def test_a_cell_says_what_the_scenario_functions_say(tiny: str, tmp_path: Path) 
 def test_a_long_run_keeps_few_patches_and_the_disk_is_not_asked_for_each(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-
     synced, real = [0], os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.__setitem__(0, synced[0] + 1), real(descriptor))[1])
     root = done(tmp_path / "run", spec_of(tmp_path, tiny, "benchmark.n=16", "store.group=8", "scenario.marks=[4,16]"))
@@ -274,64 +202,6 @@ def test_a_changed_data_file_is_refused(tiny: str, tmp_path: Path) -> None:
         engine.run(root, spec)
 
 
-def test_an_error_costs_its_cell_and_the_others_go_on(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = FILE.replace("methods: [", "methods: [{name: 'own:Vandal', label: bad, set: {fails: [2], rank: 2, steps: 2, layers: [3]}}, ")
-    path = tmp_path / "run.yaml"
-    path.write_text(f"model: {tiny}\n{text}")
-    assert main(["run", str(path), "--out", str(tmp_path / "out")]) == 5
-    out, err = capsys.readouterr()
-    assert "1 of 2 cells failed" in err and "edit 2 went to NaN" in err and "quick" in out
-    outcomes = engine.run(tmp_path / "out", grid.read(path))
-    assert [o.code for o in outcomes] == [5]  # only the failed one is tried again
-
-
-def test_processes_give_the_same_bytes_and_a_lost_worker_is_replaced(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(scenarios.__file__).parents[2])]))
-    data = tmp_path / "lives.txt"
-    data.write_text("")
-    sets = ("scenario=single", f"benchmark={{name: 'own:Deadly', data: {data}, n: 2}}")
-    spec = spec_of(tmp_path, tiny, *sets)
-    whole = done(tmp_path / "whole", spec)
-    root = tmp_path / "processes"
-    manifest.begin(root, spec, 2)  # before the file loses a life, which would change its hash
-    data.write_text("x")
-    monkeypatch.setattr(manifest, "files", lambda spec: json.loads((root / manifest.NAME).read_text())["files"])
-    done(root, spec, workers=2)
-    assert data.read_text() == ""  # the first worker died
-    assert differences(whole, root) == []
-
-
-def test_a_worker_that_is_always_lost_costs_one_cell(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Lost:
-        returncode = -9
-
-        def __init__(self, command: list[str], **how: Any) -> None:
-            self.said = json.dumps({"cell": command[4], "error": "", "code": 0})
-            self.returncode = 0 if "quick" in command[4] or "--base" in command else -9
-
-        def communicate(self) -> tuple[str, None]:
-            return self.said, None
-
-        def kill(self) -> None:
-            raise AssertionError("it is gone")
-
-    text = FILE.replace("methods: [", "methods: [none, ")
-    spec = spec_of(tmp_path, tiny, "scenario=single", text=text)
-    cells = grid.cells(spec)
-    monkeypatch.setattr(engine.subprocess, "Popen", Lost)
-    outcomes = engine.processes(tmp_path, cells, lambda outcome: None, 2)
-    assert {o.cell: bool(o.error) for o in outcomes} == {cells[0].id: True, cells[1].id: False}
-    assert "was lost 3 times" in next(o.error for o in outcomes if o.error)
-
-
-def test_ray_is_asked_for_clearly(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ErrataError, match="needs the package ray; pip install 'errata\\[ray\\]'"):
-        engine.run(tmp_path / "run", spec_of(tmp_path, tiny), workers="ray")
-
-
 def test_a_stack_on_disk_is_the_stack_in_memory(tiny: str, tmp_path: Path) -> None:
     """Ids alone do not say that: a tensor of another layout has the same numbers and may round differently."""
     base = lm("llama")
@@ -349,20 +219,3 @@ def test_a_stack_on_disk_is_the_stack_in_memory(tiny: str, tmp_path: Path) -> No
         grown(last.stack[:i])
     assert [p.id for p in grown(last.stack)] == [p.id for p in fresh(last.stack)]
     assert [p.id for p in grown(last.stack[:1])] == [p.id for p in Folded()(last.stack[:1])]
-
-
-def test_on_a_real_ray_cluster(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where ray is installed (it is not among the test requirements): the same bytes, and a lost worker is replaced."""
-    import os
-
-    pytest.importorskip("ray")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(scenarios.__file__).parents[2])]))
-    data = tmp_path / "lives.txt"
-    data.write_text("")
-    spec = spec_of(tmp_path, tiny, f"benchmark={{name: 'own:Deadly', data: {data}, n: 4}}", "scenario.marks=[2,4]")
-    whole, root = done(tmp_path / "whole", spec), tmp_path / "ray"
-    manifest.begin(root, spec, 1)
-    data.write_text("x")
-    monkeypatch.setattr(manifest, "files", lambda spec: json.loads((root / manifest.NAME).read_text())["files"])
-    done(root, spec, workers="ray")
-    assert data.read_text() == "" and differences(whole, root) == []

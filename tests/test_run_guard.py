@@ -15,7 +15,7 @@ import torch
 from families import SENTENCES, lm
 from made import made
 from own import Tiny
-from test_run import FILE, cell, done, records, spec_of, summary
+from runs import FILE, cell, differences, done, records, spec_of, stop_at, summary
 
 from errata.cli import main
 from errata.errors import ConfigError, JudgeError
@@ -121,8 +121,6 @@ def test_an_edit_that_cannot_be_made_is_taken_back_too(tiny: str, text: Path, tm
 
 
 def test_a_rolled_back_run_goes_on_after_a_stop_with_the_same_bytes(tiny: str, text: Path, tmp_path: Path) -> None:
-    from test_run import differences, stop_at
-
     spec = spec_of(tmp_path, tiny, guarded(text, "rollback", 3), text=VANDAL)
     whole, stops = done(tmp_path / "whole", spec), 0
     while True:

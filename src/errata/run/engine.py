@@ -201,6 +201,7 @@ def run(
     progress: Callable[[str], Progress] | None = None,
 ) -> list[Outcome]:
     """Every cell that is not complete yet.  ``workers``: 1 (here), a number of processes, or "ray"."""
+    root = root.absolute()  # a worker may stand elsewhere
     kept = manifest.begin(root, spec, workers if isinstance(workers, int) else torch.get_num_threads())
     cells = left(root, grid.cells(spec))
     if not cells:

@@ -93,7 +93,7 @@ class Journal:
 
     def _whole(self, entry: dict[str, Any]) -> bool:
         try:
-            return hashlib.sha256(self._file(entry["part"]).read_bytes()).hexdigest() == entry["sha256"]
+            return hashlib.sha256(self._file(entry["part"]).read_bytes()).hexdigest() == str(entry["sha256"])
         except OSError:
             return False
 

@@ -246,7 +246,7 @@ def read(path: str | Path, sets: Iterable[str] = ()) -> RunSpec:
 
 def _in_full(values: dict[str, Any]) -> dict[str, Any]:
     """Lists where there may be several, mappings where a name was enough."""
-    out = {key: [value] if key in MANY and not isinstance(value, list) else value for key, value in values.items()}
+    out: dict[str, Any] = {key: [value] if key in MANY and not isinstance(value, list) else value for key, value in values.items()}
     for key, read_one in (("model", _named), ("methods", _named), ("benchmark", _named), ("scenario", _scenario)):
         out |= {key: [read_one(v) for v in out[key]]} if key in out else {}
     if isinstance(out.get("score"), dict) and isinstance(out["score"].get("judges"), list):

@@ -143,7 +143,8 @@ class Growing:
     def _looked_at(self, made: list[_Edit], before: Stack, clock: Clock) -> tuple[list[_Edit], list[_Edit], Health]:
         """(edits that stay, edits taken back, health with the former).  What follows an edit taken back is made again without it."""
         assert self.guard is not None
-        guard, gone, good = self.guard, [], 0
+        guard, good = self.guard, 0
+        gone: list[_Edit] = []
         while True:
             made = [m for m in made if m.patch is not None]
             stacks = [self.folded(m.stack) for m in made]

@@ -16,7 +16,7 @@ from errata.config import to_dict
 from errata.errors import StorageError
 from errata.run import grid
 from errata.run.folder import document, read_document
-from errata.score.metrics import METRICS, PROTOCOLS
+from errata.score.metric_table import METRICS, PROTOCOLS
 
 NAME = "manifest.json"
 FORMAT = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -11,7 +11,10 @@ from errata.score.metrics import interval
 
 Record = Mapping[str, Any]
 # What "holds" means for the edited prompt, by protocol: the answer said freely; every token of it, the answer being fed.
-HOLDS: Final = {"generated": lambda r: bool(r["gen_match_after"]), "teacher_forced": lambda r: r["tf_after"] == 1.0}
+HOLDS: Final[dict[str, Callable[[Record], bool]]] = {
+    "generated": lambda r: bool(r["gen_match_after"]),
+    "teacher_forced": lambda r: r["tf_after"] == 1.0,
+}
 
 
 def ages(edits: int) -> list[tuple[int, int]]:

@@ -36,7 +36,8 @@ AGAIN = (429, 500, 502, 503, 504)  # worth another try
 
 
 class Judge(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, question: str, wanted: str, answer: str) -> bool: ...
 
