@@ -174,6 +174,8 @@ def test_a_run_has_forgetting_and_right_after_as_other_numbers(tiny: str, tmp_pa
     assert [(r["age_low"], r["age_high"]) for r in rows] == [(0, 0), (1, 8)] and sum(r["n"] for r in rows) == 9
     assert by["right_after"] > by["summary"]
     assert [r["T"] for r in found["retention"] if (r["metric"], r["protocol"]) == ("reliability", "generated")] == [2, 5, 9]
+    without = summary(done(tmp_path / "without", spec_of(tmp_path, tiny, "score.right_after=false")))
+    assert without["right_after"] == without["forgetting"] == [] and without["retention"] == found["retention"]
 
 
 # -- judges ----------------------------------------------------------------------------------------------------

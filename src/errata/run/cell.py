@@ -113,7 +113,7 @@ class Work:
             yield from alone(self.lm, self.editor, self.cases, scored, store.chunk, at, self.progress)
             return
         guard = Guard(self.lm, self.spec.guard) if self.spec.guard else None
-        how = How(scenario.size or 1, self.marks, store.group, store.chunk)
+        how = How(scenario.size or 1, self.marks, store.group, store.chunk, self.spec.score.right_after)
         yield from Growing(self.lm, self.editor, self.cases, scored, how, guard, self.progress).parts(at)
 
     # -- on disk -----------------------------------------------------------------------------------------------
