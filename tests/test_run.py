@@ -33,7 +33,7 @@ def test_stopped_at_any_write_it_ends_with_the_same_bytes(tiny: str, tmp_path: P
     stops, root = 0, tmp_path / "stopped"
     while True:
         with pytest.MonkeyPatch.context() as patched:
-            stop_at(patched, 3 + 2 * stops)
+            stop_at(patched, 3 + 4 * stops)
             try:
                 done(root, spec)
                 break

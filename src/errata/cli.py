@@ -1,6 +1,6 @@
 """The command ``errata``: arguments in, exit code out.  Help and version load neither torch nor transformers.
 
-Exit codes: 0 done; 1 an error errata did not foresee; 2 wrong input or arguments; 3 model; 4 patch; 5 fit; 6 storage;
+Exit codes: 0 done; 1 an error errata did not foresee; 2 wrong input or arguments; 3 model or judge; 4 patch; 5 fit; 6 storage;
 130 Ctrl-C; 141 the reader of a pipe went away.
 """
 
