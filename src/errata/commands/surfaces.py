@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             counts["without a subject"] += request.subject is None
             out.append(wide)
             progress("requests", i, len(wanted))
-    storage.replace(args.out, as_lines(out).encode())
+    storage.write_file(args.out, as_lines(out).encode())
     screen.document({"requests": len(out), "saved": str(args.out), **counts})
     screen.say(f"{len(out)} requests, {counts['aliases']} aliases and {counts['paraphrases']} paraphrases added.")
     if counts["without a subject"]:
