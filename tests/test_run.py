@@ -19,11 +19,12 @@ from tiny import fill_disk
 
 from errata import run as scenarios
 from errata.errors import ModelError, StorageError
-from errata.run import engine, grid, manifest
+from errata.run import base, engine, grid, manifest
 from errata.run.cell import Work
 from errata.run.folder import Journal, locked
 from errata.run.growing import Growing, How
 from errata.run.parts import Folded, settled
+from errata.score.queries import Answers
 
 
 @pytest.mark.parametrize("sets", [(), (FINETUNE,), (MEMORY,), ("scenario=single",), ("scenario=batched(2)",)])
@@ -58,6 +59,24 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tiny: str, tmp_pat
     assert found["different"] == 0 and found["killed"] >= 3 and found["again_and_again"] >= 1
 
 
+def test_robustness_probes_and_chat_answers_of_the_base_survive_a_stop(tiny: str, tmp_path: Path) -> None:
+    """The tokenizer has no chat template here: what is kept of chat answers is tested on the store alone."""
+    sets = (MEMORY, "score.robustness=true", "benchmark.n=3", "scenario.marks=[3]")
+    whole = done(tmp_path / "whole", spec_of(tmp_path, tiny, *sets))
+    kinds = {r["kind"] for r in records(whole)}
+    assert {"rewrite", "negation", "question_form"} <= kinds  # these requests name no subject
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_at(patched, 6)
+        done(tmp_path / "stopped", spec_of(tmp_path, tiny, *sets))
+    assert differences(whole, done(tmp_path / "stopped", spec_of(tmp_path, tiny, *sets))) == []
+    said, again = Answers(), Answers()
+    said.text["", "plain"], said.ids["", "plain"] = "a", (1,)
+    chat = said.in_chat = Answers(chat=True)
+    chat.text["", "asked"], chat.ids["", "asked"] = "b", (2, 3)
+    base._take(again, json.loads(json.dumps(base._given(said, Answers()))))
+    assert again == said and base.copied(said) == said and base.copied(said).in_chat is not chat
+
+
 def test_the_stack_of_a_mark_in_one_pass_is_that_of_a_run_to_that_mark(tiny: str, tmp_path: Path) -> None:
     for sets in ((), (FINETUNE,)):
         one = records(done(tmp_path / f"one{len(sets)}", spec_of(tmp_path, tiny, *sets)))
@@ -70,8 +89,8 @@ def test_the_stack_of_a_mark_in_one_pass_is_that_of_a_run_to_that_mark(tiny: str
 def test_a_cell_says_what_the_scenario_functions_say(tiny: str, tmp_path: Path) -> None:
     spec = spec_of(tmp_path, tiny)
     found = records(done(tmp_path / "run", spec))
-    base = engine._model(spec.model[0])
-    _, at, immediate = scenarios.continual(base, grid.editor(grid.cells(spec)[0]), list(Tiny().load(n=9)), [2, 5, 9], label="quick")
+    model = engine._model(spec.model[0])
+    _, at, immediate = scenarios.continual(model, grid.editor(grid.cells(spec)[0]), list(Tiny().load(n=9)), [2, 5, 9], label="quick")
     close = {k for k in found[0] if k.startswith("nll")}  # batches of other shapes round differently
 
     def plain(r: dict[str, Any]) -> dict[str, Any]:

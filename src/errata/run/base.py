@@ -12,8 +12,20 @@ from typing import Any
 
 from errata.model import LM
 from errata.request import Case
+from errata.run import grid
 from errata.run.folder import Journal, Records, locked
+from errata.score import robustness
 from errata.score.queries import Answers, Forced, Progress, ask_base
+
+
+def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell) -> list[Case]:
+    """The benchmark's cases; with ``score.robustness`` also the suite's probes, the same for all methods of the run: those that fit
+    behind the longest context any of them puts in front."""
+    found: list[Case] = cell.cases()
+    if not spec.score.robustness:
+        return found
+    editors = [grid.editor(other) for other in grid.cells(spec) if other.model == cell.model]
+    return robustness.widen(lm, found, room=max(e.room(lm) if hasattr(e, "room") else 0 for e in editors))
 
 
 def ask(lm: LM, cases: Sequence[Case], folder: Path, chunk: int, progress: Progress | None = None) -> Answers:

@@ -43,7 +43,7 @@ class Work:
 
     def __post_init__(self) -> None:
         self.editor = grid.editor(self.cell)
-        self.cases: list[Case] = self.cell.cases()
+        self.cases: list[Case] = base.cases_of(self.lm, self.spec, self.cell)
         self.marks = self.cell.scenario.at(len(self.cases))
         self.single = self.cell.scenario.kind == "single"
         made = (judges.make(j.name, self.judged, j.endpoint, j.model, j.key_env) for j in self.spec.score.judges)

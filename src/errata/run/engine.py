@@ -63,7 +63,7 @@ def attempt(root: str, name: str, base_only: bool = False, progress: Progress | 
         lm = _model(cell.model)
         loading = time.perf_counter() - began
         if base_only:
-            base.ask(lm, cell.cases(), Path(root) / "base" / cell.base, spec.store.chunk)
+            base.ask(lm, base.cases_of(lm, spec, cell), Path(root) / "base" / cell.base, spec.store.chunk)
             return Outcome(name)
         Work(lm, spec, cell, folder, Path(root) / "base" / cell.base, Path(root) / "judged", progress).run(loading)
         (folder / "error.txt").unlink(missing_ok=True)
