@@ -254,6 +254,20 @@ def test_alphaedit_finds_the_keys_of_earlier_edits() -> None:
     assert not torch.allclose(delta(forgetful.ops[0]), delta(want.ops[0]), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "without", [{"gate": False}, {"projection": "constant"}, {"normalise": False, "aggregation": 1.0}, {"consistency": 0.0}]
+)
+def test_ablations_train_what_is_left(without: dict[str, object]) -> None:
+    base = lm("llama")
+    patch, whole = rep(**without).edit(base, [FRANCE]), rep().edit(base, [FRANCE])
+    op, other = (next(op for op in p.ops if op.kind == "key_adaptor") for p in (patch, whole))
+    begun = initial(64, 4 if without != {"projection": "constant"} else 1, 6, "projection" in without, 1)
+    assert torch.equal(op.tensors["w1"][0], begun["w1"]) == (without == {"gate": False})
+    assert torch.equal(op.tensors["a"][0], begun["a"]) == ("projection" in without)
+    assert not torch.allclose(op.tensors["u"], torch.zeros_like(op.tensors["u"]))
+    assert op.tensors["u"].shape != other.tensors["u"].shape or not torch.allclose(op.tensors["u"], other.tensors["u"])
+
+
 @pytest.mark.parametrize("method", [m for m in registry.names("method") if issubclass(registry.get("method", m), LocateEditor)])
 def test_every_locate_and_edit_method_can_be_wrapped(method: str) -> None:
     base = lm("gpt2")

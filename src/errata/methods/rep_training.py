@@ -106,8 +106,11 @@ def train(e: Any, keys: Keys, start: Mapping[str, Tensor], units: int, progress:
         return total, total
 
     wide = {k: t.to(keys.own.dtype) for k, t in start.items()}
-    fitted = fit(wide, loss, steps=len(keys.steps), rule=AdamW(e.lr, e.weight_decay), progress=progress)
-    return fitted.params, fitted.loss
+    idle = (("a",) if e.projection == "constant" else ()) + (() if e.gate else PLACES)  # what an ablation leaves out
+    fitted = fit(
+        {k: t for k, t in wide.items() if k not in idle}, loss, steps=len(keys.steps), rule=AdamW(e.lr, e.weight_decay), progress=progress
+    )
+    return wide | fitted.params, fitted.loss
 
 
 def _loss(e: Any, keys: Keys, p: Mapping[str, Tensor], step: int, units: int) -> Tensor:
@@ -127,15 +130,15 @@ def _loss(e: Any, keys: Keys, p: Mapping[str, Tensor], step: int, units: int) ->
     both = torch.cat([grouped(keys.surfaces[drawn]), own], 1)
     aims = torch.cat([each(keys.target), grouped(keys.target.unsqueeze(1))], 1)
     mask = _dropped(e.dropout, e.seed, step, both.shape[1], numbers).to(both) if e.dropout else None
-    logit, seen = soft(p, both), edits // units * batch
-    adapted = both + (logit.sigmoid().unsqueeze(-1) if e.gate else 1.0) * projected(p, both, e.projection == "constant", mask)
+    logit, seen = soft(p, both) if e.gate else None, edits // units * batch
+    adapted = both + (1.0 if logit is None else logit.sigmoid().unsqueeze(-1)) * projected(p, both, e.projection == "constant", mask)
     aligned = normalize(adapted, dim=-1) if e.normalise else adapted
     total = -e.aggregation * (aligned * aims).sum(-1).mean(1)
     total = total + e.consistency * (adapted[:, seen:] - own).square().mean((1, 2))
     if e.match:
         goal = each(keys.own)
         total = total + e.match * ((adapted[:, :seen] - goal).square().sum(-1) / goal.square().sum(-1)).mean(1)
-    if e.closing and e.gate:
+    if e.closing and logit is not None:
         some = torch.randint(OWN, keys.away.shape[1], (SHUT * batch,), generator=_numbers(e.seed, step)).to(own.device)
         for shut in (keys.away[:, :OWN], keys.away[:, some]):
             total = total + e.closing * softplus(soft(p, grouped(shut))).mean(1)
