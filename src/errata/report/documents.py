@@ -1,0 +1,61 @@
+"""A report as one text: for a terminal, Markdown, LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from errata.report import contents, layout
+from errata.report.folders import Folder
+from errata.report.sections import Section
+from errata.report.tables import PROTOCOLS
+
+
+def notes(folders: Sequence[Folder]) -> dict[str, object]:
+    """What made the numbers, of each run."""
+    out: dict[str, object] = {}
+    for folder in folders:
+        found, name = folder.manifest, folder.path.resolve().name
+        versions = found.get("versions") or {}
+        said = [f"{k} {v}" for k, v in versions.items()]
+        said += [f"commit {found['commit']}"] if found.get("commit") else []
+        said += [f"threads {found['threads']}"] if found.get("threads") else []
+        said += [f"config {found['config_hash']}"] if found.get("config_hash") else []
+        out |= {f"{name}": ", ".join(said)} if said else {}
+        out |= {f"{name}: {cell}": why for cell, why in folder.missing.items()}
+    return out
+
+
+def about(section: Section, number: int, several: bool) -> list[tuple[str, object]]:
+    apart = [("apart from", "; and from ".join(section.apart))] if section.apart else []
+    return [*([("section", f"{number}. {section.title}")] if several else []), *section.facts.items(), *apart]
+
+
+def terminal(title: str, sections: Sequence[Section], notes: Mapping[str, object]) -> str:
+    out = [title, *(f"{k}: {layout.plain(v)}" for k, v in notes.items())]
+    for i, section in enumerate(sections, 1):
+        out += ["", *(f"{k}: {layout.plain(v)}" for k, v in about(section, i, len(sections) > 1))]
+        out += ["", layout.terminal(fitted(contents.tables(section))).rstrip("\n")]
+    return "\n".join(out) + "\n"
+
+
+def fitted(tables: Iterable[layout.Table]) -> list[layout.Table]:
+    """Few methods are compared on many metrics, and a terminal is narrow: such a table has its metrics down."""
+    return [t.turned if t.words == 1 and t.key in PROTOCOLS and 2 <= len(t.lines) < len(t.headings) else t for t in tables]
+
+
+def markdown(title: str, sections: Sequence[Section], notes: Mapping[str, object]) -> str:
+    out = [f"# {layout.cell(title)}", "", *(f"- {layout.cell(k)}: {layout.cell(v)}" for k, v in notes.items())]
+    for i, section in enumerate(sections, 1):
+        out += ["", *([f"## {i}. {layout.cell(section.title)}", ""] if len(sections) > 1 else [])]
+        out += [f"- {layout.cell(k)}: {layout.cell(v)}" for k, v in about(section, i, False)]
+        out += ["", layout.markdown(contents.tables(section)).rstrip("\n")]
+    return "\n".join(out) + "\n"
+
+
+def latex(title: str, sections: Sequence[Section], notes: Mapping[str, object]) -> str:
+    out = [f"% {layout.plain(title)}", r"% needs \usepackage{booktabs} and \usepackage[T1]{fontenc}"]
+    out += [f"% {layout.plain(k)}: {layout.plain(v)}" for k, v in notes.items()]
+    for i, section in enumerate(sections, 1):
+        out += ["", *(f"% {layout.plain(k)}: {layout.plain(v)}" for k, v in about(section, i, len(sections) > 1)), ""]
+        out.append(layout.latex(contents.tables(section)).rstrip("\n"))
+    return "\n".join(out) + "\n"
