@@ -155,4 +155,4 @@ def _tell(screen: Screen, sections: Sequence[Section], folders: Sequence[Folder]
             screen.say(f"Left out: {folder.path}: {cell}: {why}.")
     for section in sections:
         if section.apart:
-            screen.say(f"{section.title}: in a section of its own; it differs from {'; and from '.join(section.apart)}.")
+            screen.say(f"{section.title}: apart from {'; and from '.join(section.apart)}.")

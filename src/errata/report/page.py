@@ -95,55 +95,73 @@ def _notes(notes: Mapping[str, object]) -> str:
 def _contents(sections: Sequence[Section], gated: bool, manifests: bool) -> str:
     """Links to the parts of a page with several."""
     links = [(f"s{i}", section.title) for i, section in enumerate(sections)] if len(sections) > 1 else []
-    links += [("gates", "Gates")] * gated + [("manifest", "Manifest")] * manifests
+    return _links([*links, *[("gates", "Gates")] * gated, *[("manifest", "Manifest")] * manifests], "Sections")
+
+
+def _links(links: Sequence[tuple[str, str]], label: str) -> str:
     if not links:
         return ""
-    return '<nav aria-label="Parts"><ul>' + "".join(f'<li><a href="#{i}">{escape(name)}</a></li>' for i, name in links) + "</ul></nav>"
+    items = "".join(f'<li><a href="#{anchor}">{escape(name)}</a></li>' for anchor, name in links)
+    return f'<nav aria-label="{escape(label)}"><ul>{items}</ul></nav>'
 
 
 def _section(section: Section, number: int, several: bool, browsable: bool) -> list[str]:
     head = [f'<h2 id="s{number}">{number + 1}. {escape(section.title)}</h2>'] if several else []
     apart = [f'<p class="soft">Not in one table with {escape("; and with ".join(section.apart))}.</p>'] if section.apart else []
-    out = [*head, _notes(section.facts), *apart]
-    for table in scores(section.rows):
-        what = "robustness" if table.title.startswith("Robustness. ") else "scores"
-        name, _, meaning = title(table.key).partition(": ")
-        out.append(_table(table, f"{name} {what}", f"{meaning}." if meaning else ""))
-    out.append(_plain(contents.micro(section.micro)))
-    out += _figures(section)
-    out += [_plain(table) for table in contents.differences(section.differences)]
-    out += [_plain(table) for table in contents.forgetting(section.forgetting)]
-    out += [_bars(section.costs), *(_plain(t) for t in (contents.times(section.costs), contents.memory(section.costs)))]
-    out += [_plain(table) for table in (contents.health(section.health), contents.undone(section.undone))]
-    if browsable:
-        out += ["<h3>What the model said</h3>", f'<p class="soft">{SAID}</p>']
-        out.append(f'<div data-cases="{number}"><p>The cases are shown by the script of this page, which is turned off.</p></div>')
-    return out
+    parts = {
+        "Scores": [*map(_scored, scores(section.rows)), _plain(contents.micro(section.micro))],
+        "Reliability against locality": _scatters(section),
+        "After T edits": _curves(section),
+        "Paired differences": [_plain(table) for table in contents.differences(section.differences)],
+        "Forgetting": [_plain(table) for table in contents.forgetting(section.forgetting)],
+        "Time and memory": [_bars(section.costs), _plain(contents.times(section.costs)), _plain(contents.memory(section.costs))],
+        "Health": [_plain(contents.health(section.health)), _plain(contents.undone(section.undone))],
+        "What the model said": _browser(number) if browsable else [],
+    }
+    shown = {name: found for name, part in parts.items() if (found := [text for text in part if text])}
+    names = [(f"s{number}-{i}", name) for i, name in enumerate(shown)]
+    body = [text for (anchor, _), part in zip(names, shown.values(), strict=True) for text in (f'<div id="{anchor}"></div>', *part)]
+    return [*head, _notes(section.facts), *apart, _links(names, f"Parts of section {number + 1}"), *body]
 
 
-def _figures(section: Section) -> list[str]:
-    out, names = [], methods(section.rows)
-    if figures := [f"<figure>{drawing}</figure>" for p in protocols(section.rows) if (drawing := scatter(section.rows, p))]:
-        out += ["<h3>Reliability against locality</h3>", svg.legend(names), '<div class="figures">', *figures, "</div>"]
+def _scored(table: Table) -> str:
+    what = "robustness" if table.title.startswith("Robustness. ") else "scores"
+    name, _, meaning = title(table.key).partition(": ")
+    return _table(table, f"{name} {what}", meaning)
+
+
+def _browser(number: int) -> list[str]:
+    off = "<p>The cases are shown by the script of this page, which is turned off.</p>"
+    return ["<h3>What the model said</h3>", f'<p class="soft">{SAID}</p>', f'<div data-cases="{number}">{off}</div>']
+
+
+def _scatters(section: Section) -> list[str]:
+    figures = [f"<figure>{drawing}</figure>" for p in protocols(section.rows) if (drawing := scatter(section.rows, p))]
+    if not figures:
+        return []
+    return ["<h3>Reliability against locality</h3>", svg.legend(methods(section.rows)), '<div class="figures">', *figures, "</div>"]
+
+
+def _curves(section: Section) -> list[str]:
     tables = {table.key: table for table in contents.after(section.retention, section.right_after)}
-    if tables:
-        out += ["<h3>After T edits</h3>", svg.legend(methods(section.retention))]
+    out = ["<h3>After T edits</h3>", svg.legend(methods(section.retention))] if tables else []
     for protocol, table in tables.items():
         panels = "".join(f"<figure>{panel}</figure>" for panel in retention.panels(section.retention, protocol))
         name = escape(title(protocol).partition(":")[0])
         opened = " open" if protocol == FIRST or FIRST not in tables else ""
-        out.append(f'<details{opened}><summary>{name}</summary><div class="figures">{panels}</div>{_grid(table)}</details>')
+        numbers = f"<details><summary>{name}: the numbers</summary>{_grid(table)}</details>"
+        out.append(f'<details{opened}><summary>{name}</summary><div class="figures">{panels}</div>{numbers}</details>')
     return out
 
 
 def _plain(table: Table) -> str:
     """A table under its own title; nothing where it is empty."""
     name, _, meaning = table.title.partition(": ")
-    return _table(table, name, f"{meaning}." if meaning else "") if table.lines else ""
+    return _table(table, name, meaning) if table.lines else ""
 
 
 def _table(table: Table, heading: str, meaning: str) -> str:
-    said = f'<p class="soft">{escape(meaning)}</p>\n' if meaning else ""
+    said = f'<p class="soft">{escape(meaning[:1].upper() + meaning[1:])}.</p>\n' if meaning else ""
     return f"<h3>{escape(heading)}</h3>\n{said}{_grid(table)}"
 
 

@@ -85,7 +85,7 @@ def _differences(group: _Group, result: Result) -> list[str]:
     if result.scenario != first.scenario:
         out.append(f"another scenario ({result.scenario}, not {first.scenario})")
     if not result.asked & group.asked:
-        out.append(f"other cases or probes ({result.benchmark}; {_names(result.asked)}, not {_names(group.asked)})")
+        out.append(f"other cases or probes (digest {_names(result.asked)}, not {_names(group.asked)})")
     changed = [m for m, version in result.versions.items() if group.versions.get(m, version) != version]
     out += [f"another version of the metric {m} ({result.versions[m]}, not {group.versions[m]})" for m in changed]
     return out
@@ -110,7 +110,7 @@ def _section(group: _Group, earlier: Sequence[_Group]) -> Section:
         "runs": ", ".join(dict.fromkeys(str(r.run) for r in group.results)),
     }
     return Section(
-        f"{first.model}, {first.benchmark.split(',')[0]}, {first.scenario}",
+        f"{first.scenario}: {first.benchmark.rpartition(', ')[0]}; model {first.model}",
         facts,
         every("summary"),
         every("retention"),
