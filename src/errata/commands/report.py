@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from errata.commands import common, files, results
 from errata.commands.screen import Screen, write
 from errata.errors import ConfigError, StorageError, UnknownName
-from errata.report import contents, documents, sheet
+from errata.report import contents, documents, gate_maps, sheet
 from errata.report.folders import Folder, read
+from errata.report.layout import Table
 from errata.report.sections import Section, gather
 from errata.report.tables import methods, protocols
 
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     wanted, folders = formats(args), [read(path) for path in args.runs]
     targets = _targets(args, wanted)
     sections = gather(folders)
-    if not sections:
+    if not sections and not any(folder.gates for folder in folders):
         raise ConfigError(f"{args.runs[0]}: no cell is complete; run `errata run` again to go on with it")
     _only(sections, args.protocol)
     _differences(sections, args.against)
@@ -130,7 +132,7 @@ def _written(name: str, title: str, sections: Sequence[Section], folders: Sequen
         gated = [document for folder in folders for document in folder.gates]
         return whole(title, sections, documents.notes(folders), manifests, gated, cases)
     write_one = {"terminal": documents.terminal, "markdown": documents.markdown, "latex": documents.latex}[name]
-    return write_one(title, sections, documents.notes(folders))
+    return write_one(title, sections, documents.notes(folders), _gates(folders))
 
 
 def _show(screen: Screen, title: str, sections: Sequence[Section], folders: Sequence[Folder]) -> None:
@@ -146,6 +148,16 @@ def _show(screen: Screen, title: str, sections: Sequence[Section], folders: Sequ
             screen.say(f"\n{table.title}")
             screen.table(table.headings, table.lines, right=range(table.words, len(table.headings)))
             screen.say(table.note)
+    for table in _gates(folders):
+        screen.say(f"\n{table.title}")
+        screen.table(table.headings, table.lines, right=range(table.words, len(table.headings)))
+        screen.say(table.note)
+
+
+def _gates(folders: Sequence[Folder]) -> list[Table]:
+    """Of all documents of `errata analyse gates`, each table named after what was looked at."""
+    documents = [document for folder in folders for document in folder.gates]
+    return [replace(t, title=f"{t.title} ({gate_maps.name(d)})") for d in documents for t in gate_maps.tables(d)]
 
 
 def _tell(screen: Screen, sections: Sequence[Section], folders: Sequence[Folder]) -> None:

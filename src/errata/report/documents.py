@@ -30,11 +30,12 @@ def about(section: Section, number: int, several: bool) -> list[tuple[str, objec
     return [*([("section", f"{number}. {section.title}")] if several else []), *section.facts.items(), *apart]
 
 
-def terminal(title: str, sections: Sequence[Section], notes: Mapping[str, object]) -> str:
+def terminal(title: str, sections: Sequence[Section], notes: Mapping[str, object], more: Sequence[layout.Table] = ()) -> str:
     out = [title, *(f"{k}: {layout.plain(v)}" for k, v in notes.items())]
     for i, section in enumerate(sections, 1):
         out += ["", *(f"{k}: {layout.plain(v)}" for k, v in about(section, i, len(sections) > 1))]
         out += ["", layout.terminal(fitted(contents.tables(section))).rstrip("\n")]
+    out += ["", layout.terminal(more).rstrip("\n")] if more else []
     return "\n".join(out) + "\n"
 
 
@@ -43,19 +44,21 @@ def fitted(tables: Iterable[layout.Table]) -> list[layout.Table]:
     return [t.turned if t.words == 1 and t.key in PROTOCOLS and 2 <= len(t.lines) < len(t.headings) else t for t in tables]
 
 
-def markdown(title: str, sections: Sequence[Section], notes: Mapping[str, object]) -> str:
+def markdown(title: str, sections: Sequence[Section], notes: Mapping[str, object], more: Sequence[layout.Table] = ()) -> str:
     out = [f"# {layout.cell(title)}", "", *(f"- {layout.cell(k)}: {layout.cell(v)}" for k, v in notes.items())]
     for i, section in enumerate(sections, 1):
         out += ["", *([f"## {i}. {layout.cell(section.title)}", ""] if len(sections) > 1 else [])]
         out += [f"- {layout.cell(k)}: {layout.cell(v)}" for k, v in about(section, i, False)]
         out += ["", layout.markdown(contents.tables(section)).rstrip("\n")]
+    out += ["", layout.markdown(more).rstrip("\n")] if more else []
     return "\n".join(out) + "\n"
 
 
-def latex(title: str, sections: Sequence[Section], notes: Mapping[str, object]) -> str:
+def latex(title: str, sections: Sequence[Section], notes: Mapping[str, object], more: Sequence[layout.Table] = ()) -> str:
     out = [f"% {layout.plain(title)}", r"% needs \usepackage{booktabs} and \usepackage[T1]{fontenc}"]
     out += [f"% {layout.plain(k)}: {layout.plain(v)}" for k, v in notes.items()]
     for i, section in enumerate(sections, 1):
         out += ["", *(f"% {layout.plain(k)}: {layout.plain(v)}" for k, v in about(section, i, len(sections) > 1)), ""]
         out.append(layout.latex(contents.tables(section)).rstrip("\n"))
+    out += ["", layout.latex(more).rstrip("\n")] if more else []
     return "\n".join(out) + "\n"

@@ -2,7 +2,7 @@
 
     RUN/manifest.json, RUN/cells/CELL/{cell,summary,cost}.json, records.jsonl   of `errata run`; a CELL alone is read as well
     DIR/summary.json, DIR/records.jsonl                                         of `errata score --out` and `errata demo --out`
-    …/gates.json                                                                of `errata analyse gates`, in either
+    …/gates.json, …/reproduce.json                                              of `errata analyse gates`, in either or alone
 
 Only what is there is read: a run that was stopped shows the cells it has, and a folder without records has no cases to browse.
 """
@@ -22,6 +22,7 @@ from errata.errors import InputError
 Record = Mapping[str, Any]
 Row = Mapping[str, Any]
 RIGHT_AFTER = "right after its own"  # ``edits`` of a record that was made when its own edit was the last
+GATES = ("gates.json", "reproduce.json")
 NEEDED = ("method", "case", "kind", "prompt", "target")
 SAMPLED = "generation"  # of some cases only, and no question: no part of what was asked
 
@@ -151,6 +152,8 @@ def read(path: Path) -> Folder:
         return Folder(path, (_cell(path, path.parent.parent),), _beside(path), {}, _gates(path))
     if (path / "summary.json").is_file():
         return _scored(path)
+    if any((path / name).is_file() for name in GATES):
+        return Folder(path, (), {}, {}, _gates(path))
     why = "is not there" if not path.exists() else "is not a folder" if not path.is_dir() else "has no manifest.json and no summary.json"
     raise InputError(f"{path}: {why}; give a folder of `errata run` or `errata score --out`")
 
@@ -162,7 +165,7 @@ def _beside(cell: Path) -> dict[str, Any]:
 
 
 def _gates(*folders: Path) -> tuple[Mapping[str, Any], ...]:
-    return tuple(_document(path) for folder in folders if (path := folder / "gates.json").is_file())
+    return tuple(_document(path) for folder in folders for name in GATES if (path := folder / name).is_file())
 
 
 def _run(path: Path) -> Folder:

@@ -171,6 +171,11 @@
       var c = self.section.columns[i];
       return (!names || names.indexOf(c[0]) >= 0) && (!self.when || !self.when.value || c[1] === self.when.value);
     });
+    if (names && self.when && !self.when.value) {  /* both: those of a method side by side */
+      this.columns.sort(function (a, b) {
+        return names.indexOf(self.section.columns[a][0]) - names.indexOf(self.section.columns[b][0]) || a - b;
+      });
+    }
     this.found = this.section.cases.map(function (_, i) { return i; }).filter(function (i) {
       return self.keep(self.section.cases[i]) && words.every(function (w) { return self.text(i).indexOf(w) >= 0; });
     });

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, Final
 
-from errata.report import cases, contents, gates, retention, svg
+from errata.report import cases, contents, gate_maps, retention, svg
 from errata.report.layout import UNHOLDABLE, Table
 from errata.report.scatter import scatter
 from errata.report.sections import Section, of
@@ -121,6 +121,8 @@ def _section(section: Section, number: int, several: bool, browsable: bool) -> l
     shown = {name: found for name, part in parts.items() if (found := [text for text in part if text])}
     names = [(f"s{number}-{i}", name) for i, name in enumerate(shown)]
     body = [text for (anchor, _), part in zip(names, shown.values(), strict=True) for text in (f'<div id="{anchor}"></div>', *part)]
+    if not several:  # no heading stands above them: one level up
+        body = [text.replace("<h3>", "<h2>").replace("</h3>", "</h2>") for text in body]
     return [*head, _notes(section.facts), *apart, _links(names, f"Parts of section {number + 1}"), *body]
 
 
@@ -211,9 +213,9 @@ def _bars(costs: Mapping[str, Mapping[str, Any]]) -> str:
 def _gates(documents: Sequence[Mapping[str, Any]]) -> list[str]:
     out = []
     for i, document in enumerate(documents):
-        parts = [*gates.heat_maps(document), *(_plain(table) for table in gates.tables(document))]
+        parts = [*gate_maps.heat_maps(document), *(_plain(table) for table in gate_maps.tables(document))]
         if parts:
-            out += [f'<h2 id="gates{i or ""}">Gates of {escape(gates.name(document))}</h2>', *parts]
+            out += [f'<h2 id="gates{i or ""}">Gates of {escape(gate_maps.name(document))}</h2>', *parts]
     return out
 
 

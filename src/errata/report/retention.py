@@ -10,7 +10,7 @@ from errata.report import svg
 from errata.report.tables import HEADINGS, escape, main, methods, metrics, title
 
 Row = Mapping[str, Any]
-AREA: Final = svg.Area(400, 260)
+AREA: Final = svg.Area(400, 260, right=28)
 DASHES: Final = ("", "6 3", "2 3", "8 3 2 3")  # lines that lie on each other stay two
 
 
@@ -46,10 +46,10 @@ def _panel(rows: Sequence[Row], metric: str, protocol: str, names: Sequence[str]
     for i, name in enumerate(names):
         if line := sorted((row for row in rows if row["method"] == name), key=lambda row: int(row["T"])):
             parts += _line(line, i, x, y)
-            ends.append((x(line[-1]["T"]), y(float(line[-1]["value"]))))
+            ends.append(y(float(line[-1]["value"])))
             marks.append(i)
             spoken.append(f"{name} " + ", ".join(f"T {row['T']} {float(row['value']):.3f}" for row in line))
-    parts += svg.numbered(ends, marks, AREA)
+    parts += svg.stacked(ends, marks, AREA)
     what = f"{HEADINGS.get(metric, metric)}, {title(protocol).partition(':')[0]}"
     return f"{svg.drawing(AREA, parts, f'{what}: ' + '; '.join(spoken))}<figcaption>{escape(what)}</figcaption>"
 

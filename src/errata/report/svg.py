@@ -14,6 +14,7 @@ from errata.report.tables import escape
 
 Scale = Callable[[float], float]
 COLOURS: Final = 10  # --c0 … --c9 of the page's style
+STEP: Final = 12.0
 NEAR: Final = 13.0  # two labels nearer than this would be read as one
 AROUND: Final = [(r * math.cos(a), r * math.sin(a)) for r in (13, 22, 31, 40) for a in (k * math.pi / 4 - math.pi / 2 for k in range(8))]
 
@@ -117,4 +118,23 @@ def numbered(points: Sequence[tuple[float, float]], marks: Sequence[int], area: 
             out.append(line(x, y, x + 0.75 * dx, y + 0.75 * dy, f'stroke="{colour(mark)}" stroke-width="0.75"'))
         bold = f'text-anchor="middle" style="fill: {colour(mark)}; font-weight: 700"'
         out.append(f'<text x="{x + dx:.1f}" y="{y + dy + 4:.1f}" {bold}>{mark + 1}</text>')
+    return out
+
+
+def stacked(heights: Sequence[float], marks: Sequence[int], area: Area) -> list[str]:
+    """Numbers of lines that end at the right edge, beside it: one above the other, `STEP` apart at least, a thin line to each end."""
+    _, top, right, bottom = area.box
+    order = sorted(range(len(marks)), key=lambda i: heights[i])
+    places: list[float] = []
+    for i in order:  # down from the top, each below the one before
+        places.append(max(heights[i], places[-1] + STEP) if places else max(heights[i], top))
+    limit = bottom
+    for i in reversed(range(len(places))):  # and up again where that ran over the edge
+        places[i] = min(places[i], limit)
+        limit = places[i] - STEP
+    out = []
+    for i, place in zip(order, places, strict=True):
+        ink = colour(marks[i])
+        out.append(line(right, heights[i], right + 8, place, f'stroke="{ink}" stroke-width="0.75"'))
+        out.append(f'<text x="{right + 10:.1f}" y="{place + 4:.1f}" style="fill: {ink}; font-weight: 700">{marks[i] + 1}</text>')
     return out

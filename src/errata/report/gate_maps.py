@@ -1,10 +1,10 @@
 """What `errata analyse gates` found, from the plain numbers of its ``gates.json``: weights of the bases by kind of input (BaFT, Fig. 2),
-failure signs, tests, and how many dimensions of an edit do little (Fig. 1).
+failure signs and tests; and from ``reproduce.json`` how many dimensions of an edit do little (Fig. 1).
 
-    summary      rows {block, kind, cases, inputs, bases [r]}: each basis' mean weight on inputs of that kind
+    summary      rows {block, kind, cases, inputs, bases [r]}: each basis' mean weight on inputs of that kind ("weights" in the latter)
     signs        rows {sign, block, value, bound, fires, says}
     tests        rows {block, a, b, n, p, gap, adjusted}: whether two kinds of input get different weights, paired by case
-    redundancy   rows {factor M, rank r, below [r + 1]}: edits by how many of their dimensions are updated less than M times the largest
+    redundancy   rows {method, block, M, count, rank}: mean number of dimensions that are updated less than M times the largest
 
 Parts may be missing; one that cannot be read is an error that names it.
 """
@@ -20,7 +20,13 @@ from errata.report.layout import Table
 from errata.report.tables import escape
 
 Row = Mapping[str, Any]
-KEYS: Final = {"summary": ("kind", "bases"), "signs": ("sign", "says"), "tests": ("a", "b", "p"), "redundancy": ("factor", "below")}
+KEYS: Final = {
+    "summary": ("kind", "bases"),
+    "weights": ("kind", "bases"),
+    "signs": ("sign", "says"),
+    "tests": ("a", "b", "p"),
+    "redundancy": ("M", "count", "rank"),
+}
 
 
 def _rows(document: Mapping[str, Any], part: str) -> list[Row]:
@@ -28,13 +34,15 @@ def _rows(document: Mapping[str, Any], part: str) -> list[Row]:
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping) or (lacking := [k for k in KEYS[part] if k not in row]):
             what = "is no mapping" if not isinstance(row, Mapping) else f"has no {lacking[0]!r}"
-            raise InputError(f"gates.json: row {i} of {part!r} {what}; it was not written by errata analyse gates")
+            raise InputError(
+                f"{name(document)}: row {i} of {part!r} {what}; it was not written by errata analyse gates or errata reproduce"
+            )
     return list(rows)
 
 
 def name(document: Mapping[str, Any]) -> str:
-    """Method or run it is about, where it says."""
-    return str(document.get("method") or document.get("run") or "the run")
+    """What was looked at, where it says."""
+    return str(document.get("source") or document.get("title") or document.get("model") or "the run")
 
 
 def tables(document: Mapping[str, Any]) -> list[Table]:
@@ -69,19 +77,20 @@ def _fires(value: Any) -> str:
 
 def heat_maps(document: Mapping[str, Any]) -> list[str]:
     """HTML: a table a block, kinds of input down and bases across, shaded by weight; and the redundancy of dimensions."""
-    rows, out = _rows(document, "summary"), []
-    for block in sorted({_block(r) for r in rows}):
+    rows, out = _rows(document, "summary") or _rows(document, "weights"), []
+    for block in dict.fromkeys(map(_block, rows)):
         mine = [r for r in rows if _block(r) == block]
         bases = max(len(r["bases"]) for r in mine)
         labels = [f"{r['kind']} ({r.get('inputs', '?')})".replace("_", " ") for r in mine]
         caption = f"Mean weight of each basis, block {block}; rows: kind of input (how many)"
         out.append(_map(caption, ["input", *(str(i + 1) for i in range(bases))], labels, [[*map(_finite, r["bases"])] for r in mine], 2))
     if found := _rows(document, "redundancy"):
-        most = max(len(r["below"]) for r in found)
-        labels = [f"below {r['factor']:g} × the largest" for r in found]
-        shares = [[_finite(n) / max(1.0, sum(map(_finite, r["below"]))) for n in r["below"]] for r in found]
-        caption = "Share of edits by how many of their dimensions are updated so little"
-        out.append(_map(caption, ["dimensions", *map(str, range(most))], labels, shares, 2))
+        lines, at = list(dict.fromkeys((str(r.get("method", "")), _block(r)) for r in found)), list(dict.fromkeys(r["M"] for r in found))
+        counts = {(str(r.get("method", "")), _block(r), r["M"]): _finite(r["count"]) for r in found}
+        caption = f"Dimensions of an edit, of {found[0]['rank']}, whose update is less than M times the largest (mean over edits)"
+        values = [[counts.get((*line, m), math.nan) for m in at] for line in lines]
+        labels = [f"{method}, block {block}" for method, block in lines]
+        out.append(_map(caption, ["", *(f"M = {m:g}" for m in at)], labels, values, 1, float(found[0]["rank"])))
     return out
 
 
@@ -89,8 +98,10 @@ def _finite(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
-def _map(caption: str, heads: Sequence[str], labels: Sequence[str], values: Sequence[Sequence[float]], digits: int) -> str:
-    most = max((v for row in values for v in row if not math.isnan(v)), default=0.0) or 1.0
+def _map(
+    caption: str, heads: Sequence[str], labels: Sequence[str], values: Sequence[Sequence[float]], digits: int, most: float = 0.0
+) -> str:
+    most = most or max((v for row in values for v in row if not math.isnan(v)), default=0.0) or 1.0
     body = []
     for label, row in zip(labels, values, strict=True):
         cells = "".join(
