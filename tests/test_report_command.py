@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import re
@@ -15,8 +16,10 @@ from typing import Any
 
 import pytest
 from reports import RUN, SCORED, SINGLE, cell, copy, edited, report, written
+from test_import import fresh
 from test_report import EVIL, Reader, island
 
+from errata import storage
 from errata.errors import InputError
 from errata.report import contents, gate_maps, layout, sheet
 from errata.report.folders import read
@@ -36,7 +39,7 @@ def test_every_format_has_the_same_numbers(tmp_path: Path, capsys: pytest.Captur
     value, interval = f"{100 * row['value']:.1f}", f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
     for ending in ("txt", "md", "tex", "html"):
         text = (tmp_path / "all" / f"report.{ending}").read_text()
-        between = {"tex": r" {\scriptsize ", "html": "<small>"}.get(ending, " ")
+        between = {"tex": r"\\{\tiny ", "html": "<small>"}.get(ending, " ")
         assert f"{value}{between}{interval}" in text, ending
     lines = list(csv.DictReader(io.StringIO((tmp_path / "all" / "report.csv").read_text())))
     keys = {"what": "after all edits", "method": "grace", "metric": "locality_agreement", "protocol": "teacher_forced"}
@@ -268,9 +271,46 @@ def test_nothing_is_replaced_without_force(tmp_path: Path, capsys: pytest.Captur
     assert out.read_text().startswith("# errata report: single")
 
 
+def test_a_full_disk_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r.md"
+    out.write_text("earlier")
+
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "write", full)
+    assert report(SINGLE, "--out", out, "--force") == 6
+    assert "the disk is full" in capsys.readouterr().err
+    assert out.read_text() == "earlier" and [p.name for p in tmp_path.iterdir()] == ["r.md"]
+
+
 def test_one_format_may_go_to_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert report(SINGLE, "--format", "csv") == 0
     assert capsys.readouterr().out.startswith("section,model,")
+
+
+def test_json_holds_all_but_the_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(RUN, SINGLE, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [s["scenario"] for s in found["sections"]] == ["continual", "single"]
+    summaries = [json.loads((cell(RUN, m) / "summary.json").read_text())["summary"] for m in ("rome", "grace")]
+    assert found["sections"][0]["rows"] == [row for rows in summaries for row in rows]
+    assert report(SINGLE, "--json", "--out", tmp_path / "x.csv") == 0
+    assert json.loads(capsys.readouterr().out)["saved"] == {"csv": str(tmp_path / "x.csv")}
+    assert report(SINGLE, "--json", "--format", "csv") == 2
+
+
+def test_it_needs_no_torch() -> None:
+    code = f"""
+import contextlib, io, json, sys
+import errata.cli
+with contextlib.redirect_stdout(io.StringIO()):
+    code = errata.cli.main(["report", {str(RUN)!r}, "--format", "html"])
+print(json.dumps({{"code": code, "modules": sorted(sys.modules)}}))
+"""
+    found = fresh(code)
+    assert found["code"] == 0 and not {"torch", "transformers"} & set(found["modules"])
 
 
 def test_a_section_may_be_empty() -> None:

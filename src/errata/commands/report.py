@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from errata.commands import common, files, results
+from errata import storage
+from errata.commands import common, results
 from errata.commands.screen import Screen, write
 from errata.errors import ConfigError, StorageError, UnknownName
 from errata.report import contents, documents, gate_maps, sheet
@@ -23,7 +24,7 @@ ENDINGS = {**{f".{ending}": name for name, ending in FORMATS.items()}, ".htm": "
 
 
 def add(commands: common.Subparsers) -> None:
-    out = common.parser(commands, "report", run, "tables, CSV and a page of runs", model=False, json=False)
+    out = common.parser(commands, "report", run, "tables, CSV and a page of runs", model=False)
     out.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="folders of `errata run`, cells of one, `errata score --out` or `demo --out`"
     )
@@ -43,6 +44,8 @@ def formats(args: argparse.Namespace) -> list[str]:
     ending = args.out.suffix.lower() if args.out is not None else ""
     if args.format is None:
         return ["terminal"] if args.out is None else [ENDINGS[ending]] if ending in ENDINGS else list(FORMATS)
+    if args.json and args.out is None:
+        raise ConfigError("--json prints a document of its own; leave out --format, or give --out")
     asked = [name.strip() for name in args.format.split(",") if name.strip()]
     asked = list(FORMATS) if asked == ["all"] else asked
     if odd := [name for name in asked if name not in FORMATS] or (not asked and [args.format]):
@@ -64,15 +67,17 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     _differences(sections, args.against)
     title = args.title or f"errata report: {', '.join(dict.fromkeys(Path(f.path).resolve().name for f in folders))}"
     for name in wanted:
-        if name == "terminal" and args.out is None:
+        if args.out is None and name == "terminal":
+            screen.document(documents.document(title, sections, folders))
             _show(screen, title, sections, folders)
             continue
         text = _written(name, title, sections, folders, args.cases)
         if args.out is None:
             write(sys.stdout, text)
         else:
-            files.write(targets[name], text)
+            storage.replace(targets[name], text.encode("utf-8", "replace"))
     if args.out is not None:
+        screen.document({**documents.document(title, sections, folders), "saved": {k: str(v) for k, v in targets.items()}})
         _tell(screen, sections, folders)
         screen.say(common.saved(args.out))
 

@@ -1,8 +1,9 @@
-"""A report as one text: for a terminal, Markdown, LaTeX."""
+"""A report as one text (for a terminal, Markdown, LaTeX), and as one JSON document."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from errata.report import contents, layout
 from errata.report.folders import Folder
@@ -28,6 +29,17 @@ def notes(folders: Sequence[Folder]) -> dict[str, object]:
 def about(section: Section, number: int, several: bool) -> list[tuple[str, object]]:
     apart = [("apart from", "; and from ".join(section.apart))] if section.apart else []
     return [*([("section", f"{number}. {section.title}")] if several else []), *section.facts.items(), *apart]
+
+
+ROWS: Final = ("rows", "retention", "right_after", "forgetting", "differences", "micro", "health", "undone", "costs", "settings", "apart")
+
+
+def document(title: str, sections: Sequence[Section], folders: Sequence[Folder]) -> dict[str, Any]:
+    """All that is known, but for the records."""
+    told = [{"title": s.title, **s.facts, **{part: getattr(s, part) for part in ROWS}} for s in sections]
+    missing = {f"{folder.path}: {cell}": why for folder in folders for cell, why in folder.missing.items()}
+    gates = [found for folder in folders for found in folder.gates]
+    return {"title": title, "sections": told, "missing": missing, "manifests": {str(f.path): f.manifest for f in folders}, "gates": gates}
 
 
 def terminal(title: str, sections: Sequence[Section], notes: Mapping[str, object], more: Sequence[layout.Table] = ()) -> str:

@@ -97,7 +97,7 @@ def cell(text: object) -> str:
 
 
 def latex(tables: Iterable[Table]) -> str:
-    """`table` environments with booktabs rules, to be \\input; intervals are set small."""
+    """`table` environments with booktabs rules, to be \\input; intervals are set small below their values."""
     return _joined(tables, _latex)
 
 
@@ -115,7 +115,7 @@ def _latex(table: Table) -> str:
     return "\n".join(
         [
             r"\begin{table}[htbp]",
-            r"\centering",
+            r"\centering\small\setlength{\tabcolsep}{4pt}",
             rf"\caption{{{escaped(table.title)}}}",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
@@ -133,6 +133,6 @@ def _latex(table: Table) -> str:
 def _latex_cell(text: str) -> str:
     value, bracket, interval = plain(text).partition(" [")
     if bracket and interval.rstrip(" *").endswith("]"):
-        return f"{escaped(value)} {{\\scriptsize {escaped('[' + interval)}}}"
+        return rf"\shortstack[r]{{{escaped(value)}\\{{\tiny {escaped('[' + interval)}}}}}"
     # A bracket at the beginning of a line would be read as an argument of the \\ before it.
     return ("{}" if text.startswith("[") else "") + escaped(text)
