@@ -8,7 +8,7 @@ from typing import Any, Final
 from errata.report import contents, layout
 from errata.report.folders import Folder
 from errata.report.sections import Section
-from errata.report.tables import PROTOCOLS
+from errata.report.tables import JUDGED, PROTOCOLS
 
 
 def notes(folders: Sequence[Folder]) -> dict[str, object]:
@@ -53,7 +53,12 @@ def terminal(title: str, sections: Sequence[Section], notes: Mapping[str, object
 
 def fitted(tables: Iterable[layout.Table]) -> list[layout.Table]:
     """Few methods are compared on many metrics, and a terminal is narrow: such a table has its metrics down."""
-    return [t.turned if t.words == 1 and t.key in PROTOCOLS and 2 <= len(t.lines) < len(t.headings) else t for t in tables]
+
+    def down(table: layout.Table) -> bool:
+        scored = table.key in PROTOCOLS or table.key.startswith(JUDGED)
+        return scored and table.words == 1 and 2 <= len(table.lines) < len(table.headings)
+
+    return [table.turned if down(table) else table for table in tables]
 
 
 def markdown(title: str, sections: Sequence[Section], notes: Mapping[str, object], more: Sequence[layout.Table] = ()) -> str:
