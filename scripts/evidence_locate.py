@@ -27,7 +27,8 @@ from errata.bank import Stack
 from errata.model import LM
 from errata.report import curves, page, tables
 from errata.score import generation
-from errata.score.metrics import exact_match, summarise
+from errata.score.match import exact_match
+from errata.score.metrics import summarise
 from errata.score.perplexity import perplexity
 from errata.score.queries import Answers
 from errata.texts import bundled

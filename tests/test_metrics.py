@@ -11,7 +11,8 @@ import pytest
 
 from errata.errors import InputError, UnknownName
 from errata.score import metrics
-from errata.score.metrics import METRICS, PROTOCOLS, contains, difference, exact_match, get_metric, normalise, summarise
+from errata.score.match import contains, exact_match, normalise
+from errata.score.metrics import METRICS, PROTOCOLS, difference, get_metric, summarise
 
 
 def record(kind: str = "rewrite", case: str = "c0", method: str = "m", **changes: Any) -> dict[str, Any]:
@@ -113,14 +114,14 @@ def test_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for i in range(300):
-        low, high = metrics._interval(rng.beta(2, 3, size=60), seed=i, resamples=500)
+        low, high = metrics.interval(rng.beta(2, 3, size=60), seed=i, resamples=500)
         hits += low <= 0.4 <= high
     assert 0.90 <= hits / 300 <= 0.985
 
 
 def test_interval_width_matches_theory() -> None:
     values = np.random.default_rng(0).normal(size=400)
-    low, high = metrics._interval(values, seed=0, resamples=4000)
+    low, high = metrics.interval(values, seed=0, resamples=4000)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
 
 
@@ -136,7 +137,7 @@ def test_chunked_resampling_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(np, "quantile", counted)
     for chunk in (7, 64, 1 << 21):
         monkeypatch.setattr(metrics, "CHUNK", chunk)
-        metrics._interval(np.linspace(0, 1, 10), seed=0, resamples=101)
+        metrics.interval(np.linspace(0, 1, 10), seed=0, resamples=101)
     assert sizes == [101, 101, 101]
 
 

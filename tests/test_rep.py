@@ -20,7 +20,7 @@ from errata.methods.key_adaptor import KeyAdaptor, gate_logit
 from errata.methods.locate import LocateEditor
 from errata.methods.rep import REP
 from errata.methods.rep_adapting import apart
-from errata.methods.rep_surfaces import draw
+from errata.methods.rep_surfaces import KINDS, OWN, draw
 from errata.methods.rep_training import Keys, initial, train
 from errata.model import LM
 from errata.patch import Op, Patch, Site
@@ -270,20 +270,21 @@ def test_every_locate_and_edit_method_can_be_wrapped(method: str) -> None:
 
 def test_what_trains_is_seen_and_what_is_kept_is_elsewhere() -> None:
     base = errata.load("almanac")
-    request = EditRequest("The capital of France is", "Rome", "France")
+    request = EditRequest("The capital of France is", "Rome", "France", paraphrases=("France has for its capital", "Which town is it?"))
     found = surfaces.of(base, request)
     drawn = draw(
-        base, request, ("names", "shuffled", "prefixes", "long"), ((5, 2),), steps=4, batch=5, pool=40, away=30, fact_token="subject_last",
+        base, request, KINDS, ((5, 2),), steps=4, batch=5, pool=400, away=30, fact_token="subject_last",
         seed=0, name="rep",
     )  # fmt: skip
-    assert len(drawn.steps) == 4 and all(len(s) == 5 for s in drawn.steps) and len(drawn.away) == 30
+    assert len(drawn.steps) == 4 and all(len(s) == 5 for s in drawn.steps) and len(drawn.away) == OWN + 30
     said = [base.tokenizer.decode(t.row.ids, skip_special_tokens=True) for t in drawn.texts]
     for unseen in (*found.names_unseen, *found.shuffled_unseen):
         assert not any(surfaces.fill(request, unseen) in text for text in said)
     assert any(found.names_seen[0] in text for text in said) and request.prompt not in said
+    assert "France has for its capital" in said and "Which town is it?" not in said  # the second does not name the subject
     for text, placed in zip(said, drawn.texts, strict=True):
         upto = base.tokenizer.decode(placed.row.ids[: placed.at + 1], skip_special_tokens=True)
-        assert text.startswith(upto) and text[len(upto) :].strip() == "is"  # the place is the name's last token
+        assert text.startswith(upto) and text[len(upto) :].strip() in ("is", "has for its capital")  # the place is the name's last token
 
 
 def test_an_edit_of_the_almanac_survives_other_names_and_shuffled_tokens() -> None:

@@ -15,6 +15,7 @@ import pytest
 from tiny import fill_disk, leftovers
 
 from errata import endpoint as endpoints
+from errata.benchmarks.almanac import Almanac
 from errata.cli import main
 from errata.endpoint import Endpoint
 from errata.errors import ConfigError, ModelError
@@ -111,6 +112,27 @@ def test_by_rule_gives_the_seen_half(files: tuple[str, Path], capsys: pytest.Cap
     assert "2 requests, 8 aliases and 0 paraphrases added" in out and "1 requests have no subject" in out
     again = (str(files[1]), files[1].with_name("again.jsonl"))
     assert run(again) == 0 and read_requests(again[1]) == [ada, sky], "what a request brings stays"
+
+
+def test_templates_of_the_same_relation_become_paraphrases(
+    files: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tongue = {"templates": ["The mother tongue of {} is", "{} is a native speaker of", "Which language did {} speak at home?"]}
+    table = tmp_path / "t.jsonl"
+    table.write_text(json.dumps({"templates": ["{} lies in"]}) + "\n" + json.dumps(tongue) + "\n")
+    assert run(files, "--templates", str(table)) == 0
+    ada, sky = read_requests(files[1])
+    assert (
+        ada.paraphrases == ("Ada Lovelace is a native speaker of", "Which language did Ada Lovelace speak at home?") and not sky.paraphrases
+    )
+    assert "2 paraphrases added" in capsys.readouterr().out
+    table.write_text('{"templates": ["no place for a subject"]}')
+    assert run(files, "--templates", str(table), "--force") == 2 and "t.jsonl:1: expected" in capsys.readouterr().err
+    case = next(iter(Almanac().load("dev", 1)))
+    write_requests(files[0], [case.request])
+    assert run(files, "--templates", "almanac", "--force") == 0
+    found = read_requests(files[1])[0].paraphrases
+    assert {p.prompt for p in case.probes if p.kind == "rephrase"} <= set(found), "so the almanac's own rephrases may then not score"
 
 
 def test_a_file_is_replaced_only_when_told_and_only_if_it_is_one_of_requests(files: tuple[str, Path]) -> None:

@@ -18,34 +18,39 @@ C = TypeVar("C")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The fields of a config as plain values (tuples become lists)."""
+    """The fields of a config as plain values (tuples become lists, configs in it mappings)."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def build(cls: type[C], values: Mapping[str, Any]) -> C:
-    """``cls(**values)`` with each value checked against the field's type."""
-    hints = typing.get_type_hints(cls)
+def build(cls: type[C], values: Mapping[str, Any], name: str | None = None) -> C:
+    """``cls(**values)`` with each value checked against the field's type; a field that is a dataclass is built from a mapping.
+
+    ``name``: what messages call it, where that is not the class's name.
+    """
+    hints, called = typing.get_type_hints(cls), name or cls.__name__
     fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     out = {}
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
+            near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-            raise ConfigError(f"{cls.__name__} has no setting {key!r}; {hint}")
-        out[key] = _convert(f"{cls.__name__}.{key}", value, hints[key])
+            raise ConfigError(f"{called} has no setting {key!r}; {hint}")
+        out[key] = _convert(f"{called}.{key}", value, hints[key])
     missing = [
         f.name
         for f in dataclasses.fields(cls)  # type: ignore[arg-type]
         if f.name not in out and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"{cls.__name__} needs the setting {missing[0]!r}; give it")
+        raise ConfigError(f"{called} needs the setting {missing[0]!r}; give it")
     return cls(**out)
 
 
@@ -73,6 +78,14 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise ConfigError(f"{name} must be a list, not {value!r}")
         return tuple(_convert(f"{name}[{i}]", v, args[0]) for i, v in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must be a mapping of setting to value, not {value!r}")
+        return build(typing.cast("type[Any]", hint), value, name)
+    if origin is Mapping:
+        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+            raise ConfigError(f"{name} must be a mapping of setting to value, not {value!r}")
+        return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             value = float(value)

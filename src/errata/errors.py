@@ -5,6 +5,7 @@ ErrataError                exit code 1
 ├── ConfigError            2   an unknown or ill-typed setting
 ├── UnknownName            2   a method, benchmark, metric … that is not registered
 ├── ModelError             3   a model that cannot be loaded or does not fit
+├── JudgeError             3   a judge of answers that could not be asked, or gave no verdict
 ├── PatchError             4   a patch that is broken or belongs to another model
 ├── FitError               5   an optimisation that went to NaN
 └── StorageError           6   a disk that is full or cannot be written
@@ -39,6 +40,12 @@ class UnknownName(ErrataError):
 
 class ModelError(ErrataError):
     """A model that cannot be used as asked."""
+
+    exit_code = 3
+
+
+class JudgeError(ErrataError):
+    """A judge that failed; no other takes its place."""
 
     exit_code = 3
 

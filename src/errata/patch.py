@@ -160,8 +160,11 @@ class Patch:
         lines += [f"  {r.prompt!r} -> {r.target!r}" for r in self.requests[:10]]
         return "\n".join(lines + ([f"  … {len(self.requests) - 10} more"] if len(self.requests) > 10 else []))
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write beside, then rename: a full disk or a stop leaves what was there before."""
+    def save(self, folder: str | Path, *, overwrite: bool = False, sync: bool = True) -> Path:
+        """Write beside, then rename: a full disk or a stop leaves what was there before.
+
+        ``sync=False`` leaves it to the caller to make many patches durable at once (`errata.storage.flush`).
+        """
         from safetensors.torch import save
 
         folder = Path(folder)
@@ -178,7 +181,7 @@ class Patch:
         }
         with storage.replacing(folder) as temporary:
             for name, content in files.items():
-                storage.write(temporary / name, content)
+                storage.write(temporary / name, content, sync)
         return folder
 
     def _readme(self) -> str:

@@ -79,30 +79,52 @@ def read(
     """{site: (input [B, I], output [B, O])} at one token of each row, under ``on`` and then ``banks``.
 
     ``at``: which token, None for the last.  ``owner`` [B] names each row's entry of the banks.  float32, or wider where the model is.
+    Rows of one text and owner run once.
     """
     at = [len(row.ids) - 1 for row in rows] if at is None else at
     ahead = looks_ahead(on)
-    rows = [up_to(row, max(t, row.prompt_length - 1) if ahead else t) for row, t in zip(rows, at, strict=True)]
     precision = torch.promote_types(torch.float32, lm.dtype)
+    texts, which = _texts(rows, at, owner.tolist() if owner is not None else [0] * len(rows), ahead)
     found: dict[Site, list[tuple[Tensor, Tensor]]] = {site: [] for site in sites}
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i][0].ids))
+    done: list[int] = []  # the rows in the order in which they are read
 
     def keep(site: Site, x: Tensor, y: Tensor) -> None:
         found[site].append((x[here, place].to(precision), y[here, place].to(precision)))
 
-    for chunk in _chunks([len(rows[i].ids) for i in order]):
+    for chunk in _chunks([len(texts[i][0].ids) for i in order]):
         members = order[chunk]
-        batch = lm.batch([rows[i] for i in members]).to(lm.device)
+        batch = lm.batch([texts[i][0] for i in members]).to(lm.device)
         plan = lm.plan([on], None, len(members))
         plan.prompt_lengths = batch.prompt_lengths
-        here = torch.arange(len(members), device=lm.device)
-        place = torch.tensor([at[i] - len(rows[i].ids) for i in members], device=lm.device)  # counted from the end: rows end together
+        wanted = [(n, row) for n, i in enumerate(members) for row in which[i]]
+        here = torch.tensor([n for n, _ in wanted], device=lm.device)
+        place = torch.tensor(
+            [at[row] - len(texts[members[n]][0].ids) for n, row in wanted], device=lm.device
+        )  # from the end: rows end together
+        done += [row for _, row in wanted]
         for bank in banks:
-            plan.add(replace(bank, rows=owner[torch.tensor(members, device=owner.device)] if owner is not None else None))
+            plan.add(replace(bank, rows=None if owner is None else torch.tensor([texts[i][1] for i in members], device=owner.device)))
         with lm.running(plan), watching(lm, sites, keep):
             lm.forward(batch.ids, batch.mask, use_cache=False, **lm.last_only)
-    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=lm.device)
+    back = torch.tensor(sorted(range(len(done)), key=done.__getitem__), device=lm.device)
     return {site: tuple(torch.cat(part)[back] for part in zip(*parts, strict=True)) for site, parts in found.items()}  # type: ignore[misc]
+
+
+def _texts(
+    rows: Sequence[Encoded], at: Sequence[int], owner: Sequence[int], ahead: bool
+) -> tuple[list[tuple[Encoded, int]], list[list[int]]]:
+    """([(text as far as it has to run, owner)], the rows that are read in each): a text read at several places runs once."""
+    first: dict[tuple[Encoded, int], int] = {}
+    which: list[list[int]] = []
+    for i, (row, own) in enumerate(zip(rows, owner, strict=True)):
+        if (row, own) not in first:
+            first[row, own] = len(which)
+            which.append([])
+        which[first[row, own]].append(i)
+    ends = [max(at[i] for i in members) for members in which]
+    cut = [(up_to(row, max(end, row.prompt_length - 1) if ahead else end), own) for (row, own), end in zip(first, ends, strict=True)]
+    return cut, which
 
 
 def _chunks(lengths: Sequence[int]) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""Folders on disk: all of it or nothing, and what was there before is never lost."""
+"""Folders and files on disk: all of it or nothing, and what was there before is never lost."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from errata.errors import StorageError
+
+FEW = 8  # files that are put on the disk one after another
 
 
 @contextlib.contextmanager
@@ -55,22 +57,73 @@ def _swap(temporary: Path, final: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def write(path: Path, content: bytes) -> None:
-    """A file that is on the disk when this returns."""
+def write(path: Path, content: bytes, sync: bool = True) -> None:
+    """A file that is on the disk when this returns (``sync=False``: that the system will put there; see `flush`)."""
     with open(path, "wb") as stream:
         stream.write(content)
         stream.flush()
-        os.fsync(stream.fileno())
+        if sync:
+            os.fsync(stream.fileno())
 
 
-def replace(path: Path, content: bytes) -> None:
-    """A file that is whole or as it was before."""
+def write_file(path: Path, content: bytes) -> None:
+    """One file, all of it or nothing: written beside, put on the disk, renamed.  `StorageError` when the disk is full."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with complaining(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary, content)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, line: bytes) -> None:
+    """One line more, on the disk when this returns.  What a stop tears is the reader's to find."""
+    with complaining(path), open(path, "ab") as stream:
+        before = stream.tell()
+        try:
+            stream.write(line)
+            stream.flush()
+            os.fsync(stream.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):  # a full disk may have taken half of it
+                stream.truncate(before)
+            raise
+
+
+def flush(folders: Sequence[Path]) -> None:
+    """Everything in these folders is on the disk when this returns.
+
+    Where there are many files, the whole system's buffers are written first, once: a file that is clean then costs next to nothing
+    to make sure of, while making sure of many small dirty files one after another takes 4 to 8 ms each (measured on ext4).
+    """
+    if not folders:
+        return
+    with complaining(folders[0].parent):
+        paths = [path for folder in folders for path in (*folder.iterdir(), folder)]
+        if len(paths) > FEW and hasattr(os, "sync"):
+            os.sync()
+        for path in (*paths, folders[0].parent):
+            _sync(path)
+
+
+@contextlib.contextmanager
+def complaining(path: Path) -> Iterator[None]:
+    """The system's errors as a `StorageError` that names ``path`` and says what to do."""
     try:
-        write(temporary, content)
-        os.replace(temporary, path)
+        yield
     except OSError as error:
         why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise StorageError(f"{path}: nothing was written ({why}); free space or choose another place, then try again") from None
+        raise StorageError(f"{path}: could not be written ({why}); what was saved before is whole; free space, then go on") from None
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows opens no folder, and syncs no file that is open for reading
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)

@@ -157,6 +157,18 @@ def _initial(word: str) -> str:
     return f"{word[0].upper()}."
 
 
+def templated(request: EditRequest, relations: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """Other prompts with the same answer: the request's subject in the other templates of the relation whose template its prompt is.
+
+    relations: for each the templates that say it, ``{}`` standing for the subject; ones that end in a question mark are questions.
+    """
+    if request.subject is None:
+        return ()
+    own = request.prompt.strip().replace(request.subject, "{}", 1)
+    found = next((templates for templates in relations if own in templates), ())
+    return tuple(t.replace("{}", request.subject) for t in dict.fromkeys(found) if t != own)
+
+
 def passages(count: int, words: int = WORDS, seed: int = 0) -> tuple[str, ...]:
     """``count`` passages of so many whitespace words of the bundled text, each closed by a full stop and a space.
 

@@ -109,7 +109,7 @@ def _document(
     seconds: float,
 ) -> dict[str, Any]:
     """The result as plain values: what ``--json`` prints and ``edit.json`` holds."""
-    from errata.score.metrics import exact_match
+    from errata.score.match import exact_match
 
     count = len(wanted)
     rows = [

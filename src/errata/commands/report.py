@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         if args.out is None:
             write(sys.stdout, text)
         else:
-            storage.replace(targets[name], text.encode("utf-8", "replace"))
+            storage.write_file(targets[name], text.encode("utf-8", "replace"))
     if args.out is not None:
         screen.document({**documents.document(title, sections, folders), "saved": {k: str(v) for k, v in targets.items()}})
         _tell(screen, sections, folders)

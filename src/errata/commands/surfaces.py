@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from errata import storage
 from errata.commands import common
 from errata.commands.screen import Screen
 from errata.errors import ConfigError, InputError, ModelError, StorageError
-from errata.request import EditRequest, as_lines, fill, read_requests
+from errata.request import EditRequest, as_lines, fill, read_lines, read_requests
 
 if TYPE_CHECKING:
     from errata.endpoint import Endpoint
@@ -40,6 +40,11 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="where the widened requests go")
     out.add_argument("--force", action="store_true", help="replace an earlier file of requests at --out")
     out.add_argument(
+        "--templates",
+        metavar="FILE.jsonl",
+        help='paraphrases from templates: {"templates": ["{} was born in", …]}, a relation a line; or almanac',
+    )
+    out.add_argument(
         "--endpoint", metavar="URL", help="ask this OpenAI-compatible endpoint instead of the rules, like http://localhost:8000/v1"
     )
     out.add_argument("--endpoint-model", metavar="NAME", help="the model to ask there")
@@ -51,12 +56,13 @@ def add(commands: common.Subparsers) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
-    wanted, endpoint = read_requests(args.requests), _endpoint(args)
+    wanted, endpoint, relations = read_requests(args.requests), _endpoint(args), _relations(args.templates)
     _check(args.out, args.force)
     out, counts = [], Counter[str]()
     with screen.progress() as progress:
         for i, request in enumerate(wanted, 1):
             try:
+                request = by_templates(request, relations)
                 wide = (
                     by_rule(request)
                     if endpoint is None
@@ -64,12 +70,12 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
                 )
             except ModelError as error:
                 raise ModelError(f"{error} (at request {i} of {len(wanted)}; nothing was written)") from None
-            counts["aliases"] += len(wide.aliases) - len(request.aliases)
-            counts["paraphrases"] += len(wide.paraphrases) - len(request.paraphrases)
+            counts["aliases"] += len(wide.aliases) - len(wanted[i - 1].aliases)
+            counts["paraphrases"] += len(wide.paraphrases) - len(wanted[i - 1].paraphrases)
             counts["without a subject"] += request.subject is None
             out.append(wide)
             progress("requests", i, len(wanted))
-    storage.replace(args.out, as_lines(out).encode())
+    storage.write_file(args.out, as_lines(out).encode())
     screen.document({"requests": len(out), "saved": str(args.out), **counts})
     screen.say(f"{len(out)} requests, {counts['aliases']} aliases and {counts['paraphrases']} paraphrases added.")
     if counts["without a subject"]:
@@ -102,6 +108,30 @@ def _check(out: Path, force: bool) -> None:
         read_requests(out)
     except InputError:
         raise StorageError(f"{out} exists and is no file of requests; it is left alone, give another name") from None
+
+
+def _relations(source: str | None) -> list[tuple[str, ...]]:
+    """The templates of each relation of a file, or of the almanac."""
+    if source is None:
+        return []
+    if source == "almanac":
+        from errata.benchmarks.facts import relations
+
+        return [(*r.templates, *r.questions) for r in relations().values()]
+    out = []
+    for where, record in read_lines(source):
+        found = record.get("templates") if isinstance(record, dict) else None
+        if not isinstance(found, list) or not all(isinstance(t, str) and t.count("{}") == 1 for t in found):
+            raise InputError(f'{where}: expected {{"templates": ["…", …]}} with one {{}} for the subject in each')
+        out.append(tuple(found))
+    return out
+
+
+def by_templates(request: EditRequest, relations: Iterable[Sequence[str]]) -> EditRequest:
+    """With the other templates of its relation as paraphrases; a request that has some as it is."""
+    from errata.surfaces import templated
+
+    return request if request.paraphrases else replace(request, paraphrases=templated(request, relations))
 
 
 def by_rule(request: EditRequest) -> EditRequest:

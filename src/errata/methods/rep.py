@@ -36,7 +36,8 @@ class REP:
                  such a patch goes on from it and replaces it, rehearsing ``rehearse`` kept keys of each earlier edit (ours)
     target       t of the loss (`errata.methods.rep_training`): "whitened" C⁻¹k*/‖·‖, "key" k* as it is, or "published": whitened for ROME
                  and R-ROME, the bare key for the others, as released
-    surfaces     which are trained on: names, shuffled, prefixes, long;  ``prefixes`` (tokens, count) as ROME's;  ``pool`` texts a request
+    surfaces     which are trained on: names, shuffled, prefixes, long, paraphrases (the request's own; the paper trains on none)
+    prefixes, pool   (tokens, count) of sampled texts as in ROME; texts a request at most
     batch, steps texts drawn a step beside the prompt itself; Adam steps
     rank, dropout, hidden   of the projection; ``hidden``: the gate's width as a share of the key's
     tau          the gate acts above it

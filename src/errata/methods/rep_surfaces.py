@@ -1,9 +1,9 @@
 """The texts REP trains on: one fact under other names of its subject, behind prefixes, behind long passages (spec: REP, training).
 
-    {sampled prefix} {prompt with the subject, another name, or its tokens shuffled}          {passage} {prompt}
+    {sampled prefix} {prompt with the subject, another name, or its tokens shuffled}          {passage} {prompt}          {paraphrase}
 
-Names, shuffled subjects and passages are those of `errata.surfaces`, of which only the *seen* half is used here; the robustness suite asks
-about the other half as well.
+Paraphrases are the request's own.  Names, shuffled subjects and passages are those of `errata.surfaces`, of which only the *seen* half
+is used here; the robustness suite asks about the other half as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from errata.model import LM
 from errata.request import EditRequest
 from errata.texts import bundled
 
-KINDS = ("names", "shuffled", "prefixes", "long")
+KINDS = ("names", "shuffled", "prefixes", "long", "paraphrases")
+OWN = 16  # places in prompt and target at which a gate is trained shut in every step
+FEW = 32  # texts, and lines of bundled text, at whose tokens gates are trained shut
 BOTH = 64  # tokens kept free for the prompt where a passage has to be cut
 
 
@@ -91,7 +93,15 @@ def _short(
             continue  # the prompt itself, which every step sees
         text = request.prompt if other is None else surfaces.fill(request, other)
         out.append((head + text, len(head) + _end(request, other, fact_token, name)))
-    return out
+    return [*out, *_paraphrases(request, fact_token)] if "paraphrases" in kinds else out
+
+
+def _paraphrases(request: EditRequest, fact_token: str) -> list[tuple[str, int]]:
+    """The request's own, where the place can be found in them."""
+    if fact_token == "last":
+        return [(text, len(text.rstrip())) for text in request.paraphrases]
+    subject = request.subject or ""
+    return [(text, text.find(subject) + len(subject)) for text in request.paraphrases if subject and subject in text]
 
 
 def _long(lm: LM, request: EditRequest, kinds: Sequence[str], seed: int, fact_token: str, name: str) -> list[tuple[str, int]]:
@@ -105,21 +115,21 @@ def _long(lm: LM, request: EditRequest, kinds: Sequence[str], seed: int, fact_to
 def _away(
     lm: LM, request: EditRequest, texts: Sequence[Placed], count: int, own: random.Random, fact_token: str, name: str
 ) -> list[Placed]:
-    """``count`` places, equally many of each kind there is: other tokens of the prompt, and of the texts; another name in the
-    prompt; tokens of the request's ``unrelated``, and of bundled text."""
-    itself = original(lm, request, fact_token, name)
-    kinds: list[list[Placed]] = [[replace(itself, at=i) for i in _others(itself)]]
-    kinds.append([replace(t, at=own.choice(_others(t))) for t in own.choices(texts, k=count) if _others(t)])
+    """`OWN` places that every step sees, the other tokens of prompt and target in turn; and ``count``, equally many of each kind there
+    is: other tokens of the texts; another name in the prompt; tokens of the request's ``unrelated``, and of bundled text."""
+    kinds = [[replace(t, at=i) for t in own.sample(texts, min(FEW, len(texts))) for i in _others(t)]]
     if request.subject is not None:
         names = own.sample(strangers(), count)
         filled = [surfaces.fill(request, other) for other in names]
         kinds.append(placed(lm, filled, [_end(request, other, fact_token, name) for other in names]))
     told = lm.encode([f"{prompt} {answer}" for prompt, answer in request.unrelated]) if request.unrelated else []
     kinds.append([Placed(row, at) for row in told for at in range(len(row.ids))])
-    lines = own.choices(_lines(), k=max(1, count // 8))
+    lines = own.choices(_lines(), k=FEW)
     kinds.append([Placed(row, at) for row in lm.encode(lines) for at in range(len(row.ids))])
     kinds = [kind for kind in (_within(lm, kind) for kind in kinds) if kind]
-    return [own.choice(kinds[i % len(kinds)]) for i in range(count)]
+    itself = placed(lm, [request.prompt], [_end(request, None, fact_token, name)], request.target)[0]
+    rest = [replace(itself, at=i) for i in range(len(itself.row.ids)) if i != itself.at]
+    return [*(rest[i % len(rest)] for i in range(OWN)), *(own.choice(kinds[i % len(kinds)]) for i in range(count))]
 
 
 def _within(lm: LM, places: Sequence[Placed]) -> list[Placed]:

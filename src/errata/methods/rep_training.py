@@ -20,6 +20,7 @@ from torch.nn.functional import normalize, softplus
 
 from errata.fit import AdamW, fit
 from errata.methods.key_adaptor import gate_logit
+from errata.methods.rep_surfaces import OWN
 
 PLACES = ("w1", "b1", "w2", "b2")
 TRAINED = ("a", "b", *PLACES)
@@ -33,7 +34,7 @@ class Keys:
 
     surfaces [R, I]     keys of every text;  steps [S, n, m]: which of them each of n edits sees at each of S steps
     own [n, I]          the key of the prompt itself;  target [n, I]
-    away [n, w, I]      keys at which every gate should stay shut; none without ``closing``
+    away [n, w, I]      keys at which the gate should stay shut: the first `OWN` at every step, of the rest some; none without ``closing``
     """
 
     surfaces: Tensor
@@ -46,7 +47,7 @@ class Keys:
         """What a later training rehearses of some edits: ``count`` surfaces and `SHUT` times as many keys away of each."""
         rows = self.steps[:, edits].transpose(0, 1).flatten(1)[:, :count]  # the first that were drawn
         tensors = {"surfaces": self.surfaces[rows], "own": self.own[edits], "target": self.target[edits]}
-        return {k: t.clone() for k, t in (tensors | {"away": self.away[edits, : SHUT * count]}).items()}
+        return {k: t.clone() for k, t in (tensors | {"away": self.away[edits, : OWN + SHUT * count]}).items()}
 
 
 def together(old: Mapping[str, Tensor], new: Keys, seed: int) -> Keys:
@@ -57,7 +58,8 @@ def together(old: Mapping[str, Tensor], new: Keys, seed: int) -> Keys:
     g = torch.Generator().manual_seed(seed)
     drawn = torch.randint(kept, (steps, edits, batch), generator=g) + kept * torch.arange(edits)[:, None]
     width = new.away.shape[1]
-    cycled = torch.arange(width) % max(1, old["away"].shape[1])
+    have = old["away"].shape[1]
+    cycled = torch.cat([torch.arange(OWN), OWN + torch.arange(width - OWN) % max(1, have - OWN)]) if width else torch.arange(0)
     return Keys(
         torch.cat([old["surfaces"].flatten(0, 1), new.surfaces]),
         torch.cat([drawn.to(new.steps), new.steps + edits * kept], 1),
@@ -134,9 +136,10 @@ def _loss(e: Any, keys: Keys, p: Mapping[str, Tensor], step: int, units: int) ->
         goal = each(keys.own)
         total = total + e.match * ((adapted[:, :seen] - goal).square().sum(-1) / goal.square().sum(-1)).mean(1)
     if e.closing and e.gate:
-        some = torch.randint(keys.away.shape[1], (SHUT * batch,), generator=_numbers(e.seed, step)).to(own.device)
-        shut = soft(p, grouped(keys.away[:, some]))
-        total = total + e.closing * (softplus(-logit[:, :seen]).mean(1) + softplus(shut).mean(1))
+        some = torch.randint(OWN, keys.away.shape[1], (SHUT * batch,), generator=_numbers(e.seed, step)).to(own.device)
+        for shut in (keys.away[:, :OWN], keys.away[:, some]):
+            total = total + e.closing * softplus(soft(p, grouped(shut))).mean(1)
+        total = total + e.closing * softplus(-logit[:, :seen]).mean(1)
     return total
 
 

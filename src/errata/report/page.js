@@ -30,7 +30,8 @@
     });
     keyed.forEach(function (k) { body.appendChild(k.row); });
     Array.from(table.tHead.rows[0].cells).forEach(function (cell, i) {
-      if (i === column) { cell.setAttribute("aria-sort", falling ? "descending" : "ascending"); } else { cell.removeAttribute("aria-sort"); }
+      if (i !== column) { cell.removeAttribute("aria-sort"); return; }
+      cell.setAttribute("aria-sort", falling ? "descending" : "ascending");
     });
   }
 
@@ -67,10 +68,9 @@
     this.words = null;
     this.place.replaceChildren(this.controls(), this.count = make("p", "count"), this.list = make("div"), this.pager());
     this.count.setAttribute("aria-live", "polite");
-    this.shown = { when: this.when ? this.when.value : null };
     this.filter();
     this.place.addEventListener("toggle", function (event) {
-      if (event.target.open && event.target.fill) { event.target.fill(); self.filled = event.target; }
+      if (event.target.open && event.target.fill) { event.target.fill(); }
     }, true);
   }
 
@@ -99,9 +99,10 @@
     });
     wrap.appendChild(this.box);
     out.appendChild(wrap);
-    this.kind = this.select(out, "Probes", [["", "every kind"]].concat(Object.keys(data.kinds).concat(Array.from(found)).filter(function (k, i, all) {
+    var kinds = Object.keys(data.kinds).concat(Array.from(found)).filter(function (k, i, all) {
       return found.has(k) && all.indexOf(k) === i;
-    }).map(function (k) { return [k, kind(k)]; })));
+    });
+    this.kind = this.select(out, "Probes", [["", "every kind"]].concat(kinds.map(function (k) { return [k, kind(k)]; })));
     this.what = this.select(out, "Cases", [["", "all"], ["edit", "the edit does not hold"], ["stay", "something that should stay changed"],
       ["wrong", "any probe not as wanted"], ["differ", "methods differ"], ["right", "everything as wanted"]]);
     this.when = whens.length > 1 ? this.select(out, "Asked", whens.map(function (w) { return [w, w]; }).concat([["", "both"]])) : null;
@@ -185,14 +186,15 @@
   Browser.prototype.draw = function () {
     var self = this, pages = Math.max(1, Math.ceil(this.found.length / PAGE));
     this.page = Math.min(Math.max(this.page, 0), pages - 1);
-    this.list.replaceChildren.apply(this.list, this.found.slice(this.page * PAGE, (this.page + 1) * PAGE).map(function (i) { return self.item(i); }));
+    var here = this.found.slice(this.page * PAGE, (this.page + 1) * PAGE);
+    this.list.replaceChildren.apply(this.list, here.map(function (i) { return self.item(i); }));
     this.count.textContent = this.found.length + " of " + this.section.cases.length + " cases" +
       (this.section.left_out ? " (" + this.section.left_out + " more are in the records, not in this page)" : "");
     this.where.textContent = "page " + (this.page + 1) + " of " + pages;
     this.back.disabled = this.page === 0;
     this.next.disabled = this.page === pages - 1;
     this.where.parentNode.hidden = pages === 1;
-    if (this.found.length === 1 || (this.page === 0 && this.found.length && !this.opened)) { this.opened = true; this.list.firstChild.open = true; }
+    if (this.found.length === 1 || (this.found.length && !this.opened)) { this.opened = this.list.firstChild.open = true; }
   };
 
   Browser.prototype.item = function (i) {
@@ -220,7 +222,8 @@
     });
     var out = make("span", edit === "y" ? "yes" : edit === "n" ? "no" : "");
     out.textContent = name.filter(Boolean).join(", ") + " " + right + "/" + asked;
-    out.title = (edit === "y" ? "The edit holds; " : edit === "n" ? "The edit does not hold; " : "") + right + " of " + asked + " probes as wanted";
+    out.title = (edit === "y" ? "The edit holds; " : edit === "n" ? "The edit does not hold; " : "") +
+      right + " of " + asked + " probes as wanted";
     return out;
   };
 

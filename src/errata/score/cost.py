@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
 import time
@@ -57,3 +58,20 @@ def latency(
             seconds.append(taken)
     middle = [(statistics.median(t[i] for t in seconds), statistics.median(t[i] / t[0] for t in seconds)) for i in range(len(stacks) + 1)]
     return middle[1:]
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to watch memory anew, where the system lets one (Linux; CUDA)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from what is held now
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> dict[str, int | None]:
+    """Most bytes held since `reset_peak`: by this process in memory, by its tensors on a GPU (None on a CPU, or where nobody says)."""
+    resident = None
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        found = [text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM:")]
+        resident = 1024 * int(found[0].split()[1])
+    return {"resident_bytes": resident, "cuda_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}

@@ -19,7 +19,7 @@ from typing import Any
 from errata.bank import Stack
 from errata.benchmarks.downstream import Choice, Question
 from errata.model import LM
-from errata.score.metrics import exact_match
+from errata.score.match import exact_match
 from errata.score.queries import Answers, Progress, force, generate, key
 
 

@@ -34,7 +34,7 @@ class Metric:
     note: str = ""
 
 
-_AFTER: Final = {"teacher_forced": "tf_after", "generated": "gen_match_after", "free_tokens": "free_after"}
+AFTER: Final = {"teacher_forced": "tf_after", "generated": "gen_match_after", "free_tokens": "free_after"}
 _BEFORE: Final = {"teacher_forced": "tf_before", "generated": "gen_match_before", "free_tokens": "free_before"}
 _AGREE: Final = {"teacher_forced": "tf_agree", "generated": "gen_agree", "free_tokens": "free_agree"}
 _LOCAL: Final = LOCAL_KINDS
@@ -42,7 +42,7 @@ _PORTABLE: Final = ("two_hop", "multi_hop", "reverse", "alias", "logical")
 _FORCED: Final = ({"teacher_forced": "tf_after"}, {"teacher_forced": "tf_before"})
 _WINS: Final = ({"likelihood": "nll_wins_after"}, {"likelihood": "nll_wins_before"})
 _MARGIN: Final = ({"likelihood": "nll_margin_after"}, {"likelihood": "nll_margin_before"})
-_SURFACE: Final = ({**_AFTER, **_WINS[0]}, {**_BEFORE, **_WINS[1]})
+_SURFACE: Final = ({**AFTER, **_WINS[0]}, {**_BEFORE, **_WINS[1]})
 _AVOIDED: Final = (
     {"teacher_forced": "tf_not_after", "generated": "gen_not_after", **_WINS[0]},
     {"teacher_forced": "tf_not_before", "generated": "gen_not_before", **_WINS[1]},
@@ -75,23 +75,23 @@ ROBUST: Final = (
 METRICS: Final[dict[str, Metric]] = {
     metric.name: metric
     for metric in (
-        Metric("reliability", 1, ("rewrite",), _AFTER, _BEFORE, note="the edited prompt gives the new answer"),
-        Metric("generality", 1, ("rephrase",), _AFTER, _BEFORE, note="other ways to ask give the new answer"),
-        Metric("portability", 1, _PORTABLE, _AFTER, _BEFORE, note="what follows from the new answer holds too"),
-        Metric("two_hop", 1, ("two_hop",), _AFTER, _BEFORE, note="a question through the new answer"),
-        Metric("reverse", 1, ("reverse",), _AFTER, _BEFORE, note="the fact said backwards"),
-        Metric("alias", 1, ("alias",), _AFTER, _BEFORE, note="the subject under another name"),
-        Metric("multi_hop", 1, ("multi_hop",), _AFTER, _BEFORE, note="a question through a longer chain of facts"),
-        Metric("logical", 1, ("logical",), _AFTER, _BEFORE, note="what must hold with the new fact"),
-        Metric("sub_fact", 1, ("sub_fact",), _AFTER, _BEFORE, note="a part of a long answer, asked for by itself"),
+        Metric("reliability", 1, ("rewrite",), AFTER, _BEFORE, note="the edited prompt gives the new answer"),
+        Metric("generality", 1, ("rephrase",), AFTER, _BEFORE, note="other ways to ask give the new answer"),
+        Metric("portability", 1, _PORTABLE, AFTER, _BEFORE, note="what follows from the new answer holds too"),
+        Metric("two_hop", 1, ("two_hop",), AFTER, _BEFORE, note="a question through the new answer"),
+        Metric("reverse", 1, ("reverse",), AFTER, _BEFORE, note="the fact said backwards"),
+        Metric("alias", 1, ("alias",), AFTER, _BEFORE, note="the subject under another name"),
+        Metric("multi_hop", 1, ("multi_hop",), AFTER, _BEFORE, note="a question through a longer chain of facts"),
+        Metric("logical", 1, ("logical",), AFTER, _BEFORE, note="what must hold with the new fact"),
+        Metric("sub_fact", 1, ("sub_fact",), AFTER, _BEFORE, note="a part of a long answer, asked for by itself"),
         Metric("out_of_domain", 1, ("out_of_domain",), _FORCED[0], _FORCED[1], note="another text about the subject goes on as it does"),
         Metric("locality_agreement", 1, _LOCAL, _AGREE, {}, note="other facts are answered as before, right or wrong"),
-        Metric("locality_correct", 1, _LOCAL, _AFTER, _BEFORE, true=True, note="other facts are answered truly"),
+        Metric("locality_correct", 1, _LOCAL, AFTER, _BEFORE, true=True, note="other facts are answered truly"),
         Metric(
             "locality_correct_known",
             1,
             _LOCAL,
-            _AFTER,
+            AFTER,
             _BEFORE,
             known=True,
             true=True,
@@ -99,7 +99,7 @@ METRICS: Final[dict[str, Metric]] = {
         ),
         Metric("same_subject", 1, ("same_subject",), _AGREE, {}, note="other facts of the subject are answered as before"),
         Metric("forgetfulness", 1, ("forgetfulness",), _AGREE, {}, note="the older answers of a relation with several stay"),
-        Metric("distracting", 1, ("distracting",), _AFTER, _BEFORE, note="neighbours keep their answers with the new fact in front"),
+        Metric("distracting", 1, ("distracting",), AFTER, _BEFORE, note="neighbours keep their answers with the new fact in front"),
         Metric(
             "choices", 1, ("choice",), {"likelihood": "right_after"}, {"likelihood": "right_before"}, note="the right choice is likeliest"
         ),

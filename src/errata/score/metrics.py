@@ -14,10 +14,12 @@ A record is one probe of one method, as plain JSON values:
     also                                   other accepted answers, where there are any: free text that equals one is a match
     rival, nll_rival_before, …_after       the answer it is weighed against and its NLL; None where there is none
     ge_…, rs_…                             of records of kind "generation" only, see `errata.score.generation`
+    judged                                 {judge@version: [before, after]}: what a judge says of the two texts (`errata.score.judges`)
 
 Teacher forcing shows the model the beginning of the answer and its length; free text does not; a likelihood compares two given
 answers and does not ask whether the model would say either; free tokens (EasyEdit's "vanilla generation", by which GRACE was
-published; only where asked for) give half an answer half a point.  They are therefore separate columns (`PROTOCOLS`), never averaged.
+published; only where asked for) give half an answer half a point.  They are therefore separate columns (`PROTOCOLS`), never averaged;
+so is what each judge says ("judged NAME@VERSION").
 Records written before a field existed are summarised without the metrics that need it.
 
 The likelihood metrics are those of ROME (Meng et al. 2022, arXiv 2202.05262) and MEMIT.  With NLL(a) = −1/|a| Σ log p(a_t | prompt, a_<t):
@@ -34,10 +36,9 @@ Robustness metrics (`ROBUST`; probes by `errata.score.robustness`) have their li
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
-import re
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -46,41 +47,14 @@ from numpy.typing import NDArray
 
 from errata.errors import InputError, UnknownName
 from errata.score import sentiment
-from errata.score.metric_table import METRICS, PROTOCOLS, Metric
+from errata.score.metric_table import AFTER, METRICS, PROTOCOLS, Metric
 
 Record = Mapping[str, Any]
 Floats = NDArray[np.float64]
 
+JUDGED: Final = "judged "  # a judge's protocol is this and its name
 LEVEL = 0.95
 CHUNK = 1 << 21  # resampled indices held at once: 16 MB
-
-
-_ARTICLES = frozenset({"a", "an", "the"})
-
-
-def normalise(text: str) -> str:
-    """Lower case, NFKC, without punctuation and articles, single spaces.  Letters and digits of any script stay.
-
-    A text of articles only ("The The", "A") stays as it is: it would otherwise equal every empty answer.
-    """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    # Apostrophes join ("cote divoire"), everything else that is no letter, mark or number separates.
-    folded = re.sub(r"['’`]", "", folded)
-    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in folded).split()
-    kept = [word for word in words if word not in _ARTICLES]
-    return " ".join(kept or words)
-
-
-def exact_match(a: str, b: str) -> bool:
-    """Whether two answers are the same after `normalise`; an empty answer matches nothing."""
-    left, right = normalise(a), normalise(b)
-    return bool(left) and left == right
-
-
-def contains(text: str, answer: str) -> bool:
-    """Whether the words of ``answer`` stand next to each other in ``text``, after `normalise`."""
-    inner = normalise(answer)
-    return bool(inner) and f" {inner} " in f" {normalise(text)} "
 
 
 def get_metric(name: str) -> Metric:
@@ -91,14 +65,29 @@ def get_metric(name: str) -> Metric:
     return METRICS[name]
 
 
+def _under(which: Metric, protocol: str) -> Metric:
+    """The metric with the fields of a judge's protocol; itself under any other."""
+    if not protocol.startswith(JUDGED) or which.after is not AFTER:
+        return which
+    return dataclasses.replace(which, after={protocol: f"{protocol} 1"}, before={protocol: f"{protocol} 0"})
+
+
+def _judged(record: Record, name: str) -> Any:
+    judge, _, at = name.removeprefix(JUDGED).rpartition(" ")
+    found = record.get("judged", {}).get(judge)
+    return None if found is None else found[int(at)]
+
+
 def _check_protocol(which: Metric, protocol: str) -> None:
-    if protocol not in PROTOCOLS:
+    if protocol not in PROTOCOLS and not protocol.startswith(JUDGED):
         raise InputError(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS[:-1])} and {PROTOCOLS[-1]}")
     if protocol not in which.after:
         raise InputError(f"{which.name} is not measured as {protocol!r}; it is as {' and '.join(which.after)}")
 
 
 def _field(record: Record, name: str) -> Any:
+    if name.startswith(JUDGED):
+        return _judged(record, name)
     if name in _DERIVED:
         return _DERIVED[name](record)
     if name in _OPTIONAL:
@@ -189,7 +178,7 @@ def _harmonic(drawn: Floats) -> Floats:
     return out
 
 
-def _interval(values: Floats, seed: int, resamples: int, statistic: Callable[[Floats], Floats] = _mean) -> tuple[float, float]:
+def interval(values: Floats, seed: int, resamples: int = 2000, statistic: Callable[[Floats], Floats] = _mean) -> tuple[float, float]:
     """Percentile bootstrap over cases.  values [cases] or [cases, …], ``statistic`` [resamples, cases, …] -> [resamples].
 
     Several columns of a case are drawn together.  The generator starts anew for each call, so all metrics and methods with
@@ -221,8 +210,10 @@ def summarise(records: Iterable[Record], seed: int = 0, resamples: int = 2000) -
         by_method.setdefault(str(_field(record, "method")), []).append(record)
     rows = []
     for method, mine in by_method.items():
-        for which in METRICS.values():
-            for protocol in which.after:
+        judges = [JUDGED + judge for judge in sorted({judge for r in mine for judge in r.get("judged", ())})]
+        for metric in METRICS.values():
+            for protocol in (*metric.after, *(judges if metric.after is AFTER else ())):
+                which = _under(metric, protocol)
                 if chosen := _chosen(mine, which, protocol):
                     rows.append({"method": method, **_row(chosen, which, protocol, seed, resamples)})
     return rows
@@ -231,7 +222,7 @@ def summarise(records: Iterable[Record], seed: int = 0, resamples: int = 2000) -
 def _row(chosen: Sequence[Record], which: Metric, protocol: str, seed: int, resamples: int) -> dict[str, Any]:
     statistic = _harmonic if which.harmonic else _mean
     means = _array(_columns(chosen, which, which.after[protocol]).values(), which)
-    low, high = _interval(means, seed, resamples, statistic)
+    low, high = interval(means, seed, resamples, statistic)
     before: float | None = 1.0  # a model agrees with itself
     if which.before:
         unedited = _columns(chosen, which, which.before[protocol])
@@ -264,7 +255,7 @@ def difference(
     Paired: each resample draws cases, not answers, so what makes a case hard for both methods cancels.  An interval
     that leaves out 0 says that the two differ.
     """
-    which = get_metric(metric)
+    which = _under(get_metric(metric), protocol)
     _check_protocol(which, protocol)
     sides = []
     for records in (records_a, records_b):
@@ -281,7 +272,7 @@ def difference(
     left, right = (_array((side[case] for case in common), which) for side in sides)
     if not which.harmonic:
         gaps = left - right
-        value, (low, high) = float(gaps.mean()), _interval(gaps, seed, resamples)
+        value, (low, high) = float(gaps.mean()), interval(gaps, seed, resamples)
     else:
         both, k = np.concatenate([left, right], axis=1), len(which.kinds)
 
@@ -291,5 +282,5 @@ def difference(
         value = float(gap(both))
         if math.isnan(value):  # the common cases lack a kind
             raise InputError(nothing)
-        low, high = _interval(both, seed, resamples, gap)
+        low, high = interval(both, seed, resamples, gap)
     return {"value": value, "low": low, "high": high, "n_cases": len(common)}

@@ -50,21 +50,54 @@ def perplexity(lm: LM, text: str, stacks: Sequence[Stack] = ((),), tokens: int =
     ids = torch.tensor(rows, device=lm.device)
     todo = [(s, c) for s in range(len(stacks)) for c in range(len(ids))]  # stack by stack: a batch holds few of them
     totals = [0.0] * len(stacks)
-    step = max(1, min(ROWS, NUMBERS // (ids.shape[1] * int(lm.config.vocab_size))))
+    step = _rows_at_once(lm, ids)
     for start in range(0, len(todo), step):
         part = todo[start : start + step]
         batch = ids[torch.tensor([c for _, c in part], device=lm.device)]
-        used, which = distinct([stacks[s] for s, _ in part])
-        plan = lm.plan(used, which, len(part))
-        plan.prompt_lengths = torch.ones(len(part), dtype=torch.long, device=lm.device)
-        with lm.running(plan):
-            logits = lm.forward(batch, torch.ones_like(batch), use_cache=False).logits[:, :-1]
-        logits = logits.float() if logits.dtype.itemsize < 4 else logits
-        nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none").view(len(part), -1)
+        nll, _ = _foretold(lm, batch, [stacks[s] for s, _ in part])
         for (s, _), lost in zip(part, nll.double().sum(1).tolist(), strict=True):
             totals[s] += lost
+    return [_mean(total, ids, ratio) for total in totals]
+
+
+@torch.no_grad()
+def against_base(lm: LM, text: str, stack: Stack, tokens: int, length: int) -> tuple[Perplexity, Perplexity, float]:
+    """(base, under ``stack``, KL) on ``text``, read as in `perplexity`.
+
+    KL = mean over foretold tokens of Σ_v p(v) (ln p(v) − ln q(v)), p the base's distribution and q the stack's after the same tokens.
+    """
+    rows, ratio = _rows(lm, text, tokens, length)
+    ids = torch.tensor(rows, device=lm.device)
+    totals = [0.0, 0.0, 0.0]
+    step = max(1, _rows_at_once(lm, ids) // 2)
+    for start in range(0, len(ids), step):
+        batch = ids[start : start + step]
+        n = len(batch)
+        nll, logits = _foretold(lm, torch.cat([batch, batch]), [()] * n + [stack] * n)
+        p, q = (part.log_softmax(-1) for part in (logits[:n], logits[n:]))
+        found = (nll[:n], nll[n:], (p.exp() * (p - q)).masked_fill(p.isneginf(), 0.0).sum(-1))
+        totals = [total + float(part.double().sum()) for total, part in zip(totals, found, strict=True)]
+    return _mean(totals[0], ids, ratio), _mean(totals[1], ids, ratio), totals[2] / (len(ids) * (ids.shape[1] - 1))
+
+
+def _foretold(lm: LM, batch: torch.Tensor, stacks: Sequence[Stack]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(NLL of each row's tokens but the first [B, T − 1], the logits that foretold them), row i under ``stacks[i]``, all of it output."""
+    used, which = distinct(stacks)
+    plan = lm.plan(used, which, len(batch))
+    plan.prompt_lengths = torch.ones(len(batch), dtype=torch.long, device=lm.device)
+    with lm.running(plan):
+        logits = lm.forward(batch, torch.ones_like(batch), use_cache=False).logits[:, :-1]
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none").view(len(batch), -1), logits
+
+
+def _rows_at_once(lm: LM, ids: torch.Tensor) -> int:
+    return max(1, min(ROWS, NUMBERS // (ids.shape[1] * int(lm.config.vocab_size))))
+
+
+def _mean(total: float, ids: torch.Tensor, ratio: float) -> Perplexity:
     count = len(ids) * (ids.shape[1] - 1)
-    return [Perplexity(total / count, count, total / count / math.log(2) * ratio) for total in totals]
+    return Perplexity(total / count, count, total / count / math.log(2) * ratio)
 
 
 def _rows(lm: LM, text: str, tokens: int, length: int) -> tuple[list[list[int]], float]:

@@ -19,7 +19,7 @@ from errata.bank import Stack
 from errata.decode import text_of
 from errata.model import LM, STOPS
 from errata.request import LOCAL_KINDS, SURFACE_KINDS, Case, Probe
-from errata.score.metrics import exact_match
+from errata.score.match import exact_match
 from errata.tokens import Encoded
 
 Progress = Callable[[int, int], None]
@@ -173,10 +173,12 @@ def score(
     ``answers``: keep one between calls and the base is asked once for all methods and marks.
     """
     answers = answers if answers is not None else Answers()
+    ask_base(lm, cases, answers, progress)
     probes = [(case, probe, stack) for case, stack in zip(cases, stacks, strict=True) for probe in case.probes]
-    for chat in (False, True):
-        if mine := [(c, p, s) for c, p, s in probes if (p.kind == "chat") == chat]:
-            _ask(lm, mine, answers.to(mine[0][1]), progress)
+    for mine in _apart(probes):
+        said = answers.to(mine[0][1])
+        force(lm, [(s, p.prompt, text) for c, p, s in mine for text in _texts(c, p, said)], said, progress)
+        generate(lm, [(s, p.prompt) for _, p, s in mine], said, progress)
     known = _known(lm, cases, answers)
     out = []
     for case, probe, stack in probes:
@@ -187,16 +189,24 @@ def score(
     return out
 
 
-def _ask(lm: LM, probes: Sequence[tuple[Case, Probe, Stack]], answers: Answers, progress: Progress | None) -> None:
-    """Everything the records of these probes need."""
-    generate(lm, [((), p.prompt) for _, p, _ in probes], answers, progress)
-    asked = []
-    for case, probe, stack in probes:
-        target = _target(probe, answers)
-        texts = [text for text in (target, *_against(case, probe, target)) if text is not None]
-        asked += [(s, probe.prompt, text) for text in texts for s in ((), stack)]
-    force(lm, asked, answers, progress)
-    generate(lm, [(s, p.prompt) for _, p, s in probes], answers, progress)
+def ask_base(lm: LM, cases: Sequence[Case], answers: Answers, progress: Progress | None = None) -> None:
+    """What the unedited model says to everything that `score` will ask about these cases, into ``answers``; what is there is not asked."""
+    for mine in _apart([(case, probe) for case in cases for probe in case.probes]):
+        said = answers.to(mine[0][1])
+        generate(lm, [((), p.prompt) for _, p in mine], said, progress)
+        force(lm, [((), p.prompt, text) for c, p in mine for text in _texts(c, p, said)], said, progress)
+
+
+def _apart(probes: Sequence[Any]) -> list[list[Any]]:
+    """(case, probe, …): those asked plainly, and those asked as a chat."""
+    parts = [[p for p in probes if (p[1].kind == "chat") == chat] for chat in (False, True)]
+    return [part for part in parts if part]
+
+
+def _texts(case: Case, probe: Probe, answers: Answers) -> list[str]:
+    """Every answer whose likelihood a probe's record holds."""
+    target = _target(probe, answers)
+    return [text for text in (target, *_against(case, probe, target)) if text is not None]
 
 
 def _target(probe: Probe, answers: Answers) -> str:

@@ -1,0 +1,5 @@
+"""Runs: the scenarios (`scenarios`), and a grid of them that survives a kill (`grid`, `folder`, `cell`, `engine`)."""
+
+from errata.run.scenarios import batched, continual, single
+
+__all__ = ["batched", "continual", "single"]

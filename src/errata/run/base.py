@@ -1,0 +1,85 @@
+"""What the unedited model says to the cases of a grid: asked once, in parts that are put on disk, for all methods, marks and workers.
+
+Every scoring part begins from exactly these answers, whatever was asked before it, so that its batches (and with them the last bits of a
+likelihood) do not depend on where a run was stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from errata.model import LM
+from errata.request import Case
+from errata.run import grid
+from errata.run.folder import Journal, Records, locked
+from errata.score import robustness
+from errata.score.queries import Answers, Forced, Progress, ask_base
+
+
+def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell) -> list[Case]:
+    """The benchmark's cases; with ``score.robustness`` also the suite's probes, the same for all methods of the run: those that fit
+    behind the longest context any of them puts in front."""
+    found: list[Case] = cell.cases()
+    if not spec.score.robustness:
+        return found
+    editors = [grid.editor(other) for other in grid.cells(spec) if other.model == cell.model]
+    return robustness.widen(lm, found, room=max(e.room(lm) if hasattr(e, "room") else 0 for e in editors))
+
+
+def ask(lm: LM, cases: Sequence[Case], folder: Path, chunk: int, progress: Progress | None = None) -> Answers:
+    """The answers kept in ``folder``; what is not there is asked and kept."""
+    parts = {f"cases {i + 1}-{min(i + chunk, len(cases))}": cases[i : i + chunk] for i in range(0, len(cases), chunk)}
+    journal, answers = Journal(folder), Answers()
+    if len(journal.entries) < len(parts):
+        with locked(folder):
+            journal.sweep()
+            _ask(lm, parts, journal, progress)
+    for part in parts:  # those just asked too: what is read is what every other worker reads
+        _take(answers, journal.records(part))
+    return answers
+
+
+def _ask(lm: LM, parts: Mapping[str, Sequence[Case]], journal: Journal, progress: Progress | None) -> None:
+    answers = Answers()
+    for part, cases in parts.items():
+        if all(e["part"] != part for e in journal.entries):
+            fresh = copied(answers)
+            ask_base(lm, cases, fresh, progress)
+            journal.add(part, _given(fresh, answers))
+        _take(answers, journal.records(part))
+
+
+def copied(answers: Answers, free_tokens: bool = False) -> Answers:
+    """The same answers, to add to."""
+    chat = None if answers.in_chat is None else copied(answers.in_chat, free_tokens)
+    return Answers(dict(answers.forced), dict(answers.text), dict(answers.ids), free_tokens, answers.chat, chat)
+
+
+def _given(now: Answers, before: Answers) -> Records:
+    out: Records = [{"prompt": key[1], "text": text, "ids": list(now.ids[key])} for key, text in now.text.items() if key not in before.text]
+    out += [
+        {"prompt": key[1], "target": key[2], "tokens": list(f.target), "argmax": list(f.argmax), "nll": f.nll}
+        for key, f in now.forced.items()
+        if key not in before.forced
+    ]
+    if now.in_chat is not None:
+        out += [{**record, "chat": True} for record in _given(now.in_chat, before.in_chat or Answers())]
+    return out
+
+
+def _take(answers: Answers, records: Records) -> None:
+    for r in records:
+        into = answers
+        if r.get("chat"):
+            into = answers.in_chat = answers.in_chat or Answers(chat=True)
+        if "text" in r:
+            into.text["", r["prompt"]], into.ids["", r["prompt"]] = r["text"], tuple(r["ids"])
+        else:
+            into.forced["", r["prompt"], r["target"]] = _forced(r)
+
+
+def _forced(r: dict[str, Any]) -> Forced:
+    right = tuple(a == b for a, b in zip(r["argmax"], r["tokens"], strict=True))
+    return Forced(tuple(r["tokens"]), tuple(r["argmax"]), right, r["nll"])

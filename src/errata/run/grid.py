@@ -1,0 +1,333 @@
+"""What a run file says: model × methods × benchmark × scenario × seeds, checked before anything is loaded.
+
+model: almanac                       # or {name, dtype, device, device_map, revision}; a list for several
+methods:                             # names (one's own as "module:Class"), or {name, label, set}
+  - none
+  - {name: baft, label: baft-r4, set: {rank: 4}}
+benchmark: {name: almanac, split: test, n: 100}     # data: a local file, where the benchmark needs one; a list for several
+scenario: {kind: continual, marks: [1, 10, 100]}    # or single, or "batched(10)"; a list for several
+seeds: [0]                           # of the editor, and of the order of the cases where the benchmark names none
+guard: {every: 100, action: warn}    # see `errata.run.guard.Limits`; without it nothing is looked at
+score: {right_after: true, free_tokens: false, fluency: false, robustness: false, latency: true, judges: [contains]}
+store: {group: 16, chunk: 256, patches: keep}
+threads: 1                           # of torch in each worker; without it, the machine's share of each
+gpus: 1                              # that a cell takes on a Ray cluster; without it, one where there are any
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from errata import registry
+from errata.benchmarks.files import open_benchmark
+from errata.config import build, parse_sets, read_yaml, to_dict
+from errata.errors import ConfigError, UnknownName
+from errata.methods.presets import preset
+from errata.run.guard import Limits
+
+CASES = 100  # where the run file does not say
+BATCHED = re.compile(r"batched\((\d+)\)")
+MANY = ("model", "methods", "benchmark", "scenario", "seeds")  # one, or a list
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What `errata.load` is given.  ``device_map``: accelerate's, for a model larger than one device ("auto")."""
+
+    name: str
+    dtype: str | None = None
+    device: str | None = None
+    device_map: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method with settings; ``label`` names it in records and tables (its own name without one)."""
+
+    name: str
+    label: str = ""
+    set: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BenchmarkSpec:
+    """Which cases, in which order.
+
+    data   its file, folder or hub name, where it is not in the package; ``split`` of it (None: test, or the one file)
+    n      cases, or "all" (None: 100, or as many as there are)
+    seed   of the order, or "file" for the file's own (None: the cell's seed)
+    """
+
+    name: str
+    data: str | None = None
+    split: str | None = None
+    n: int | Literal["all"] | None = None
+    seed: int | Literal["file"] | None = None
+
+
+@dataclass(frozen=True)
+class ScenarioSpec:
+    """single; batched (joint edits of ``size`` requests); continual.  ``marks``: T at which all edits so far are scored; without them
+    the end, and in continual mode the powers of ten before it."""
+
+    kind: Literal["single", "batched", "continual"]
+    size: int | None = None
+    marks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "batched") != (self.size is not None):
+            raise ConfigError(f"scenario {self.kind}: " + ("give size" if self.size is None else "size has no meaning here; use batched"))
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"a batch holds at least one edit, not {self.size}")
+        if self.kind == "single" and self.marks is not None:
+            raise ConfigError("scenario single: marks have no meaning here; each edit stands alone")
+
+    @property
+    def title(self) -> str:
+        return f"batched({self.size})" if self.kind == "batched" else self.kind
+
+    def at(self, cases: int) -> tuple[int, ...]:
+        """The marks with so many cases."""
+        if self.marks is not None:
+            return self.marks
+        powers = (10**i for i in range(9)) if self.kind == "continual" else ()
+        return (*(t for t in powers if t < cases), cases)
+
+
+@dataclass(frozen=True)
+class JudgeSpec:
+    """Who says whether an answer is right: see `errata.score.judges`."""
+
+    name: str
+    endpoint: str | None = None
+    model: str | None = None
+    key_env: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """What is measured beside the three protocols of every record, and whether each case is scored right after its own edit too."""
+
+    right_after: bool = True
+    free_tokens: bool = False
+    fluency: bool = False
+    robustness: bool = False
+    latency: bool = True
+    judges: tuple[JudgeSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """group    edits of a growing stack put on disk together: what a kill costs at most
+    chunk    cases scored and put on disk together at a mark; single edits that train together
+    patches  keep those of single edits and those of each mark, or drop what a resumed run does not need
+    """
+
+    group: int = 16
+    chunk: int = 256
+    patches: Literal["keep", "drop"] = "keep"
+
+    def __post_init__(self) -> None:
+        if self.group < 1 or self.chunk < 1:
+            raise ConfigError("store.group and store.chunk must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run file."""
+
+    methods: tuple[MethodSpec, ...]
+    model: tuple[ModelSpec, ...] = (ModelSpec("almanac"),)
+    benchmark: tuple[BenchmarkSpec, ...] = (BenchmarkSpec("almanac"),)
+    scenario: tuple[ScenarioSpec, ...] = (ScenarioSpec("single"),)
+    seeds: tuple[int, ...] = (0,)
+    guard: Limits | None = None
+    score: ScoreSpec = field(default_factory=ScoreSpec)
+    store: StoreSpec = field(default_factory=StoreSpec)
+    threads: int | None = None
+    gpus: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """Names everything in the file that results depend on."""
+        return digest(to_dict(self))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid."""
+
+    model: ModelSpec
+    method: MethodSpec
+    benchmark: BenchmarkSpec
+    scenario: ScenarioSpec
+    seed: int
+
+    @property
+    def order(self) -> int | None:
+        """The seed its cases are dealt with; None for the file's own order."""
+        seed = self.benchmark.seed
+        return self.seed if seed is None else seed if isinstance(seed, int) else None
+
+    @property
+    def base(self) -> str:
+        """Names model and cases: cells with the same share what the unedited model says."""
+        return slug(Path(self.model.name).name, self.benchmark.name, f"o{self.order}") + "-" + self._named((self.model, self.benchmark))
+
+    @property
+    def id(self) -> str:
+        """The name of its folder."""
+        said = (Path(self.model.name).name, self.method.label, self.benchmark.name, self.scenario.title, f"s{self.seed}")
+        return slug(*said) + "-" + self._named((self.model, self.method, self.benchmark, self.scenario))
+
+    def _named(self, specs: Sequence[Any]) -> str:
+        return digest([to_dict(s) for s in specs] + [self.seed if len(specs) > 2 else self.order])[:6]
+
+    def to_dict(self) -> dict[str, Any]:
+        return to_dict(self)
+
+    def cases(self) -> list[Any]:
+        """The benchmark's, in this cell's order."""
+        spec, source = self.benchmark, benchmark(self.benchmark)
+        split = spec.split or (None if getattr(source, "needs_data", False) else "test")
+        found = source.load(split, spec.n if isinstance(spec.n, int) else None, self.order)
+        return list(itertools.islice(found, CASES) if spec.n is None else found)
+
+
+def benchmark(spec: BenchmarkSpec) -> Any:
+    """The benchmark, on its own data or on those named."""
+    if ":" in spec.name:
+        made = _class("benchmark", spec.name)
+        found = made() if spec.data is None else made(spec.data)
+    else:
+        found = open_benchmark(spec.name, spec.data)
+    if getattr(found, "kind", "edits") != "edits":
+        raise ConfigError(f"the benchmark {spec.name!r} has no edits to make; `errata score --benchmark {spec.name}` scores patches on it")
+    return found
+
+
+def _class(kind: str, name: str) -> Any:
+    """A registered method or benchmark, or one's own as "module:Class"."""
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        return registry.get(kind, name)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{kind} {name!r} cannot be imported: {error}; put its folder on PYTHONPATH") from None
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()[:16]
+
+
+def slug(*parts: str) -> str:
+    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_.") or "x" for part in parts)
+
+
+def read(path: str | Path, sets: Iterable[str] = ()) -> RunSpec:
+    """A run file, with ``--set`` on top: ``benchmark.n=10``, ``methods.baft-r4.rank=6``, ``scenario.0.marks=[1,5]``."""
+    values = _in_full(read_yaml(path))
+    try:
+        for key, value in parse_sets(sets).items():
+            _set(values, key, value)
+        return _checked(build(RunSpec, _in_full(values), "run"))
+    except (ConfigError, UnknownName) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def _in_full(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists where there may be several, mappings where a name was enough."""
+    out: dict[str, Any] = {key: [value] if key in MANY and not isinstance(value, list) else value for key, value in values.items()}
+    for key, read_one in (("model", _named), ("methods", _named), ("benchmark", _named), ("scenario", _scenario)):
+        out |= {key: [read_one(v) for v in out[key]]} if key in out else {}
+    if isinstance(out.get("score"), dict) and isinstance(out["score"].get("judges"), list):
+        out["score"] = {**out["score"], "judges": [_named(j) for j in out["score"]["judges"]]}
+    return out
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _scenario(value: Any) -> Any:
+    if isinstance(value, str):
+        found = BATCHED.fullmatch(value.replace(" ", ""))
+        return {"kind": "batched", "size": int(found[1])} if found else {"kind": value}
+    return value
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Put one ``--set`` in its place; a list's entries go by label, name or kind, or by number, and one that is alone needs neither."""
+    first, *path = key.split(".")
+    at: Any = values
+    steps = [first, *path]
+    while steps:
+        step = steps.pop(0)
+        if isinstance(at, list):
+            names = [str(v.get("label") or v.get("name") or v.get("kind")) if isinstance(v, Mapping) else "" for v in at]
+            if step in names or (step.isdigit() and int(step) < len(at)):
+                at = at[names.index(step) if step in names else int(step)]
+                continue
+            if len(at) != 1:
+                raise ConfigError(f"--set {key}: {step!r} is none of {', '.join(names)}")
+            steps, at = [step, *steps], at[0]
+            continue
+        if not isinstance(at, dict):
+            raise ConfigError(f"--set {key}: there is nothing to set below {at!r}")
+        if "name" in at and first == "methods" and step not in ("name", "label", "set"):
+            at = at.setdefault("set", {})
+        if not steps:
+            at[step] = value
+            return
+        at = at.setdefault(step, {} if step != first or first not in MANY else [{}])
+    raise ConfigError(f"--set {key}: name a setting of it")
+
+
+def _checked(spec: RunSpec) -> RunSpec:
+    """Labels filled in; `ConfigError` for what cannot be run."""
+    for key in ("methods", "model", "benchmark", "scenario", "seeds"):
+        if not getattr(spec, key):
+            raise ConfigError(f"{key} is empty; give at least one")
+    for kind, names in (("method", [m.name for m in spec.methods]), ("benchmark", [b.name for b in spec.benchmark])):
+        for name in names:
+            _class(kind, name)
+    labels = [m.label or m.name for m in spec.methods]
+    for key, names in (("label", labels), ("seed", list(map(str, spec.seeds)))):
+        if twice := [n for i, n in enumerate(names) if n in names[:i]]:
+            raise ConfigError(f"two entries have the {key} {twice[0]!r}; give each its own")
+    if spec.threads is not None and spec.threads < 1:
+        raise ConfigError(f"threads must be at least 1, not {spec.threads}")
+    values = to_dict(spec)
+    values["methods"] = [{**m, "label": label} for m, label in zip(values["methods"], labels, strict=True)]
+    return build(RunSpec, values, "run")
+
+
+def from_dict(values: Mapping[str, Any]) -> RunSpec:
+    """The inverse of `errata.config.to_dict`."""
+    return build(RunSpec, values, "run")
+
+
+def cells(spec: RunSpec) -> list[Cell]:
+    """The grid; methods of one model, benchmark, scenario and seed stand together."""
+    product = itertools.product(spec.model, spec.benchmark, spec.scenario, spec.seeds, spec.methods)
+    return [Cell(model, method, benchmark, scenario, seed) for model, benchmark, scenario, seed, method in product]
+
+
+def editor(cell: Cell) -> Any:
+    """The cell's method with its preset for this model and its settings; needs no model."""
+    made = _class("method", cell.method.name)
+    values = {**preset(made, cell.model.name), **cell.method.set}
+    if "seed" in {f.name for f in dataclasses.fields(made)} and "seed" not in cell.method.set:
+        values["seed"] = cell.seed
+    return build(made, values, f"methods.{cell.method.label}")
