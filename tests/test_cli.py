@@ -220,7 +220,7 @@ def test_score_batched_and_continual(tiny: str, tmp_path: Path, capsys: pytest.C
     assert {r["n_cases"] for r in found["right_after"] if r["metric"] == "reliability"} == {3}
     records = [json.loads(line) for line in (tmp_path / "o" / "records.jsonl").read_text().splitlines()]
     assert {r["edits"] for r in records} == {1, 3, "right after its own"}
-    assert "## After T edits" in (tmp_path / "o" / "report.md").read_text()
+    assert "**After T edits. Generated" in (tmp_path / "o" / "report.md").read_text()
     assert main([*common, "--mode", "continual"]) == 0
     assert "T = 4" in capsys.readouterr().out
 

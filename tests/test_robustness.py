@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from errata.errors import InputError
 from errata.methods.reft import ReFT
 from errata.model import LM
 from errata.report import tables
-from errata.report.page import KINDS, page
+from errata.report.cases import KINDS
+from errata.report.page import page
 from errata.request import ROBUST_KINDS, SURFACE_KINDS, Case, EditRequest, Probe, fill
 from errata.score.metric_table import ROBUST
 from errata.score.metrics import summarise
@@ -231,9 +233,11 @@ def test_the_main_table_is_as_without_and_robustness_is_apart() -> None:
 def test_the_page_shortens_long_prompts_and_marks_a_negation_the_other_way() -> None:
     text = page("t", summarise(RECORDS + LONG), RECORDS + LONG, {})
     assert "Generated robustness</h2>" in text and "Generated scores</h2>" in text
-    assert "word […] word" in text.replace("  ", " ") and text.count("word ") < 120 and "asked</td>" in text
-    (line,) = [part for part in text.split("<tr>") if 'class="kind">negated' in part]
-    assert "not t" in line and line.count('class="no"') == 1 and line.count('class="yes"') == 1  # said before: no; after: yes
+    (found,) = re.findall(r'id="cases-data">(.*?)</script>', text)
+    data = json.loads(found)
+    assert "word […] word" in found.replace("  ", " ") and found.count("word ") < 120 and any(t.endswith("asked") for t in data["texts"])
+    (probe,) = [p for c in data["sections"][0]["cases"] for p in c[2] if p[0] == "negation"]
+    assert data["texts"][probe[2]] == "not t" and probe[4] == "yn"  # not said before: as wanted; said after: not
 
 
 def test_the_command(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

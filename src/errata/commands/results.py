@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,28 +10,38 @@ from typing import Any
 import errata
 from errata.commands import files
 from errata.commands.screen import Screen, as_json
-from errata.report import tables
+from errata.errors import InputError, UnknownName
+from errata.report import contents, documents, tables
+from errata.report.folders import RIGHT_AFTER
+from errata.report.sections import Read, Section, of
 
 Record = Mapping[str, Any]
 Row = Mapping[str, Any]
-MICRO = "As REP averages: percent of all items of all records, every token of the answer right, the answer being fed"
 LEAST = 10  # cases behind a difference that is pointed out: resampling a handful says nothing
 
 
 def differences(records: Sequence[Record], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every later method minus the first, paired by case, for each metric and protocol that both have."""
+    """Every later method minus the first, for each metric and protocol that both have."""
+    names = tables.methods(rows)
+    return paired(of(records), rows, [(name, names[0]) for name in names[1:]])
+
+
+def paired(said: Mapping[str, Read], rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The first of each pair minus the second, paired by case.  ``said``: how to read the records of a method."""
     from errata.score.metrics import difference
 
-    names = tables.methods(rows)
-    by_method = {name: [r for r in records if r["method"] == name] for name in names}
-    has = {(r["method"], r["metric"], r["protocol"]) for r in rows}
-    out = []
-    for name in names[1:]:
+    has, out = {(r["method"], r["metric"], r["protocol"]) for r in rows}, []
+    held: dict[str, list[Record]] = {}
+    for name, minus in sorted(pairs, key=lambda pair: pair[1]):
+        held = {n: held[n] if n in held else list(said[n]()) for n in (name, minus)}  # two methods in memory, not all
         for row in rows:
-            if row["method"] == names[0] and (name, row["metric"], row["protocol"]) in has:
-                found = difference(by_method[name], by_method[names[0]], row["metric"], row["protocol"])
-                out.append({"method": name, "minus": names[0], "metric": row["metric"], "protocol": row["protocol"], **found})
-    return out
+            if row["method"] == minus and (name, row["metric"], row["protocol"]) in has:
+                # What cannot be compared is left out: no common case (sampled text), or a protocol that this errata does not know.
+                with contextlib.suppress(InputError, UnknownName):
+                    found = difference(held[name], held[minus], row["metric"], row["protocol"])
+                    out.append({"method": name, "minus": minus, "metric": row["metric"], "protocol": row["protocol"], **found})
+    order = {pair: i for i, pair in enumerate(pairs)}
+    return sorted(out, key=lambda g: order[g["method"], g["minus"]])
 
 
 def show(screen: Screen, rows: Sequence[Row], gaps: Sequence[Row]) -> None:
@@ -46,76 +57,42 @@ def show(screen: Screen, rows: Sequence[Row], gaps: Sequence[Row]) -> None:
             screen.say()
     gaps = [g for g in gaps if g["metric"] not in tables.ROBUST or g["protocol"] == "generated"]
     enough = [g for g in gaps if g["n_cases"] >= LEAST]
-    shown = [g for g in enough if g["low"] > 0 or g["high"] < 0]
+    shown = [g for g in enough if contents.clear(g)]
     for g in shown:
         where = f"{tables.HEADINGS.get(g['metric'], g['metric'])} ({g['protocol'].replace('_', '-')})"
-        screen.say(f"{g['method']} − {g['minus']}, {where}: {gap(g)}")
+        screen.say(f"{g['method']} − {g['minus']}, {where}: {contents.gap(g)}")
     if enough:
         screen.say(f"No {'other ' if shown else ''}paired difference over at least {LEAST} cases is clear of 0 at 95 %.")
-
-
-def gap(row: Row) -> str:
-    """ "+12.5 [+4.2, +20.8]", in percent."""
-    value, low, high = (100 * row[key] for key in ("value", "low", "high"))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def micro(screen: Screen, averages: Sequence[Row]) -> None:
     """REP's averages: one line a method."""
     if averages:
-        screen.say(MICRO)
-        screen.table(*_micro(averages), right=(-1,))
-
-
-def _micro(averages: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    scores = list(dict.fromkeys(str(row["score"]) for row in averages))
-    at = {(row["method"], row["score"]): row for row in averages}
-    lines = []
-    for method in tables.methods(averages):
-        found = [at.get((method, score)) for score in scores]
-        lines.append([method, *("–" if row is None else f"{tables.percent(row['value'])} of {row['n']}" for row in found)])
-    return ["method", *scores], lines
-
-
-def markdown(
-    title: str,
-    rows: Sequence[Row],
-    notes: Mapping[str, object],
-    gaps: Sequence[Row],
-    retention: Sequence[Row] = (),
-    averages: Sequence[Row] = (),
-) -> str:
-    """The report for a README."""
-    lines = [f"# {title}", "", *(f"- {k}: {' '.join(str(v).split())}" for k, v in notes.items()), "", tables.markdown(rows)]
-    if averages:
-        headings, cells = _micro(averages)
-        lines += [f"**{MICRO}**", "", f"| {' | '.join(headings)} |", f"|---|{'---:|' * (len(headings) - 1)}"]
-        lines += [*(f"| {' | '.join(line)} |" for line in cells), ""]
-    if gaps:
-        lines += ["## Paired differences", "", "| methods | metric | protocol | difference [95 %] |", "|---|---|---|---:|"]
-        lines += [f"| {g['method']} − {g['minus']} | {g['metric']} | {g['protocol']} | {gap(g)} |" for g in gaps]
-        lines.append("")
-    if retention:
-        lines += ["## After T edits", "", "| method | T | metric | protocol | value [95 %] |", "|---|---:|---|---|---:|"]
-        lines += [f"| {r['method']} | {r['T']} | {r['metric']} | {r['protocol']} | {tables.cell(r)} |" for r in retention]
-        lines.append("")
-    return "\n".join(lines)
+        table = contents.micro(averages)
+        screen.say(table.title)
+        screen.table(table.headings, table.lines, right=(-1,))
 
 
 def save(
     folder: Path, title: str, document: Mapping[str, Any], every: Sequence[Record], final: Sequence[Record], notes: Mapping[str, object]
 ) -> None:
     """records.jsonl (``every`` record), summary.json (``document``), report.html and report.md (``final``: one a probe and method)."""
-    from errata.report.page import page
+    from errata.report.page import whole
 
-    rows = document["summary"]
+    section = Section(
+        "",
+        rows=document["summary"],
+        retention=document.get("retention", ()),
+        right_after=document.get("right_after", ()),
+        differences=document["differences"],
+        micro=document.get("micro_averages", ()),
+        said=of(final),
+        soon=of([r for r in every if r.get("edits") == RIGHT_AFTER]),
+    )
     files.write(folder / "records.jsonl", "".join(as_json(r, indent=None) + "\n" for r in every))
     files.write(folder / "summary.json", as_json(document) + "\n")
-    files.write(folder / "report.html", page(title, rows, final, notes))
-    files.write(
-        folder / "report.md",
-        markdown(title, rows, notes, document["differences"], document.get("retention", ()), document.get("micro_averages", ())),
-    )
+    files.write(folder / "report.html", whole(title, [section], notes))
+    files.write(folder / "report.md", documents.markdown(title, [section], notes))
 
 
 def notes(

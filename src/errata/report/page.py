@@ -1,130 +1,89 @@
-"""One HTML page that shows a run: scores with intervals, reliability against locality, and what the model said.
+"""One HTML page that shows runs: scores with intervals, what edits cost elsewhere and later, and what the model said.
 
-Self-contained: styles and script are in the page, and its content policy forbids loading anything.  Everything that came
+Self-contained: styles, script and data are in the page, and its content policy forbids loading anything.  Everything that came
 from a model, a file or a user is escaped, so a model that was taught to say ``<script>`` only says it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any, Final
 
+from errata.report import cases, contents, gate_maps, retention, svg
+from errata.report.layout import UNHOLDABLE, Table
 from errata.report.scatter import scatter
-from errata.report.tables import PROTOCOLS, counts, escape, grid, main, methods, protocols, robust, turned, unit
+from errata.report.sections import Section, of
+from errata.report.tables import escape, methods, protocols, scores, title
+from errata.request import LOCAL_KINDS
 
 Row = Mapping[str, Any]
 Record = Mapping[str, Any]
 
-KINDS: Final[dict[str, str]] = {
-    "rewrite": "prompt",
-    "rephrase": "rephrase",
-    "two_hop": "two hops",
-    "reverse": "reverse",
-    "alias": "alias",
-    "multi_hop": "longer chain",
-    "logical": "consequence",
-    "sub_fact": "part of the answer",
-    "out_of_domain": "another text",
-    "same_sentiment": "wanted sentiment",
-    "opposite_sentiment": "opposite sentiment",
-    "neighbour": "neighbour",
-    "unrelated": "unrelated",
-    "same_subject": "same subject",
-    "forgetfulness": "older answer",
-    "distracting": "distracted neighbour",
-    "question": "question",
-    "paraphrase_seen": "given paraphrase",
-    "subject_seen": "other name (seen)",
-    "subject_unseen": "other name",
-    "shuffled_seen": "shuffled (seen)",
-    "shuffled_unseen": "shuffled",
-    "long_seen": "behind 300 words (seen)",
-    "long_unseen": "behind 300 words",
-    "long_tokens_seen": "behind 512 tokens (seen)",
-    "long_tokens_unseen": "behind 512 tokens",
-    "question_form": "as a question",
-    "completion_form": "as a sentence",
-    "chat": "chat template",
-    "statement_true": "true or false",
-    "statement_false": "true or false",
-    "negation": "negated",
-}
-AVOIDED: Final = frozenset({"negation"})  # kinds where the target is the one wrong answer
-LONGEST: Final = 400  # characters of a prompt that are shown; the whole is in the records
 POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-
-STYLE: Final = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --back: #fff; --panel: #f6f8fa; --good: #116329;
-  --bad: #a40e26; --c0: #0072b2; --c1: #b84a00; --c2: #007a58; --c3: #a8487f; --c4: #6a4fc1; --c5: #8a6100; --c6: #444c56; --c7: #008299; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b1; --line: #373e47; --back: #0d1117; --panel: #161b22;
-  --good: #56d364; --bad: #ff7b72; --c0: #58a6e8; --c1: #f0883e; --c2: #3fc797; --c3: #e08cc0; --c4: #a58bf5; --c5: #d6a520;
-  --c6: #adbac7; --c7: #39c5d8; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--back); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1rem; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 0; } p.soft, figcaption, .kind, .count { color: var(--soft); font-size: .875rem; }
-dl.notes { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; font-size: .9rem; }
-dl.notes dt { color: var(--soft); } dl.notes dd { margin: 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
-td { unicode-bidi: isolate; overflow-wrap: anywhere; } table.scores { font-variant-numeric: tabular-nums; }
-table.scores td:not(:first-child), table.scores th:not(:first-child) { text-align: right; white-space: nowrap; }
-.scores small { display: block; color: var(--soft); } .figures { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; flex: 1 1 20rem; max-width: 30rem; } svg { width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 11px; }
-svg .axis { stroke: var(--soft); } svg .gridline { stroke: var(--line); }
-.legend { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .875rem; }
-input[type=search] { width: 100%; max-width: 30rem; padding: .5rem .7rem; font: inherit; color: inherit; background: var(--panel);
-  border: 1px solid var(--line); border-radius: .4rem; }
-.case { border: 1px solid var(--line); border-radius: .5rem; margin: 1rem 0; overflow: hidden; }
-.case header { background: var(--panel); padding: .5rem .7rem; }
-.case tr:last-child td { border-bottom: 0; } .new { color: var(--c0); font-weight: 600; }
-.yes::before { content: "✓ "; color: var(--good); font-weight: 700; } .no::before { content: "✗ "; color: var(--bad); font-weight: 700; }
-.label { display: none; }
-@media (max-width: 44rem) { .case thead { position: absolute; left: -999rem; } .case tr, .case td { display: block; border: 0; }
-  .case tr { padding: .4rem 0; border-bottom: 1px solid var(--line); } .case td { padding: .1rem .7rem; }
-  .case td .label { display: inline; color: var(--soft); } dl.notes { grid-template-columns: 1fr; } }
-"""
-
-SCRIPT: Final = """
-(function () {
-  var box = document.getElementById("filter"), count = document.getElementById("count");
-  var cases = Array.prototype.slice.call(document.querySelectorAll(".case"));
-  var texts = cases.map(function (c) { return c.textContent.toLowerCase(); });
-  function show() {
-    var words = box.value.toLowerCase().split(/\\s+/).filter(Boolean), shown = 0;
-    cases.forEach(function (c, i) {
-      c.hidden = !words.every(function (w) { return texts[i].indexOf(w) >= 0; });
-      if (!c.hidden) { shown += 1; }
-    });
-    count.textContent = shown + " of " + cases.length + " cases";
-  }
-  if (box) { box.hidden = false; box.addEventListener("input", show); show(); }
-})();
-"""
+STAYS: Final = (*LOCAL_KINDS, "same_subject", "forgetfulness")  # kinds that an edit should leave as they are
+SAID: Final = (
+    "Greedy text before and after each edit; ✓ and ✗ compare it with the wanted answer, or with the text before where nothing should "
+    "change. “fed”: how much of the wanted answer is likeliest when its beginning is given."
+)
+FIRST: Final = "generated"  # the protocol whose curves are open
 
 
-def page(title: str, summary_rows: Sequence[Row], records: Sequence[Record], notes: Mapping[str, object], max_cases: int = 200) -> str:
-    """The page as one text.  ``notes`` (what to say about the run) are shown as name and value, in order.
+def page(
+    title: str, summary_rows: Sequence[Row], records: Sequence[Record], notes: Mapping[str, object], max_cases: int | None = None
+) -> str:
+    """The page of one comparison that is in memory; see `whole`."""
+    return whole(title, [Section("", rows=summary_rows, said=of(records))], notes, max_cases=max_cases)
 
-    Beyond ``max_cases`` cases are left out, and the page says so: a browser should open it without waiting.
+
+def whole(
+    title: str,
+    sections: Sequence[Section],
+    notes: Mapping[str, object],
+    manifests: Mapping[str, Mapping[str, Any]] | None = None,
+    gated: Sequence[Mapping[str, Any]] = (),
+    max_cases: int | None = None,
+) -> str:
+    """The page as one text.
+
+    notes       what to say about all of it, name and value, in order;  ``manifests``: run -> its manifest
+    gated       documents of `errata analyse gates`
+    max_cases   of each section that are in the page (all); the rest is left out and the page says so
     """
-    body = [f"<h1>{escape(title)}</h1>", _notes(notes)]
-    first, second = main(summary_rows), robust(summary_rows)
-    body += [_scores(protocol, "scores", *grid(first, protocol), counts(first, protocol)) for protocol in protocols(first)]
-    body += [_scores(protocol, "robustness", *turned(second, protocol), counts(second, protocol)) for protocol in protocols(second)]
-    if figures := [f"<figure>{drawing}</figure>" for p in protocols(summary_rows) if (drawing := scatter(summary_rows, p))]:
-        body += ["<h2>Reliability against locality</h2>", '<div class="figures">', *figures, "</div>"]
-    body.append(_cases(records, max_cases))
+    texts = cases.Texts()
+    browsers = [cases.browser(_columns(section), texts, max_cases) for section in sections]
+    body = [f"<h1>{escape(title)}</h1>", _notes(notes), _contents(sections, bool(gated), bool(manifests))]
+    for i, (section, browser) in enumerate(zip(sections, browsers, strict=True)):
+        body += _section(section, i, len(sections) > 1, bool(browser["cases"]))
+    body += _gates(gated)
+    body += _manifests(manifests or {})
+    if any(browser["cases"] for browser in browsers):
+        data = {"texts": texts.all, "kinds": cases.KINDS, "stays": STAYS, "sections": browsers}
+        body.append(f'<script type="application/json" id="cases-data">{island(data)}</script>')
     head = [
         '<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title>",
-        f"<style>{STYLE}</style>",
+        f"<style>\n{_file('page.css')}</style>",
     ]
-    lines = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *filter(None, body), f"<script>{SCRIPT}</script>"]
-    return "\n".join([*lines, "</body>", "</html>", ""])
+    lines = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", "<main>", *filter(None, body), "</main>"]
+    return "\n".join([*lines, f"<script>\n{_file('page.js')}</script>", "</body>", "</html>", ""])
+
+
+def _file(name: str) -> str:
+    return resources.files("errata.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def island(value: object) -> str:
+    """JSON that cannot end the element it stands in."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c").replace("-->", "--\\u003e")
+
+
+def _columns(section: Section) -> list[tuple[str, str, Any]]:
+    found = [(name, cases.AFTER, read()) for name, read in section.said.items()]
+    return found + [(name, cases.SOON, read()) for name, read in section.soon.items()]
 
 
 def _notes(notes: Mapping[str, object]) -> str:
@@ -133,97 +92,136 @@ def _notes(notes: Mapping[str, object]) -> str:
     return '<dl class="notes">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in notes.items()) + "</dl>"
 
 
-def _scores(protocol: str, what: str, headings: Sequence[str], lines: Sequence[Sequence[str]], rest_on: str) -> str:
-    name, _, meaning = PROTOCOLS.get(protocol, protocol).partition(": ")
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in headings)
-    body = "".join(f'<tr><th scope="row">{escape(line[0])}</th>{"".join(map(_score, line[1:]))}</tr>' for line in lines)
+def _contents(sections: Sequence[Section], gated: bool, manifests: bool) -> str:
+    """Links to the parts of a page with several."""
+    links = [(f"s{i}", section.title) for i, section in enumerate(sections)] if len(sections) > 1 else []
+    return _links([*links, *[("gates", "Gates")] * gated, *[("manifest", "Manifest")] * manifests], "Sections")
+
+
+def _links(links: Sequence[tuple[str, str]], label: str) -> str:
+    if not links:
+        return ""
+    items = "".join(f'<li><a href="#{anchor}">{escape(name)}</a></li>' for anchor, name in links)
+    return f'<nav aria-label="{escape(label)}"><ul>{items}</ul></nav>'
+
+
+def _section(section: Section, number: int, several: bool, browsable: bool) -> list[str]:
+    head = [f'<h2 id="s{number}">{number + 1}. {escape(section.title)}</h2>'] if several else []
+    apart = [f'<p class="soft">Not in one table with {escape("; and with ".join(section.apart))}.</p>'] if section.apart else []
+    parts = {
+        "Scores": [*map(_scored, scores(section.rows)), _plain(contents.micro(section.micro))],
+        "Reliability against locality": _scatters(section),
+        "After T edits": _curves(section),
+        "Paired differences": [_plain(table) for table in contents.differences(section.differences)],
+        "Forgetting": [_plain(table) for table in contents.forgetting(section.forgetting)],
+        "Time and memory": [_bars(section.costs), _plain(contents.times(section.costs)), _plain(contents.memory(section.costs))],
+        "Health": [_plain(contents.health(section.health)), _plain(contents.undone(section.undone))],
+        "What the model said": _browser(number) if browsable else [],
+    }
+    shown = {name: found for name, part in parts.items() if (found := [text for text in part if text])}
+    names = [(f"s{number}-{i}", name) for i, name in enumerate(shown)]
+    body = [text for (anchor, _), part in zip(names, shown.values(), strict=True) for text in (f'<div id="{anchor}"></div>', *part)]
+    if not several:  # no heading stands above them: one level up
+        body = [text.replace("<h3>", "<h2>").replace("</h3>", "</h2>") for text in body]
+    return [*head, _notes(section.facts), *apart, _links(names, f"Parts of section {number + 1}"), *body]
+
+
+def _scored(table: Table) -> str:
+    what = "robustness" if table.title.startswith("Robustness. ") else "scores"
+    name, _, meaning = title(table.key).partition(": ")
+    return _table(table, f"{name} {what}", meaning)
+
+
+def _browser(number: int) -> list[str]:
+    off = "<p>The cases are shown by the script of this page, which is turned off.</p>"
+    return ["<h3>What the model said</h3>", f'<p class="soft">{SAID}</p>', f'<div data-cases="{number}">{off}</div>']
+
+
+def _scatters(section: Section) -> list[str]:
+    figures = [f"<figure>{drawing}</figure>" for p in protocols(section.rows) if (drawing := scatter(section.rows, p))]
+    if not figures:
+        return []
+    return ["<h3>Reliability against locality</h3>", svg.legend(methods(section.rows)), '<div class="figures">', *figures, "</div>"]
+
+
+def _curves(section: Section) -> list[str]:
+    tables = {table.key: table for table in contents.after(section.retention, section.right_after)}
+    out = ["<h3>After T edits</h3>", svg.legend(methods(section.retention))] if tables else []
+    for protocol, table in tables.items():
+        panels = "".join(f"<figure>{panel}</figure>" for panel in retention.panels(section.retention, protocol))
+        name = escape(title(protocol).partition(":")[0])
+        opened = " open" if protocol == FIRST or FIRST not in tables else ""
+        numbers = f"<details><summary>{name}: the numbers</summary>{_grid(table)}</details>"
+        out.append(f'<details{opened}><summary>{name}</summary><div class="figures">{panels}</div>{numbers}</details>')
+    return out
+
+
+def _plain(table: Table) -> str:
+    """A table under its own title; nothing where it is empty."""
+    name, _, meaning = table.title.partition(": ")
+    return _table(table, name, meaning) if table.lines else ""
+
+
+def _table(table: Table, heading: str, meaning: str) -> str:
+    said = f'<p class="soft">{escape(meaning[:1].upper() + meaning[1:])}.</p>\n' if meaning else ""
+    return f"<h3>{escape(heading)}</h3>\n{said}{_grid(table)}"
+
+
+def _grid(table: Table) -> str:
+    head = "".join(
+        f'<th scope="col"{" class=number" if i >= table.words else ""}>{escape(text)}</th>' for i, text in enumerate(table.headings)
+    )
+    rows = []
+    for i, line in enumerate(table.lines):
+        cells = [f"<td>{escape(text)}</td>" if j < table.words else _score(text) for j, text in enumerate(line) if j]
+        pinned = ' class="first"' if i < table.pinned else ""
+        rows.append(f'<tr{pinned}><th scope="row">{escape(line[0])}</th>{"".join(cells)}</tr>')
+    note = f'\n<p class="soft">{escape(table.note)}</p>' if table.note else ""
+    label = escape(table.title.partition(":")[0])
     return (
-        f'<h2>{escape(name)} {what}</h2>\n<p class="soft">{escape(meaning)}. {unit(protocol)}, with 95 % intervals over cases.</p>\n'
-        f'<div class="scroll" tabindex="0"><table class="scores"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n'
-        f'<p class="soft">{escape(rest_on)}.</p>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="scores"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
 
 
 def _score(text: str) -> str:
     value, bracket, interval = text.partition(" [")
-    return f"<td>{escape(value)}" + (f"<small>{escape('[' + interval)}</small>" if bracket else "") + "</td>"
+    clear = bracket and interval.endswith(contents.CLEAR)
+    small = f"<small>{escape('[' + interval)}</small>" if bracket else ""
+    return f'<td class="number{" clear" if clear else ""}">{escape(value)}{small}</td>'
 
 
-def _cases(records: Sequence[Record], max_cases: int) -> str:
-    names = methods(records)
-    grouped: dict[str, list[Record]] = {}
-    for record in records:
-        if record["kind"] in ("generation", "choice"):  # no question with an answer: long sampled texts, likelihoods
-            continue
-        grouped.setdefault(str(record["case"]), []).append(record)
-    if not grouped:
+def _bars(costs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Seconds of each method as one bar, by kind of work."""
+    spent = {name: cost["seconds"] for name, cost in costs.items() if cost.get("seconds")}
+    most = max((sum(s.values()) for s in spent.values()), default=0.0)
+    if not most:
         return ""
-    shown = list(grouped.values())[:max_cases]
-    limit = f" The first {len(shown)} of {len(grouped)} cases are shown." if len(shown) < len(grouped) else ""
-    hint = "Filter the cases: words of a prompt or an answer"
-    return "\n".join(
-        [
-            "<h2>What the model said</h2>",
-            f'<p class="soft">Greedy text before and after each edit; ✓ and ✗ compare it with the wanted answer.{limit}</p>',
-            f'<input type="search" id="filter" hidden placeholder="{hint}" aria-label="{hint}">',
-            '<p class="count" id="count" aria-live="polite"></p>',
-            *(_case(rows, names) for rows in shown),
-        ]
-    )
+    kinds = [k for k in contents.SPENT if any(s.get(k, 0) > 0.005 * most for s in spent.values())]
+    rows = []
+    for name, seconds in spent.items():
+        said = ", ".join(f"{k} {seconds[k]:.1f} s" for k in kinds if seconds.get(k))
+        parts = "".join(
+            f'<span style="--w: {100 * seconds.get(k, 0) / most:.2f}%; --k: {svg.colour(i)}"></span>' for i, k in enumerate(kinds)
+        )
+        bar = f'<span class="bar" role="img" aria-label="{escape(said)}" title="{escape(said)}">{parts}</span>'
+        rows.append(f"<span>{escape(name)}</span>{bar}<span>{sum(seconds.values()):.1f} s</span>")
+    keys = "".join(f'<li><span class="key" style="--k: {svg.colour(i)}"></span> {escape(k)}</li>' for i, k in enumerate(kinds))
+    return f'<h3>Where the time went</h3>\n<ul class="legend">{keys}</ul><div class="bars">{"".join(rows)}</div>'
 
 
-def _case(rows: Sequence[Record], names: Sequence[str]) -> str:
-    """A case: one line for each probe, one column for each method.  Methods may lack probes."""
-    probes: dict[tuple[str, str, str], dict[str, Record]] = {}
-    for row in rows:
-        probes.setdefault((str(row["kind"]), str(row["prompt"]), str(row["target"])), {})[str(row["method"])] = row
-    order = {kind: i for i, kind in enumerate(KINDS)}
-    ranked = sorted(probes.items(), key=lambda item: order.get(item[0][0], len(order)))
-    edit = next((row for row in rows if row["kind"] == "rewrite"), None)
-    name = "Case " + escape(rows[0]["case"]) if edit is None else _edit(edit)
-    heads = ["probe", "question", "wanted", "before", *names]
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    body = "".join(_probe(kind, prompt, by_method, names) for (kind, prompt, _), by_method in ranked)
-    return (
-        f'<section class="case"><header><h3>{name}</h3></header><div class="scroll">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
-    )
+def _gates(documents: Sequence[Mapping[str, Any]]) -> list[str]:
+    out = []
+    for i, document in enumerate(documents):
+        parts = [*gate_maps.heat_maps(document), *(_plain(table) for table in gate_maps.tables(document))]
+        if parts:
+            out += [f'<h2 id="gates{i or ""}">Gates of {escape(gate_maps.name(document))}</h2>', *parts]
+    return out
 
 
-def _edit(row: Record) -> str:
-    return f'{escape(row["prompt"])} <span class="new">{escape("…" if row["target"] is None else row["target"])}</span>'
-
-
-def _probe(kind: str, prompt: str, by_method: Mapping[str, Record], names: Sequence[str]) -> str:
-    first = next(iter(by_method.values()))
-    wanted = "as before" if first["target"] is None else f"not {first['target']}" if kind in AVOIDED else first["target"]
-    cells = [
-        f'<td class="kind">{escape(KINDS.get(kind, kind))}</td>',
-        f"<td>{escape(_short(prompt))}</td>",
-        f'<td><span class="label">wanted: </span>{escape(wanted)}</td>',
-        _said("before", first["gen_before"], None if first["target"] is None else _right(first, "gen_match_before")),
-    ]
-    for name in names:
-        row = by_method.get(name)
-        if row is None:
-            cells.append("<td>–</td>")
-        else:
-            cells.append(_said(name, row["gen_after"], row["gen_agree"] if row["target"] is None else _right(row, "gen_match_after")))
-    return f"<tr>{''.join(cells)}</tr>"
-
-
-def _right(row: Record, field: str) -> bool:
-    return bool(row[field]) != (row["kind"] in AVOIDED)
-
-
-def _short(prompt: str) -> str:
-    """A long prompt without its middle: what stands before the question is context."""
-    return prompt if len(prompt) <= LONGEST else f"{prompt[: LONGEST // 4]} […] {prompt[-LONGEST // 2 :]}"
-
-
-def _said(who: str, text: object, right: object) -> str:
-    mark = "" if right is None else ' class="yes"' if right else ' class="no"'
-    words = "–" if text is None else escape(text) or "(nothing)"
-    # The mark is drawn by CSS; a reader of the page's text gets it as a word.
-    spoken = "" if right is None else f' title="{"as wanted" if right else "not as wanted"}"'
-    return f'<td{mark}{spoken}><span class="label">{escape(who)}: </span>{words}</td>'
+def _manifests(manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    out = ['<h2 id="manifest">Manifest</h2>'] if manifests else []
+    for name, manifest in manifests.items():
+        text = UNHOLDABLE.sub("�", json.dumps(manifest, indent=1, ensure_ascii=False))
+        out.append(f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>")
+    return out

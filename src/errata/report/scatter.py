@@ -1,30 +1,39 @@
-"""Reliability against locality as inline SVG: each method a numbered point with a whisker for each interval."""
+"""Reliability against locality as inline SVG: each method a numbered point with a whisker for each interval, and the Pareto front."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from errata.report.tables import HEADINGS, PROTOCOLS, escape, methods
+from errata.report import svg
+from errata.report.tables import HEADINGS, escape, methods, title
 
 Row = Mapping[str, Any]
-Scale = Callable[[float], float]
+Point = tuple[str, Row, Row]  # a method, its reliability, its locality
 
-WIDTH, HEIGHT = 400, 340
-LEFT, TOP, RIGHT, BOTTOM = 52, 14, 388, 290  # the plotting area
+AREA: Final = svg.Area(400, 340)
 LOCALITY: Final = ("locality_agreement", "locality_correct")
-COLOURS = 8  # --c0 … --c7 of the page's style
 
 
 def scatter(rows: Sequence[Row], protocol: str) -> str:
     """The drawing and its legend for one protocol, or "" where no method has both metrics."""
     at = {(row["method"], row["metric"]): row for row in rows if row["protocol"] == protocol}
+    names = methods(rows)
     for locality in LOCALITY:
-        points = [(m, at[m, "reliability"], at[m, locality]) for m in methods(rows) if (m, "reliability") in at and (m, locality) in at]
+        points = [(m, at[m, "reliability"], at[m, locality]) for m in names if (m, "reliability") in at and (m, locality) in at]
         if points:
-            return _drawing(points, locality, protocol)
+            return _drawing(points, locality, protocol, names)
     return ""
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which points no other is as good as in both and better in one, by rising first number."""
+
+    def beaten(a: tuple[float, float]) -> bool:
+        return any(b[0] >= a[0] and b[1] >= a[1] and b != a for b in points)
+
+    return sorted((i for i, p in enumerate(points) if not beaten(p)), key=lambda i: points[i])
 
 
 def _floor(values: Sequence[float]) -> float:
@@ -39,52 +48,38 @@ def _ticks(start: float) -> list[float]:
     return [1 - i * step for i in range(count, -1, -1)]
 
 
-def _drawing(points: Sequence[tuple[str, Row, Row]], locality: str, protocol: str) -> str:
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}"
+
+
+def _drawing(points: Sequence[Point], locality: str, protocol: str, names: Sequence[str]) -> str:
     x0 = _floor([float(across["low"]) for _, across, _ in points])
     y0 = _floor([float(up["low"]) for _, _, up in points])
-
-    def x(value: float) -> float:
-        return LEFT + (RIGHT - LEFT) * (value - x0) / (1 - x0)
-
-    def y(value: float) -> float:
-        return BOTTOM - (BOTTOM - TOP) * (value - y0) / (1 - y0)
-
-    parts = _axes(x0, y0, x, y, locality)
-    for i, (_, across, up) in enumerate(points):
-        colour = f"var(--c{i % COLOURS})"
-        cx, cy = x(float(across["value"])), y(float(up["value"]))
+    x, y = AREA.across(x0, 1), AREA.up(y0, 1)
+    values = [(float(across["value"]), float(up["value"])) for _, across, up in points]
+    best = front(values)
+    parts = [*AREA.upright(_ticks(x0), x, _percent), *AREA.level(_ticks(y0), y, _percent)]
+    parts += [*AREA.frame("reliability, %", f"{HEADINGS[locality]}, %"), _staircase([values[i] for i in best], x, y, x0, y0)]
+    marks = [names.index(name) for name, _, _ in points]
+    for mark, (_, across, up), (vx, vy) in zip(marks, points, values, strict=True):
+        stroke = f'stroke="{svg.colour(mark)}" stroke-width="1.5"'
         parts += [
-            _line(x(float(across["low"])), cy, x(float(across["high"])), cy, f'stroke="{colour}" stroke-width="1.5"'),
-            _line(cx, y(float(up["low"])), cx, y(float(up["high"])), f'stroke="{colour}" stroke-width="1.5"'),
-            f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="8" fill="{colour}"/>',
-            f'<text x="{cx:.1f}" y="{cy + 4:.1f}" text-anchor="middle" style="fill: var(--back); font-weight: 700">{i + 1}</text>',
+            svg.line(x(float(across["low"])), y(vy), x(float(across["high"])), y(vy), stroke),
+            svg.line(x(vx), y(float(up["low"])), x(vx), y(float(up["high"])), stroke),
+            svg.dot(x(vx), y(vy), 5, svg.colour(mark)),
         ]
-    name = escape(PROTOCOLS.get(protocol, protocol).partition(":")[0])
-    spoken = "; ".join(f"{escape(m)} {float(a['value']):.3f}, {float(b['value']):.3f}" for m, a, b in points)
-    legend = "".join(f'<li><b style="color: var(--c{i % COLOURS})">{i + 1}</b> {escape(m)}</li>' for i, (m, _, _) in enumerate(points))
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}, reliability and locality: {spoken}">{"".join(parts)}</svg>'
-        f'<figcaption>{name}; the upper right corner is best<ol class="legend">{legend}</ol></figcaption>'
-    )
+    parts += svg.numbered([(x(vx), y(vy)) for vx, vy in values], marks, AREA)
+    name = title(protocol).partition(":")[0]
+    spoken = "; ".join(f"{m} {vx:.3f}, {vy:.3f}" for (m, _, _), (vx, vy) in zip(points, values, strict=True))
+    on = ", ".join(points[i][0] for i in best)
+    caption = f"{name}; the upper right corner is best; dashed: the Pareto front ({on})"
+    return f"{svg.drawing(AREA, parts, f'{name}, reliability and locality: {spoken}')}<figcaption>{escape(caption)}</figcaption>"
 
 
-def _axes(x0: float, y0: float, x: Scale, y: Scale, locality: str) -> list[str]:
-    parts = []
-    for tick in _ticks(x0):
-        parts.append(_line(x(tick), TOP, x(tick), BOTTOM, 'class="gridline"'))
-        parts.append(f'<text x="{x(tick):.1f}" y="{BOTTOM + 16}" text-anchor="middle">{100 * tick:.0f}</text>')
-    for tick in _ticks(y0):
-        parts.append(_line(LEFT, y(tick), RIGHT, y(tick), 'class="gridline"'))
-        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:.0f}</text>')
-    middle = (TOP + BOTTOM) / 2
-    return [
-        *parts,
-        _line(LEFT, BOTTOM, RIGHT, BOTTOM, 'class="axis"'),
-        _line(LEFT, TOP, LEFT, BOTTOM, 'class="axis"'),
-        f'<text x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 14}" text-anchor="middle">reliability, %</text>',
-        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{HEADINGS[locality]}, %</text>',
-    ]
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {style}/>'
+def _staircase(points: Sequence[tuple[float, float]], x: svg.Scale, y: svg.Scale, x0: float, y0: float) -> str:
+    """What the front reaches: to the left of a point and below it."""
+    steps, left = [], x0
+    for vx, vy in points:
+        steps += [(x(left), y(vy)), (x(vx), y(vy))]
+        left = vx
+    return svg.path([*steps, (x(left), y(y0))], 'class="front"')

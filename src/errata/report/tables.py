@@ -6,10 +6,11 @@ Teacher-forced, generated, likelihood and sampled numbers answer different quest
 from __future__ import annotations
 
 import html
-import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
+
+from errata.report import layout
+from errata.report.layout import UNHOLDABLE, Table
 
 Row = Mapping[str, Any]
 
@@ -71,11 +72,19 @@ PROTOCOLS: Final[dict[str, str]] = {
     "sampled": "Sampled: longer text; n-gram entropy in bits (GE) and likeness to texts about the new answer (RS)",
 }
 BEFORE: Final = "unedited model"
+JUDGED: Final = "judged "  # a judge's protocol is this and its name
+
+
+def title(protocol: str) -> str:
+    """The protocol's name and, behind a colon, what it is."""
+    if protocol.startswith(JUDGED):
+        return f"Judged by {protocol.removeprefix(JUDGED)}: what this judge says of the model's own text"
+    return PROTOCOLS.get(protocol, protocol)
 
 
 def escape(value: object) -> str:
     """A text for any place in a page.  Lone surrogates and control characters, which HTML cannot hold, become "�"."""
-    return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "�", str(value)), quote=True)
+    return html.escape(UNHOLDABLE.sub("�", str(value)), quote=True)
 
 
 def protocols(rows: Iterable[Row]) -> list[str]:
@@ -150,11 +159,15 @@ def robust(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["protocol"] in there and (row["metric"] in ROBUST or row["metric"] in REFERENCE)]
 
 
-def _blocks(rows: Sequence[Row]) -> Iterable[tuple[str, list[str], list[list[str]], str]]:
-    """(title, headings, lines, footer) of each table."""
-    for part, before, form in ((main(rows), "", grid), (robust(rows), "Robustness. ", turned)):
+def scores(rows: Sequence[Row]) -> list[Table]:
+    """A table a protocol, and behind them those of robustness, with metrics down."""
+    out = []
+    for part, before, form, pinned in ((main(rows), "", grid, True), (robust(rows), "Robustness. ", turned, False)):
         for protocol in protocols(part):
-            yield before + PROTOCOLS.get(protocol, protocol), *form(part, protocol), _footer(part, protocol)
+            headings, lines = form(part, protocol)
+            first = len(lines) - len(methods([row for row in part if row["protocol"] == protocol])) if pinned else 0
+            out.append(Table(before + title(protocol), headings, lines, _footer(part, protocol), 1, first, protocol))
+    return out
 
 
 def counts(rows: Sequence[Row], protocol: str) -> str:
@@ -172,40 +185,14 @@ def _range(values: Sequence[int]) -> str:
     return str(values[0]) if min(values) == max(values) else f"{min(values)}–{max(values)}"
 
 
-def width(text: str) -> int:
-    """Terminal columns: wide East Asian characters take two, combining marks none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def _pad(text: str, to: int, right: bool) -> str:
-    gap = " " * (to - width(text))
-    return gap + text if right else text + gap
-
-
 def terminal(rows: Sequence[Row]) -> str:
     """Plain text with aligned columns, one table for each protocol; "" without rows."""
-    blocks = []
-    for title, headings, lines, footer in _blocks(rows):
-        widths = [max(width(line[i]) for line in (headings, *lines)) for i in range(len(headings))]
-        text = ["  ".join(_pad(part, widths[i], right=i > 0) for i, part in enumerate(line)).rstrip() for line in (headings, *lines)]
-        text.insert(1, "  ".join("─" * w for w in widths))
-        blocks.append("\n".join([title, "", *text, "", footer]))
-    return "\n\n".join(blocks) + ("\n" if blocks else "")
+    return layout.terminal(scores(rows))
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The same as Markdown tables; "" without rows."""
-    blocks = []
-    for title, headings, lines, footer in _blocks(rows):
-        table = [headings, ["---", *["---:"] * (len(headings) - 1)], *lines]
-        text = ["| " + " | ".join(_markdown_cell(part) for part in line) + " |" for line in table]
-        blocks.append("\n".join([f"**{title}**", "", *text, "", footer]))
-    return "\n\n".join(blocks) + ("\n" if blocks else "")
-
-
-def _markdown_cell(text: str) -> str:
-    # A bar would end the cell, a line break the row, and a tag would be read as one.
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return layout.markdown(scores(rows))
 
 
 def _footer(rows: Sequence[Row], protocol: str) -> str:
