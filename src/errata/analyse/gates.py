@@ -50,12 +50,14 @@ class Weights:
     w: np.ndarray
 
 
-def gated(stack: Stack) -> dict[int, Op]:
-    """{block: the op with gates}; `PatchError` where two patches of the stack have gates at one block."""
+def subspaces(stack: Stack, gated: bool = True) -> dict[int, Op]:
+    """{block: the op of BaFT, without ``gated`` also of ReFT}; `PatchError` where two patches of the stack have one at one block."""
     found: dict[int, Op] = {}
-    for op in (op for patch in live(stack) for op in patch.ops if op.kind == "subspace" and op.settings["gate"] != "none"):
+    for op in (op for patch in live(stack) for op in patch.ops if op.kind == "subspace"):
+        if gated and op.settings["gate"] == "none":
+            continue
         if op.site.block in found:
-            raise PatchError(f"two patches of this stack have gates at block {op.site.block}; analyse them one at a time")
+            raise PatchError(f"two patches of this stack act at block {op.site.block}; analyse them one at a time")
         found[op.site.block] = op
     return found
 
@@ -81,9 +83,12 @@ def of_request(request: EditRequest, stack: Stack) -> Inputs:
     return Inputs(request.id, (*texts, *(("unrelated", p, a) for p, a in request.unrelated)), stack)
 
 
-def read(lm: LM, inputs: Sequence[Inputs], progress: Told | None = None) -> list[Weights]:
-    """The weights of every case under its own stack; rows of a batch run each under its own."""
-    ops = [gated(one.stack) for one in inputs]
+def read(lm: LM, inputs: Sequence[Inputs], progress: Told | None = None, what: str = "gate") -> list[Weights]:
+    """The weights of every case under its own stack; rows of a batch run each under its own.
+
+    ``what``: "gate" w, or "update" |w ∘ (A h + b − R h)|, of ReFT too.
+    """
+    ops = [subspaces(one.stack, what == "gate") for one in inputs]
     if not ops or not all(ops):
         raise InputError("there is no gate to look at: make the patch with baft")
     texts = [(i, *text) for i, one in enumerate(inputs) for text in one.texts]
@@ -95,7 +100,7 @@ def read(lm: LM, inputs: Sequence[Inputs], progress: Told | None = None) -> list
     while start < len(order):
         part = [j for j in order[start : start + ROWS] if forms[j] == forms[order[start]]]
         owners = [texts[j][0] for j in part]
-        for block, w in _batch(lm, [encoded[j] for j in part], [inputs[i].stack for i in owners], ops[owners[0]]).items():
+        for block, w in _batch(lm, [encoded[j] for j in part], [inputs[i].stack for i in owners], ops[owners[0]], what).items():
             for i, j, own in zip(owners, part, w, strict=True):
                 read.setdefault((i, texts[j][1], block), []).append(own)
         start += len(part)
@@ -112,8 +117,8 @@ def _form(ops: Mapping[int, Op]) -> str:
     return repr(sorted((block, op.signature()) for block, op in ops.items()))
 
 
-def _batch(lm: LM, rows: Sequence[Encoded], stacks: Sequence[Stack], ops: Mapping[int, Op]) -> dict[int, np.ndarray]:
-    """{block: mean weights over the tokens acted on, [B, r]}."""
+def _batch(lm: LM, rows: Sequence[Encoded], stacks: Sequence[Stack], ops: Mapping[int, Op], what: str) -> dict[int, np.ndarray]:
+    """{block: means over the tokens acted on, [B, r]}."""
     batch = lm.batch(rows).to(lm.device)
     unique, which = distinct(stacks)
     plan = lm.plan(unique, which, len(rows))
@@ -124,7 +129,7 @@ def _batch(lm: LM, rows: Sequence[Encoded], stacks: Sequence[Stack], ops: Mappin
     position = (batch.mask.cumsum(1) - 1).masked_fill(batch.mask == 0, -1)
     out = {}
     for block, op in ops.items():
-        w = plan.tape[op.site, "gate"][:, -position.shape[1] :].double()  # context may stand in front
+        w = plan.tape[op.site, what][:, -position.shape[1] :].double().abs()  # context may stand in front
         on = ((position >= 0) & (position >= batch.prompt_lengths[:, None] - op.settings["last"])).to(w).unsqueeze(-1)
         out[block] = ((w * on).sum(1) / on.sum(1)).cpu().numpy()
     return out
