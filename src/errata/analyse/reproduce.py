@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from errata import published, registry
@@ -18,7 +18,7 @@ from errata.benchmarks.files import open_benchmark
 from errata.config import to_dict
 from errata.errors import ConfigError, InputError
 from errata.model import LM
-from errata.request import Case
+from errata.request import LOCAL_KINDS, Case
 
 Settings = Callable[[str], dict[str, Any]]  # of the command line, for a method
 
@@ -79,11 +79,29 @@ def check(asked: Asked) -> published.Published:
 
 def cases_of(asked: Asked, benchmark: str) -> tuple[list[Case], str]:
     """(cases, the benchmark they are from): the given file in its own order, else the almanac."""
-    if benchmark in asked.data:
-        opened = open_benchmark(benchmark, asked.data[benchmark])
-        return list(itertools.islice(opened.load(None, asked.n, None), asked.n or asked.most)), benchmark
-    cases = registry.get("benchmark", FALLBACK)().load(asked.split, asked.n, asked.seed)
-    return list(itertools.islice(cases, asked.n or asked.most)), FALLBACK
+    if benchmark not in asked.data:
+        almanac = registry.get("benchmark", FALLBACK)().load(asked.split, asked.n, asked.seed)
+        return list(itertools.islice(almanac, asked.n or asked.most)), FALLBACK
+    opened = open_benchmark(benchmark, asked.data[benchmark])
+    if asked.n:
+        list(opened.load(None, asked.n, None))  # says how many there are where n is too large
+    every = list(opened.load(None, None, None))
+    count = asked.n or asked.most
+    return (with_unrelated(every[:count], every[count:]) if benchmark == "zsre" else every[:count]), benchmark
+
+
+def with_unrelated(cases: Sequence[Case], others: Sequence[Case]) -> list[Case]:
+    """The cases, each edit with a locality question of a record that is not edited, for BaFT's locality term.
+
+    The paper trains with each record's own (it does not say that another is asked when it is scored); what trains is not what scores, so
+    the question of the records behind the edited ones is taken, over again where these are few, and none that any case asks.
+    """
+    asked = {probe.prompt for case in cases for probe in case.probes}
+    pairs = [(p.prompt, p.target) for c in others for p in c.probes if p.kind in LOCAL_KINDS and p.target and p.prompt not in asked]
+    if not pairs:
+        return list(cases)
+    given = zip(cases, itertools.cycle(dict.fromkeys(pairs)))
+    return [c if c.request.unrelated else replace(c, request=replace(c.request, unrelated=(pair,))) for c, pair in given]
 
 
 def editors(lm: LM, asked: Asked) -> dict[str, Any]:
@@ -194,6 +212,8 @@ def differences(
     for benchmark in table.protocol.get("benchmark", ["zsre"]):
         if benchmark not in asked.data:
             out.append(f"benchmark: the almanac stands in for {benchmark}, whose file was not given (--data {benchmark}=PATH)")
+    if "zsre" in asked.data and any(getattr(e, "locality", False) for e in made.values()):
+        out.append("locality term: trained with locality questions of records that are not edited, the paper with each record's own")
     if n != table.protocol.get("n"):
         out.append(f"cases: {n}, the paper's are {table.protocol.get('n', 'not stated')}")
     if "T" in table.protocol:
