@@ -43,11 +43,10 @@ def add(commands: common.Subparsers) -> None:
 
 def asked_of(args: argparse.Namespace) -> Asked:
     """The command line as plain values."""
-    from errata.analyse.reproduce import Asked
+    from errata.analyse.reproduce import VARIANTS, Asked
 
-    values = common.settings(args)
-    known = registry.names("method")
-    data = {}
+    values, data = common.settings(args), {}
+    published.get(args.name)
     for given in args.data:
         name, equals, path = given.partition("=")
         if not equals or not path:
@@ -55,6 +54,7 @@ def asked_of(args: argparse.Namespace) -> Asked:
         registry.get("benchmark", name)
         data[name] = path
     methods = None if args.method is None else common.editors(args.method)
+    known = methods or list(dict.fromkeys(method for method, _ in VARIANTS[args.name].values()))
     return Asked(args.name, methods, lambda m: settings_of(m, known, values), data, args.n, CASES, args.split, args.seed)
 
 
