@@ -52,7 +52,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(theorem.demonstrate, "__defaults__", (0, 120))
     out = tmp_path / "t"
     assert main(["demo", "theorem", "--out", str(out)]) == 0
-    assert "out of its own ball" in capsys.readouterr().out
+    assert "out of that state's own ball" in capsys.readouterr().out
     assert leftovers(out) == ["theorem.json", "theorem.png", "theorem.svg"]
     assert len(json.loads((out / "theorem.json").read_text())["points"]) == theorem.OTHERS
     assert "no linear edit lies here" in (out / "theorem.svg").read_text()

@@ -47,6 +47,7 @@ VARIANTS: dict[str, Mapping[str, tuple[str, dict[str, Any]]]] = {
 }
 FIXED = ("baft-table4", "baft-fig2", "rep-main")  # whose methods are the point
 FALLBACK = "almanac"
+SILENT = ("gate", "rescale", "stop_on", "loss", "weight_decay", "end")  # settings of BaFT that the paper does not state
 WINDOW = 10  # edits, of Fig. 2
 
 
@@ -211,7 +212,8 @@ def differences(
     )
     for benchmark in table.protocol.get("benchmark", ["zsre"]):
         if benchmark not in asked.data:
-            out.append(f"benchmark: the almanac stands in for {benchmark}, whose file was not given (--data {benchmark}=PATH)")
+            taken = "" if "benchmark" in table.protocol else ", which is taken as the paper's (it is not stated)"
+            out.append(f"benchmark: the almanac stands in for {benchmark}{taken}: no file was given (--data {benchmark}=PATH)")
     if "zsre" in asked.data and any(getattr(e, "locality", False) for e in made.values()):
         out.append("locality term: trained with locality questions of records that are not edited, the paper with each record's own")
     if n != table.protocol.get("n"):
@@ -223,7 +225,7 @@ def differences(
             out.append(f"settings of {label} that are not the method's published ones: {away}")
     silent = next((e for e in made.values() if e.name == "baft"), None)
     if silent is not None:
-        how = ", ".join(f"{k}={getattr(silent, k)}" for k in ("gate", "rescale", "stop_on", "loss", "weight_decay"))
+        how = ", ".join(f"{k}={getattr(silent, k)}" for k in SILENT)
         out.append(f"where the paper is silent on BaFT: {how}")
     run = {row["method"] for row in rows}
     missing = sorted({r["method"] for r in (table.of(reference) if reference else ())} - run)
@@ -234,8 +236,8 @@ def differences(
 
 def _away(editor: Any, own: Mapping[str, Any]) -> str:
     """The fields that differ from the class' defaults (the published values), but for those that make the row (``own``)."""
-    if editor.name not in ("baft", "reft"):
+    if editor.name not in ("baft", "reft"):  # the others' defaults are of the papers that they come from
         return ""
     values, kind = to_dict(editor), type(editor)
     plain = {f.name: f.default for f in fields(kind)}
-    return ", ".join(f"{k}={v}" for k, v in values.items() if k not in own and v != plain[k])
+    return ", ".join(f"{k}={v}" for k, v in values.items() if k not in own and k not in SILENT and v != plain[k])

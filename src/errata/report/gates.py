@@ -40,7 +40,8 @@ def weights(rows: Sequence[Row], paths: Sequence[str | Path]) -> None:
             )
         axes.set_xlabel(f"basis, by weight on {mine[0]['kind']} inputs")
         axes.set_ylabel("mean weight")
-        axes.set_ylim(-0.03, 1.03)
+        axes.set_ylim(0, 1.2 * max(0.01, *(w for r in rows for w in r["bases"])))
+        axes.set_xticks(range(1, len(first) + 1, max(1, len(first) // 6)))
         _finish(axes, f"block {block}")
     figures.save(made, paths)
 

@@ -31,8 +31,10 @@ def lines(rows: Sequence[Row]) -> list[list[str]]:
 
 def footers(document: Document) -> list[str]:
     """What a reader of the table must know."""
-    beside = document["reference"] or "nothing: no figure could be read"
-    out = [f"Published: {document['paper']}, {document['where']}, {beside}; read from {document['read']}."]
+    what = document["reference"] or "no figure could be read"
+    out = [f"Published: {document['paper']}, {document['where']} ({what}); source: {document['read']}."]
+    if not document["rows"]:
+        return out
     out.append(
         "Percent. ▲ and ▼: the published figure lies outside the measured interval and the paper's own spread of 2 points."
         + ("" if document["same_model"] else " Not the paper's model: a mark says that the settings differ, not who erred.")

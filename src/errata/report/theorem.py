@@ -13,7 +13,7 @@ def draw(points: Sequence[Mapping[str, Any]], facts: Mapping[str, float], paths:
     """ReFT's and BaFT's states, the line below which no linear edit can stay, and the radius of each state's own ball."""
     made, (axes,) = figures.figure(6.4, 4.4)
     x = [p["distance"] for p in points]
-    top = 1.1 * max(*(p["reft"] for p in points), facts["shift"])
+    top = 1.45 * max(*(p["reft"] for p in points), facts["shift"])
     least = facts["shift"] - (facts["eps_t"] / facts["eps_0"] + 1) * x[0]
     crossing = facts["shift"] / (facts["eps_t"] / facts["eps_0"] + 1)
     axes.fill_between(
