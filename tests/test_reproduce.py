@@ -48,10 +48,10 @@ def test_windows_of_one_edit_are_single_edits_and_what_does_not_fit_is_said() ->
     editor, own = build(ReFT, {**SETTINGS, "steps": 3}), job()
     protocols.sequential(own, {"reft": editor}, CASES, [1, 2, 10], part="zsre", benchmark="almanac")
     assert [(r["T"], r["windows"], r["n"]) for r in own.into.rows] == [(1, 3, 3), (2, 1, 2)]
-    assert own.into.left_out == ["T = 10: 10 edits need 10 cases, there are 3"]
+    assert own.into.left_out == ["T = 10: needs 10 cases, there are 3"]
     protocols.sequential(own, {"reft": editor}, CASES, [1, 2], 2, part="zsre, batches of 2", benchmark="almanac")
     assert [(r["T"], r["batch"], r["n"]) for r in own.into.rows[2:]] == [(1, 2, 2)]
-    assert own.into.left_out[-1] == "T = 2: 2 batches of 2 need 4 cases, there are 3"
+    assert own.into.left_out[-1] == "T = 2, batches of 2: needs 4 cases, there are 3"
 
 
 def test_choices_alternate_and_name_the_right_answer() -> None:

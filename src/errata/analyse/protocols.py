@@ -111,8 +111,8 @@ def sequential(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], mark
     """Continual (``batch`` 1) or batched editing at each T that the cases allow."""
     for t in marks:
         if t * batch > len(cases):
-            edits = f"{t} edits" if batch == 1 else f"{t} batches of {batch}"
-            job.into.left_out.append(f"T = {t}: {edits} need {t * batch} cases, there are {len(cases)}")
+            of = "" if batch == 1 else f", batches of {batch}"
+            job.into.left_out.append(f"T = {t}{of}: needs {t * batch} cases, there are {len(cases)}")
             continue
         for name, editor in editors.items():
             windows(job, name, editor, cases, t, batch, **row)
