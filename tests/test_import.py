@@ -15,7 +15,7 @@ import errata
 ROOT = Path(errata.__file__).parent
 HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 FLOORS = {
-    **dict.fromkeys(("errors", "request", "registry", "config", "storage", "endpoint", "benchmarks", "report"), 0),
+    **dict.fromkeys(("errors", "request", "registry", "config", "storage", "endpoint", "benchmarks", "report", "published"), 0),
     **dict.fromkeys(("families", "texts", "tokens", "decode", "patch", "weights", "offload"), 1),
     **dict.fromkeys(("bank", "context", "embed", "model", "tail", "fit", "lanes", "problems", "read", "stats", "surfaces"), 2),
     **dict.fromkeys(("methods", "trace", "score"), 3),

@@ -1,4 +1,4 @@
-"""``errata analyse keys``: where the keys of a fact's surfaces lie, seen from the edit, and how REP moves them."""
+"""``errata analyse``: keys (where those of a fact's surfaces lie, seen from the edit, and how REP moves them), and gates (see `gates`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from errata import registry
-from errata.commands import common, files
+from errata.commands import common, files, gates
 from errata.commands.screen import Screen, as_json
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--set", action="append", default=[], metavar="K=V", help="a setting of REP; may be repeated")
     out.add_argument("--config", metavar="FILE.yaml", help="settings from a file; --set goes on top")
     common.out_options(out)
+    gates.add(inner)
 
 
 def wanted(args: argparse.Namespace) -> list[EditRequest]:

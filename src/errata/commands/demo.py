@@ -1,4 +1,4 @@
-"""``errata demo``: BaFT and ReFT side by side on facts that the almanac knows, in under three minutes."""
+"""``errata demo``: BaFT and ReFT side by side on facts that the almanac knows, in under three minutes; or BaFT's Theorem 2.3 in numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata import registry
 from errata.commands import common, files, results
-from errata.commands.screen import Progress, Screen, said
+from errata.commands.screen import Progress, Screen, as_json, said
 
 if TYPE_CHECKING:
     from errata.patch import Patch
@@ -22,6 +22,13 @@ SHOWN = {"rewrite": "the edited prompt", "rephrase": "asked otherwise", "neighbo
 def add(commands: common.Subparsers) -> None:
     out = common.parser(
         commands, "demo", run, f"edit {FACTS} facts of the almanac with {' and '.join(METHODS)} and show what comes of it", model=False
+    )
+    out.add_argument(
+        "what",
+        nargs="?",
+        choices=("edits", "theorem"),
+        default="edits",
+        help="facts of the almanac, or why a linear edit moves what is near it",
     )
     out.add_argument("--n", type=common.positive, default=FACTS, help=f"facts to edit ({FACTS})")
     out.add_argument(
@@ -38,6 +45,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
     if args.out is not None:
         files.check(args.out, args.force)
+    if args.what == "theorem":
+        return _theorem(args, screen)
     benchmark = registry.get("benchmark", "almanac")()
     cases = list(benchmark.load("dev", args.n))
     lm = common.load(args)
@@ -112,3 +121,36 @@ def _show(screen: Screen, document: dict[str, Any], count: int) -> None:
     results.show(screen, document["summary"], document["differences"])
     each = ", ".join(f"{name} {value:.2f}" for name, value in document["seconds_an_edit"].items())
     screen.say(f"Seconds an edit (all trained in one batch): {each}.")
+
+
+def _theorem(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.analyse import theorem
+
+    shown = theorem.demonstrate()
+    document = {"facts": shown.facts, "points": shown.points, "saved": None if args.out is None else str(args.out)}
+    if args.out is not None:
+        from errata.report import theorem as drawing
+
+        with files.staged(args.out, args.force) as folder:
+            files.write(folder / "theorem.json", as_json(document) + "\n")
+            drawing.draw(shown.points, shown.facts, [folder / f"theorem.{ending}" for ending in ("svg", "png")])
+    screen.document(document)
+    f = shown.facts
+    reach = f["eps_0"] + f["eps_ir below"]
+    screen.say(f"BaFT, Theorem 2.3, in {f['width']} dimensions, rank {f['rank']}: how far an edit moves states it should leave alone.")
+    screen.say(
+        f"ReFT moves h₀ by {f['shift']:.2f} and keeps its ball of radius {f['eps_0']:g} within {f['eps_t']:.2f}: σ(I + H) = "
+        f"{f['sigma(I + H)']:.2f}, σ(H) = {f['sigma(H)']:.2f}."
+    )
+    screen.say(f"So, however it was trained, it moves every state nearer than {reach:.2f} out of that state's own ball; a gate need not.")
+    lines = [
+        (f"{p['distance']:.2f}", f"{max(0.0, p['bound']):.2f}", f"{p['reft']:.2f}", f"{p['baft']:.2f}", "yes" if p["reft leaves"] else "")
+        for p in shown.points
+    ]
+    screen.table(("distance from h₀", "at least, if linear", "moved by ReFT", "moved by BaFT", "ReFT: out of its ball"), lines, right=(-1,))
+    missed, moved = ([f"{f[f'{name} {what}']:.2f}" for name in ("reft", "baft")] for what in ("from t", "moves unrelated"))
+    screen.say(
+        f"Both trained on one objective.  The edited state and its ball end {missed[0]} (ReFT) and {missed[1]} (BaFT) from the wanted one;"
+    )
+    screen.say(f"unrelated states are moved by {moved[0]} (ReFT) and {moved[1]} (BaFT), on average.")
+    screen.say(common.saved(args.out))

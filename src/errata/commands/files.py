@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 INDEX = "edit.json"  # of `errata edit --out`: the patches in the order they stack
 RESULTS = frozenset({INDEX, "patches", "records.jsonl", "summary.json", "report.html", "report.md"})
-TRACE = re.compile(r"trace\.json|trace-(average|\d+)\.(png|svg)")  # of `errata trace --out`
+ANALYSES = re.compile(  # of `errata trace`, `errata analyse`, `errata reproduce` and `errata demo theorem`
+    r"(trace|keys|gates|reproduce|theorem)\.json|reproduce\.md"
+    r"|(trace-(average|\d+)|keys|gates-(weights|balance|locality)|reproduce-(marks|weights|redundancy)|theorem)\.(png|svg)"
+)
 PATCH = frozenset({"patch.json", "patch.safetensors", "README.md"})
 
 
@@ -31,7 +34,7 @@ def ours(folder: Path) -> bool:
         return all(e.name in PATCH for e in entries)
     return all(
         (e.name == "patches" and ours(e))
-        or ((e.name in RESULTS or TRACE.fullmatch(e.name)) and e.is_file())
+        or ((e.name in RESULTS or ANALYSES.fullmatch(e.name)) and e.is_file())
         or ((e / "patch.json").is_file() and ours(e))
         for e in entries
     )

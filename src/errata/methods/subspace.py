@@ -46,6 +46,7 @@ class Subspace:
             w = gate(p, settings["gate"], h)
             context.note(site, "gate", w)
             update = w * update
+        context.note(site, "update", update)
         moved = y + (update @ p["R"]).to(y.dtype)
         return torch.where(context.active(settings["last"]), moved, y)
 

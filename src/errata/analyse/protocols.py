@@ -1,0 +1,191 @@
+"""How the papers whose figures `errata.published` holds measured, run on any model: windows of edits, single edits, what comes after.
+
+A *window* is T edits (or batches of edits) made one after another from the unedited model, scored when the last is made.  As many
+disjoint windows of each T as the cases allow are run, so that T = 1 and T = 10 rest on as many cases as T = 100; the papers do not
+say how they averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from errata.analyse import gates
+from errata.bank import Stack, live
+from errata.benchmarks.downstream import Choice
+from errata.model import LM
+from errata.request import LOCAL_KINDS, Case
+from errata.score import downstream, robustness
+from errata.score.metrics import summarise
+from errata.score.queries import Answers, score
+
+Progress = Callable[[str, int, int], None]
+Row = dict[str, Any]
+
+# column of a published table -> (metric, protocol); a row's average is over exactly these
+_RELIABILITY, _LOCALITY = ("reliability", "teacher_forced"), ("locality_agreement", "teacher_forced")
+SEQUENTIAL = {"reliability": _RELIABILITY, "generality": ("generality", "teacher_forced"), "locality": _LOCALITY}
+SINGLE = {"reliability": _RELIABILITY, "portability": ("portability", "teacher_forced"), "locality": _LOCALITY}
+SENTIMENT = {"reliability": ("sentiment", "likelihood")}  # ConvSent's
+SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)  # M of BaFT's Fig. 1
+REP = {  # column -> the code's score
+    "success": "success",
+    "paraphrase": "rephrase_id",
+    "scrambled": "shuffle_id",
+    "long_context": "long_acc",
+    "paraphrase_unseen": "rephrase_od",
+}
+
+
+@dataclass
+class Measured:
+    """rows: method, part, benchmark, maybe T, batch, windows, n, and ``figures`` {column: value, low, high}; records: one a probe;
+    weights, redundancy: what Figs. 2 and 1 draw."""
+
+    rows: list[Row] = field(default_factory=list)
+    records: list[Row] = field(default_factory=list)
+    weights: list[Row] = field(default_factory=list)
+    redundancy: list[Row] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Job:
+    """What every protocol needs.  ``answers``: the base is asked once."""
+
+    lm: LM
+    progress: Progress
+    into: Measured = field(default_factory=Measured)
+    answers: Answers = field(default_factory=Answers)
+
+    def keep(self, found: Sequence[Row], wanted: Mapping[str, tuple[str, str]], **row: Any) -> None:
+        """A row of figures from records."""
+        method = str(row["method"])
+        said = {(r["metric"], r["protocol"]): r for r in summarise(found)}
+        figures = {c: {k: said[m][k] for k in ("value", "low", "high")} for c, m in wanted.items() if m in said}
+        if len(figures) > 1:
+            figures["average"] = {k: sum(f[k] for f in figures.values()) / len(figures) for k in ("value", "low", "high")}
+        self.into.rows.append({**row, "method": method, "n": len({r["case"] for r in found}), "figures": figures})
+        self.into.records += [{**r, **{k: row[k] for k in ("part", "T", "batch") if k in row}} for r in found]
+
+
+def stack_of(lm: LM, editor: Any, cases: Sequence[Case], batch: int, told: Callable[[int], None]) -> Stack:
+    """The cases edited in joint edits of ``batch``, one after another."""
+    stack: Stack = ()
+    for start in range(0, len(cases), batch):
+        requests = [r for c in cases[start : start + batch] for r in c.requests]
+        stack = live((*stack, editor.edit(lm, requests, on=stack)))
+        told(min(batch, len(cases) - start))
+    return stack
+
+
+def windows(
+    job: Job, method: str, editor: Any, cases: Sequence[Case], t: int, batch: int = 1, **row: Any
+) -> list[tuple[list[Case], Stack]]:
+    """Score disjoint windows of t edits of ``batch`` cases; their cases and final stacks."""
+    size = t * batch
+    parts = [list(cases[i : i + size]) for i in range(0, len(cases) - size + 1, size)]
+    done, total = 0, size * len(parts)
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        job.progress(f"{method}: editing, T = {t}", done, total)
+
+    if size == 1 and all(not c.more for c in cases):
+        patches = editor.edit_each(job.lm, [c.request for c in cases])
+        stacks: list[Stack] = [(p,) for p in patches]
+    else:
+        stacks = [stack_of(job.lm, editor, part, batch, told) for part in parts]
+    asked = [c for part in parts for c in part]
+    on = [stack for part, stack in zip(parts, stacks, strict=True) for _ in part]
+    found = score(job.lm, asked, on, method, lambda done, of: job.progress(f"{method}: scoring", done, of), job.answers)
+    job.keep(found, SEQUENTIAL, method=method, T=t, windows=len(parts), **({"batch": batch} if batch > 1 else {}), **row)
+    return list(zip(parts, stacks, strict=True))
+
+
+def sequential(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], marks: Sequence[int], batch: int = 1, **row: Any) -> None:
+    """Continual (``batch`` 1) or batched editing at each T that the cases allow."""
+    for t in marks:
+        if t * batch > len(cases):
+            of = "" if batch == 1 else f", batches of {batch}"
+            job.into.left_out.append(f"T = {t}{of}: needs {t * batch} cases, there are {len(cases)}")
+            continue
+        for name, editor in editors.items():
+            windows(job, name, editor, cases, t, batch, **row)
+
+
+def single(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], sentiment: bool, **row: Any) -> None:
+    """Each case alone."""
+    for name, editor in editors.items():
+        stacks = [(p,) for p in _each(job.lm, editor, cases)]
+        found = score(job.lm, cases, stacks, name, lambda done, of, name=name: job.progress(f"{name}: scoring", done, of), job.answers)
+        job.keep(found, SENTIMENT if sentiment else SINGLE, method=name, **row)
+
+
+def _each(lm: LM, editor: Any, cases: Sequence[Case]) -> list[Any]:
+    if any(c.more for c in cases):
+        return [editor.edit(lm, list(c.requests)) for c in cases]
+    patches: list[Any] = editor.edit_each(lm, [c.request for c in cases])
+    return patches
+
+
+def choosing(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], items: Sequence[Choice], **row: Any) -> None:
+    """Accuracy of choices after all cases were edited one after another; the unedited model is the row "none"."""
+    first = True
+    for name, editor in editors.items():
+        stack = stack_of(job.lm, editor, cases, 1, lambda count: None)
+        found = downstream.choices(
+            job.lm, items, stack, name, job.answers, lambda done, of, name=name: job.progress(f"{name}: choosing", done, of)
+        )
+        if first:
+            bare = [{**r, "method": "none", "right_after": r["right_before"], "nll_after": r["nll_before"]} for r in found]
+            job.keep(bare, {"accuracy": ("choices", "likelihood")}, method="none", T=len(cases), **row)
+        job.keep(found, {"accuracy": ("choices", "likelihood")}, method=name, T=len(cases), **row)
+        first = False
+
+
+def choices_of(cases: Sequence[Case]) -> list[Choice]:
+    """Facts that should stay as choices: their own answer against the new one of the edit beside them."""
+    seen: dict[str, Choice] = {}
+    for i, case in enumerate(cases):
+        for probe in case.probes:
+            if probe.kind in LOCAL_KINDS and probe.target and probe.target != case.request.target:
+                pair = (probe.target, case.request.target)
+                right = i % 2  # so that the first is not always right
+                seen.setdefault(probe.prompt, Choice(probe.prompt, pair[::-1] if right else pair, right))
+    return list(seen.values())
+
+
+def robust(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], **row: Any) -> None:
+    """REP's own averages over each case alone, under other names, shuffles and long contexts."""
+    wide = robustness.widen(job.lm, cases)
+    if missing := robustness.unasked(wide):
+        job.into.left_out.append(f"not asked, since the model's window is too short: {', '.join(missing)}")
+    kinds = {"rewrite", *robustness.PAPER.values()}
+    asked = [Case(c.request, tuple(p for p in c.probes if p.kind in kinds), c.more) for c in wide]
+    for name, editor in editors.items():
+        stacks = [(p,) for p in _each(job.lm, editor, asked)]
+        found = score(job.lm, asked, stacks, name, lambda done, of, name=name: job.progress(f"{name}: scoring", done, of), job.answers)
+        at = {a["score"]: a["value"] for a in robustness.micro_averages(found)}
+        figures = {c: {"value": at[s], "low": None, "high": None} for c, s in REP.items() if s in at}
+        job.into.rows.append({**row, "method": name, "n": len(cases), "figures": figures})
+        job.into.records += found
+
+
+def redundancy(job: Job, editors: Mapping[str, Any], cases: Sequence[Case]) -> None:
+    """Of each edit's r dimensions, how many have an update below M times the largest: |w ∘ (A h + b − R h)| on the edited prompt and its
+    answer, mean over the tokens acted on; mean and standard deviation over edits, a row a method, block and M."""
+    for name, editor in editors.items():
+        stacks = [(p,) for p in _each(job.lm, editor, cases)]
+        inputs = [gates.Inputs(c.id, (("edited", c.request.prompt, c.request.target),), s) for c, s in zip(cases, stacks, strict=True)]
+        found = gates.read(job.lm, inputs, None, "update")
+        for block in sorted({f.block for f in found}):
+            moved = np.stack([f.w for f in gates.of(found, None, block)])
+            for share in SHARES:
+                counts = (moved < share * moved.max(1, keepdims=True)).sum(1)
+                counted = {"count": float(counts.mean()), "sd": float(counts.std()), "rank": moved.shape[1], "n": len(moved)}
+                job.into.redundancy.append({"method": name, "block": block, "M": share, **counted})
