@@ -66,10 +66,21 @@ def keep(what: str, label: str, lm: LM, records: Sequence[dict[str, Any]], stack
     rows = summarise(records)
     out = {"n": len({r["case"] for r in records}), "rows": rows, "paper": robustness.micro_averages(records), "seconds_per_edit": seconds}
     out["perplexity"] = held_out(lm, stacks[:1])[0]
-    slim = [{k: r[k] for k in ("method", "case", "kind", "tf_after", "tf_agree", "gen_match_after", "gen_agree")} for r in records]
-    write(f"{FOLDER}/{what}-{label.replace(', ', '-').replace(' ', '-')}", {**out, **more, "records": slim})
+    write(f"{FOLDER}/{what}-{label.replace(', ', '-').replace(' ', '-')}", {**out, **more, "cases": means(records)})
     shown = {r["metric"]: round(r["value"], 3) for r in rows if r["protocol"] == "generated" and r["metric"] in COLUMNS}
     print(label, f"{seconds:.2f} s", out["perplexity"], shown, flush=True)
+
+
+def means(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A record a case and kind, of the means over its probes (what should stay is one kind): what paired differences need."""
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for r in records:
+        grouped.setdefault((r["case"], "neighbour" if r["kind"] in ("neighbour", "unrelated") else r["kind"]), []).append(r)
+    fields = ("tf_after", "tf_agree", "gen_match_after", "gen_agree")
+    return [
+        {"method": own[0]["method"], "case": case, "kind": kind, **{f: round(sum(float(r[f]) for r in own) / len(own), 6) for f in fields}}
+        for (case, kind), own in grouped.items()
+    ]
 
 
 def suite(lm: LM, n: int, only: Sequence[str]) -> None:
@@ -160,7 +171,7 @@ def _differences(found: dict[str, Any]) -> str:
         if label in found and f"rep-{label}" in found:
             cells = []
             for column in COLUMNS:
-                one, two = found[f"rep-{label}"]["records"], found[label]["records"]
+                one, two = found[f"rep-{label}"]["cases"], found[label]["cases"]
                 d = difference(_full(one), _full(two), column, "generated")
                 cells.append(f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]")
             rows.append([label, *cells])
