@@ -83,15 +83,17 @@ class Adapting:
         self.job.place()
         self.moments = inner.prepare(lm)
         self.ops, self.kept = [list(p.ops) for p in made], [{} for _ in made]
-        self.drawn = [self._draw(r) for r in self.job.requests]
+        # an adaptor of its own must stay shut at the facts edited beside it; a shared one serves them all
+        earlier = [r for p in self.on for r in p.requests] if e.scope == "edit" else []
+        self.drawn = [self._draw(r, [*earlier, *(q for q in rs if q is not r and e.scope == "edit")]) for rs in problems for r in rs]
         losses = [self._adapt(block, progress) for block in self.job.blocks]
         return self._pack(made, torch.stack(losses).sum(0), (time.perf_counter() - began) / len(problems))
 
-    def _draw(self, request: EditRequest) -> Drawn:
+    def _draw(self, request: EditRequest, others: Sequence[EditRequest]) -> Drawn:
         e, inner = self.editor, self.job.editor
         return draw(
             self.lm, request, e.surfaces, e.prefixes, steps=e.steps, batch=e.batch, pool=e.pool,
-            away=e.away if e.closing and e.gate else 0, fact_token=inner.fact_token, seed=e.seed, name=e.name,
+            away=e.away if e.closing and e.gate else 0, fact_token=inner.fact_token, seed=e.seed, name=e.name, others=others,
         )  # fmt: skip
 
     def _goes_on(self, blocks: Sequence[int]) -> Patch | None:

@@ -49,6 +49,7 @@ def draw(
     fact_token: str,
     seed: int,
     name: str,
+    others: Sequence[EditRequest] = (),
 ) -> Drawn:
     """``batch`` texts a step, drawn without replacement from at most ``pool`` ones and anew once they are used up; ``away`` places."""
     every = [*_short(lm, request, kinds, before, seed, fact_token, name), *_long(lm, request, kinds, seed, fact_token, name)]
@@ -59,7 +60,7 @@ def draw(
     order: list[int] = []
     while len(order) < steps * batch:
         order += own.sample(range(len(texts)), len(texts))
-    elsewhere = _away(lm, request, texts, away, own, fact_token, name) if away else []
+    elsewhere = _away(lm, request, texts, away, own, fact_token, name, others) if away else []
     return Drawn(texts, [order[i * batch : (i + 1) * batch] for i in range(steps)], elsewhere)
 
 
@@ -113,10 +114,18 @@ def _long(lm: LM, request: EditRequest, kinds: Sequence[str], seed: int, fact_to
 
 
 def _away(
-    lm: LM, request: EditRequest, texts: Sequence[Placed], count: int, own: random.Random, fact_token: str, name: str
+    lm: LM,
+    request: EditRequest,
+    texts: Sequence[Placed],
+    count: int,
+    own: random.Random,
+    fact_token: str,
+    name: str,
+    others: Sequence[EditRequest],
 ) -> list[Placed]:
     """`OWN` places that every step sees, the other tokens of prompt and target in turn; and ``count``, equally many of each kind there
-    is: other tokens of the texts; another name in the prompt; tokens of the request's ``unrelated``, and of bundled text."""
+    is: other tokens of the texts; another name in the prompt; tokens of the request's ``unrelated``, and of bundled text; the subjects
+    of ``others``, facts that are edited beside it, by their names and seen names."""
     kinds = [[replace(t, at=i) for t in own.sample(texts, min(FEW, len(texts))) for i in _others(t)]]
     if request.subject is not None:
         names = own.sample(strangers(), count)
@@ -126,10 +135,18 @@ def _away(
     kinds.append([Placed(row, at) for row in told for at in range(len(row.ids))])
     lines = own.choices(_lines(), k=FEW)
     kinds.append([Placed(row, at) for row in lm.encode(lines) for at in range(len(row.ids))])
+    kinds.append([place for other in own.sample(list(others), min(count, len(others))) for place in _named(lm, other, fact_token, name)])
     kinds = [kind for kind in (_within(lm, kind) for kind in kinds) if kind]
     itself = placed(lm, [request.prompt], [_end(request, None, fact_token, name)], request.target)[0]
     rest = [replace(itself, at=i) for i in range(len(itself.row.ids)) if i != itself.at]
     return [*(rest[i % len(rest)] for i in range(OWN)), *(own.choice(kinds[i % len(kinds)]) for i in range(count))]
+
+
+def _named(lm: LM, request: EditRequest, fact_token: str, name: str) -> list[Placed]:
+    """The places of a fact that is none of this adaptor's business."""
+    asked = _short(lm, request, ("names", "shuffled"), (), 0, fact_token, name)
+    asked.append((request.prompt, _end(request, None, fact_token, name)))
+    return placed(lm, [text for text, _ in asked], [stop for _, stop in asked])
 
 
 def _within(lm: LM, places: Sequence[Placed]) -> list[Placed]:
