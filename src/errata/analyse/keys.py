@@ -96,7 +96,7 @@ def _moved(keys: Tensor, patches: Sequence[Patch], site: Site, owner: Tensor) ->
         open_ = gate_logit(p, k[None])[0, :, 0] > threshold(op.settings["tau"]) if op.settings["gate"] else torch.ones_like(mine).bool()
         b = patch.state[f"{STATE}{site.block}.b"].to(k)
         b = b[0] if b.ndim == 3 else b
-        inner = k.new_ones(len(k), 1) if op.settings["constant"] else k @ p["a"][0, 0].mT
+        inner = torch.linalg.vector_norm(k, dim=-1, keepdim=True) if op.settings["constant"] else k @ p["a"][0, 0].mT
         out[mine] = torch.where(open_[:, None], k + inner @ b.mT, k).to(keys.dtype)
         opened[mine] = open_
     return out, opened

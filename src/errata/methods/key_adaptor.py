@@ -56,8 +56,7 @@ class KeyAdaptor:
         added = torch.zeros(y.shape, dtype=x.dtype, device=y.device)
         for part in parts:
             inner = acts[..., part, None].to(x.dtype)
-            if not settings["constant"]:
-                inner = inner * _each(x, p["a"][:, part])
+            inner = inner * (torch.linalg.vector_norm(x, dim=-1)[..., None, None] if settings["constant"] else _each(x, p["a"][:, part]))
             up = p["u"][:, part].transpose(1, 2).flatten(2)  # [P, O, n r]
             added = added + inner.flatten(-2) @ (up[0] if len(up) == 1 else up).mT
         return torch.where(acts.any(-1, keepdim=True), y + added.to(y.dtype), y)

@@ -44,7 +44,7 @@ class REP:
     aggregation, consistency, match, closing   weights of the loss.  The last two are ours, 0 as published.  ``match`` wants a surface's
                  whole key where the prompt's is.  ``closing`` trains the gate, on which no published term acts: open at surfaces, shut at
                  ``away`` kept places (other tokens of the prompt, other names in it, the request's ``unrelated``, bundled text)
-    gate, projection, normalise   ablations: no gate; a learned vector in place of B A k; ⟨k̂, t⟩ without ‖k̂‖
+    gate, projection, normalise   ablations: no gate; ‖k‖ times a learned vector in place of B A k; ⟨k̂, t⟩ without ‖k̂‖
 
     The paper prints −|⟨k̂/‖k̂‖, C⁻¹k*⟩|; the code has neither the absolute value nor, by default, a C⁻¹ beyond the target's, and is
     followed.  Its soft gate in training and hard gate at use are kept, its dropout that stays on at use is not.  ΔW of other edits on

@@ -85,8 +85,8 @@ def initial(inner: int, rank: int, hidden: int, constant: bool, seed: int) -> di
 
 
 def projected(p: Mapping[str, Tensor], x: Tensor, constant: bool, mask: Tensor | None = None) -> Tensor:
-    """B A (mask ∘ x), [U, M, I]; B itself where it is ``constant``."""
-    inner = x.new_ones(*x.shape[:-1], 1) if constant else (x if mask is None else x * mask) @ p["a"].mT
+    """B A (mask ∘ x), [U, M, I]; ‖x‖ B where it is ``constant``."""
+    inner = torch.linalg.vector_norm(x, dim=-1, keepdim=True) if constant else (x if mask is None else x * mask) @ p["a"].mT
     return inner @ p["b"].mT
 
 
