@@ -16,7 +16,7 @@ from errata.errors import PatchError, StorageError
 if TYPE_CHECKING:
     from errata.patch import Patch
 
-INDEX = "edit.json"  # of `errata edit --out`: the patches in the order they stack
+INDEX = storage.INDEX  # of `errata edit --out`, `errata ledger export`
 RESULTS = frozenset({INDEX, "patches", "records.jsonl", "summary.json", "report.html", "report.md"})
 TRACE = re.compile(r"trace\.json|trace-(average|\d+)\.(png|svg)")  # of `errata trace --out`
 PATCH = frozenset({"patch.json", "patch.safetensors", "README.md"})
