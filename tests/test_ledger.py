@@ -111,7 +111,7 @@ def test_the_last_of_a_chain_leaves_exactly(chain: Path, lm: LM, tmp_path: Path)
 def test_inside_a_chain_undo_refuses_or_makes_the_later_ones_again(chain: Path, lm: LM, tmp_path: Path) -> None:
     book = copied(chain, lm, tmp_path)
     before = logits(lm, book.stack())
-    with pytest.raises(LedgerError, match="edit 1 is inside a chain: edits 2, 3 went on from it.*--remake"):
+    with pytest.raises(LedgerError, match=r"edit 1 is inside a chain: edits 2, 3 went on from it.*--remake"):
         book.undo(1)
     assert torch.equal(logits(lm, book.stack()), before) and len(book.log()) == 3
     done = book.undo(1, remake=True)
@@ -164,7 +164,7 @@ def test_a_saved_patch_that_holds_an_edit_cannot_be_made_again(chain: Path, lm: 
 
 def test_duplicates_contradictions_and_known_facts_are_said_before_editing(book: Ledger, lm: LM) -> None:
     rome = EditRequest(FRANCE, "Rome", "France", paraphrases=("France has the capital",))
-    with pytest.raises(LedgerError, match="nothing was edited.*the model as it is now answers 'Madrid.?' already"):
+    with pytest.raises(LedgerError, match=r"nothing was edited.*the model as it is now answers 'Madrid.?' already"):
         book.apply([EditRequest("The capital of Spain is", "Madrid")], settings=SETTINGS)
     book.apply([rome], settings={**SETTINGS, "steps": 40, "rank": 4})
     before, events = logits(lm, book.stack()), len(book.log())
@@ -254,7 +254,7 @@ def test_check_names_what_a_later_edit_broke(book: Ledger) -> None:
 
 
 def test_another_model_a_newer_schema_and_foreign_folders_are_refused(book: Ledger, lm: LM, tmp_path: Path) -> None:
-    with pytest.raises(LedgerError, match="is of base .*, this model is"):
+    with pytest.raises(LedgerError, match=r"is of base .*, this model is"):
         Ledger.open(book.folder, LM(build("llama", seed=1), lm.tokenizer))
     with pytest.raises(LedgerError, match="holds no ledger"):
         Ledger.open(tmp_path / "nothing")

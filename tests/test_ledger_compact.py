@@ -60,7 +60,7 @@ def test_lean_keeps_what_runs_and_undo_makes_the_rest_again(book: Ledger, lm: LM
     other = book.stack()[1:]
     book.compact(lean=True)
     assert len(names(book)) == 2 and (logits(lm, book.stack()) - before).abs().max() < 1e-5
-    with pytest.raises(LedgerError, match="the files of edit 2, which would run again, were dropped.*undo 1 --remake"):
+    with pytest.raises(LedgerError, match=r"the files of edit 2, which would run again, were dropped.*undo 1 --remake"):
         book.undo(1)
     done = book.undo(1, remake=True)
     assert [n for n, _, _ in done.remade] == [2]
