@@ -140,7 +140,7 @@ def _line(event: Event) -> str:
     """What an event did, in words."""
     d = event.details
     if event.verb == "apply":
-        return f"edits {', '.join(map(str, d['edits']))}"
+        return f"edit{'' if len(d['edits']) == 1 else 's'} {', '.join(map(str, d['edits']))}"
     if event.verb == "undo":
         again = f", made again: {', '.join(str(r['edit']) for r in d['remade'])}" if d["remade"] else ""
         return f"edit {d['edit']}{again}"
@@ -238,5 +238,5 @@ def export(args: argparse.Namespace, screen: Screen) -> None:
     screen.document(
         {"saved": str(args.out), "patches": list(found.patches), "requests": found.requests, "adapter": adapter, "why_not": found.why_not}
     )
-    screen.say(f"{len(found.patches)} patches and {found.requests} requests. " + common.saved(args.out))
+    screen.say(f"Patches: {len(found.patches)}, requests: {found.requests}. " + common.saved(args.out))
     screen.say(f"LoRA adapter: {adapter}" if adapter else f"No LoRA adapter: {found.why_not}")
