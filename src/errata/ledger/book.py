@@ -18,7 +18,7 @@ from typing import Any
 
 from errata import storage
 from errata.bank import Stack, live
-from errata.errors import ConfigError, LedgerError, PatchError, StorageError
+from errata.errors import ConfigError, ErrataError, LedgerError, PatchError, StorageError
 from errata.ledger import blame, check, compact, diff, export, findings, undo
 from errata.ledger.making import MODES, Maker, Progress
 from errata.ledger.record import WAIT, Edit, Event, Record, Writer
@@ -289,7 +289,7 @@ class Ledger:
         try:
             with self.record.writing(wait=0.0) as writer:
                 return self.shelf.sweep(writer.stored())
-        except LedgerError:
+        except ErrataError:  # busy, or a disk that cannot be written: the next open does it
             return []
 
 

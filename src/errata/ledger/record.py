@@ -180,6 +180,11 @@ def _transaction(db: sqlite3.Connection, kind: str) -> Iterator[None]:
         raise
 
 
+def _event(row: tuple[Any, ...]) -> Event:
+    number, time, author, reason, verb, details = row
+    return Event(number, time, author, reason, verb, json.loads(details))
+
+
 class View:
     """Questions to the database, inside a transaction."""
 
@@ -201,18 +206,20 @@ class View:
             f"WHERE {when} ORDER BY s.place, s.id",
             values,
         )
-        return tuple(Entry(*r[:4], replaces=tuple(json.loads(r[4])), stored=bool(r[5]), since=r[6]) for r in rows)
+        return tuple(
+            Entry(row, p, edit, place, tuple(json.loads(old)), bool(kept), since) for row, p, edit, place, old, kept, since in rows
+        )
 
     def events(self, last: int | None = None) -> list[Event]:
         """The log, oldest first; its ``last`` ones only where given."""
         rows = self.db.execute(
             "SELECT id, time, author, reason, verb, details FROM events ORDER BY id DESC LIMIT ?", (-1 if last is None else last,)
         )
-        return [Event(*row[:5], details=json.loads(row[5])) for row in rows][::-1]
+        return [_event(row) for row in rows][::-1]
 
     def event(self, number: int) -> Event:
         row = self.db.execute("SELECT id, time, author, reason, verb, details FROM events WHERE id = ?", (number,)).fetchone()
-        return Event(*row[:5], details=json.loads(row[5]))
+        return _event(row)
 
     def edits(self, live: bool = True) -> list[Edit]:
         """Live ones, or all that ever were, by number."""
