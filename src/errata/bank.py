@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,18 @@ from errata.patch import PROMPT, Op, Patch, Site
 from errata.weights import Groups, padded, sizes, together
 
 Stack = tuple[Patch, ...]
+
+
+class Replaces(Protocol):
+    """What `live` asks of a patch, or of what stands for one."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def replaces(self) -> tuple[str, ...]: ...
+
+
+R = TypeVar("R", bound=Replaces)
 _Placed = tuple[Op, int]  # an op and the place of its patch in the stack
 # See `Bank._by_entry`: numbers that may always be copied, and numbers whose copying takes as long as one more entry.
 FEW, LAUNCH = 2_000_000, {"cpu": 20_000}
@@ -155,8 +167,8 @@ class Plan:
         self.banks.setdefault(bank.site, []).append(bank)
 
 
-def live(stack: Stack) -> Stack:
-    """The patches of a stack that run: one that a later patch replaces stands aside."""
+def live(stack: tuple[R, ...]) -> tuple[R, ...]:
+    """The patches of a stack that run: one that a later patch replaces stands aside.  (Or entries of a ledger, which name patches.)"""
     gone = {old for patch in stack for old in patch.replaces}
     return tuple(p for p in stack if p.id not in gone)
 

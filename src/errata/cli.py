@@ -1,7 +1,7 @@
 """The command ``errata``: arguments in, exit code out.  Help and version load neither torch nor transformers.
 
 Exit codes: 0 done; 1 an error errata did not foresee; 2 wrong input or arguments; 3 model or judge; 4 patch; 5 fit; 6 storage;
-130 Ctrl-C; 141 the reader of a pipe went away.
+7 ledger; 130 Ctrl-C; 141 the reader of a pipe went away.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from errata import __version__
-from errata.commands import about, analyse, ask, demo, edit, report, reproduce, run, score, stats, surfaces, trace
+from errata.commands import about, analyse, ask, demo, edit, ledger, report, reproduce, run, score, stats, surfaces, trace
 from errata.commands.screen import Screen, clean, write
 from errata.errors import ErrataError
 
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--version", action="version", version=f"errata {__version__}")
     out.add_argument("--debug", action="store_true", default=False, help="show tracebacks, and what libraries log")
     commands = out.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for module in (edit, ask, score, run, report, surfaces, stats, trace, analyse, reproduce, demo, about):
+    for module in (edit, ask, ledger, score, run, report, surfaces, stats, trace, analyse, reproduce, demo, about):
         module.add(commands)
     return out
 

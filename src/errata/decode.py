@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from errata.tokens import Batch
+
+AT_ONCE = 64  # prompts answered in one batch
+
+
+def answers(lm: Any, asked: Iterable[tuple[str, Sequence[Any]]], tokens: int) -> list[str]:
+    """Greedy answers to (prompt, stack) pairs; like stacks share a bank, so base and patched models run in one batch."""
+    out: list[str] = []
+    pairs = iter(asked)
+    while part := list(itertools.islice(pairs, AT_ONCE)):
+        out += lm.generate([p for p, _ in part], stacks=[s for _, s in part], rows=range(len(part)), max_new_tokens=tokens)
+    return out
 
 
 def decode(lm: Any, batch: Batch, limit: int, stop: Sequence[str], sampler: Sampler | None) -> list[list[int]]:

@@ -8,7 +8,8 @@ ErrataError                exit code 1
 ├── JudgeError             3   a judge of answers that could not be asked, or gave no verdict
 ├── PatchError             4   a patch that is broken or belongs to another model
 ├── FitError               5   an optimisation that went to NaN
-└── StorageError           6   a disk that is full or cannot be written
+├── StorageError           6   a disk that is full or cannot be written
+└── LedgerError            7   a ledger that refuses: busy, an edit others build on, a fact it has already
 """
 
 from __future__ import annotations
@@ -66,3 +67,9 @@ class StorageError(ErrataError):
     """Nothing could be written; whatever was there before is untouched."""
 
     exit_code = 6
+
+
+class LedgerError(ErrataError):
+    """A ledger that does not do what was asked; its state is as before."""
+
+    exit_code = 7

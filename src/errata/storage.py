@@ -12,6 +12,7 @@ from pathlib import Path
 
 from errata.errors import StorageError
 
+INDEX = "edit.json"  # of a folder of patches: which, in the order they stack
 FEW = 8  # files that are put on the disk one after another
 
 

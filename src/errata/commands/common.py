@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 Subparsers: TypeAlias = "argparse._SubParsersAction[Any]"
 MODES = ("single", "batched", "continual")
 BATCH = 10  # requests in one joint patch, where not given
-AT_ONCE = 64  # prompts answered in one batch
 
 
 def positive(text: str) -> int:
@@ -166,11 +165,10 @@ def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def answers(lm: LM, asked: Iterable[tuple[str, tuple[Any, ...]]], tokens: int) -> list[str]:
-    """Greedy answers to (prompt, stack) pairs; like stacks share a bank, so base and patched models run in one batch."""
-    out: list[str] = []
-    for part in chunks(list(asked), AT_ONCE):
-        out += lm.generate([p for p, _ in part], stacks=[s for _, s in part], rows=range(len(part)), max_new_tokens=tokens)
-    return out
+    """`errata.decode.answers`, which is loaded when a model is."""
+    from errata import decode
+
+    return decode.answers(lm, asked, tokens)
 
 
 def saved(out: Path | None) -> str:

@@ -24,6 +24,13 @@ TOKENS = 12  # of an answer at most
 
 def add(commands: common.Subparsers) -> None:
     out = common.parser(commands, "edit", run, "write new facts as patches; the model itself is not changed")
+    request_options(out)
+    common.mode_options(out)
+    common.out_options(out)
+
+
+def request_options(out: argparse.ArgumentParser) -> None:
+    """What to edit, and by which method."""
     out.add_argument("--prompt", help="text that the target should follow")
     out.add_argument("--target", help="the new answer")
     out.add_argument("--subject", help="what the fact is about, spelt as in the prompt")
@@ -32,8 +39,11 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument(
         "--rank", type=common.positive, metavar="N", help="rank of the patch, where the method has one; short for --set rank=N"
     )
-    common.mode_options(out)
-    common.out_options(out)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Hyper-parameters; ``--rank`` is one."""
+    return common.settings(args) | ({"rank": args.rank} if args.rank else {})
 
 
 def requests(args: argparse.Namespace) -> list[EditRequest]:
@@ -74,14 +84,13 @@ def _make(lm: LM, editor: Any, wanted: list[EditRequest], mode: str, size: int, 
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
-    wanted, size, settings = requests(args), common.batch_size(args), common.settings(args)
-    settings |= {"rank": args.rank} if args.rank else {}
+    wanted, size, chosen = requests(args), common.batch_size(args), settings(args)
     method = args.method
     kind = registry.get("method", method)
     if args.out is not None:
         files.check(args.out, args.force)
     lm = common.load(args)
-    editor = kind.for_model(lm, **settings)
+    editor = kind.for_model(lm, **chosen)
     began = time.perf_counter()
     with screen.progress() as progress:
         common.prepare(editor, lm, progress)

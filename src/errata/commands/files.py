@@ -16,7 +16,7 @@ from errata.errors import PatchError, StorageError
 if TYPE_CHECKING:
     from errata.patch import Patch
 
-INDEX = "edit.json"  # of `errata edit --out`: the patches in the order they stack
+INDEX = storage.INDEX  # of `errata edit --out`, `errata ledger export`
 RESULTS = frozenset({INDEX, "patches", "records.jsonl", "summary.json", "report.html", "report.md"})
 ANALYSES = re.compile(  # of `errata trace`, `errata analyse`, `errata reproduce` and `errata demo theorem`
     r"(trace|keys|gates|reproduce|theorem)\.json|reproduce\.md"

@@ -69,6 +69,10 @@ class Screen:
         if not self.json:
             write(sys.stdout, clean(text) + "\n")
 
+    def flush(self) -> None:
+        """What was said is with the reader: a pipe holds nothing back."""
+        sys.stdout.flush()
+
     def document(self, value: Any) -> None:
         if self.json:
             write(sys.stdout, as_json(value, getattr(sys.stdout, "encoding", None) or "utf-8") + "\n")

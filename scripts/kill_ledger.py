@@ -1,0 +1,106 @@
+"""Kill `errata ledger apply` at random moments of continual editing: after each, a reopened ledger must hold exactly what was acknowledged.
+
+    python scripts/kill_ledger.py MODEL --kills 50 --out FOLDER [--edits 12] [--seed 0] [--set rank=2 …]
+
+Once without a kill (its states, by logits, are what must be found; its length sets the moments).  Then a ledger is edited by the command
+in a child, killed (SIGKILL) at a moment drawn evenly from that length, reopened, checked and gone on with, until it holds all edits; then
+a new ledger, until there were KILLS kills.  After each: the edits are a prefix that holds every acknowledged one and at most one more
+(committed, its line not yet read), logits are bit for bit those of that prefix, and no torn folder is left.
+Children are forked from a process that has loaded the model, so that moments fall into editing and not into the start of Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+
+def killed(argv: list[str], after: float) -> tuple[int, bool]:
+    """Run the command in a child; (edits it acknowledged, whether it was killed ``after`` seconds before it had ended)."""
+    from errata.cli import main
+
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(writing, 1)
+        os.close(reading)
+        os._exit(main(argv))
+    os.close(writing)
+    ends = time.monotonic() + after
+    status = None
+    while time.monotonic() < ends:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.001)
+    else:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    with os.fdopen(reading) as stream:
+        told = stream.read().splitlines()
+    hit = status == signal.SIGKILL
+    if status and not hit:
+        raise SystemExit(f"the command failed by itself (status {status})")
+    return sum("is live" in line for line in told), hit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--edits", type=int, default=12)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[])
+    args = parser.parse_args()
+    import torch
+
+    import errata
+    from errata.config import parse_sets
+    from errata.ledger import Ledger
+    from errata.request import EditRequest, write_requests
+
+    torch.set_num_threads(1)  # a fork takes no threads along
+    lm = errata.load(args.model)
+    errata.load = lambda *_, **__: lm  # the command in a child finds it loaded
+    wanted = [EditRequest(f"Question {i}: the capital of France is", "Rome") for i in range(args.edits)]
+    encoded = lm.batch(lm.encode([r.prompt for r in wanted]))
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
+    whole, began = Ledger.open(args.out / "whole", lm), time.monotonic()
+    whole.apply(wanted, mode="continual", settings=parse_sets(args.set), force=True)
+    length = time.monotonic() - began
+    states = [lm.logits(encoded, [whole.stack(at=n)]) for n in range(len(wanted) + 1)]
+    drawn, done, wrong, unread, books = random.Random(args.seed), 0, [], 0, 0
+    folder, count = args.out / "book-0", 0
+    while done < args.kills:
+        requests = args.out / "requests.jsonl"
+        write_requests(requests, wanted[count:])
+        argv = ["ledger", "apply", str(folder), "--model", args.model, "--requests", str(requests), "--mode", "continual", "--force"]
+        told, hit = killed([*argv, *(x for s in args.set for x in ("--set", s))], drawn.uniform(0, length / 3))
+        done += hit
+        ledger = Ledger.open(folder, lm)
+        had, count = count, len(ledger.edits())
+        folders = sorted(p.name for p in ledger.shelf.folder.iterdir())
+        right = (
+            had + told <= count <= had + told + hit
+            and torch.equal(lm.logits(encoded, [ledger.stack()]), states[count])
+            and folders == sorted(e.patch for e in ledger.edits())
+        )
+        unread += count - had - told
+        wrong += [] if right else [{"ledger": folder.name, "had": had, "told": told, "found": count}]
+        if count == len(wanted):
+            books += 1
+            folder, count = args.out / f"book-{books}", 0
+    print(json.dumps({"seconds": round(length, 2), "kills": done, "wrong": wrong, "committed_unread": unread, "ledgers": books + 1}))
+    raise SystemExit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Every live edit asked again: does it still hold, which later edit broke it, is its folder whole; and damaged folders made again.
+
+Who broke an edit is found by bisection over the stack: right with the edits up to its own, wrong with all; some edit between is the
+first one found with which a right answer turns wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from errata import decode
+from errata.bank import live
+from errata.errors import LedgerError, PatchError
+from errata.ledger.making import Maker, Progress
+from errata.ledger.record import Edit, Writer
+from errata.ledger.stacks import Entries, Entry, holders, of_edit, unmerged
+from errata.request import EditRequest
+from errata.score.match import exact_match
+
+if TYPE_CHECKING:
+    from errata.ledger.book import Ledger
+
+MORE = 4  # tokens of an answer beyond the target's
+
+
+@dataclass(frozen=True)
+class Held:
+    """One request of a live edit.
+
+    status  right; broken (right when made, wrong now, from ``by`` on); never (wrong with the edits up to its own, too); wrong (what was
+            right when made cannot be run any more, see `errata.ledger.compact`); damaged (the folder of the edit's patch); unknown
+            (another's folder is damaged, so that nothing can be asked)
+    """
+
+    edit: int
+    request: EditRequest
+    answer: str | None
+    status: str
+    by: int | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """repaired: (edit, exactly): whether the patch that was made again is the old one bit for bit."""
+
+    held: tuple[Held, ...]
+    repaired: tuple[tuple[int, bool], ...]
+
+    @property
+    def sound(self) -> bool:
+        return all(h.status == "right" for h in self.held)
+
+
+def check(ledger: Ledger, repair: bool, progress: Progress | None) -> Checked:
+    repaired = _repair(ledger, progress) if repair else ()
+    with ledger.record.reading() as view:
+        entries, edits = view.entries(), view.edits()
+    asked = [(edit, request) for edit in edits for request in edit.requests]
+    broken = {e.id for e in entries if e.stored and ledger.damaged(e.id)}
+    if broken & {e.id for e in live(entries)}:
+        return Checked(tuple(Held(e.number, r, None, "damaged" if e.patch in broken else "unknown") for e, r in asked), repaired)
+    lengths = ledger.lm.encode([r.prompt for _, r in asked], [r.target for _, r in asked])
+    tokens = max((len(e.target) for e in lengths), default=0) + MORE
+    stack, held = ledger.stack(), []
+    texts = decode.answers(ledger.lm, [(r.prompt, stack) for _, r in asked], tokens)
+    for i, ((edit, request), text) in enumerate(zip(asked, texts, strict=True)):
+        if edit.patch in broken:  # it stands aside: the answer is what it was
+            status, by = "damaged", None
+        elif exact_match(text, request.target):
+            status, by = "right", None
+        else:
+            status, by = _since(ledger, unmerged(entries), edit, request, tokens)
+        held.append(Held(edit.number, request, text.strip(), status, by))
+        if progress is not None:
+            progress("edits asked", i + 1, len(asked))
+    return Checked(tuple(held), repaired)
+
+
+def _since(ledger: Ledger, entries: Entries, edit: Edit, request: EditRequest, tokens: int) -> tuple[str, int | None]:
+    """(status, the edit that broke it) of a request that is wrong now."""
+    places = [e for e in entries if e.edit is not None]
+    low = next(i for i, e in enumerate(places) if e.edit == edit.number)
+    high = len(places) - 1
+
+    def right(last: int) -> bool:
+        part = tuple(e for e in entries if e.place <= places[last].place)
+        (text,) = decode.answers(ledger.lm, [(request.prompt, ledger.load(ledger.running(part)))], tokens)
+        return exact_match(text, request.target)
+
+    try:
+        if not right(low):
+            return "never", None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if right(middle) else (low, middle)
+    except (LedgerError, PatchError):  # a state that compact has dropped
+        return "wrong", None
+    return "broken", places[high].edit
+
+
+def _repair(ledger: Ledger, progress: Progress | None) -> tuple[tuple[int, bool], ...]:
+    """Damaged folders made again from the record: how, on what and from what requests is all there."""
+    out = []
+    with ledger.changing() as writer:
+        broken = [e for e in writer.entries() if e.stored and ledger.damaged(e.id)]
+        event = writer.note("repair", ledger.author, "", {}) if broken else 0
+        merges = [e for e in broken if e.edit is None]
+        writer.take(merges, event)  # what they hold runs again
+        for i, entry in enumerate(e for e in broken if e.edit is not None):
+            out.append((entry.edit or 0, _made_again(ledger, writer, entry, event)))
+            if progress is not None:
+                progress("patches made again", i + 1, len(broken))
+        if broken:
+            writer.detail(event, {"edits": [n for n, _ in out], "exact": [exact for _, exact in out], "merges": [e.id for e in merges]})
+    return tuple(out)
+
+
+def _made_again(ledger: Ledger, writer: Writer, entry: Entry, event: int) -> bool:
+    """Whether it is the same patch, bit for bit.  Another (another machine, other threads) takes its place if no patch holds it."""
+    edit = writer.edit(entry.edit or 0)
+    maker = Maker.again(ledger.lm, edit)
+    if edit.alone:
+        group = _made_with(writer, edit)
+        patches = maker.make(ledger.lm, [e.requests[0] for e in group], "single", ())
+        patch = patches[[e.number for e in group].index(edit.number)]
+    else:
+        before = tuple(e for e in writer.entries(entry.since) if e.place < entry.place)
+        on = ledger.load(ledger.running(unmerged(before)))
+        (patch,) = maker.make(ledger.lm, edit.requests, "continual", on)
+    if patch.id != entry.id:
+        now = writer.entries()
+        held = holders(now, [entry.id])
+        if later := [e.edit for e in held if e.edit is not None]:
+            raise LedgerError(
+                f"edit {edit.number} cannot be made again bit for bit here, and edit {later[0]} holds it; bring its folder back from a "
+                f"copy, or `errata ledger undo {edit.number} --remake`"
+            )
+        writer.take([of_edit(now, edit.number), *held], event)
+    ledger.shelf.save([patch])
+    writer.add_patch(patch.id, patch.method, patch.replaces, patch.parameters)
+    if patch.id != entry.id:
+        writer.put(patch.id, edit.number, event, entry.place)
+    return patch.id == entry.id
+
+
+def _made_with(writer: Writer, edit: Edit) -> Sequence[Edit]:
+    """The edits of one batch: trained together, their last bits may depend on it."""
+    return [e for e in writer.edits(live=False) if e.applied.id == edit.applied.id]

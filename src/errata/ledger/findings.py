@@ -1,0 +1,71 @@
+"""What is odd about new facts, found before they are edited: written already, contradicted by a live edit, known to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from errata import decode
+from errata.bank import Stack
+from errata.errors import LedgerError
+from errata.ledger.record import Edit
+from errata.model import LM
+from errata.request import EditRequest, fill
+from errata.score.match import exact_match, normalise
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``kind``: duplicate, contradiction or known.  ``edit``: the live edit it is about; None: another new request, or the model."""
+
+    kind: str
+    request: EditRequest
+    edit: int | None
+    text: str
+
+
+def surfaces(request: EditRequest) -> set[str]:
+    """Every prompt that the fact is asked by, as `normalise` leaves it."""
+    names = (fill(request, name) for name in request.aliases)
+    return {normalise(text) for text in (request.prompt, *request.paraphrases, *names)}
+
+
+def among(requests: Sequence[EditRequest], live: Sequence[Edit]) -> Iterator[Finding]:
+    """Requests that share a prompt (or a paraphrase, or the prompt under an alias) with a live edit, or with each other."""
+    asked: dict[str, list[tuple[EditRequest, int | None]]] = {}
+    for edit in live:
+        for old in edit.requests:
+            for text in surfaces(old):
+                asked.setdefault(text, []).append((old, edit.number))
+    for request in requests:
+        own = surfaces(request)
+        told: set[tuple[int | None, str]] = set()
+        for old, number in (pair for text in sorted(own) for pair in asked.get(text, [])):
+            if (number, old.id) in told:
+                continue
+            told.add((number, old.id))
+            where = "another new request" if number is None else f"edit {number}"
+            if exact_match(old.target, request.target):
+                yield Finding("duplicate", request, number, f"{where} writes {old.target!r} after {old.prompt!r} already")
+            else:
+                advice = "leave one out" if number is None else f"undo it first (`errata ledger undo {number}`)"
+                yield Finding("contradiction", request, number, f"{where} writes {old.target!r} after {old.prompt!r}; {advice}")
+        for text in own:
+            asked.setdefault(text, []).append((request, None))
+
+
+def known(lm: LM, requests: Sequence[EditRequest], stack: Stack) -> Iterator[Finding]:
+    """Requests whose target is the greedy answer already, under what is live."""
+    length = max(len(e.target) for e in lm.encode([r.prompt for r in requests], [r.target for r in requests]))
+    texts = decode.answers(lm, [(r.prompt, stack) for r in requests], length + 4)
+    for request, text in zip(requests, texts, strict=True):
+        if exact_match(text, request.target):
+            yield Finding("known", request, None, f"the model as it is now answers {text.strip()!r} already")
+
+
+def refuse(found: Sequence[Finding]) -> None:
+    """`LedgerError` with all of them, if there is one."""
+    if found:
+        lines = [f"{f.request.prompt!r} -> {f.request.target!r}: {f.text}" for f in found[:10]]
+        more = f"; and {len(found) - 10} more" if len(found) > 10 else ""
+        raise LedgerError(f"nothing was edited. {'; '.join(lines)}{more}. Leave these out, or go on with --force")

@@ -1,0 +1,57 @@
+"""Editors at work for a ledger: a new edit on what runs, and the same edit once more on something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from errata import config, registry
+from errata.bank import Stack
+from errata.errors import LedgerError
+from errata.ledger.record import Edit
+from errata.model import LM
+from errata.patch import Patch
+from errata.request import EditRequest
+
+Progress = Callable[[str, int, int], None]  # (stage, done, of)
+MODES = {"single": 64, "batched": 10, "continual": 1}  # requests of one transaction, where not given
+
+
+@dataclass(frozen=True)
+class Maker:
+    """A method with every hyper-parameter, ready for a model."""
+
+    name: str
+    editor: Any
+
+    @classmethod
+    def new(cls, lm: LM, method: str, settings: dict[str, Any], progress: Progress | None = None) -> Maker:
+        """By name, from the method's preset for this model with ``settings`` on top."""
+        editor = registry.get("method", method).for_model(lm, **settings)
+        if hasattr(editor, "prepare"):
+            editor.prepare(lm, lambda done, of: progress and progress("statistics, tokens", done, of))
+        return cls(method, editor)
+
+    @classmethod
+    def again(cls, lm: LM, edit: Edit) -> Maker:
+        """The one that made an edit."""
+        if edit.settings is None:
+            raise LedgerError(
+                f"edit {edit.number} was brought in as a saved patch and cannot be made again; undo it as well, "
+                "then give its requests anew (`errata ledger show` lists them)"
+            )
+        return cls.new(lm, edit.method, edit.settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All of them, as plain values."""
+        return config.to_dict(self.editor)
+
+    def make(self, lm: LM, requests: Sequence[EditRequest], mode: str, on: Stack, progress: Progress | None = None) -> list[Patch]:
+        """One patch a request on the bare base (single), or one for all on the stack ``on``."""
+        if mode != "single":
+            return [self.editor.edit(lm, list(requests), on=on)]
+        steps = max(int(getattr(self.editor, "steps", 1)), 1)
+        told = None if progress is None else (lambda step, running, loss: progress("steps", min(step, steps), steps))
+        return list(self.editor.edit_each(lm, list(requests), progress=told))

@@ -1,0 +1,75 @@
+"""`errata ledger` from the command line; the session of docs/ledger.md runs and says what the page says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tiny import FAST, FRANCE
+
+from errata.cli import main
+
+PAGE = (Path(__file__).parents[1] / "docs" / "ledger.md").read_text(encoding="utf-8")
+
+
+def plain(text: str) -> str:
+    """Without what differs from machine to machine; single spaces."""
+    return " ".join(re.sub(r"\b[0-9a-f]{16}\b", "…", text).split())
+
+
+def test_the_session_of_the_page(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(tiny)
+    (session,) = re.findall(r"```console\n(.*?)```", PAGE, re.S)
+    commands = [part.splitlines() for part in session.split("$ ")[1:]]
+    assert len(commands) == 12
+    for line, *told in commands:
+        code = main(shlex.split(line)[1:])
+        out, err = capsys.readouterr()
+        assert code == (7 if told and told[0].startswith("errata: error") else 0), err
+        said = [plain(x) for x in (out + err).splitlines()]
+        for wanted in map(plain, told):
+            assert any(x.startswith(wanted) for x in said), (line, wanted, said)
+
+
+def document(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, object]:
+    assert main([*argv, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return json.loads(out)
+
+
+def test_every_verb_prints_one_document(tiny: str, requests: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    book = str(tmp_path / "book")
+    made = document(capsys, "ledger", "apply", book, "--model", tiny, "--requests", requests, "--mode", "continual", *FAST, "--force")
+    assert [e["number"] for e in made["edits"]] == [1, 2, 3] and all(e["live"] for e in made["edits"])
+    assert main(["ledger", "undo", book, "2"]) == 7
+    assert "inside a chain" in capsys.readouterr().err
+    assert [r[0] for r in document(capsys, "ledger", "undo", book, "2", "--remake")["remade"]] == [3]
+    assert document(capsys, "ledger", "undo", book, "3")["on_top"] == []
+    log = document(capsys, "ledger", "log", book)
+    assert [e["verb"] for e in log["events"]] == ["apply"] * 3 + ["undo"] * 2 and [e["live"] for e in log["edits"]] == [True, False, False]
+    assert document(capsys, "ledger", "blame", book, FRANCE)["parts"][0]["edits"] == [1]
+    assert document(capsys, "ledger", "diff", book, FRANCE, "--from", "3")["from"] == "3"
+    assert document(capsys, "ledger", "check", book)["edits"][0]["edit"] == 1
+    assert len(document(capsys, "ledger", "compact", book)["dropped"]) == 3
+    assert document(capsys, "ledger", "show", book, "2")["live"] is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "text"),
+    [
+        (["log", "nowhere"], 7, "holds no ledger"),
+        (["apply", "nowhere", "--prompt", "a", "--target", "b"], 7, "--model MODEL"),
+        (["apply", "nowhere", "--patch", "p", "--prompt", "a"], 2, "leave the options that make an edit out"),
+        (["undo", "nowhere", "x"], 2, "must be a whole number"),
+        (["log", "nowhere", "--wait", "-1"], 2, "--wait must be from 0"),
+    ],
+)
+def test_wrong_input(argv: list[str], code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(tmp_path / "nowhere") if a == "nowhere" else a for a in argv]
+    assert main(["ledger", *argv]) == code
+    assert text in capsys.readouterr().err and not (tmp_path / "nowhere").exists()
