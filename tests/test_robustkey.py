@@ -6,6 +6,7 @@ The published files state no licence, so the records here are our own, with the 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from errata.errors import InputError
 from errata.request import Case
 from errata.score.robustness import widen
 
-REAL = Path("/work/shared/data/robustkey")
+REAL = Path(os.environ.get("ERRATA_DATA", "")) / "robustkey"
 SUBJECT = "Ada Lovelace"
 RECORD: dict[str, Any] = {
     "case_id": 7,
@@ -131,7 +132,7 @@ def test_widened(tmp_path: Path) -> None:
     assert {"completion_form", "long_unseen", "shuffled_unseen"} <= {p.kind for p in second.probes}
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the published files are not here")
+@pytest.mark.skipif(not REAL.is_dir(), reason="ERRATA_DATA names no folder with the real files")
 @pytest.mark.parametrize(("name", "count", "cut"), [("valid.counterfact", 100, 6), ("test.counterfact", 400, 20), ("test.zsre", 400, 50)])
 def test_the_published_files(name: str, count: int, cut: int) -> None:
     (path,) = REAL.glob(f"{name}_*.json")

@@ -53,6 +53,12 @@ class LM:
         return int(self.config.hidden_size)
 
     @property
+    def window(self) -> int | None:
+        """Positions a text may have; None where the config names no limit."""
+        most = getattr(self.config, "max_position_embeddings", None)
+        return most if isinstance(most, int) else None
+
+    @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return offload.device(self.hf)

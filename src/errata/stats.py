@@ -175,7 +175,7 @@ class _Pass:
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[tuple[int, ...]]]:
         """Rows of at most `LENGTH` tokens (what the model can take, if less), packed by length up to ``batch_tokens``, padding counted."""
-        most = min(LENGTH, int(getattr(self.lm.config, "max_position_embeddings", LENGTH) or LENGTH))
+        most = min(LENGTH, self.lm.window or LENGTH)
         cut = [t[: most * CHARACTERS] for t in texts if t.strip()]  # a book need not be tokenised for its first page
         rows = sorted((e.ids[:most] for e in self.lm.encode(cut)), key=len)
         batch: list[tuple[int, ...]] = []

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from errata.errors import StorageError
+from errata.errors import ErrataError, StorageError
 
 INDEX = "edit.json"  # of a folder of patches: which, in the order they stack
 FEW = 8  # files that are put on the disk one after another
@@ -78,6 +80,19 @@ def write_file(path: Path, content: bytes) -> None:
             _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def read_document(path: Path, kind: type[ErrataError] = StorageError, advice: str = "") -> dict[str, Any]:
+    """A file that holds one JSON object; else an error of ``kind`` that ends with ``advice``."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise kind(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{path}: not valid JSON ({error}); it was damaged or changed by hand{advice}") from None
+    if not isinstance(found, dict):
+        raise kind(f"{path}: not what errata writes there{advice}")
+    return found
 
 
 def append(path: Path, line: bytes) -> None:

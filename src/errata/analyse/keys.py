@@ -27,10 +27,11 @@ from errata.errors import InputError
 from errata.methods.key_adaptor import gate_logit, threshold
 from errata.methods.locate import POINT, Locating
 from errata.methods.locate_solve import whitened
-from errata.methods.locate_text import Placed, placed, prefixes, subject_end
+from errata.methods.locate_text import Placed, placed, prefixes
 from errata.methods.rep import REP
 from errata.methods.rep_adapting import STATE, apart
-from errata.methods.rep_surfaces import fitting, original, strangers
+from errata.methods.rep_surfaces import end_of, fitting, original, strangers
+from errata.methods.rep_training import projected
 from errata.model import LM
 from errata.patch import Op, Patch, Site
 from errata.request import EditRequest
@@ -96,8 +97,8 @@ def _moved(keys: Tensor, patches: Sequence[Patch], site: Site, owner: Tensor) ->
         open_ = gate_logit(p, k[None])[0, :, 0] > threshold(op.settings["tau"]) if op.settings["gate"] else torch.ones_like(mine).bool()
         b = patch.state[f"{STATE}{site.block}.b"].to(k)
         b = b[0] if b.ndim == 3 else b
-        inner = torch.linalg.vector_norm(k, dim=-1, keepdim=True) if op.settings["constant"] else k @ p["a"][0, 0].mT
-        out[mine] = torch.where(open_[:, None], k + inner @ b.mT, k).to(keys.dtype)
+        change = projected({"a": p["a"][0, 0], "b": b}, k, op.settings["constant"])
+        out[mine] = torch.where(open_[:, None], k + change, k).to(keys.dtype)
         opened[mine] = open_
     return out, opened
 
@@ -105,15 +106,18 @@ def _moved(keys: Tensor, patches: Sequence[Patch], site: Site, owner: Tensor) ->
 def _places(lm: LM, requests: Sequence[EditRequest], i: int, before: Sequence[str]) -> list[tuple[str, Placed]]:
     """(kind, place): the request's own surfaces, then keys that are none of its business."""
     request, found = requests[i], surfaces.of(lm, requests[i])
-    stop = subject_end(request, "keys")
-    texts: list[tuple[str, str, int]] = [("prompt", request.prompt, stop)]
+
+    def end(name: str | None = None) -> int:
+        return end_of(request, name, "subject_last", "keys")
+
+    texts: list[tuple[str, str, int]] = [("prompt", request.prompt, end())]
     for kind in FACT[1:5]:
-        texts += [(kind, surfaces.fill(request, name), stop - len(request.subject or "") + len(name)) for name in getattr(found, kind)]
+        texts += [(kind, surfaces.fill(request, name), end(name)) for name in getattr(found, kind)]
     heads = [*(("prefixed", h) for h in prefixes(lm, ((10, 5),), 0)[1:]), *(("long", fitting(lm, p)) for p in found.passages_unseen)]
-    texts += [(kind, head + request.prompt, len(head) + stop) for kind, head in heads if head]
+    texts += [(kind, head + request.prompt, len(head) + end()) for kind, head in heads if head]
     step = max(1, len(strangers()) // OTHERS)
     names = strangers()[i % step :: step][:OTHERS]
-    texts += [(OTHER[0], surfaces.fill(request, name), stop - len(request.subject or "") + len(name)) for name in names]
+    texts += [(OTHER[0], surfaces.fill(request, name), end(name)) for name in names]
     out = list(zip([kind for kind, _, _ in texts], placed(lm, [t for _, t, _ in texts], [s for _, _, s in texts]), strict=True))
     others = [requests[(i + j) % len(requests)] for j in range(1, min(OTHERS, len(requests) - 1) + 1)]
     return [*out, *((OTHER[1], original(lm, other, "subject_last", "keys")) for other in others)]

@@ -55,8 +55,7 @@ class InContextEditor:
 
     def room(self, lm: LM) -> int:
         """The budget on this model."""
-        limit = getattr(lm.config, "max_position_embeddings", None)
-        return self.budget or (limit // 2 if isinstance(limit, int) else 1024)
+        return self.budget or (1024 if lm.window is None else lm.window // 2)
 
     def facts(self, requests: Sequence[EditRequest]) -> list[str]:
         return [self.fact.format(prompt=r.prompt.rstrip(), target=r.target.strip()) for r in requests]

@@ -62,8 +62,7 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 def _passes(lm: LM, rows: Sequence[Encoded]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(ids, position, lengths) of batches of texts, each cut to its last `LONGEST` tokens or what the model has room for."""
-    limit = getattr(lm.config, "max_position_embeddings", None)
-    most = min(LONGEST, limit) if isinstance(limit, int) else LONGEST
+    most = min(LONGEST, lm.window or LONGEST)
     rows = [Encoded(r.ids[-most:], min(len(r.ids), most)) for r in rows]
     out = []
     for start in range(0, len(rows), AT_ONCE):

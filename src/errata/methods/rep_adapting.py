@@ -121,12 +121,14 @@ class Adapting:
             keys = together(rehearsed, keys, e.seed + len(self.before.requests))
         units = len(self.ops) if e.scope == "shared" else len(keys.own)
         fitted, loss = train(e, keys, {k: t.to(lm.device).expand(units, *t.shape) for k, t in start.items()}, units, progress)
-        per = units // len(self.ops)
+        per, site = units // len(self.ops), Site(block, POINT)
+        through = self._through(site, fitted["b"])
         for i, own in enumerate(self.ops):
-            mine = {k: _own(t[i * per : (i + 1) * per]) for k, t in fitted.items()}
-            up = self._up(Site(block, POINT), mine["b"], own)
+            part = slice(i * per, (i + 1) * per)
+            mine = {k: _own(t[part]) for k, t in fitted.items()}
+            up = self._up(site, mine["b"], through[part], own)
             tensors = {k: t for k, t in mine.items() if k != "b"} | {"u": up}
-            own.append(Op("key_adaptor", Site(block, POINT), tensors, {"tau": e.tau, "gate": e.gate, "constant": constant}))
+            own.append(Op("key_adaptor", site, tensors, {"tau": e.tau, "gate": e.gate, "constant": constant}))
             self.kept[i][f"{STATE}{block}.b"] = mine["b"]  # folded into u; kept so that moved keys can be looked at
         if e.scope == "shared":
             each = len(keys.own) // len(self.ops)
@@ -150,15 +152,18 @@ class Adapting:
             away = self._read(places, block, job.owner.repeat_interleave(len(places) // len(own))).unflatten(0, (len(own), -1))
         return Keys(surfaces, steps.transpose(0, 1).to(lm.device), own, target, away)
 
-    def _up(self, site: Site, b: Tensor, ops: Sequence[Op]) -> Tensor:
-        """U = (W + ΔW) B, [n, O, r]: the frozen linear is asked, not read."""
+    def _through(self, site: Site, b: Tensor) -> Tensor:
+        """W B of all adaptors, [U, r, O]: the frozen linear is asked, not read."""
         module, rows = module_at(self.lm, site), b.mT
         with torch.no_grad(), bare(self.lm.hf):
             zero = module(torch.zeros(1, rows.shape[-1], dtype=self.lm.dtype, device=self.lm.device))
             out = module(rows.flatten(0, 1).to(self.lm.dtype)).to(b.dtype) - zero.to(b.dtype)
+        return out.unflatten(0, rows.shape[:2])
+
+    def _up(self, site: Site, b: Tensor, through: Tensor, ops: Sequence[Op]) -> Tensor:
+        """U = (W + ΔW) B, [n, O, r]."""
         written = [op for op in (*(self.before.ops if self.before else ()), *ops) if op.site == site and op.kind != "key_adaptor"]
-        out = out.unflatten(0, rows.shape[:2]) + (rows.double().cpu() @ delta(total(written)).T).to(out)
-        return out.mT.contiguous()
+        return (through + (b.mT.double().cpu() @ delta(total(written)).T).to(through)).mT.contiguous()
 
     def _settings(self, blocks: Sequence[int]) -> dict[str, Any]:
         e = self.editor
@@ -173,7 +178,7 @@ class Adapting:
                 adaptors = [op for op in ops if op.kind == "key_adaptor"]
                 weights = [op for op in (*old.ops, *ops) if op.kind != "key_adaptor"]
                 ops = [*(total([w for w in weights if w.site == a.site]) for a in adaptors), *adaptors]
-                state = {k: torch.cat([old.state[k], t.cpu()]) for k, t in state.items()}
+                state = {k: torch.cat([old.state[k].cpu(), t.cpu()]) for k, t in state.items()}
             requests = (*(old.requests if old else ()), *patch.requests)
             settings = self._settings(self.job.blocks)
             out.append(Patch(self.editor.name, settings, self.lm.fingerprint, requests, tuple(ops), state | kept, chain(old), notes))

@@ -19,6 +19,7 @@ from errata import surfaces
 from errata.methods.locate_text import Placed, placed, prefixes, subject_end
 from errata.model import LM
 from errata.request import EditRequest
+from errata.surfaces import Surfaces
 from errata.texts import bundled
 
 KINDS = ("names", "shuffled", "prefixes", "long", "paraphrases")
@@ -52,7 +53,12 @@ def draw(
     others: Sequence[EditRequest] = (),
 ) -> Drawn:
     """``batch`` texts a step, drawn without replacement from at most ``pool`` ones and anew once they are used up; ``away`` places."""
-    every = [*_short(lm, request, kinds, before, seed, fact_token, name), *_long(lm, request, kinds, seed, fact_token, name)]
+    heads = prefixes(lm, before, seed) if "prefixes" in kinds else [""]
+    found = surfaces.of(lm, request, seed) if request.subject is not None else None
+    every = [
+        *_short(request, found, kinds, heads, fact_token, name),
+        *(_long(lm, request, seed, fact_token, name) if "long" in kinds else ()),
+    ]
     own = random.Random(f"{seed}/{request.prompt}/{request.target}")
     chosen = own.sample(every, min(pool, len(every)))
     texts = _within(lm, placed(lm, [text for text, _ in chosen], [stop for _, stop in chosen]))
@@ -66,10 +72,10 @@ def draw(
 
 def original(lm: LM, request: EditRequest, fact_token: str, name: str) -> Placed:
     """The prompt itself."""
-    return placed(lm, [request.prompt], [_end(request, None, fact_token, name)])[0]
+    return placed(lm, [request.prompt], [end_of(request, None, fact_token, name)])[0]
 
 
-def _end(request: EditRequest, other: str | None, fact_token: str, name: str) -> int:
+def end_of(request: EditRequest, other: str | None, fact_token: str, name: str) -> int:
     """The character where the place that is read ends in the prompt with ``other`` for its subject."""
     if fact_token == "last":
         text = request.prompt if other is None else surfaces.fill(request, other)
@@ -79,21 +85,19 @@ def _end(request: EditRequest, other: str | None, fact_token: str, name: str) ->
 
 
 def _short(
-    lm: LM, request: EditRequest, kinds: Sequence[str], before: Sequence[tuple[int, int]], seed: int, fact_token: str, name: str
+    request: EditRequest, found: Surfaces | None, kinds: Sequence[str], heads: Sequence[str], fact_token: str, name: str
 ) -> list[tuple[str, int]]:
-    """(text, character where the name ends): every prefix before every name; the bare prompt is among them."""
+    """(text, character where the name ends): every prefix before every name, but for the bare prompt."""
     names: list[str | None] = [None]
-    if request.subject is not None:
-        found = surfaces.of(lm, request, seed)
+    if found is not None:
         names += found.names_seen if "names" in kinds else ()
         names += found.shuffled_seen if "shuffled" in kinds else ()
-    heads = prefixes(lm, before, seed) if "prefixes" in kinds else [""]
     out = []
     for head, other in product(heads, dict.fromkeys(names)):
         if not head and other is None:
             continue  # the prompt itself, which every step sees
         text = request.prompt if other is None else surfaces.fill(request, other)
-        out.append((head + text, len(head) + _end(request, other, fact_token, name)))
+        out.append((head + text, len(head) + end_of(request, other, fact_token, name)))
     return [*out, *_paraphrases(request, fact_token)] if "paraphrases" in kinds else out
 
 
@@ -105,11 +109,10 @@ def _paraphrases(request: EditRequest, fact_token: str) -> list[tuple[str, int]]
     return [(text, text.find(subject) + len(subject)) for text in request.paraphrases if subject and subject in text]
 
 
-def _long(lm: LM, request: EditRequest, kinds: Sequence[str], seed: int, fact_token: str, name: str) -> list[tuple[str, int]]:
-    if "long" not in kinds:
-        return []
-    stop = _end(request, None, fact_token, name)
-    heads = [fitting(lm, passage) for passage in surfaces.of(lm, request, seed).passages_seen]
+def _long(lm: LM, request: EditRequest, seed: int, fact_token: str, name: str) -> list[tuple[str, int]]:
+    """The prompt behind the seen passages."""
+    stop = end_of(request, None, fact_token, name)
+    heads = [fitting(lm, passage) for passage in surfaces.passages(surfaces.PASSAGES_SEEN, seed=seed)]
     return [(head + request.prompt, len(head) + stop) for head in heads if head]
 
 
@@ -130,29 +133,33 @@ def _away(
     if request.subject is not None:
         names = own.sample(strangers(), count)
         filled = [surfaces.fill(request, other) for other in names]
-        kinds.append(placed(lm, filled, [_end(request, other, fact_token, name) for other in names]))
+        kinds.append(placed(lm, filled, [end_of(request, other, fact_token, name) for other in names]))
     told = lm.encode([f"{prompt} {answer}" for prompt, answer in request.unrelated]) if request.unrelated else []
     kinds.append([Placed(row, at) for row in told for at in range(len(row.ids))])
     lines = own.choices(_lines(), k=FEW)
     kinds.append([Placed(row, at) for row in lm.encode(lines) for at in range(len(row.ids))])
     kinds.append([place for other in own.sample(list(others), min(count, len(others))) for place in _named(lm, other, fact_token, name)])
     kinds = [kind for kind in (_within(lm, kind) for kind in kinds) if kind]
-    itself = placed(lm, [request.prompt], [_end(request, None, fact_token, name)], request.target)[0]
+    itself = placed(lm, [request.prompt], [end_of(request, None, fact_token, name)], request.target)[0]
     rest = [replace(itself, at=i) for i in range(len(itself.row.ids)) if i != itself.at]
     return [*(rest[i % len(rest)] for i in range(OWN)), *(own.choice(kinds[i % len(kinds)]) for i in range(count))]
 
 
 def _named(lm: LM, request: EditRequest, fact_token: str, name: str) -> list[Placed]:
-    """The places of a fact that is none of this adaptor's business."""
-    asked = _short(lm, request, ("names", "shuffled"), (), 0, fact_token, name)
-    asked.append((request.prompt, _end(request, None, fact_token, name)))
-    return placed(lm, [text for text, _ in asked], [stop for _, stop in asked])
+    """The places of a fact that is none of this adaptor's business.  Kept: every other edit of a stack asks for them."""
+    key = ("rep's other facts", request.id, fact_token)
+    if key not in lm.kept:
+        found = surfaces.of(lm, request) if request.subject is not None else None
+        asked = _short(request, found, ("names", "shuffled"), [""], fact_token, name)
+        asked.append((request.prompt, end_of(request, None, fact_token, name)))
+        lm.kept[key] = placed(lm, [text for text, _ in asked], [stop for _, stop in asked])
+    out: list[Placed] = lm.kept[key]
+    return out
 
 
 def _within(lm: LM, places: Sequence[Placed]) -> list[Placed]:
     """Those whose texts fit into the model's positions."""
-    limit = getattr(lm.config, "max_position_embeddings", None)
-    return [p for p in places if limit is None or len(p.row.ids) <= limit]
+    return [p for p in places if lm.window is None or len(p.row.ids) <= lm.window]
 
 
 def _others(text: Placed) -> list[int]:
@@ -174,9 +181,8 @@ def _lines() -> list[str]:
 
 def fitting(lm: LM, passage: str) -> str:
     """The end of a passage that leaves room for a prompt in the model's positions."""
-    limit = getattr(lm.config, "max_position_embeddings", None)
-    if limit is None:
+    if lm.window is None:
         return passage
     offsets = lm.tokenizer(passage, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
-    keep = max(0, int(limit) - BOTH)
+    keep = max(0, lm.window - BOTH)
     return passage if len(offsets) <= keep else passage[offsets[-keep][0] :].lstrip() if keep else ""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from errata import storage
 from errata.errors import InputError
 
 Record = Mapping[str, Any]
@@ -121,15 +122,7 @@ def _digest(value: Any) -> str:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); it was damaged or changed by hand") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: not what errata writes there")
-    return found
+    return storage.read_document(path, InputError)
 
 
 def _checked(document: dict[str, Any], path: Path) -> dict[str, Any]:

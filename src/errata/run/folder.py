@@ -44,15 +44,7 @@ def document(path: Path, value: Any) -> None:
 
 def read_document(path: Path) -> dict[str, Any]:
     """The inverse of `document`."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{path}: not valid JSON ({error}); it was changed by hand or damaged: give another --out") from None
-    if not isinstance(found, dict):
-        raise StorageError(f"{path}: not what errata writes there; give another --out")
-    return found
+    return storage.read_document(path, advice="; give another --out")
 
 
 class Journal:

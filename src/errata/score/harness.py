@@ -40,8 +40,7 @@ class Harness(TemplateLM):
         super().__init__()
         self.lm, self.stack, self.rows = lm, stack, rows
         self.tokenizer = lm.tokenizer
-        most = getattr(lm.config, "max_position_embeddings", None)
-        self.length = most if isinstance(most, int) else LENGTH
+        self.length = lm.window or LENGTH
 
     @property
     def eot_token_id(self) -> int:

@@ -102,9 +102,9 @@ def _mean(total: float, ids: torch.Tensor, ratio: float) -> Perplexity:
 
 def _rows(lm: LM, text: str, tokens: int, length: int) -> tuple[list[list[int]], float]:
     """(rows of token ids, tokens a byte)."""
-    most = getattr(lm.config, "max_position_embeddings", None)
+    most = lm.window
     bos = [] if lm.tokenizer.bos_token_id is None else [lm.tokenizer.bos_token_id]
-    if length < 2 or (isinstance(most, int) and length + len(bos) > most):
+    if length < 2 or (most is not None and length + len(bos) > most):
         raise InputError(f"rows of {length} tokens do not fit; give a length of at least 2" + (f" and below {most}" if most else ""))
     if tokens < length:
         raise InputError(f"{tokens} tokens are less than one row of {length}; ask for more tokens or shorter rows")

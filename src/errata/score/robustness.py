@@ -144,11 +144,10 @@ def negated(prompt: str, subject: str | None = None) -> str | None:
 
 
 def _fits(lm: LM, probe: Probe, room: int) -> bool:
-    limit = getattr(lm.config, "max_position_embeddings", None)
     text, taken = f"{probe.prompt} {probe.target}", MARGIN + room
-    if not limit or len(text.encode()) + taken <= limit:  # a token is at least a byte
+    if not lm.window or len(text.encode()) + taken <= lm.window:  # a token is at least a byte
         return True
-    return len(lm.tokenizer(text)["input_ids"]) + taken <= int(limit)
+    return len(lm.tokenizer(text)["input_ids"]) + taken <= lm.window
 
 
 def micro_averages(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

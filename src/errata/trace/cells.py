@@ -87,7 +87,7 @@ def _clean(lm: LM, fact: Fact, row: Encoded, span: tuple[int, int], how: Setting
 
     A space that is a token of its own says nothing of the answer: where the model goes on with one, the prompt is read with it.
     """
-    limit = getattr(lm.config, "max_position_embeddings", None)
+    limit = lm.window
     if limit is not None and len(row.ids) + SPACES > limit:
         return f"its {len(row.ids)} tokens are too many for the model's {limit} positions"
     run = _Run(lm, row.ids, span, how, window)
