@@ -21,13 +21,13 @@ import torch
 from edit_speed import begin, end, options, timed
 
 from errata import registry
+from errata.decode import fork
 from errata.families import linear_sizes
 from errata.methods.side_memory import LONG, pack
 from errata.model import LM
 from errata.patch import Op, Patch, Site
 from errata.read import module_at, read
 from errata.request import EditRequest
-from errata.tail import fork
 from errata.tokens import Encoded
 
 

@@ -16,12 +16,14 @@ from families import FAMILIES, SENTENCES, lm
 from errata import registry
 from errata.bank import Bank, Context
 from errata.config import build
+from errata.decode import Begun, decode
 from errata.methods.in_context import InContextEditor
 from errata.methods.locate import LocateEditor
 from errata.methods.subspace import Subspace, orthonormal, start
 from errata.model import LM
 from errata.patch import Op, Patch, Site
 from errata.request import EditRequest
+from errata.score import forcing
 from errata.tail import Tail, Whole, capture, cut
 from errata.tokens import IGNORED
 from errata.weights import merge
@@ -208,6 +210,27 @@ def test_padding_cache_and_raw_calls_agree(method: str, family: str, dtype: str)
                     break
                 ids.append(token)
             assert base.tokenizer.decode(ids[len(row.ids) :], skip_special_tokens=True).strip() == texts[i]
+
+
+@each_family
+@each_method
+def test_forcing_behind_a_prompt_that_has_run_is_forcing_in_one_text(method: str, family: str) -> None:
+    """Rows of several stacks, a row asked twice, targets of one token and of several; what was decided on the prompt is kept."""
+    base = model(family)
+    a, b, _ = patches(method, family)
+    stacks, which, answers = [(), (a,), (a, b)], [0, 1, 2, 1, 2], ["Rome", "Spanish", "French and Italian"]
+    texts = [text for target in answers for text in base.encode(PROMPTS[:5], [target] * 5)]
+    asked = [i % 5 for i in range(len(texts))]
+    prompts = base.encode(PROMPTS[:5])
+    assert all(text.ids[: text.prompt_length] == prompts[i].ids for i, text in zip(asked, texts, strict=True))
+    begun = Begun.of(base, base.batch(prompts), base.plan(stacks, which, 5))
+    found = forcing.behind(begun, asked, [text.target for text in texts])
+    for one, other in zip(found, forcing.whole(base, texts, stacks, [which[i] for i in asked]), strict=True):
+        assert one.target == other.target and one.nll == pytest.approx(other.nll, abs=2e-4, rel=1e-3)
+    # rows that have ended leave: the others answer as they do alone
+    free = decode(begun, 6, (".",))
+    for i, ids in enumerate(free):
+        assert base.continuations([PROMPTS[i]], stacks=[stacks[which[i]]], max_new_tokens=6, stop=(".",)) == [ids]
 
 
 @each_dtype

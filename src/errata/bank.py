@@ -123,20 +123,23 @@ class Bank:
             context = replace(context, slot=self.slot)
         if self.rows is None:
             out = kind.apply(self.params, self.settings, x, y, self.site, context)
-            return out
-        if hasattr(kind, "apply_rows") and self._by_entry(y.device):
+        elif hasattr(kind, "apply_rows") and self._by_entry(y.device):
             out = kind.apply_rows(self.params, self.groups, self.settings, x, y, self.site, context)
-            return out
-        chosen = (self.rows >= 0).nonzero().squeeze(1)
-        if len(chosen) == len(self.rows):
-            gathered = {k: t[self.rows] for k, t in self.params.items()}
-            out = kind.apply(gathered, self.settings, x, y, self.site, context)
-            return out
-        if not len(chosen):
-            return y
-        gathered = {k: t[self.rows[chosen]] for k, t in self.params.items()}
-        part = kind.apply(gathered, self.settings, x[chosen], y[chosen], self.site, context.select(chosen))
-        return y.index_copy(0, chosen, part)
+        elif len(chosen := (self.rows >= 0).nonzero().squeeze(1)) == len(self.rows):
+            out = kind.apply({k: t[self.rows] for k, t in self.params.items()}, self.settings, x, y, self.site, context)
+        elif not len(chosen):
+            out = y
+        else:
+            gathered = {k: t[self.rows[chosen]] for k, t in self.params.items()}
+            part = kind.apply(gathered, self.settings, x[chosen], y[chosen], self.site, context.select(chosen))
+            out = y.index_copy(0, chosen, part)
+        return out
+
+    def select(self, rows: Tensor) -> Bank:
+        """The bank of some rows of the batch."""
+        if self.rows is None and all(len(t) == 1 for t in self.params.values()):
+            return self
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
 
     def _by_entry(self, device: torch.device) -> bool:
         """Whether to take a product an entry (`Kind.apply_rows`) instead of a copy of the parameters a row.
@@ -165,6 +168,13 @@ class Plan:
 
     def add(self, bank: Bank) -> None:
         self.banks.setdefault(bank.site, []).append(bank)
+
+    def select(self, rows: Tensor) -> Plan:
+        """The plan of some rows of the text that runs, with what was decided on their prompts; the two go on without each other."""
+        banks = {site: [bank.select(rows) for bank in own] for site, own in self.banks.items()}
+        lengths = None if self.prompt_lengths is None else self.prompt_lengths[rows]
+        memory = {name: value[rows] for name, value in self.memory.items()}
+        return Plan(banks, lengths, memory=memory, front=self.front and self.front.select(rows))
 
 
 def live(stack: tuple[R, ...]) -> tuple[R, ...]:
@@ -262,7 +272,7 @@ class Hooks(AbstractContextManager["Hooks"]):
 
     def __init__(self, hf: Any, family: Family, plan: Plan) -> None:
         self.plan, self._exit = plan, ExitStack()
-        if not plan.banks and plan.front is None:
+        if not (plan.banks or plan.front):
             return
         self.family, blocks = family, resolve(hf, family.blocks)
         self._hold(hf.register_forward_pre_hook(self._before, with_kwargs=True))

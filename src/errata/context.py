@@ -84,13 +84,19 @@ class Front:
 
     def __post_init__(self) -> None:
         for s, ops in enumerate(self.stacks):
-            if all(op.settings["retrieval"] is None for op in ops):
+            if s not in self.fixed and all(op.settings["retrieval"] is None for op in ops):
                 self.fixed[s] = self._joined(ops, [None] * len(ops))
 
     @property
     def width(self) -> int:
         """Columns put in front of the text that runs."""
         return 0 if self.placed is None else self.placed.width
+
+    def select(self, rows: Tensor) -> Front:
+        """Of some rows of the text that runs."""
+        placed = self.placed and Placed(self.placed.ids[rows], self.placed.lengths[rows], self.placed.column[rows])
+        which = None if self.rows is None else self.rows.to(rows.device)[rows]
+        return Front(self.stacks, which, self.tokenizer, placed, None, self.fixed)
 
     def begin(self, hf: Any, family: Family, kwargs: Mapping[str, Any], position: Tensor, lengths: Tensor) -> None:
         """Choose the context of each row of a text that begins; ``position`` [B, T] and prompt ``lengths`` [B] as the caller counts."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from errata.tokens import Batch
 
 AT_ONCE = 64  # prompts answered in one batch
+LEAVE = 0.75  # ended rows leave when no more than this share of a batch goes on: leaving copies the cache, as every step does
 
 
 def answers(lm: Any, asked: Iterable[tuple[str, Sequence[Any]]], tokens: int) -> list[str]:
@@ -24,25 +27,78 @@ def answers(lm: Any, asked: Iterable[tuple[str, Sequence[Any]]], tokens: int) ->
     return out
 
 
-def decode(lm: Any, batch: Batch, limit: int, stop: Sequence[str], sampler: Sampler | None) -> list[list[int]]:
-    """New ids of each row, at most ``limit``, under whatever runs on ``lm``; see `errata.model.LM.continuations`."""
-    ends, ids, mask, cache = _ends(lm), batch.ids, batch.mask, None
-    new: list[list[int]] = [[] for _ in range(len(ids))]
-    done = [False] * len(ids)
-    for _ in range(limit):
-        out = lm.forward(ids, mask, past_key_values=cache, use_cache=True, **lm.last_only)
-        cache, last = out.past_key_values, out.logits[:, -1]
-        ids = last.argmax(-1, keepdim=True) if sampler is None else sampler(last)
-        for i, token in enumerate(ids[:, 0].tolist()):
-            if not done[i]:
-                if token in ends:
-                    done[i] = True
-                    continue
-                new[i].append(token)
-                done[i] = bool(stop) and any(s in lm.tokenizer.decode(new[i]).lstrip() for s in stop)
-        if all(done):
+@dataclass(frozen=True)
+class Begun:
+    """A padded batch whose prompts have run: what further tokens need.  ``last`` [B, V] are the logits that foretell the next token.
+
+    ``mask`` [B, T] of everything so far; the plan (`errata.bank.Plan`) holds what its ops decided on the prompts.
+    """
+
+    lm: Any
+    plan: Any
+    mask: Tensor
+    cache: Any
+    last: Tensor
+
+    @classmethod
+    def of(cls, lm: Any, batch: Batch, plan: Any) -> Begun:
+        """Run the prompts of a left-padded batch under a plan."""
+        plan.prompt_lengths = batch.prompt_lengths
+        with lm.running(plan):
+            out = lm.forward(batch.ids, batch.mask, use_cache=True, **lm.last_only)
+        return cls(lm, plan, batch.mask, out.past_key_values, out.logits[:, -1])
+
+    def select(self, rows: Tensor) -> Begun:
+        """Rows [b] of it, any number of times each; the two go on without each other."""
+        return Begun(self.lm, self.plan.select(rows), self.mask[rows], picked(self.cache, rows), self.last[rows])
+
+    def fed(self, ids: Tensor, mask: Tensor, **more: Any) -> tuple[Begun, Tensor]:
+        """(it with tokens [B, n] behind it, their logits); padding, where ``mask`` [B, n] is 0, is on the right.  It stays as it is."""
+        whole, cache = torch.cat([self.mask, mask], 1), fork(self.cache)
+        with self.lm.running(self.plan):
+            out = self.lm.forward(ids, whole, past_key_values=cache, use_cache=True, **more)
+        return Begun(self.lm, self.plan, whole, out.past_key_values, out.logits[:, -1]), out.logits
+
+
+def fork(cache: Any) -> Any:
+    """A cache that shares its tensors with ``cache``; appending to it makes new tensors and leaves ``cache`` as it is."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
+def picked(cache: Any, rows: Tensor) -> Any:
+    """The cache of rows of a batch."""
+    other = fork(cache)
+    for layer in other.layers:
+        if layer.keys is not None:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    return other
+
+
+def decode(begun: Begun, limit: int, stop: Sequence[str], sampler: Sampler | None = None) -> list[list[int]]:
+    """New ids of each row, at most ``limit``; see `errata.model.LM.continuations`.  Rows that have ended leave the batch."""
+    ends, tokenizer = _ends(begun.lm), begun.lm.tokenizer
+    new: list[list[int]] = [[] for _ in begun.last]
+    rows = list(range(len(new)))  # of the batch as it is now
+    live = set(rows)
+    for step in range(limit):
+        ids = begun.last.argmax(-1, keepdim=True) if sampler is None else sampler(begun.last, rows)
+        for i, token in zip(rows, ids[:, 0].tolist(), strict=True):
+            if i not in live:
+                continue
+            if token in ends:
+                live.discard(i)
+                continue
+            new[i].append(token)
+            if stop and any(s in tokenizer.decode(new[i]).lstrip() for s in stop):
+                live.discard(i)
+        if not live or step + 1 == limit:
             break
-        mask = torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
+        if len(live) <= LEAVE * len(rows):
+            keep = torch.tensor([at for at, i in enumerate(rows) if i in live], device=ids.device)
+            begun, ids, rows = begun.select(keep), ids[keep], [i for i in rows if i in live]
+        begun, _ = begun.fed(ids, begun.mask.new_ones((len(rows), 1)), **begun.lm.last_only)
     return new
 
 
@@ -63,10 +119,10 @@ class Sampler:
             digest = hashlib.sha256(f"{seed} {seen[prompt]} {prompt}".encode()).digest()
             self.generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:6], "big")))
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """[B, 1] from logits [B, V]."""
+    def __call__(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """[b, 1] from logits [b, V] of some rows."""
         best, tokens = logits.float().topk(min(self.top_k, logits.shape[-1]))
-        draws = torch.tensor([float(torch.rand((), generator=g)) for g in self.generators], device=logits.device)
+        draws = torch.tensor([float(torch.rand((), generator=self.generators[i])) for i in rows], device=logits.device)
         place = (best.softmax(-1).cumsum(-1) < draws[:, None]).sum(-1, keepdim=True).clamp_max(best.shape[-1] - 1)
         return tokens.gather(1, place)
 

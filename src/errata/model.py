@@ -219,10 +219,8 @@ class LM:
         if not prompts:
             return []
         batch = self.batch(self.encode(prompts, chat=chat)).to(self.device)
-        plan = self.plan(stacks, rows, len(prompts))
-        plan.prompt_lengths = batch.prompt_lengths
-        with self.running(plan):
-            return decode.decode(self, batch, max_new_tokens, stop, None if top_k is None else decode.Sampler(prompts, top_k, seed))
+        begun = decode.Begun.of(self, batch, self.plan(stacks, rows, len(prompts)))
+        return decode.decode(begun, max_new_tokens, stop, None if top_k is None else decode.Sampler(prompts, top_k, seed))
 
     @property
     def last_only(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from errata.bank import Bank, Plan, Stack, looks_ahead
+from errata.decode import fork, picked
 from errata.model import LM
 from errata.tokens import IGNORED, Encoded
 
@@ -201,10 +202,7 @@ class Tail:
             return other
         other.hidden = self.hidden[rows]
         if self.cache is not None:
-            other.cache = fork(self.cache)
-            for layer in other.cache.layers:
-                if layer.keys is not None:
-                    layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            other.cache = picked(self.cache, rows)
         return other
 
 
@@ -234,13 +232,6 @@ def skipping(blocks: Sequence[Any], hidden: Tensor, as_tuple: bool) -> Iterator[
                 del block.__dict__["forward"]
             else:
                 block.__dict__["forward"] = forward
-
-
-def fork(cache: Any) -> Any:
-    """A cache that shares its tensors with ``cache``; appending to it makes new tensors and leaves ``cache`` as it is."""
-    other = copy.copy(cache)
-    other.layers = [copy.copy(layer) for layer in cache.layers]
-    return other
 
 
 def capture(lm: LM, encoded: Sequence[Encoded], blocks: Sequence[int], on: Stack = ()) -> tuple[dict[int, Tensor], Tensor, Tensor]:

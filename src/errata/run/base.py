@@ -15,7 +15,8 @@ from errata.request import Case
 from errata.run import grid
 from errata.run.folder import Journal, Records, locked
 from errata.score import robustness
-from errata.score.queries import Answers, Forced, Progress, ask_base
+from errata.score.forcing import Forced
+from errata.score.queries import Answers, Progress, ask_base
 
 
 def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell) -> list[Case]:

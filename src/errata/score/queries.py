@@ -4,7 +4,7 @@ Every probe becomes a *query* (stack, prompt, target).  Queries that ask the sam
 unedited model's answers are found once for all methods.  Queries are sorted by length and run in batches whose rows may
 run under different stacks: scoring N single edits takes as many passes as scoring one edit with N times the probes.
 
-One forced pass gives both the argmax and the likelihood of an answer; a probe with a rival answer adds one row for the rival.
+A prompt runs once: its answers, the rival ones and the free one all go on from it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from errata.bank import Stack
-from errata.decode import text_of
+from errata.decode import Begun, decode, text_of
 from errata.model import LM, STOPS
 from errata.request import LOCAL_KINDS, SURFACE_KINDS, Case, Probe
+from errata.score import forcing
+from errata.score.forcing import Forced
 from errata.score.match import exact_match
 from errata.tokens import Encoded
 
@@ -26,27 +28,7 @@ Progress = Callable[[int, int], None]
 ROWS = 192  # of a batch; more gains nothing on two cores and holds more memory
 TOKENS = 1 << 14  # of a batch: long contexts run in smaller ones
 MAX_NEW_TOKENS = 12
-NUMBERS = 1 << 24  # of the logits that are held in float32 at once: 64 MB
 STATEMENTS = {"statement_true": "False", "statement_false": "True"}  # kind -> the wrong answer
-WORST = 1e3  # nats of a token that has no probability, or of a model that says NaN: records hold finite numbers
-
-
-@dataclass(frozen=True)
-class Forced:
-    """Teacher forcing of one target: its tokens, what the argmax was at each, whether it was right, and its likelihood.
-
-    nll = −1/n Σ_t ln p(target_t | prompt, target_<t) over the n tokens of the target, in nats.
-    """
-
-    target: tuple[int, ...]
-    argmax: tuple[int, ...]
-    right: tuple[bool, ...]
-    nll: float
-
-    @property
-    def share(self) -> float:
-        """The papers' accuracy: the fraction of target tokens that are the argmax."""
-        return sum(self.right) / len(self.right)
 
 
 @dataclass
@@ -85,65 +67,88 @@ def _batches(todo: Sequence[tuple[Any, Encoded]]) -> Iterable[list[int]]:
         order = order[rows:]
 
 
-@torch.no_grad()
 def force(lm: LM, asked: Sequence[tuple[Stack, str, str]], answers: Answers, progress: Progress | None = None) -> None:
     """Teacher-forced answers to (stack, prompt, target), into ``answers``."""
-    new = {(key(s), p, t): s for s, p, t in asked if (key(s), p, t) not in answers.forced}
-    encoded = lm.encode([p for _, p, _ in new], [t for _, _, t in new], chat=answers.chat)
-    todo = list(zip(new.items(), encoded, strict=True))
-    done = 0
-    for indices in _batches(todo):
-        rows = [todo[i][1] for i in indices]
-        stacks, which = distinct([todo[i][0][1] for i in indices])
-        said, nats = _read(lm, rows, stacks, which)
-        for i, row in zip(indices, rows, strict=True):
-            n = len(row.target)
-            best, lost = tuple(said[:n]), nats[:n]
-            said, nats = said[n:], nats[n:]
-            right = tuple(a == b for a, b in zip(best, row.target, strict=True))
-            answers.forced[todo[i][0][0]] = Forced(tuple(row.target), best, right, sum(lost) / n)
-        done += len(indices)
-        if progress:
-            progress(done, len(todo))
-
-
-def _read(lm: LM, rows: Sequence[Encoded], stacks: list[Stack], which: list[int]) -> tuple[list[int], list[float]]:
-    """(argmax, −ln p of the target's token) at each target position, the rows' one after another."""
-    batch = lm.batch(rows).to(lm.device)
-    plan = lm.plan(stacks, which, len(rows))
-    plan.prompt_lengths = batch.prompt_lengths
-    # the head is the widest matrix: it runs from the first position that any row needs
-    keep = max(len(r.target) for r in rows) + 1
-    more = {"logits_to_keep": keep} if lm.takes("logits_to_keep") else {}
-    with lm.running(plan):
-        logits = lm.forward(batch.ids, batch.mask, use_cache=False, **more).logits[:, -keep:]
-    # left-padded rows end together: token t of n targets is foretold at position t − n − 1, counted from the end
-    where = [(i, keep - len(r.target) - 1 + t, token) for i, r in enumerate(rows) for t, token in enumerate(r.target)]
-    best, nats = [], []
-    step = max(1, NUMBERS // logits.shape[-1])
-    for start in range(0, len(where), step):
-        row, column, token = torch.tensor(where[start : start + step], device=logits.device).unbind(1)
-        picked = logits[row, column]  # [m, V]
-        best.append(picked.argmax(-1))
-        picked = picked.float() if picked.dtype.itemsize < 4 else picked
-        nats.append(picked.logsumexp(-1) - picked.gather(1, token[:, None]).squeeze(1))
-    return torch.cat(best).tolist(), torch.cat(nats).nan_to_num(WORST, WORST, WORST).tolist()
+    ask(lm, [(s, p, (t,), False) for s, p, t in asked], answers, progress)
 
 
 def generate(lm: LM, asked: Sequence[tuple[Stack, str]], answers: Answers, progress: Progress | None = None) -> None:
     """Greedy free answers to (stack, prompt), into ``answers``."""
-    new = {(key(s), p): s for s, p in asked if (key(s), p) not in answers.text}
-    todo = list(zip(new.items(), lm.encode([p for _, p in new], chat=answers.chat), strict=True))
+    ask(lm, [(s, p, (), True) for s, p in asked], answers, progress)
+
+
+def ask(lm: LM, asked: Sequence[tuple[Stack, str, Sequence[str], bool]], answers: Answers, progress: Progress | None = None) -> None:
+    """What stacks make of (stack, prompt, targets to force, whether to answer freely too), into ``answers``.
+
+    A prompt runs once; each target, and the free answer, goes on from it.  That is the forward pass over prompt and target in one text
+    (up to rounding), because the model is causal and ops decide on the prompt.  A prompt whose tokens change with what follows runs whole.
+    """
+    wanted: dict[tuple[str, str], _Question] = {}
+    for stack, prompt, targets, free in asked:
+        name = key(stack), prompt
+        new = [t for t in targets if (*name, t) not in answers.forced]
+        if new or (free and name not in answers.text):
+            question = wanted.setdefault(name, _Question(stack, prompt))
+            question.targets.update(dict.fromkeys(new))
+            question.free |= free and name not in answers.text
+    todo, whole = _encoded(lm, list(wanted.values()), answers.chat)
     done = 0
+    for indices in _batches(whole):
+        stacks, which = distinct([whole[i][0].stack for i in indices])
+        for i, forced in zip(indices, forcing.whole(lm, [whole[i][1] for i in indices], stacks, which), strict=True):
+            question = whole[i][0]
+            answers.forced[key(question.stack), question.prompt, next(iter(question.targets))] = forced
     for indices in _batches(todo):
-        stacks, which = distinct([todo[i][0][1] for i in indices])
-        prompts = [todo[i][0][0][1] for i in indices]
-        said = lm.continuations(prompts, stacks=stacks, rows=which, max_new_tokens=MAX_NEW_TOKENS, chat=answers.chat)
-        for i, ids in zip(indices, said, strict=True):
-            answers.ids[todo[i][0][0]], answers.text[todo[i][0][0]] = tuple(ids), text_of(lm.tokenizer, ids, STOPS)
+        _ask(lm, [todo[i] for i in indices], answers)
         done += len(indices)
         if progress:
             progress(done, len(todo))
+
+
+@dataclass
+class _Question:
+    """What is asked of one stack after one prompt; targets with their tokens, once they have been found."""
+
+    stack: Stack
+    prompt: str
+    targets: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+    free: bool = False
+
+
+def _encoded(lm: LM, wanted: Sequence[_Question], chat: bool) -> tuple[list[tuple[_Question, Encoded]], list[tuple[_Question, Encoded]]]:
+    """(questions with their prompts, targets that need a text of their own): the latter where prompt and target share a token, or the
+    prompt's last tokens are others before this target."""
+    alone = lm.encode([q.prompt for q in wanted], chat=chat)
+    pairs = [(q, e, t) for q, e in zip(wanted, alone, strict=True) for t in q.targets]
+    both = lm.encode([q.prompt for q, _, _ in pairs], [t for _, _, t in pairs], chat=chat)
+    whole = []
+    for (question, prompt, target), text in zip(pairs, both, strict=True):
+        if text.ids[: text.prompt_length] == prompt.ids:
+            question.targets[target] = text.target
+        else:
+            whole.append((_Question(question.stack, question.prompt, {target: text.target}), text))
+    todo = [(q, e) for q, e in zip(wanted, alone, strict=True) if q.free or any(q.targets.values())]
+    return todo, whole
+
+
+@torch.no_grad()
+def _ask(lm: LM, part: Sequence[tuple[_Question, Encoded]], answers: Answers) -> None:
+    """A batch of questions."""
+    questions = [q for q, _ in part]
+    stacks, which = distinct([q.stack for q in questions])
+    begun = Begun.of(lm, lm.batch([e for _, e in part]).to(lm.device), lm.plan(stacks, which, len(part)))
+    rows = [(i, text, ids) for i, q in enumerate(questions) for text, ids in q.targets.items() if ids is not None]
+    for start in range(0, len(rows), len(part)):  # what goes on takes as much memory as the prompts at most
+        some = rows[start : start + len(part)]
+        found = forcing.behind(begun, [i for i, _, _ in some], [ids for _, _, ids in some])
+        for (i, text, _), forced in zip(some, found, strict=True):
+            answers.forced[key(questions[i].stack), questions[i].prompt, text] = forced
+    free = [i for i, q in enumerate(questions) if q.free]
+    if free:
+        begun = begun if len(free) == len(part) else begun.select(torch.tensor(free, device=lm.device))
+        for i, ids in zip(free, decode(begun, MAX_NEW_TOKENS, STOPS), strict=True):
+            name = key(questions[i].stack), questions[i].prompt
+            answers.ids[name], answers.text[name] = tuple(ids), text_of(lm.tokenizer, ids, STOPS)
 
 
 def distinct(stacks: Sequence[Stack]) -> tuple[list[Stack], list[int]]:
@@ -177,8 +182,7 @@ def score(
     probes = [(case, probe, stack) for case, stack in zip(cases, stacks, strict=True) for probe in case.probes]
     for mine in _apart(probes):
         said = answers.to(mine[0][1])
-        force(lm, [(s, p.prompt, text) for c, p, s in mine for text in _texts(c, p, said)], said, progress)
-        generate(lm, [(s, p.prompt) for _, p, s in mine], said, progress)
+        ask(lm, [(s, p.prompt, _texts(c, p, said), True) for c, p, s in mine], said, progress)
     known = _known(lm, cases, answers)
     out = []
     for case, probe, stack in probes:
@@ -193,8 +197,9 @@ def ask_base(lm: LM, cases: Sequence[Case], answers: Answers, progress: Progress
     """What the unedited model says to everything that `score` will ask about these cases, into ``answers``; what is there is not asked."""
     for mine in _apart([(case, probe) for case in cases for probe in case.probes]):
         said = answers.to(mine[0][1])
-        generate(lm, [((), p.prompt) for _, p in mine], said, progress)
-        force(lm, [((), p.prompt, text) for c, p in mine for text in _texts(c, p, said)], said, progress)
+        # what it says freely is the answer to probes that name none
+        ask(lm, [((), p.prompt, _texts(c, p, said) if p.target else (), True) for c, p in mine], said, progress)
+        ask(lm, [((), p.prompt, _texts(c, p, said), False) for c, p in mine], said, progress)
 
 
 def _apart(probes: Sequence[Any]) -> list[list[Any]]:

@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 
 from errata.bank import Plan
+from errata.decode import fork
 from errata.errors import InputError, ModelError
 from errata.families import resolve
 from errata.model import LM
-from errata.tail import fork, skipping
+from errata.tail import skipping
 from errata.tokens import Encoded, subject_span
 from errata.trace.facts import Fact, Settings, Skipped, Traced, Traces, around, default_window
 
