@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from families import lm
+from runs import done, spec_of
 from tiny import EDITS, QUICK, leftovers
 
+import errata
 from errata.analyse import gate_training, gates
 from errata.bank import Stack
 from errata.cli import main
@@ -21,6 +23,7 @@ from errata.methods.baft import BaFT
 from errata.methods.reft import ReFT
 from errata.patch import Patch
 from errata.request import Case, EditRequest, Probe
+from errata.run import grid
 from errata.score.queries import Answers
 
 OTHERS = (("The capital of Japan is", "Tokyo"), ("The language of France is", "French"))
@@ -228,6 +231,42 @@ def test_command_on_patches(mode: str, tiny: str, requests: str, tmp_path: Path,
     assert fires["collapse"] is (None if mode == "single" else False)  # a patch and one input: nothing to vary over
     assert main(["analyse", "gates", str(out), "--compare", "balance"]) == 2
     assert "no BaFT patch of cases" in capsys.readouterr().err
+
+
+RUN = """
+methods: [{name: baft, set: {rank: 2, lr: 0.02, steps: 4, layers: [3]}}, {name: ft-m, set: {layers: [3], steps: 2}}]
+benchmark: {name: "own:Tiny", n: 12}
+scenario: [{kind: continual, marks: [10, 12]}, single]
+score: {latency: false, right_after: false}
+threads: 1
+"""
+
+
+def test_command_on_a_run(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The cell that is asked for, on the very patches and cases of the run; by its folder too."""
+    spec = spec_of(tmp_path, tiny, text=RUN)
+    root = done(tmp_path / "r", spec)
+    capsys.readouterr()
+    assert main(["analyse", "gates", str(root)]) == 2
+    said = capsys.readouterr().err
+    assert "2 cells have gates, name one by --cell" in said and "ft_m" not in said
+    growing, single = (c for c in grid.cells(spec) if c.method.name == "baft")
+    assert main(["analyse", "gates", str(root), "--cell", growing.id, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["cases"] == 12 and document["cell"] == growing.id and document["notes"] == []
+    assert next(s for s in document["signs"] if s["sign"] == "locality")["says"].startswith("T = 10 to 12: ")
+    patch = Patch.load(root / "cells" / growing.id / "patches" / "0000012")
+    loaded = errata.load(tiny)
+    assert document["summary"] == gates.summary(gates.read(loaded, [gates.of_case(c, (patch,)) for c in growing.cases()]))
+    assert main(["analyse", "gates", str(root / "cells" / single.id), "--json"]) == 0  # a cell by itself
+    document = json.loads(capsys.readouterr().out)
+    assert document["cases"] == 12 and next(s for s in document["signs"] if s["sign"] == "locality")["fires"] is None
+    (root / "cells" / single.id / "records.jsonl").unlink()
+    assert main(["analyse", "gates", str(root), "--cell", single.id]) == 2
+    assert "is not done yet; finish it with `errata run`" in capsys.readouterr().err
+    dropped = done(tmp_path / "d", spec_of(tmp_path, tiny, "store.patches=drop", "scenario=single", "benchmark.n=2", text=RUN))
+    assert main(["analyse", "gates", str(dropped), "--json"]) == 0
+    assert "kept" not in (document := json.loads(capsys.readouterr().out)) and "dropped its patches" in document["notes"][0]
 
 
 def test_command_on_scored_runs_and_bad_folders(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,7 +134,7 @@ class Work:
             on = {self.numbers[p.id] for p in part.stack}
             made = [(t, p) for t, p in part.made if t in on]
             clock.run("saving", lambda: self.patches.save(made))
-            gone = [t for t in _live(journal.entries) if t not in on]
+            gone = [t for t in live_edits(journal.entries) if t not in on]
             more: dict[str, Any] = {"edits": part.edits, "made": [t for t, _ in made], "gone": gone}
             more |= {"undone": {str(i): why for i, why in part.undone.items()}} if part.undone else {}
             more |= {"health": part.health.to_dict()} if part.health else {}
@@ -146,21 +146,21 @@ class Work:
 
     def _needed(self, journal: Journal) -> set[int]:
         """T of the patches that are on now, and (where they are kept) of those that were on at a mark."""
-        needed = set(_live(journal.entries))
+        needed = set(live_edits(journal.entries))
         if self.spec.store.patches == "keep":
             for i, entry in enumerate(journal.entries):
                 if "made" in entry and (entry["edits"] in self.marks or entry.get("stopped")):
-                    needed |= set(_live(journal.entries[: i + 1]))
+                    needed |= set(live_edits(journal.entries[: i + 1]))
         return needed
 
     def _resume(self, journal: Journal) -> State:
         """Where the journal ends; further back where a patch is missing or torn."""
-        while (stack := self.patches.load(_live(journal.entries))) is None:
+        while (stack := self.patches.load(live_edits(journal.entries))) is None:
             journal.cut(len(journal.entries) - 1)
         journal.sweep()
         entries = journal.entries
         self.patches.keep(self._needed(journal))
-        self.numbers |= {p.id: t for t, p in zip(_live(entries), stack, strict=True)}
+        self.numbers |= {p.id: t for t, p in zip(live_edits(entries), stack, strict=True)}
         return State(
             entries[-1]["edits"] if entries else 0,
             () if self.single else tuple(stack),
@@ -173,7 +173,7 @@ class Work:
 
     def _stacks(self, journal: Journal) -> list[Stack]:
         """What size and speed are taken of: the final stack, or the first single edits."""
-        numbers = _live(journal.entries)
+        numbers = live_edits(journal.entries)
         loaded = self.patches.load(numbers[:SAMPLE] if self.single else numbers)
         if loaded is None:
             raise StorageError(f"{self.patches.folder}: a patch was damaged since it was written; run again, it will be made anew")
@@ -212,7 +212,7 @@ class Work:
         return generation.score(self.lm, self.cases[: len(stacks)], stacks, self.cell.method.label, source)
 
 
-def _live(entries: Sequence[dict[str, Any]]) -> list[int]:
+def live_edits(entries: Sequence[dict[str, Any]]) -> list[int]:
     """T of the patches that are on after these parts, oldest first (all there are, of single edits)."""
     on: list[int] = []
     for entry in entries:
