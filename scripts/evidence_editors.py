@@ -4,6 +4,7 @@
     python scripts/evidence_editors.py batched [--only LABEL]       # joint edits of 10 and of 50 on a growing stack, 200 test cases
     python scripts/evidence_editors.py continual [--only LABEL]     # T = 1, 10, 100, 1,000 in one pass
     python scripts/evidence_editors.py latency                      # decoding under one patch of each method against the base, all in turn
+    python scripts/evidence_editors.py runs FOLDER…                 # take continual cells of `errata run` (docs/results/grid) that go further
     python scripts/evidence_editors.py tables                       # the tables and plots of what is there
 
 Each label is kept in its own file, so that several can run side by side.  Hyper-parameters are the almanac presets, chosen on ``dev``.
@@ -59,6 +60,7 @@ EDITORS: dict[str, tuple[str, dict[str, Any]]] = {
     "alphaedit": ("alphaedit", {}),
     "reft": ("reft", {}),
     "baft": ("baft", {}),
+    "rep on rome": ("rep", {"wraps": "rome"}),
 }
 ONE_BY_ONE: dict[str, dict[str, Any]] = {"melo": {"blocks": 1000}}  # continual: a block an edit, and the published store holds 350
 MARKS = (1, 10, 100, 1000)
@@ -69,7 +71,7 @@ FOLDER = "editors"
 DRAWN = ("ft-m", "adalora", "grace", "melo", "wise", "memit", "reft", "baft")  # a plot of twenty lines says nothing
 # Continual runs made by other scripts on the same cases.
 ELSEWHERE = {label: f"locate-continual-{label}" for label in ("rome", "r-rome", "memit", "pmet", "emmet", "alphaedit")}
-ELSEWHERE |= {label: f"continual-{label}" for label in ("baft", "reft")}
+ELSEWHERE |= {label: f"continual-{label}" for label in ("baft", "reft")}  # without S and perplexity: a run's cells come first
 
 
 def made(lm: LM, label: str, **more: Any) -> Any:
@@ -161,6 +163,24 @@ def continual(lm: LM, n: int, label: str, answers: Answers) -> None:
     show(label, [r for r in rows if r["T"] == marks[-1]], f"{out['seconds']:.0f} s", out["perplexity"])
 
 
+def runs(folders: Sequence[Path]) -> None:
+    """Continual cells of `errata run` on the same cases, each where it goes to a larger T than what is there, or as far as what another script made."""
+    for path in sorted(cell for folder in folders for cell in folder.glob("cells/*/summary.json")):
+        found, cost = json.loads(path.read_text()), json.loads((path.parent / "cost.json").read_text())
+        label = found["cell"]["method"]["label"]
+        there = read("continual").get(label, {"n": 0})["n"] - (not (OUT / FOLDER / f"continual-{label}.json").exists())
+        if found["cell"]["scenario"]["kind"] != "continual" or there >= found["n"]:
+            continue
+        shown = lambda rows: [{k: v for k, v in row.items() if k != "version"} for row in rows if row["metric"] in SHOWN]  # noqa: E731
+        out = {"n": found["n"], "rows": shown(found["retention"]), "from": f"errata run, {found['id']}"}
+        out["immediate"] = [{**row, "T": "right after"} for row in shown(found["right_after"])]
+        out |= {"seconds": sum(cost["seconds"].values()), "seconds_by_work": cost["seconds"]}
+        out |= {"parameters": cost["parameters"], "bytes": cost["patch_bytes"]}
+        out["perplexity"] = {str(h["T"]): round(h["perplexity"], 2) for h in found["health"]}
+        keep("continual", label, out)
+        print(label, found["n"], found["id"])
+
+
 def speeds(lm: LM, n: int, labels: Sequence[str]) -> None:
     """Decoding the edited prompt ``TIMED`` times, one row at a time, under one patch of each method; ``n`` turns."""
     chosen = cases("test", 1)
@@ -227,14 +247,15 @@ def tables(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["single", "batched", "continual", "latency", "tables"])
+    parser.add_argument("what", choices=["single", "batched", "continual", "latency", "runs", "tables"])
+    parser.add_argument("folders", nargs="*", type=Path, help="of `runs`")
     parser.add_argument("--n", type=int)
     parser.add_argument("--only", metavar="LABEL,LABEL", help=f"of {', '.join(EDITORS)}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.what == "tables":
-        tables(OUT / FOLDER)
+    if args.what in ("tables", "runs"):
+        tables(OUT / FOLDER) if args.what == "tables" else runs(args.folders)
         return
     lm, answers = errata.load("almanac"), Answers(free_tokens=True)
     labels = args.only.split(",") if args.only else list(EDITORS)
