@@ -15,6 +15,7 @@ from torch import Tensor
 from errata.tokens import Batch
 
 AT_ONCE = 64  # prompts answered in one batch
+BRANCHING = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers of a cache that hold keys and values and nothing else
 LEAVE = 0.75  # ended rows leave when no more than this share of a batch goes on: leaving copies the cache, as every step does
 
 
@@ -48,6 +49,11 @@ class Begun:
             out = lm.forward(batch.ids, batch.mask, use_cache=True, **lm.last_only)
         return cls(lm, plan, batch.mask, out.past_key_values, out.logits[:, -1])
 
+    @property
+    def branches(self) -> bool:
+        """Whether several texts can go on from it (see `branches`)."""
+        return branches(self.cache)
+
     def select(self, rows: Tensor) -> Begun:
         """Rows [b] of it, any number of times each; the two go on without each other."""
         return Begun(self.lm, self.plan.select(rows), self.mask[rows], picked(self.cache, rows), self.last[rows])
@@ -58,6 +64,12 @@ class Begun:
         with self.lm.running(self.plan):
             out = self.lm.forward(ids, whole, past_key_values=cache, use_cache=True, **more)
         return Begun(self.lm, self.plan, whole, out.past_key_values, out.logits[:, -1]), out.logits
+
+
+def branches(cache: Any) -> bool:
+    """Whether a text can go on from this cache in several ways, and by several tokens at once.  Layers that keep a running state (linear
+    attention) change it in place and take several tokens only where a text begins."""
+    return all(type(layer).__name__ in BRANCHING for layer in cache.layers)
 
 
 def fork(cache: Any) -> Any:
@@ -95,7 +107,7 @@ def decode(begun: Begun, limit: int, stop: Sequence[str], sampler: Sampler | Non
                 live.discard(i)
         if not live or step + 1 == limit:
             break
-        if len(live) <= LEAVE * len(rows):
+        if len(live) <= LEAVE * len(rows) and begun.branches:
             keep = torch.tensor([at for at, i in enumerate(rows) if i in live], device=ids.device)
             begun, ids, rows = begun.select(keep), ids[keep], [i for i in rows if i in live]
         begun, _ = begun.fed(ids, begun.mask.new_ones((len(rows), 1)), **begun.lm.last_only)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from errata.bank import Bank, Plan, Stack, looks_ahead
-from errata.decode import fork, picked
+from errata.decode import branches, fork, picked
 from errata.model import LM
 from errata.tokens import IGNORED, Encoded
 
@@ -123,7 +123,8 @@ class Tail:
 
     ``first_block``: the first block that has to compute; banks given to `logits` touch it, blocks above, or the *output* of the
     block before it.  ``on``: patches that run underneath, frozen.  Kept are the prefix's keys and values and one hidden state a token.
-    Under a patch that `looks_ahead` the prefix is not frozen, and everything runs every time (`Whole`).
+    Under a patch that `looks_ahead` the prefix is not frozen, and what a model keeps as a running state (`errata.decode.branches`) cannot
+    be gone on from again and again: then everything runs every time (`Whole`).
     """
 
     def __init__(self, lm: LM, rows: Rows, first_block: int = 0, on: Stack = ()) -> None:
@@ -139,6 +140,9 @@ class Tail:
                 # a row without a prefix has an all-masked left part, which its active tokens never attend to
                 out = lm.forward(rows.prefix, rows.mask[:, :wide], use_cache=True, **lm.last_only)
                 self.cache = out.past_key_values
+                if not branches(self.cache):
+                    self.whole = Whole(lm, rows, 0, on)
+                    return
             self.hidden, self.tuple = self._enter()
 
     def _enter(self) -> tuple[Tensor, bool]:

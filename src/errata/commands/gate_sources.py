@@ -108,9 +108,7 @@ def _cell(run: Path, spec: Any, named: str | None) -> Any:
     there = ", ".join(c.id for c in gated)
     if not gated:
         raise ConfigError(f"{run}: no cell of this run edits with baft; there is no gate to look at")
-    what = (
-        f"--cell {named} names {len(chosen)} of the cells with gates" if named else f"{len(gated)} cells have gates, name one by --cell"
-    )
+    what = f"--cell {named} names {len(chosen)} of the cells with gates" if named else f"{len(gated)} cells have gates, name one by --cell"
     raise ConfigError(f"{run}: {what}: {there}")
 
 
