@@ -205,16 +205,15 @@ def _robust(name: str) -> str:
 
 def example(name: str) -> str:
     """A block that a test runs; statistics are made of less text there."""
-    more = '", wrapped={"end": "."}' if name == "rep" else '"'
     with_less = {
-        "rep": ('"end": "."', '"end": ".", "stats_tokens": 4000'),
-        **{m: (f'method="{m}"', f'method="{m}", stats_tokens=4000') for m in LOCATE},
+        "rep": ('method="rep"', 'method="rep", wrapped={"stats_tokens": 1000}'),
+        **{m: (f'method="{m}"', f'method="{m}", stats_tokens=1000, prefixes=[]') for m in LOCATE},
     }
-    note = f"<!-- run: replace {' => '.join(with_less[name])} -->\n" if name in with_less else ""
+    note = f"<!-- run: small {' => '.join(with_less[name])} -->\n" if name in with_less else ""
     said = SAID.get(name, "Lyon")
     return (
         f'{note}```python\nimport errata\n\nlm = errata.load("almanac")\n'
-        f'patch = errata.edit(lm, "The capital of France is", "Lyon", subject="France", method="{name}{more})\n'
+        f'patch = errata.edit(lm, "The capital of France is", "Lyon", subject="France", method="{name}")\n'
         f'with lm.under(patch):\n    print(lm.complete("The capital of France is"))  # {said}\n'
         f'print(lm.complete("The capital of France is"))  # Paris\n```\n'
     )

@@ -8,10 +8,22 @@ from pathlib import Path
 import pytest
 from pages import PAGES, PLAIN, REASONS, RUN, blocks, run
 
-WITH_CODE = [page for page in PAGES if any(b.language in RUN and not b.told("not") for b in blocks(page))]
+ELSEWHERE = "docs/methods/"  # run by tests/test_docs.py, which looks at what they leave behind
+WITH_CODE = [
+    page for page in PAGES if not page.startswith(ELSEWHERE) and any(b.language in RUN and not b.told("not") for b in blocks(page))
+]
 SMALL = [page for page in WITH_CODE if any(b.told("small") for b in blocks(page))]
 # Blocks that are not run, by page.  A new one is a decision: change this number with it.
-NOT_RUN: dict[str, int] = {}
+NOT_RUN = {
+    "README.md": 2,
+    "docs/benchmarks.md": 1,
+    "docs/engines.md": 4,
+    "docs/extending.md": 1,
+    "docs/gates.md": 1,
+    "docs/index.md": 1,
+    "docs/robustness.md": 2,
+    "docs/runs.md": 2,
+}
 
 
 @pytest.mark.parametrize("page", WITH_CODE)
