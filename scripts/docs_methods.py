@@ -206,7 +206,7 @@ def _robust(name: str) -> str:
 def example(name: str) -> str:
     """A block that a test runs; statistics are made of less text there."""
     with_less = {
-        "rep": ('method="rep"', 'method="rep", wrapped={"stats_tokens": 1000}'),
+        "rep": ('method="rep"', 'method="rep", steps=40, wrapped={"stats_tokens": 1000}'),
         **{m: (f'method="{m}"', f'method="{m}", stats_tokens=1000, prefixes=[]') for m in LOCATE},
     }
     note = f"<!-- run: small {' => '.join(with_less[name])} -->\n" if name in with_less else ""

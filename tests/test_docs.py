@@ -1,4 +1,4 @@
-"""The pages that are computed are up to date, what they say of methods is so, and the site builds without a broken link or a foreign host."""
+"""Computed pages are up to date and say what is so; the site builds, without a broken link or a foreign host."""
 
 from __future__ import annotations
 
