@@ -1,6 +1,7 @@
 """What serving programs ask of an adapter's folder, as checks on the files that were written; no engine is needed.
 
-Rules read in the programs' documentation and source (2025): vLLM's `peft_helper` and `lora_model`, llama.cpp's `llama-adapter.h`.
+Rules read in the programs' documentation and source (2025 and 2026): vLLM's `peft_helper` and `lora_model`, SGLang's `mem_pool`,
+llama.cpp's `llama-adapter.h`.
 Nothing here has loaded an adapter in them.
 """
 
@@ -55,7 +56,9 @@ def _of_config(config: dict[str, Any]) -> list[str]:
     if not isinstance(rank, int) or not 1 <= rank <= RANKS[-1]:
         found.append(f"rank {rank} is not one that --max-lora-rank can hold (at most {RANKS[-1]}); export with --rank, or bake")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
-        found.append("linears of different rank or alpha (rank_pattern, alpha_pattern): they are not read, one r and one alpha count")
+        found.append(
+            "linears of different rank or alpha (rank_pattern, alpha_pattern): older versions do not read them: one r and one alpha count"
+        )
     for key, wanted in (("bias", "none"), ("modules_to_save", None), ("use_dora", False)):
         if (config.get(key) or wanted) != wanted:
             found.append(f"{key} is {config[key]!r}; only {wanted!r} is taken")

@@ -2,7 +2,7 @@
 
 An adapter computes y + (alpha / r) B (A x) beside a linear; with alpha = r, A = down and B = up that is a low-rank op.  All linears
 of an adapter get one rank, the largest, by rows and columns of zeros: llama.cpp divides the one alpha of a file by the rank of each
-tensor, and vLLM and TGI read no `rank_pattern`.
+tensor, SGLang takes no other rank than r, and TGI and older vLLM read no `rank_pattern`.
 """
 
 from __future__ import annotations
