@@ -134,6 +134,12 @@ def _zsre(tiny: str) -> None:
     Path("zsre_mend_edit.json").write_text(json.dumps(records))
 
 
+def _known(tiny: str) -> None:
+    """A fact that the tiny models know."""
+    fact = {"known_id": 0, "subject": "France", "attribute": "Paris", "template": "The capital of {} is", "prediction": " Paris."}
+    Path("known_1000.json").write_text(json.dumps([{**fact, "prompt": "The capital of France is", "relation_id": "P36"}]))
+
+
 def _run_file(tiny: str) -> None:
     Path("run.yaml").write_text(
         f"model: {tiny}\nmethods: [none, ft-m]\nbenchmark: {{name: almanac, split: dev, n: 2}}\nscenario: single\nthreads: 1\n"
@@ -152,7 +158,7 @@ PREPARED: dict[str, Callable[[str], Any]] = {
     "counterfact": _copied("benchmarks/counterfact-original.json", "counterfact.json"),
     "zsre": _zsre,
     "run.yaml": _run_file,
-    "known1000": _copied("benchmarks/known1000.json", "known_1000.json"),
+    "known1000": _known,
 }
 
 

@@ -12,7 +12,7 @@ ELSEWHERE = "docs/methods/"  # run by tests/test_docs.py, which looks at what th
 WITH_CODE = [
     page for page in PAGES if not page.startswith(ELSEWHERE) and any(b.language in RUN and not b.told("not") for b in blocks(page))
 ]
-SMALL = [page for page in WITH_CODE if any(b.told("small") for b in blocks(page))]
+SMALL = [page for page in PAGES if any(b.told("small") for b in blocks(page))]
 # Blocks that are not run, by page.  A new one is a decision: change this number with it.
 NOT_RUN = {
     "README.md": 2,
