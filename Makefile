@@ -31,6 +31,7 @@ bench: $(READY)
 
 docs: $(READY)
 	$(BIN)/python scripts/make_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) demo-report
+	rm -rf $(VENV) demo-report site

@@ -1,45 +1,50 @@
-"""Write docs/methods.md from the code: every registered method, its source and its hyper-parameters.  ``make docs``."""
+"""Write the pages of docs that are computed: one a method, and the tables of choose.md.  ``make docs``.
+
+python scripts/make_docs.py            # write them
+python scripts/make_docs.py --check    # say which are stale, exit code 1 if any
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
+import re
+import sys
 from pathlib import Path
 
-from errata import registry
+import docs_choice
+import docs_methods
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+MADE = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
-def section(name: str) -> str:
-    method = registry.get("method", name)
-    lines = [
-        f"## {method.__name__} (`{name}`)",
-        "",
-        f"*{method.paper}*",
-        "",
-        "```",
-        inspect.cleandoc(inspect.getmodule(method).__doc__ or ""),
-        "```",
-        "",
-    ]
-    notes = [inspect.getdoc(c) for c in reversed(method.__mro__) if dataclasses.is_dataclass(c)]
-    lines += ["```", "\n\n".join(n for n in dict.fromkeys(notes) if n), "```", "", "| setting | default |", "|---|---|"]
-    lines += [f"| `{f.name}` | `{f.default!r}` |" for f in dataclasses.fields(method)]
-    presets = getattr(method, "PRESETS", {})
-    lines += [
-        "",
-        "Presets:",
-        "",
-        *[f"- `{model}`: {', '.join(f'{k} = {v}' for k, v in values.items())}" for model, values in presets.items()],
-        "",
-    ]
-    return "\n".join(lines)
+def filled(text: str, parts: dict[str, str]) -> str:
+    """A page with its computed parts put in anew."""
+    return MADE.sub(lambda m: f"{m[1]}\n{parts[m[2]].strip()}\n\n{m[3]}", text)
 
 
-def main() -> None:
-    target = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
-    head = "# Methods\n\nWritten by `make docs` from the code; edit the docstrings, not this page.\n\n"
-    target.write_text(head + "\n".join(section(name) for name in registry.names("method")), encoding="utf-8")
+def pages() -> dict[str, str]:
+    """Path under docs -> what it should hold."""
+    choose = (DOCS / "choose.md").read_text(encoding="utf-8")
+    return {**docs_methods.pages(), "choose.md": filled(choose, docs_choice.parts())}
+
+
+def stale() -> list[str]:
+    """Pages that differ from what the code and the results say, and pages of methods that are gone."""
+    wanted = pages()
+    gone = [f"methods/{p.name}" for p in (DOCS / "methods").glob("*.md") if f"methods/{p.name}" not in wanted]
+    return [name for name, text in wanted.items() if not (DOCS / name).exists() or (DOCS / name).read_text(encoding="utf-8") != text] + gone
+
+
+def main() -> int:
+    if "--check" in sys.argv[1:]:
+        found = stale()
+        print("\n".join(f"docs/{name} is stale; run `make docs`" for name in found))
+        return 1 if found else 0
+    (DOCS / "methods").mkdir(exist_ok=True)
+    for name, text in pages().items():
+        (DOCS / name).write_text(text, encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -63,9 +63,13 @@ def a_stack(base: LM) -> tuple[Patch, ...]:
 
 def adapted(base: LM, folder: Path) -> Any:
     """The real PEFT around a fresh copy of the base."""
+    return around(lm(base.name, base.dtype).hf, folder)
+
+
+def around(hf: Any, folder: Path) -> Any:
+    """The real PEFT with an adapter around a model."""
     from peft import PeftModel
 
-    fresh = lm(base.name, base.dtype)
     with warnings.catch_warnings():  # PEFT asks transformers by an old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return PeftModel.from_pretrained(fresh.hf, folder).eval()
+        return PeftModel.from_pretrained(hf, folder).eval()

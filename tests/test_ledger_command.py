@@ -1,38 +1,14 @@
-"""`errata ledger` from the command line; the session of docs/ledger.md runs and says what the page says."""
+"""`errata ledger` from the command line; the session of docs/ledger.md runs in tests/test_pages.py."""
 
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
 from tiny import FAST, FRANCE
 
 from errata.cli import main
-
-PAGE = (Path(__file__).parents[1] / "docs" / "ledger.md").read_text(encoding="utf-8")
-
-
-def plain(text: str) -> str:
-    """Without what differs from machine to machine; single spaces."""
-    return " ".join(re.sub(r"\b[0-9a-f]{16}\b", "…", text).split())
-
-
-def test_the_session_of_the_page(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("model").symlink_to(tiny)
-    (session,) = re.findall(r"```console\n(.*?)```", PAGE, re.S)
-    commands = [part.splitlines() for part in session.split("$ ")[1:]]
-    assert len(commands) == 12
-    for line, *told in commands:
-        code = main(shlex.split(line)[1:])
-        out, err = capsys.readouterr()
-        assert code == (7 if told and told[0].startswith("errata: error") else 0), err
-        said = [plain(x) for x in (out + err).splitlines()]
-        for wanted in map(plain, told):
-            assert any(x.startswith(wanted) for x in said), (line, wanted, said)
 
 
 def document(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, object]:

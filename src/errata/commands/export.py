@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ def add(group: common.Subparsers) -> None:
     out.add_argument("--format", choices=("lora",), required=True, help="lora: as PEFT and vLLM read it")
     out.add_argument("--rank", type=common.positive, metavar="N", help="rank at most N, at the loss that is then told; without it exact")
     out.add_argument("--dtype", default="float32", help="float32 (the default), bfloat16 … of the adapter's weights")
+    out.add_argument("--every-block", action="store_true", help="zeros for the same linears of the other blocks (TGI wants all)")
     _parser(group, "merge", merge, "write several patches as one, which runs as fast as one", model=False)
 
 
@@ -73,20 +75,31 @@ def bake(args: argparse.Namespace, screen: Screen) -> None:
 
 def export(args: argparse.Namespace, screen: Screen) -> None:
     from errata.export.changes import dtype_named
-    from errata.export.lora import export_lora, vllm_rank
+    from errata.export.engines import objections
+    from errata.export.lora import export_lora
 
     dtype_named(args.dtype)
     lm, stack = _loaded(args)
-    report = export_lora(lm, stack, args.out, rank=args.rank, dtype=args.dtype, force=args.force)
-    _tell(screen, args, lm, stack, report, args.format)
+    report = export_lora(lm, stack, args.out, rank=args.rank, dtype=args.dtype, force=args.force, every_block=args.every_block)
+    against = objections(args.out, lm.hf.config.model_type)
+    _tell(screen, args, lm, stack, report, args.format, vllm_objections=against)
     if report.lost > LOSS:
         screen.say(f"The adapter lacks up to {report.lost:.1%} of the change's norm; ask it before you rely on it.")
-    screen.say(f"Load it without errata: PeftModel.from_pretrained(base, {str(args.out)!r}), or with vLLM:")
-    most = vllm_rank(max(w.rank for w in report.linears))
-    screen.say(f"vllm serve {args.model} --enable-lora --max-lora-rank {most} --lora-modules edited={args.out}")
+    screen.say(f"Load it without errata: PeftModel.from_pretrained(base, {str(args.out)!r})")
+    tell_vllm(screen, args.model, args.out, max(w.rank for w in report.linears), against)
 
 
-def _tell(screen: Screen, args: argparse.Namespace, lm: LM, stack: tuple[Patch, ...], report: Report, form: str) -> None:
+def tell_vllm(screen: Screen, model: str, adapter: str | Path, rank: int, objections: Sequence[str]) -> None:
+    """The line that serves an adapter of that rank, or why there is none."""
+    from errata.export.lora import vllm_rank
+
+    if objections:
+        screen.say("Not for vLLM: " + "; ".join(objections))
+    else:
+        screen.say(f"vllm serve {model} --enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules edited={adapter}")
+
+
+def _tell(screen: Screen, args: argparse.Namespace, lm: LM, stack: tuple[Patch, ...], report: Report, form: str, **more: Any) -> None:
     screen.document(
         {
             "model": lm.name,
@@ -97,6 +110,7 @@ def _tell(screen: Screen, args: argparse.Namespace, lm: LM, stack: tuple[Patch, 
             "lost": report.lost,
             "linears": [{"path": w.path, "rank": w.rank or None, "lost": w.lost} for w in report.linears],
             "saved": str(args.out),
+            **more,
         }
     )
     rows = [(w.path, w.rank or "full", f"{w.lost:.1e}") for w in report.linears]

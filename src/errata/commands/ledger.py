@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.commands import common, edit, files
+from errata.commands.export import tell_vllm
 from errata.commands.screen import Screen, said
 from errata.errors import ConfigError
 
@@ -51,6 +52,8 @@ def add(commands: common.Subparsers) -> None:
     out = _parser(verbs, "export", export, "write the live edits as patches and requests, and as a LoRA adapter where they are one")
     out.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     out.add_argument("--rank", type=common.positive, metavar="N", help="of the adapter at most, at a loss; without it exact")
+    out.add_argument("--every-block", action="store_true", help="zeros in the adapter for the other blocks (TGI wants all)")
+    out.add_argument("--checkpoint", action="store_true", help="also the whole model with the edits in its weights")
 
 
 def _parser(verbs: common.Subparsers, name: str, run: Any, about: str, model: bool = True) -> argparse.ArgumentParser:
@@ -233,10 +236,16 @@ def compact(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def export(args: argparse.Namespace, screen: Screen) -> None:
-    found = _open(args).export(args.out, rank=args.rank)
-    adapter = None if found.adapter is None else str(found.adapter)
+    ledger = _open(args)
+    found = ledger.export(args.out, rank=args.rank, every_block=args.every_block, checkpoint=args.checkpoint)
+    adapter, checkpoint = (None if p is None else str(p) for p in (found.adapter, found.checkpoint))
+    document = {"saved": str(args.out), "patches": list(found.patches), "requests": found.requests, "adapter": adapter}
     screen.document(
-        {"saved": str(args.out), "patches": list(found.patches), "requests": found.requests, "adapter": adapter, "why_not": found.why_not}
+        {**document, "why_not": found.why_not, "rank": found.rank, "vllm_objections": list(found.objections), "checkpoint": checkpoint}
     )
     screen.say(f"Patches: {len(found.patches)}, requests: {found.requests}. " + common.saved(args.out))
     screen.say(f"LoRA adapter: {adapter}" if adapter else f"No LoRA adapter: {found.why_not}")
+    if adapter:
+        tell_vllm(screen, ledger.lm.name, adapter, found.rank, found.objections)
+    if checkpoint:
+        screen.say(f"Checkpoint: {checkpoint}; vllm serve {checkpoint}")

@@ -1,12 +1,16 @@
 """`export_lora`: a stack as a LoRA adapter in PEFT's layout, for PEFT, vLLM (where it adapts that linear) and whatever else reads it.
 
-An adapter computes y + (alpha / r) B (A x) beside a linear; with alpha = r, A = down and B = up that is a low-rank op.
+An adapter computes y + (alpha / r) B (A x) beside a linear; with alpha = r, A = down and B = up that is a low-rank op.  All linears
+of an adapter get one rank, the largest, by rows and columns of zeros: llama.cpp divides the one alpha of a file by the rank of each
+tensor, SGLang takes no other rank than r, and TGI and older vLLM read no `rank_pattern`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from errata.errors import ConfigError, PatchError
 from errata.export import tensors
 from errata.export.changes import Change, Report, Written, base_folder, changes, dtype_named, mark, place
 from errata.export.tensors import Lazy
+from errata.families import linear_sizes, resolve
 from errata.model import LM
 from errata.patch import Op, Site
 from errata.weights import delta, low_rank, rank_of, spectrum
@@ -33,16 +38,25 @@ USE = (
 # A product of float32 factors is of low rank up to this share of its largest singular value: rounding of independent entries
 # adds σ of about ε √(k / min(O, I)), far below.
 EXACT = 16 * torch.finfo(torch.float32).eps
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices for --max-lora-rank
 HINT = 64  # the rank whose loss the refusal tells
 
 
 def export_lora(
-    lm: LM, stack: Stack, folder: str | Path, *, rank: int | None = None, dtype: str | torch.dtype = "float32", force: bool = False
+    lm: LM,
+    stack: Stack,
+    folder: str | Path,
+    *,
+    rank: int | None = None,
+    dtype: str | torch.dtype = "float32",
+    force: bool = False,
+    every_block: bool = False,
 ) -> Report:
     """Write ``stack`` as a LoRA adapter of ``lm``'s base: exact up to the rounding to ``dtype``.
 
     ``rank``: keep at most so many singular values a linear; the report tells what share of the change went.  Without it a dense op is
-    accepted only where it is of low rank in truth.
+    accepted only where it is of low rank in truth.  ``every_block``: zeros for the same linears of all other blocks, without which TGI
+    leaves the adapter's weights out.
     """
     out, wanted = Path(folder), dtype_named(dtype)
     if rank is not None and rank < 1:
@@ -53,43 +67,60 @@ def export_lora(
     adapters = [(change, _factors(change, rank, wanted)) for change in found]
     ranks = {change.path: int(op.tensors["down"].shape[0]) for change, op in adapters}
     written = tuple(Written(c.path, ranks[c.path], _lost(c, op)) for c, op in adapters)
+    most = max(1, *ranks.values())
+    pairs = {change.path: (op.tensors["down"], op.tensors["up"]) for change, op in adapters}
+    for path, (inner, outer) in (_others(lm, found) if every_block else {}).items():
+        pairs[path] = torch.zeros(0, inner, dtype=wanted), torch.zeros(outer, 0, dtype=wanted)
     lazy: dict[str, Lazy] = {}
-    for change, op in adapters:
-        for ours, theirs in (("down", "lora_A"), ("up", "lora_B")):
-            t = op.tensors[ours]
-            lazy[f"base_model.model.{change.path}.{theirs}.weight"] = Lazy(t.dtype, tuple(t.shape), partial(iter, (t,)))
+    for path, (down, up) in pairs.items():
+        missing = most - len(down)
+        lazy[f"base_model.model.{path}.lora_A.weight"] = Lazy(wanted, (most, down.shape[1]), partial(_padded, down, (0, 0, 0, missing)))
+        lazy[f"base_model.model.{path}.lora_B.weight"] = Lazy(wanted, (len(up), most), partial(_padded, up, (0, missing)))
     stored = str(wanted).removeprefix("torch.")
     with storage.replacing(out) as temporary:
         tensors.write(temporary / WEIGHTS, lazy)
-        storage.write(temporary / CONFIG, json.dumps(_config(lm, found, ranks), indent=2).encode())
-        mark(lm, stack, temporary, USE.format(rank=vllm_rank(max(ranks.values()))), written, stored)
+        storage.write(temporary / CONFIG, json.dumps(_config(lm, found, sorted(pairs), most), indent=2).encode())
+        mark(lm, stack, temporary, USE.format(rank=vllm_rank(most)), written, stored)
     return Report(out, stored, written)
+
+
+def _padded(t: Tensor, sides: tuple[int, ...]) -> Iterator[Tensor]:
+    yield torch.nn.functional.pad(t, sides)
+
+
+def _others(lm: LM, found: list[Change]) -> dict[str, tuple[int, int]]:
+    """Path -> sizes of the linears that have the same place in other blocks."""
+    prefix, out = f"{lm.family.blocks}.", {}
+    for place_ in {change.path.removeprefix(prefix).partition(".")[2] for change in found}:
+        for block, module in enumerate(lm.blocks):
+            path = f"{prefix}{block}.{place_}"
+            with contextlib.suppress(AttributeError):  # blocks of another make, as in hybrid models
+                if path not in {change.path for change in found}:
+                    out[path] = linear_sizes(resolve(module, place_))
+    return out
 
 
 def vllm_rank(rank: int) -> int:
     """The least of vLLM's choices for ``--max-lora-rank`` that holds it."""
-    return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
+    return next((r for r in RANKS if r >= rank), rank)
 
 
-def _config(lm: LM, found: list[Change], ranks: dict[str, int]) -> dict[str, Any]:
+def _config(lm: LM, found: list[Change], paths: list[str], rank: int) -> dict[str, Any]:
     """PEFT's `LoraConfig` with every choice that matters spelt out.
 
-    Modules are named by their full paths, which no other module's path ends in.  Patterns leave the first part of the path out: older
-    versions of PEFT look for them behind a dot.
+    Modules are named by their full paths, which no other module's path ends in.
     """
-    most = max(ranks.values())
-    others = {path.partition(".")[2]: r for path, r in ranks.items() if r != most}
     base = base_folder(lm)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base.resolve()) if base is not None else lm.name or None,
         "inference_mode": True,
-        "r": most,
-        "lora_alpha": most,
-        "rank_pattern": others,
-        "alpha_pattern": dict(others),
-        "target_modules": sorted(ranks),
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": paths,
         "fan_in_fan_out": any(change.transposed for change in found),
         "lora_dropout": 0.0,
         "bias": "none",

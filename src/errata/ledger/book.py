@@ -224,9 +224,9 @@ class Ledger:
         """Ask every live edit again; see `errata.ledger.check`."""
         return check.check(self, repair, progress)
 
-    def export(self, out: str | Path, *, rank: int | None = None) -> export.Exported:
+    def export(self, out: str | Path, *, rank: int | None = None, every_block: bool = False, checkpoint: bool = False) -> export.Exported:
         """The live stack as folders for others; see `errata.ledger.export`."""
-        return export.export(self, Path(out), rank)
+        return export.export(self, Path(out), rank, every_block, checkpoint)
 
     # -- parts of a change -------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""The live stack for others: patch folders in their order, the requests as JSON Lines, and a LoRA adapter where all only change weights."""
+"""The live stack for others: patch folders in their order, the requests as JSON Lines, a LoRA adapter where all only change weights, and
+on request a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,22 +15,29 @@ from errata.request import as_lines
 if TYPE_CHECKING:
     from errata.ledger.book import Ledger
 
-REQUESTS, ADAPTER = "requests.jsonl", "lora"
+REQUESTS, ADAPTER, CHECKPOINT = "requests.jsonl", "lora", "checkpoint"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """adapter: where the LoRA adapter is; why_not: why there is none."""
+    """adapter: where the LoRA adapter is; why_not: why there is none; rank: of the adapter; objections: what vLLM would have against
+    it (see `errata.export.engines`); checkpoint: where the base with the edits in its weights is, if that was asked for.
+    """
 
     folder: Path
     patches: tuple[str, ...]
     requests: int
     adapter: Path | None
     why_not: str
+    rank: int = 0
+    objections: tuple[str, ...] = ()
+    checkpoint: Path | None = None
 
 
-def export(ledger: Ledger, out: Path, rank: int | None) -> Exported:
-    from errata.export import export_lora
+def export(ledger: Ledger, out: Path, rank: int | None, every_block: bool, checkpoint: bool) -> Exported:
+    """With ``checkpoint``, `PatchError` where an edit is no change of weights; without it the adapter is left out and the reason told."""
+    from errata.export import bake, export_lora
+    from errata.export.engines import objections
 
     with ledger.record.reading() as view:
         entries, edits = view.entries(), view.edits()
@@ -40,16 +48,21 @@ def export(ledger: Ledger, out: Path, rank: int | None) -> Exported:
         raise StorageError(f"{out} exists already; it is left alone, give another name")
     requests = list({r.id: r for e in edits for r in e.requests}.values())
     head = {"model": ledger.meta("model"), "base": ledger.meta("base"), "patches": [{"id": p.id, "edits": len(p.requests)} for p in stack]}
-    adapter, why = out / ADAPTER, ""
+    adapter, why, most, against = out / ADAPTER, "", 0, []
     with storage.replacing(out) as temporary:
         for patch in stack:
             patch.save(temporary / patch.id)
         storage.write(temporary / storage.INDEX, (json.dumps(head, ensure_ascii=False, indent=1) + "\n").encode())
         storage.write(temporary / REQUESTS, as_lines(requests).encode())
+        if checkpoint:
+            bake(ledger.lm, stack, temporary / CHECKPOINT)
         try:
-            export_lora(ledger.lm, stack, temporary / ADAPTER, rank=rank)
+            report = export_lora(ledger.lm, stack, temporary / ADAPTER, rank=rank, every_block=every_block)
+            most = max(w.rank for w in report.linears)
+            against = objections(temporary / ADAPTER, ledger.lm.hf.config.model_type)
         except StorageError:
             raise
         except ErrataError as error:  # a method that is no change of weights, or a dense one too large
             why = str(error)
-    return Exported(out, tuple(p.id for p in stack), len(requests), None if why else adapter, why)
+    baked = out / CHECKPOINT if checkpoint else None
+    return Exported(out, tuple(p.id for p in stack), len(requests), None if why else adapter, why, most, tuple(against), baked)

@@ -36,11 +36,13 @@ class AdapterEditor:
     rank, alpha   of the branch; it is scaled by alpha / rank
     targets       names of linears in a block; None: q_proj and v_proj, or the linear that holds both (see `errata.methods.adapter`)
     layers        0-based blocks; None: all
+    lr, steps     Adam's; updates of one edit
     dropout       of what the branch reads while it is trained.  At use it is off, always: EasyEdit never takes PEFT's layers out of
                   training mode, so its published figures were measured with dropout on
     stop          early stop when the mean NLL, as it is trained (with dropout), is below it.  BaFT's rule for its baselines; EasyEdit
                   has none (0: off)
     end           text trained after the target ("." or an EOS), so that a free answer ends there; EasyEdit trains none
+    seed          of the factors' start and of dropout
     """
 
     name: ClassVar[str]

@@ -30,6 +30,8 @@ class BaFT(SubspaceEditor):
     balance     incremental load balancing R_bal = Σ_k (w̄_k − w̄)² / ((r − 1) w̄), averaged over blocks; w̄_k runs over this and all
                 past edits (their sums are kept in the patch).  ``squared_cv``: divide by w̄² (what the text calls it) instead
     locality    use R_loc where requests bring ``unrelated`` texts: w ≤ alpha there, w ≥ beta on the edit, largest weights gamma apart
+    alpha, beta, gamma
+                the three margins of R_loc
     rescale     "max": each active hinge is scaled to the largest one (stop-gradient); "margin": divided by its margin; "none"
     """
 

@@ -33,6 +33,7 @@ class FineTuneEditor:
     batch_size       rows of a mini-batch; ``shuffle``: in an order drawn anew for each pass (EasyEdit keeps that of the requests)
     norm_constraint  |ΔW_ij| ≤ this after each update, from the weights at the start of this edit
     rank             keep the first terms of ΔW's SVD only, as a `low_rank` op; the patch's notes say what that lost
+    seed             of the order, where it is drawn
 
     A request's paraphrases, where it brings any, are rows of their own (EasyEdit trains on the prompt alone).  A new edit on a stack starts
     from the weights the stack makes and is a patch of its own on top: weights add, so this is training on, with a new optimiser.

@@ -79,7 +79,9 @@ class GRACE(KeyedEditor):
                   the old key half-way to the new one
     value         start of a new value: "cold" uniform in [0, 1), "warm" what the linear gave
     lr, steps     Adam's; ``stop`` ends an entry below that mean loss a token (0: never, as published)
-    end           text trained after the target; rounding: see `errata.methods.codebook`, None: by the model's dtype
+    end           text trained after the target
+    rounding      what a comparison with a radius allows for last bits, as a share of the query's norm; None: by the model's dtype
+    seed          of new values
 
     The query is always what the linear reads at the last *prompt* token, so cached, uncached and teacher-forced answers agree.  The
     released codes take the last token of the first text fed after an edit and keep its number: fed prompt and target together, they look

@@ -55,9 +55,11 @@ class LocateEditor:
     fact_token       where key and value are: the subject's last token, or the prompt's
     end              text trained after the target; the papers train none
     mom2_adjustment  keys whitened by C⁻¹ (the papers); without it C = I (EasyEdit's ROME files)
-    stats            the text behind C (see `errata.texts.open_corpus`), and how many tokens of it
+    stats, stats_tokens
+                     the text behind C (see `errata.texts.open_corpus`), and how many tokens of it
     rect, prune, prune_base, norm_constraint
                      what is done to the finished ΔW: see `errata.methods.conditioning`; off by default
+    seed             of the sampled prefixes
     """
 
     name: ClassVar[str]

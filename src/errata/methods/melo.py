@@ -42,7 +42,9 @@ class MELO(KeyedEditor):
     edits_per_block   requests of one `edit` that share a block; each `edit` begins a new one
     lr, steps         Adam's; the rate is multiplied by ``decay`` every ``decay_every`` updates (StepLR).  ``stop``: end of a block below
                       that mean loss a token (0: never, as published)
-    end               text trained after the target; rounding: see `errata.methods.codebook`, None: by the model's dtype
+    end               text trained after the target
+    rounding          what a comparison with a radius allows for last bits, as a share of the query's norm; None: by the model's dtype
+    seed              of new blocks
 
     No file for LLaMA-like models was published, and none but GPT-2-XL's for decoders.  The rule for other models is ours: keys are the
     inputs of ``mlp_down``, blocks change ``mlp_down`` of the next two blocks, the radius is half the key's norm (published radii are

@@ -80,7 +80,11 @@ class PMETObjective(Objective):
 class PMET(MEMIT):
     """MEMIT with two shifts optimised together, of the attention's and of the MLP's output; only the MLP's is written.
 
-    The residual is shared out by √(blocks left).  ``nll_factor`` and the ending are the released code's.  Source: Li et al. 2024 (PMET).
+    The residual is shared out by √(blocks left).  Source: Li et al. 2024 (PMET) and its code.
+
+    nll_factor, kl_stop
+                     weight of the NLL in the value's loss, a tenth of it once the answer is right; then a KL at or below ``kl_stop`` ends
+                     it (the released code's)
     """
 
     name: ClassVar[str] = "pmet"

@@ -38,13 +38,15 @@ class REP:
                  and R-ROME, the bare key for the others, as released
     surfaces     which are trained on: names, shuffled, prefixes, long, paraphrases (the request's own; the paper trains on none)
     prefixes, pool   (tokens, count) of sampled texts as in ROME; texts a request at most
-    batch, steps texts drawn a step beside the prompt itself; Adam steps
+    batch        texts drawn a step beside the prompt itself
+    steps, lr, weight_decay   Adam's
     rank, dropout, hidden   of the projection; ``hidden``: the gate's width as a share of the key's
     tau          the gate acts above it
     aggregation, consistency, match, closing   weights of the loss.  The last two are ours, 0 as published.  ``match`` wants a surface's
                  whole key where the prompt's is.  ``closing`` trains the gate, on which no published term acts: open at surfaces, shut at
                  ``away`` kept places (other tokens of the prompt, other names in it, the request's ``unrelated``, bundled text)
     gate, projection, normalise   ablations: no gate; ‖k‖ times a learned vector in place of B A k; ⟨k̂, t⟩ without ‖k̂‖
+    seed         of the start, the drawn texts and the shuffles
 
     The paper prints −|⟨k̂/‖k̂‖, C⁻¹k*⟩|; the code has neither the absolute value nor, by default, a C⁻¹ beyond the target's, and is
     followed.  Its soft gate in training and hard gate at use are kept, its dropout that stays on at use is not.  ΔW of other edits on

@@ -86,7 +86,10 @@ class ROME(LocateEditor):
 
 @dataclass(frozen=True)
 class RROME(ROME):
-    """ROME with one key everywhere: ``key`` "mean" (over prefixes; value and output averaged alike, the default) or "prompt" (bare)."""
+    """ROME with one key everywhere.
+
+    key              "mean" (over prefixes; value and output averaged alike, the default) or "prompt" (bare)
+    """
 
     name: ClassVar[str] = "r-rome"
     paper: ClassVar[str] = "Gupta et al. 2024 (R-ROME)"

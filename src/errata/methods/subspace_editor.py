@@ -33,14 +33,17 @@ def layers_for(depth: int) -> tuple[int, ...]:
 class SubspaceEditor:
     """Hyper-parameters that ReFT and BaFT share (BaFT Table 5).
 
+    rank        r, dimensions of the edited subspace a block
     layers      0-based block numbers (the paper does not say from what it counts; pyreft counts from 0); None: by `layers_for`
     last        how many last prompt tokens are edited, besides every output token
     lr, steps   for one request; ``batched_lr``, ``batched_steps`` for several in one patch
     stop        early stop when the "training loss" is below it: ``stop_on`` says whether that is the task loss as mean or as sum
                 over target tokens, or the total with the regularisers (mean task loss + R_bal + R_loc); the paper does not say
     loss        the task loss is the printed sum over target tokens, or the mean
+    weight_decay   of AdamW; the paper does not say
     init        "pyreft" (A, b random) or "identity" (A ← R, b ← 0: Φ(h) = h at the start)
     end         text trained after the target ("." or an EOS), so that a free answer ends there; the paper does not say whether y holds one
+    seed        of the start
     """
 
     name: ClassVar[str]

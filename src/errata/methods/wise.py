@@ -67,6 +67,9 @@ class WISE:
                       `errata.methods.side_memory`), or the whole "text" with its target (the code)
     contexts          (tokens, count) of greedy texts the prompt is trained behind, beside the bare prompt; equal ones count once
     mask_ratio, pool  masks are Bernoulli(mask_ratio) draws in a fixed random share ``pool`` of W; with mask_ratio 1 the pool is the mask
+    save_freq, merge_freq
+                      edits of one memory, and edits after which the last memories are merged
+    seed              of the masks
     retrieve          True: memories stay apart, the last merge_freq / save_freq of them merged into one every merge_freq edits (the
                       code's default); False: one is kept, merged every merge_freq edits with weight ``old_weight`` for what it was (the
                       paper's main rows), and one least Δ is kept over all edits.  What is saved and not yet merged answers for itself (the

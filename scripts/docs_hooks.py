@@ -1,0 +1,53 @@
+"""What MkDocs is told beside mkdocs.yml: pages that live outside docs/, and places in the navigation for pages to come."""
+
+from __future__ import annotations
+
+import posixpath
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "src/errata/almanac/card.md": "almanac.md"}  # in the repository -> in the site
+PAGES = ("single.html", "locate-single.html")  # of docs/results, whose names Markdown pages have too
+TO_COME = ("serving.md", "page.md")
+
+
+def on_config(config: Any) -> Any:
+    """Leave entries out whose page is not written yet."""
+    config.nav = _without(config.nav, [name for name in TO_COME if not (Path(config.docs_dir) / name).exists()])
+    return config
+
+
+def _without(nav: list[Any], missing: list[str]) -> list[Any]:
+    out = []
+    for entry in nav:
+        ((title, target),) = entry.items()
+        if isinstance(target, list):
+            out.append({title: _without(target, missing)})
+        elif target not in missing:
+            out.append(entry)
+    return out
+
+
+def on_files(files: Any, config: Any) -> Any:
+    for source, name in OUTSIDE.items():
+        files.append(File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8")))
+    for name in PAGES:
+        files.append(File.generated(config, f"results/cases-{name}", abs_src_path=str(ROOT / "docs" / "results" / name)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Links of the repository as links of the site."""
+    here = next((source for source, name in OUTSIDE.items() if name == page.file.src_uri), f"docs/{page.file.src_uri}")
+    for source, name in OUTSIDE.items():
+        theirs = posixpath.relpath(source, posixpath.dirname(here))
+        markdown = markdown.replace(f"]({theirs}", f"]({posixpath.relpath(name, posixpath.dirname(page.file.src_uri) or '.')}")
+    for name in PAGES:
+        markdown = markdown.replace(f"]({name})", f"](cases-{name})")
+    if here not in OUTSIDE:
+        return markdown
+    up = posixpath.relpath("docs", posixpath.dirname(here))
+    return markdown.replace(f"]({up}/", "](")
