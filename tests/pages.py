@@ -141,9 +141,8 @@ def _known(tiny: str) -> None:
 
 
 def _run_file(tiny: str) -> None:
-    Path("run.yaml").write_text(
-        f"model: {tiny}\nmethods: [none, ft-m]\nbenchmark: {{name: almanac, split: dev, n: 2}}\nscenario: single\nscore: {{latency: false}}\nthreads: 1\n"
-    )
+    lines = (f"model: {tiny}", "methods: [none, ft-m]", "benchmark: {name: almanac, split: dev, n: 2}", "scenario: single", "threads: 1")
+    Path("run.yaml").write_text("\n".join((*lines, "score: {latency: false}")) + "\n")
 
 
 PREPARED: dict[str, Callable[[str], Any]] = {
