@@ -141,9 +141,8 @@ def _known(tiny: str) -> None:
 
 
 def _run_file(tiny: str) -> None:
-    Path("run.yaml").write_text(
-        f"model: {tiny}\nmethods: [none, ft-m]\nbenchmark: {{name: almanac, split: dev, n: 2}}\nscenario: single\nthreads: 1\n"
-    )
+    lines = (f"model: {tiny}", "methods: [none, ft-m]", "benchmark: {name: almanac, split: dev, n: 2}", "scenario: single", "threads: 1")
+    Path("run.yaml").write_text("\n".join((*lines, "score: {latency: false}")) + "\n")
 
 
 PREPARED: dict[str, Callable[[str], Any]] = {
@@ -189,7 +188,7 @@ def run(page: str, tiny: str, *, small: bool = True, only: Iterable[Block] | Non
 def _substituted(block: Block, small: bool) -> str:
     text = block.text
     for told in (*block.told("replace"), *(block.told("small") if small else ())):
-        old, new = (part.strip() for part in told.split(" =>"))
+        old, new = (part.strip().replace("\\n", "\n") for part in told.split(" =>"))
         if old not in text and told in [argument for _, argument in block.orders]:
             raise AssertionError(f"{block.where}: {old!r} is to be replaced and is not there")
         text = text.replace(old, new)
