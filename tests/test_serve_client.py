@@ -45,7 +45,9 @@ def test_completions(client: openai.OpenAI) -> None:
         said = found.choices[1].logprobs
         assert said is not None and "".join(said.tokens or []) == " Tokyo"
         assert said.text_offset == [len("".join((said.tokens or [])[:i])) for i in range(len(said.tokens or []))]
-        assert all(len(top) == 2 and max(top.values()) == own for top, own in zip(said.top_logprobs or [], said.token_logprobs or [], strict=True))
+        assert all(
+            len(top) == 2 and max(top.values()) == own for top, own in zip(said.top_logprobs or [], said.token_logprobs or [], strict=True)
+        )
     drawn = client.completions.create(model="live", prompt=JAPAN, temperature=2, n=4, seed=1, max_tokens=6)
     again = client.completions.create(model="live", prompt=JAPAN, temperature=2, n=4, seed=1, max_tokens=6)
     assert [c.text for c in drawn.choices] == [c.text for c in again.choices] and len({c.text for c in drawn.choices}) > 1
@@ -75,9 +77,12 @@ def test_chat(client: openai.OpenAI) -> None:
 
 
 def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
-    with serving(tmp_path / "book") as site, openai.OpenAI(base_url=f"{site.url}/v1", api_key="any", max_retries=0) as client:
-        with pytest.raises(openai.BadRequestError, match="no chat template; ask through /v1/completions"):
-            client.chat.completions.create(model="live", messages=[{"role": "user", "content": FRANCE}])
+    with (
+        serving(tmp_path / "book") as site,
+        openai.OpenAI(base_url=f"{site.url}/v1", api_key="any", max_retries=0) as client,
+        pytest.raises(openai.BadRequestError, match="no chat template; ask through /v1/completions"),
+    ):
+        client.chat.completions.create(model="live", messages=[{"role": "user", "content": FRANCE}])
 
 
 def test_many_at_once_and_each_under_its_own(site: Site) -> None:

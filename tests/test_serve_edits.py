@@ -139,7 +139,9 @@ def test_a_full_disk_and_an_edit_that_goes_wrong(site: Site, monkeypatch: pytest
 
 def test_another_process_writes_and_live_follows(site: Site) -> None:
     assert site.text(FRANCE) == "Paris"
-    Ledger.open(site.service.ledger.folder, trained("llama"), author="bob").apply(REQUESTS[:1], settings={**SETTINGS, "rank": 4}, force=True)
+    Ledger.open(site.service.ledger.folder, trained("llama"), author="bob").apply(
+        REQUESTS[:1], settings={**SETTINGS, "rank": 4}, force=True
+    )
     assert site.text(FRANCE) == "Rome" and site.http.get("/health").json()["live"] == 1
     assert site.http.delete("/v1/edits/1", params={"author": "eve"}).status_code == 200 and site.text(FRANCE) == "Paris"
     assert [e.author for e in site.service.ledger.log()] == ["bob", "eve"]
@@ -171,7 +173,7 @@ def test_the_edit_in_work_is_finished_or_rolled_back_at_the_end(tmp_path: Path, 
         stop.start()
         stop.join(60)
         assert not running.thread.is_alive() and service.editor.jobs[queued].status == "cancelled"
-        status = [j.status for j in service.editor.jobs.values()][0]
+        status = next(j.status for j in service.editor.jobs.values())
     assert status == ("done" if grace else "cancelled")
     book = Ledger.open(tmp_path / "book", trained("llama"))
     assert len(book.edits()) == bool(grace) and len(list((tmp_path / "book" / "patches").iterdir())) == bool(grace)
