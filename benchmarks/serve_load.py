@@ -3,12 +3,12 @@
     python benchmarks/serve_load.py [--model almanac] [--clients 32] [--rounds 8] [--requests 8] [--tokens 12] [--method baft]
                                     [--threads 1] [--out FILE.json]
 
-A ledger is given five edits of one prompt, each with another answer, and a server is started on it.  Every client has a connection of its
+A ledger is given five edits of one prompt, each with another answer, and a server is started on it. Every client has a connection of its
 own and asks its next question when the last is answered: a prompt drawn from the edited one and 15 others (12 of the almanac's facts),
-greedy, under a model drawn from `base` and `edit:1` to `edit:5`.  Rounds on the base alone and mixed rounds take turns,
-which goes first too, because a machine's speed drifts; both ask the same prompts in the same order.  Every answer is compared with the one that the library gives to that
-prompt under that stack, alone in its batch: *wrong* counts those that differ, *elsewhere* those of them that are another stack's answer.
-The ratio is that of tokens a second, mixed to base, over all rounds; its spread is that of the pairs of rounds.
+greedy, under a model drawn from `base` and `edit:1` to `edit:5`. Rounds on the base alone and mixed rounds take turns, which goes first
+too, because a machine's speed drifts; both ask the same prompts in the same order. Every answer is compared with the one that the library
+gives to that prompt under that stack, alone in its batch: *wrong* counts those that differ, *elsewhere* those of them that are another
+stack's answer. The ratio is that of tokens a second, mixed to base, over all rounds; its spread is that of the pairs of rounds.
 """
 
 from __future__ import annotations

@@ -203,9 +203,14 @@ def test_the_page_and_its_headers(site: Site) -> None:
 def test_health_and_metrics(site: Site) -> None:
     site.text(FRANCE)
     health = site.http.get("/health").json()
+    queue = {"answers": 0, "edits": 0}
     assert health == {
-        **{"status": "ok", "model": "llama", "base": site.service.lm.fingerprint, "live": 1},
-        **{"queue": {"answers": 0, "edits": 0}, "editing": None},
+        "status": "ok",
+        "model": "llama",
+        "base": site.service.lm.fingerprint,
+        "live": 1,
+        "queue": queue,
+        "editing": None,
     }
     text = site.http.get("/metrics").text
     values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if not line.startswith("#")}
