@@ -133,6 +133,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from errata.serve.running import Running, bound, leave
 
     listening = bound(chosen.host, chosen.port)  # first of all: a port that is taken needs no model
+    args.until_end.callback(listening.close)
     lm = common.load(args)
     if Path(lm.name).is_dir():
         lm.name = str(Path(lm.name).resolve())  # the ledger remembers it, wherever it is called from

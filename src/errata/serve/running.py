@@ -37,12 +37,15 @@ class Server(uvicorn.Server):
 
 def bound(host: str, port: int) -> socket.socket:
     """A socket that listens; `ConfigError` where that cannot be."""
+    out = None
     try:
         family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         out = socket.socket(family, socket.SOCK_STREAM)
         out.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         out.bind(address)
     except (OSError, OverflowError, UnicodeError) as error:
+        if out is not None:
+            out.close()
         why = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{host}, port {port}: cannot listen there ({why}); choose another with --host and --port") from None
     return out
