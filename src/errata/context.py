@@ -87,16 +87,18 @@ class Front:
             if s not in self.fixed and all(op.settings["retrieval"] is None for op in ops):
                 self.fixed[s] = self._joined(ops, [None] * len(ops))
 
+    def select(self, rows: Tensor) -> Front | None:
+        """Of some rows of the text that runs; None where none of them has such an op and nothing was put in front."""
+        which = None if self.rows is None else self.rows.to(rows.device)[rows]
+        placed = self.placed and Placed(self.placed.ids[rows], self.placed.lengths[rows], self.placed.column[rows])
+        if placed is None and not any(self.stacks[s] for s in ([0] if which is None else which.tolist())):
+            return None
+        return Front(self.stacks, which, self.tokenizer, placed, None, self.fixed)
+
     @property
     def width(self) -> int:
         """Columns put in front of the text that runs."""
         return 0 if self.placed is None else self.placed.width
-
-    def select(self, rows: Tensor) -> Front:
-        """Of some rows of the text that runs."""
-        placed = self.placed and Placed(self.placed.ids[rows], self.placed.lengths[rows], self.placed.column[rows])
-        which = None if self.rows is None else self.rows.to(rows.device)[rows]
-        return Front(self.stacks, which, self.tokenizer, placed, None, self.fixed)
 
     def begin(self, hf: Any, family: Family, kwargs: Mapping[str, Any], position: Tensor, lengths: Tensor) -> None:
         """Choose the context of each row of a text that begins; ``position`` [B, T] and prompt ``lengths`` [B] as the caller counts."""
