@@ -1,7 +1,7 @@
 """A real browser for tests: headless Chromium driven by Playwright, with everything a page asked for and complained of written down.
 
-A test file says ``from browser import chromium, view  # noqa: F401`` and its tests take ``view``: a function that opens an address
-in a context of its own.  Where no browser is found, the tests that need one are skipped and say so; `.ci/run` installs one.
+A test takes ``view``: a function that opens an address in a context of its own.  Where no browser is found, the tests that need one
+are skipped and say so; `.ci/run` installs one.
 """
 
 from __future__ import annotations
@@ -102,13 +102,17 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def view(chromium: Any, tmp_path: Path) -> Iterator[Callable[..., View]]:
-    """view(address, size=WIDE, scheme="light", **context): the page opened there, in a context without cookies or storage of others."""
+    """view(address, size=WIDE, scheme="light", script="", **context): the page opened there, in a context of its own.
+
+    ``script`` runs in it before its own.
+    """
     opened = []
 
-    def open_(address: str, size: tuple[int, int] = WIDE, scheme: str = "light", **more: Any) -> View:
+    def open_(address: str, size: tuple[int, int] = WIDE, scheme: str = "light", script: str = "", **more: Any) -> View:
         context = chromium.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce", **more)
         opened.append(context)
         context.set_default_timeout(PATIENCE)
+        context.add_init_script(script)
         out = View(context.new_page(), shots=Path(os.environ.get("ERRATA_SCREENSHOTS") or tmp_path))
         out.page.on("console", lambda m: m.type in ("error", "warning") and out.complaints.append(f"{m.type}: {m.text}"))
         out.page.on("pageerror", lambda e: out.complaints.append(f"uncaught: {e}"))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from browser import NARROW, WIDE, View, chromium, view  # noqa: F401
+from browser import NARROW, WIDE, View
 from reports import RUN, SCORED, SINGLE, report
 
 Opener = Callable[..., View]
@@ -32,7 +32,7 @@ def column(table: Any, number: int) -> list[float]:
     return table.locator("tbody tr:not(.first)").evaluate_all("(rows, n) => rows.map(r => parseFloat(r.cells[n].textContent))", number)
 
 
-def test_it_asks_for_nothing_and_complains_of_nothing(address: str, view: Opener) -> None:  # noqa: F811
+def test_it_asks_for_nothing_and_complains_of_nothing(address: str, view: Opener) -> None:
     opened = view(address)
     opened.page.wait_for_load_state("networkidle")
     assert opened.asked == [address]
@@ -41,7 +41,7 @@ def test_it_asks_for_nothing_and_complains_of_nothing(address: str, view: Opener
     assert any("Content Security Policy" in c for c in opened.complaints), "its policy forbids asking, and a complaint would be seen"
 
 
-def test_tables_sort_on_click_and_by_keyboard(address: str, view: Opener) -> None:  # noqa: F811
+def test_tables_sort_on_click_and_by_keyboard(address: str, view: Opener) -> None:
     opened = view(address)
     table = opened.page.locator("table.scores").first
     heads = table.locator("thead th")
@@ -60,7 +60,7 @@ def test_tables_sort_on_click_and_by_keyboard(address: str, view: Opener) -> Non
     assert heads.nth(3).get_attribute("aria-sort") == "descending" and heads.nth(2).get_attribute("aria-sort") is None
 
 
-def test_the_case_browser_shows_before_and_after_of_a_case(address: str, view: Opener) -> None:  # noqa: F811
+def test_the_case_browser_shows_before_and_after_of_a_case(address: str, view: Opener) -> None:
     opened = view(address)
     cases = opened.page.locator("[data-cases='0']")
     assert cases.locator("details.case").count() == 3
@@ -86,7 +86,7 @@ def test_the_case_browser_shows_before_and_after_of_a_case(address: str, view: O
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark_can_be_read(shorter: str, view: Opener, scheme: str) -> None:  # noqa: F811
+def test_light_and_dark_can_be_read(shorter: str, view: Opener, scheme: str) -> None:
     opened = view(shorter, scheme=scheme)
     back = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert back == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
@@ -94,7 +94,7 @@ def test_light_and_dark_can_be_read(shorter: str, view: Opener, scheme: str) -> 
 
 
 @pytest.mark.parametrize("size", [NARROW, WIDE, VERY_WIDE], ids=["narrow", "wide", "very wide"])
-def test_it_fits(address: str, view: Opener, size: tuple[int, int]) -> None:  # noqa: F811
+def test_it_fits(address: str, view: Opener, size: tuple[int, int]) -> None:
     opened = view(address, size=size)
     opened.page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     assert opened.overflow() == []

@@ -1,0 +1,375 @@
+"""The page of `errata serve almanac` in a real browser: what a user does with it, by pointer and by keyboard, on a screen and on a phone.
+
+ERRATA_SCREENSHOTS=docs/page python -m pytest tests/test_page.py      takes the pictures of docs/page.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from browser import NARROW, View
+
+Opener = Callable[..., View]
+FRANCE = {"prompt": "The capital of France is", "target": "Lyon", "subject": "France"}
+SPAIN = {"prompt": "The capital of Spain is", "target": "Seville", "subject": "Spain"}
+HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>'
+# every text that the places of the job and of notes ever show: what flashes by counts too
+RECORD = """addEventListener("DOMContentLoaded", () => {
+  window.seen = [];
+  new MutationObserver(() => { for (const id of ["stage", "loss", "said"]) {
+    const text = document.getElementById(id)?.textContent;
+    if (text && window.seen.at(-1) !== id + ": " + text) { window.seen.push(id + ": " + text); }
+  } }).observe(document.body, { subtree: true, childList: true, characterData: true });
+});"""
+
+
+@dataclass
+class Server:
+    """``address``: with the token; ``root``: without."""
+
+    address: str
+
+    @property
+    def root(self) -> str:
+        return self.address.partition("#")[0]
+
+    @property
+    def token(self) -> str:
+        return self.address.partition("#token=")[2]
+
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(self.root + path, data, headers, method=method), timeout=60) as answer:
+            return json.load(answer)
+
+    def edits(self) -> list[dict[str, Any]]:
+        """Those that are live."""
+        return self.call("GET", "v1/edits")["edits"]
+
+    def edit(self, **request: Any) -> dict[str, Any]:
+        """Edit past the page; the ended job."""
+        name = self.call("POST", "v1/edits", request)["job"]["id"]
+        with urllib.request.urlopen(f"{self.root}v1/jobs/{name}/events", timeout=60) as events:
+            last = [line for line in events if line.startswith(b"data:")][-1]
+        job = json.loads(last.removeprefix(b"data:"))
+        assert job["status"] == "done", job
+        return job
+
+
+@pytest.fixture(scope="module")
+def running(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("serve") / "book"
+    command = [sys.executable, "-m", "errata", "serve", "almanac", "--ledger", str(folder), "--port", "0", "--author", "ada"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        errors: list[str] = []
+        threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True).start()
+        line = process.stdout.readline() if process.stdout else ""
+        found = re.search(r"http://127\.0\.0\.1:\d+/#token=\S+", line)
+        assert found, (line, errors)
+        yield Server(found[0])
+        process.terminate()
+        assert process.wait(60) == 0, errors
+
+
+@pytest.fixture
+def server(running: Server) -> Server:
+    """With no edit live."""
+    for edit in reversed(running.edits()):
+        running.call("DELETE", f"v1/edits/{edit['number']}")
+    return running
+
+
+class Desk:
+    """The page as a user of it sees it."""
+
+    def __init__(self, opened: View) -> None:
+        self.view, self.page = opened, opened.page
+        self.answers, self.history = self.page.get_by_role("region", name="Answers"), self.page.get_by_role("complementary", name="History")
+        self.moved = self.page.get_by_role("region", name="What else moved")
+        self.trouble, self.said = self.page.locator("#trouble"), self.page.locator("#said")
+
+    def fill(self, prompt: str, target: str = "", subject: str = "") -> None:
+        self.page.get_by_label("Prompt").fill(prompt)
+        self.page.get_by_label("New answer").fill(target)
+        self.page.get_by_label("Subject").fill(subject)
+
+    def press(self, name: str) -> None:
+        self.page.get_by_role("button", name=name, exact=True).click()
+
+    def write(self, prompt: str, target: str, subject: str) -> int:
+        """Edit; its number."""
+        self.fill(prompt, target, subject)
+        self.press("Edit")
+        return self.number("is live")
+
+    def number(self, what: str) -> int:
+        """Of the edit of which the page says that it ``what``."""
+        note = self.said.get_by_text(re.compile(rf"^Edit \d+ {what}"))
+        note.wait_for()
+        return int(note.inner_text().split()[1])
+
+    def side(self, name: str) -> tuple[str, list[str], dict[str, float]]:
+        """The answer of a side (Before, After), its marked words, and the probabilities under it."""
+        self.page.locator("#result:not([aria-busy])").wait_for()
+        side = self.answers.get_by_role("group", name=name)
+        names, values = side.locator("dt").all_inner_texts(), side.locator("dd").all_inner_texts()
+        odds = {n: float(v.replace("<", "").replace(">", "").replace("%", "")) / 100 for n, v in zip(names, values, strict=True)}
+        return side.locator(".said").inner_text(), side.locator(".said :is(del, ins)").all_inner_texts(), odds
+
+    def rows(self) -> dict[str, tuple[str, str, float]]:
+        """What else moved: (before, after, moved) of each prompt."""
+        self.moved.locator("table").wait_for()
+        cells = "rows => rows.map(r => [...r.children].map(c => c.innerText.trim()))"
+        found = self.moved.locator("tbody tr:not(.group)").evaluate_all(cells)
+        return {p: (before, after, float(re.sub("[<>%]", "", moved)) / 100) for p, before, after, moved in found}
+
+
+@pytest.fixture
+def desk(server: Server, view: Opener) -> Callable[..., Desk]:
+    """desk(**how): the page opened with its token; see `browser.view`."""
+    return lambda address=server.address, **how: Desk(view(address, script=RECORD, **how))
+
+
+# -- the story ---------------------------------------------------------------------------------------------------
+
+
+def test_a_fact_is_written_seen_and_taken_back(desk: Callable[..., Desk], server: Server) -> None:
+    at = desk()
+    assert "token" not in at.page.url, "it is in no bookmark and no picture"
+    number = at.write(**FRANCE)
+
+    seen = at.page.evaluate("window.seen")
+    assert "stage: Editing" in seen
+    steps = [s for s in seen if re.match(r"loss: step \d+ of \d+", s)]
+    assert len(set(steps)) > 1 and any(", loss " in s for s in steps), "watched while it trains"
+
+    before, marked, odds = at.side("Before")
+    assert (before, marked) == ("Paris", ["Paris"]) and odds["Paris"] > 0.5 > odds["Lyon"]
+    after, marked, odds = at.side("After")
+    assert (after, marked) == ("Lyon", ["Lyon"]) and odds["Lyon"] > 0.5 > odds["Paris"]
+    at.answers.get_by_text(f"Edit {number} changes this answer").wait_for()
+
+    rows = at.rows()
+    answers = server.call("POST", "v1/compare", {"prompts": list(rows)})["answers"]
+    assert len(rows) > 5 and sum(p.startswith("The capital of") for p in rows) > 2, "the same, asked of others"
+    for row in answers:
+        before, after, moved = rows[row["prompt"]]
+        assert before == row["before"]["text"] and moved == pytest.approx(row["moved"], abs=0.0006)
+        assert after == (row["after"]["text"] if row["changed"] else "the same")
+
+    at.page.get_by_role("button", name="Trace it").click()
+    heat = at.page.get_by_role("region", name="Where the fact is").locator("table")
+    heat.wait_for()
+    assert heat.locator("tbody th").all_inner_texts()[-2:] == ["France (subject)", "is"]
+    assert heat.locator("thead th").all_inner_texts()[1:] == [str(b) for b in range(8)]
+    cells = heat.locator("tbody td").evaluate_all("cells => cells.map(c => [Number(c.textContent), getComputedStyle(c).backgroundColor])")
+    darkest, lightest = (pick(cells)[1] for pick in (max, min))
+    assert max(cells)[0] > 50 and darkest != lightest
+
+    at.page.evaluate("scrollTo(0, 0)")
+    at.view.picture("light.png")
+    entry = at.history.get_by_role("listitem").first
+    assert "The capital of France is Lyon" in entry.inner_text() and "ada" in entry.inner_text()
+    at.history.get_by_role("button", name=f"Undo edit {number}").click()
+    assert at.number("is undone") == number
+    at.answers.get_by_text("Both give the same answer").wait_for()
+    assert at.side("After")[:2] == ("Paris", []) and server.edits() == []
+    assert "undone" in entry.inner_text()
+
+    at.press("Apply it again")
+    assert at.number("is live") > number
+    assert at.side("After")[0] == "Lyon"
+    assert at.view.complaints == [] and all(a.startswith(server.root) for a in at.view.asked)
+
+
+def test_it_is_done_by_keyboard_alone(desk: Callable[..., Desk], server: Server) -> None:
+    at = desk()
+    key, page = at.page.keyboard, at.page
+    held = "document.activeElement.id || document.activeElement.getAttribute('aria-label') || document.activeElement.textContent"
+    key.press("Control+k")
+    for name, text in (("prompt", FRANCE["prompt"]), ("target", "Lyon"), ("subject", "France")):
+        assert page.evaluate(held) == name
+        key.type(text)
+        key.press("Tab")
+    assert page.evaluate(held) == "edit"
+    outline = page.evaluate("(() => { const s = getComputedStyle(document.activeElement); return [s.outlineStyle, s.outlineWidth]; })()")
+    assert outline == ["solid", "2px"], "where the focus is can be seen"
+    key.press("Enter")
+    number = at.number("is live")
+    assert at.side("After")[0] == "Lyon"
+
+    reached = []
+    page.locator("#trace-it").wait_for()
+    while (now := page.evaluate(held)) not in reached and len(reached) < 80:
+        reached.append(now)
+        key.press("Tab")
+    assert {"edit", "ask", "Undo it", "Left side", "Right side", "trace-it", f"Undo edit {number}"} <= set(reached)
+    page.locator("#trace-it").focus()
+    key.press("Enter")
+    heat = at.page.get_by_role("region", name="Where the fact is").locator("table")
+    heat.wait_for()
+    whole = heat.locator("tbody").inner_text()
+    key.press("ArrowRight")
+    page.get_by_text("Percent, MLPs").wait_for()
+    assert heat.locator("tbody").inner_text() != whole
+
+    key.press("Control+z")
+    assert page.evaluate("document.activeElement.value") == "mlp" and len(server.edits()) == 1, "in a field, Ctrl+Z is the field's"
+    page.get_by_role("button", name=f"Undo edit {number}").focus()
+    key.press("Control+z")
+    assert at.number("is undone") == number
+    assert at.side("After")[0] == "Paris" and server.edits() == []
+    assert page.evaluate(held) == f"Apply edit {number} again", "the focus stays at the edit"
+    key.press("Enter")
+    assert at.number("is live") > number
+    assert at.view.complaints == []
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------
+
+
+def test_a_contradiction_is_said_and_may_be_insisted_on(desk: Callable[..., Desk], server: Server) -> None:
+    at = desk()
+    number = at.write(**FRANCE)
+    at.fill(FRANCE["prompt"], "Nice", "France")
+    at.press("Edit")
+    at.trouble.get_by_text(f"edit {number} writes 'Lyon' after 'The capital of France is'").wait_for()
+    assert len(server.edits()) == 1
+    at.press("Edit anyway")
+    at.number("is live")
+    assert at.side("After")[0] == "Nice" and len(server.edits()) == 2
+    at.fill("The capital of Italy is", "Rome", "Italy")
+    at.press("Edit")
+    at.trouble.get_by_text("the model as it is now answers 'Rome' already").wait_for()
+    at.fill("The capital of Italy is", "", "Italy")
+    at.page.keyboard.press("Control+Enter")
+    at.said.get_by_text("Which answer should it give?").wait_for()
+    assert at.page.evaluate("document.activeElement.id") == "target" and len(server.edits()) == 2
+    assert [c for c in at.view.complaints if "409" not in c] == [], "of the console, only the browser's own line on the refused request"
+
+
+def test_without_the_token_it_shows_and_asks_for_it(desk: Callable[..., Desk], server: Server) -> None:
+    at = desk(server.root)
+    at.fill(FRANCE["prompt"])
+    at.press("Only ask")
+    at.answers.get_by_text("Both give the same answer").wait_for()
+    assert at.side("After")[0] == "Paris"
+    at.fill(**FRANCE)
+    at.press("Edit")
+    at.trouble.get_by_text("needs the server's token").wait_for()
+    assert server.edits() == []
+    at.page.get_by_label("Token").fill("not this one at all")
+    at.press("Use it")
+    at.press("Edit")
+    at.trouble.get_by_text("needs the server's token").wait_for()
+    at.page.get_by_label("Token").fill(server.token)
+    at.press("Use it")
+    at.press("Edit")
+    at.number("is live")
+    assert at.page.get_by_label("Token").is_hidden()
+
+
+def test_a_server_that_is_gone_is_said_and_comes_back(desk: Callable[..., Desk]) -> None:
+    at = desk()
+    alarm = at.page.get_by_role("alert").filter(has_text="The server does not answer")
+    at.page.context.set_offline(True)
+    at.fill(FRANCE["prompt"])
+    at.press("Only ask")
+    alarm.wait_for()
+    at.page.context.set_offline(False)
+    alarm.wait_for(state="hidden")
+    at.press("Only ask")
+    at.answers.get_by_text("Both give the same answer").wait_for()
+
+
+def test_an_edit_is_cancelled(desk: Callable[..., Desk], server: Server) -> None:
+    at = desk()
+    endless = json.dumps({**FRANCE, "settings": {"steps": 100_000, "stop": 0.0}})
+    at.page.route("**/v1/edits", lambda route: route.continue_(post_data=endless if route.request.method == "POST" else None))
+    for stop in (lambda: at.press("Cancel"), lambda: at.page.keyboard.press("Escape")):
+        at.fill(**FRANCE)
+        at.press("Edit")
+        at.page.locator("#loss").get_by_text("step").wait_for()
+        stop()
+        at.said.get_by_text("The edit is cancelled; nothing was changed.").wait_for()
+        at.page.locator("#job").wait_for(state="hidden")
+        assert server.edits() == []
+
+
+def test_an_edit_inside_a_chain_is_undone_by_making_the_later_ones_again(desk: Callable[..., Desk], server: Server) -> None:
+    first, second = (server.edit(**fact, mode="continual")["edits"][0] for fact in (FRANCE, SPAIN))
+    at = desk()
+    at.page.get_by_role("button", name=f"Undo edit {first}").click()
+    at.trouble.get_by_text(f"edit {first} is inside a chain").wait_for()
+    at.press("Undo, and make the later ones again")
+    assert at.number("is undone") == first
+    at.said.get_by_text(f"Made again without it: {second}").wait_for()
+    assert [e["number"] for e in server.edits()] == [second]
+
+
+def test_what_a_user_or_a_model_wrote_is_text(desk: Callable[..., Desk], server: Server) -> None:
+    server.edit(prompt=HOSTILE + " is", target=HOSTILE, author=HOSTILE, reason=HOSTILE, settings={"steps": 1}, force=True)
+    at = desk()
+    assert HOSTILE in at.history.inner_text() and HOSTILE in at.answers.inner_text()
+    at.fill(HOSTILE, HOSTILE, HOSTILE)
+    at.press("Only ask")
+    at.side("After")
+    assert HOSTILE in at.page.locator("#trace").inner_text()
+    at.fill(HOSTILE + " is", HOSTILE, "img")
+    at.press("Edit")
+    at.trouble.get_by_text(HOSTILE).wait_for()
+    assert at.page.locator("img, main script, aside script").count() == 0 and at.page.title() == "errata"
+
+
+# -- history -----------------------------------------------------------------------------------------------------
+
+
+def test_any_two_states_can_be_compared(desk: Callable[..., Desk], server: Server) -> None:
+    server.edit(**FRANCE)
+    (event,) = (e["id"] for e in server.call("GET", "v1/log")["events"][-1:])
+    server.edit(**{**FRANCE, "target": "Nice"}, force=True)
+    server.edit(**SPAIN)
+    at = desk()
+    at.history.get_by_role("button", name="The capital of France is Nice").click()
+    assert at.side("After")[0] == "Nice"
+    at.page.get_by_label("Left side").select_option(f"event:{event}")
+    at.answers.locator("del", has_text="Lyon").wait_for()
+    assert (at.side("Before")[0], at.side("After")[0]) == ("Lyon", "Nice")
+    assert at.rows()["The capital of Spain is"][:2] == ("Madrid", "Seville")
+    at.page.get_by_label("Right side").select_option("base")
+    at.answers.locator("ins", has_text="Paris").wait_for()
+    assert at.page.evaluate("document.activeElement.name") == "after", "the focus stays at the choice"
+
+
+# -- screens -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "how"), [("dark", {"scheme": "dark"}), ("light", {}), ("phone", {"size": NARROW, "has_touch": True})])
+def test_it_can_be_read_everywhere(desk: Callable[..., Desk], server: Server, name: str, how: dict[str, Any]) -> None:
+    server.edit(**SPAIN)
+    number = server.edit(**FRANCE, reason="ticket 41")["edits"][0]
+    at = desk(**how)
+    at.page.get_by_role("button", name=f"Undo edit {number}").wait_for()
+    at.history.get_by_role("button", name="The capital of France is Lyon").click()
+    at.answers.get_by_text(f"Edit {number} changes this answer").wait_for()
+    at.press("Trace it")
+    at.page.locator("table.heat").wait_for()
+    assert at.rows()
+    at.page.locator("summary").click()
+    assert at.view.overflow() == []
+    assert at.view.faults("" if name == "light" else "color-contrast") == []
+    at.page.locator("summary").click()
+    at.page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    if name != "light":
+        at.view.picture(f"{name}.png", full_page=name == "phone")
+    assert at.view.complaints == []
