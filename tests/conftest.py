@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core
 sys.path.insert(0, str(Path(__file__).parent))  # for `families`
 
-from browser import chromium, view  # noqa: E402, F401
+from browser import chromium, view  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
