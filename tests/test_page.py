@@ -99,9 +99,8 @@ class Desk:
         self.trouble, self.said = self.page.locator("#trouble"), self.page.locator("#said")
 
     def fill(self, prompt: str, target: str = "", subject: str = "") -> None:
-        self.page.get_by_label("Prompt").fill(prompt)
-        self.page.get_by_label("New answer").fill(target)
-        self.page.get_by_label("Subject").fill(subject)
+        for name, text in (("Prompt", prompt), ("New answer", target), ("Subject", subject)):
+            self.page.get_by_role("textbox", name=name, exact=True).fill(text)
 
     def press(self, name: str) -> None:
         self.page.get_by_role("button", name=name, exact=True).click()
