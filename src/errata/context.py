@@ -87,6 +87,14 @@ class Front:
             if all(op.settings["retrieval"] is None for op in ops):
                 self.fixed[s] = self._joined(ops, [None] * len(ops))
 
+    def select(self, rows: Tensor) -> Front | None:
+        """Of some rows; None where none of them has such an op and nothing was put in front."""
+        chosen = rows if self.rows is None else self.rows[rows]
+        placed = self.placed and Placed(self.placed.ids[rows], self.placed.lengths[rows], self.placed.column[rows])
+        if placed is None and not any(self.stacks[s] for s in (chosen.tolist() if self.rows is not None else [0])):
+            return None
+        return Front(self.stacks, None if self.rows is None else chosen, self.tokenizer, placed)
+
     @property
     def width(self) -> int:
         """Columns put in front of the text that runs."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +140,14 @@ class Ledger:
         reason: str = "",
         force: bool = False,
         progress: Progress | None = None,
+        losses: Callable[[float], None] | None = None,
     ) -> Iterator[list[Edit]]:
         """Make edits now; yields those of each transaction once they are on the disk.
 
         mode   "single": each alone on the bare base, so that any can be taken back as if it had never been; "continual": one after
                another on what is live; "batched": joint edits of ``size``
         force  go on although a fact is there already, contradicts a live edit or is known to the model (`errata.ledger.findings`)
+        losses told the mean loss after each step of training
         """
         if mode not in MODES or (size is not None and size < 1):
             raise ConfigError(f"mode is one of {', '.join(MODES)} and size at least 1, not {mode!r} and {size}")
@@ -162,7 +164,7 @@ class Ledger:
                 others = [e for e in writer.edits() if e.number not in own] if not force else []
                 findings.refuse(list(findings.among(part, others)))  # what another wrote since
                 on = () if mode == "single" else self.load(self.running(unmerged(writer.entries())))
-                patches = maker.make(self.lm, part, mode, on, progress)
+                patches = maker.make(self.lm, part, mode, on, progress, losses)
                 members = [[r] for r in part] if mode == "single" else [part]
                 made = self.put(writer, list(zip(patches, members, strict=True)), maker, mode == "single", reason)
             own |= {e.number for e in made}

@@ -24,6 +24,14 @@ class Finding:
     text: str
 
 
+class Found(LedgerError):
+    """Requests that were not applied, and what is odd about them."""
+
+    def __init__(self, message: str, findings: Sequence[Finding]) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
+
+
 def surfaces(request: EditRequest) -> set[str]:
     """Every prompt that the fact is asked by, as `normalise` leaves it."""
     names = (fill(request, name) for name in request.aliases)
@@ -64,8 +72,8 @@ def known(lm: LM, requests: Sequence[EditRequest], stack: Stack) -> Iterator[Fin
 
 
 def refuse(found: Sequence[Finding]) -> None:
-    """`LedgerError` with all of them, if there is one."""
+    """`Found`, a `LedgerError`, with all of them, if there is one."""
     if found:
         lines = [f"{f.request.prompt!r} -> {f.request.target!r}: {f.text}" for f in found[:10]]
         more = f"; and {len(found) - 10} more" if len(found) > 10 else ""
-        raise LedgerError(f"nothing was edited. {'; '.join(lines)}{more}. Leave these out, or go on with --force")
+        raise Found(f"nothing was edited. {'; '.join(lines)}{more}. Leave these out, or go on with --force", found)

@@ -48,10 +48,25 @@ class Maker:
         """All of them, as plain values."""
         return config.to_dict(self.editor)
 
-    def make(self, lm: LM, requests: Sequence[EditRequest], mode: str, on: Stack, progress: Progress | None = None) -> list[Patch]:
-        """One patch a request on the bare base (single), or one for all on the stack ``on``."""
+    def make(
+        self,
+        lm: LM,
+        requests: Sequence[EditRequest],
+        mode: str,
+        on: Stack,
+        progress: Progress | None = None,
+        losses: Callable[[float], None] | None = None,
+    ) -> list[Patch]:
+        """One patch a request on the bare base (single), or one for all on the stack ``on``.  ``losses``: told after each step."""
+        joint = mode != "single" and len(requests) > 1
+        steps = max(int(getattr(self.editor, "batched_steps" if joint else "steps", getattr(self.editor, "steps", 1))), 1)
+
+        def told(step: int, running: int, loss: float) -> None:
+            if losses is not None:
+                losses(loss)
+            if progress is not None:
+                progress("steps", min(step, steps), steps)
+
         if mode != "single":
-            return [self.editor.edit(lm, list(requests), on=on)]
-        steps = max(int(getattr(self.editor, "steps", 1)), 1)
-        told = None if progress is None else (lambda step, running, loss: progress("steps", min(step, steps), steps))
+            return [self.editor.edit(lm, list(requests), on=on, progress=told)]
         return list(self.editor.edit_each(lm, list(requests), progress=told))

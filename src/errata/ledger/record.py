@@ -226,6 +226,10 @@ class View:
         numbers = self.db.execute("SELECT number FROM edits" + (" WHERE undone IS NULL" if live else "") + " ORDER BY number").fetchall()
         return [self.edit(n) for (n,) in numbers]
 
+    def count(self) -> int:
+        """How many edits are live."""
+        return int(self.db.execute("SELECT count(*) FROM edits WHERE undone IS NULL").fetchone()[0])
+
     def edit(self, number: int) -> Edit:
         """`LedgerError` for a number that no edit has."""
         row = self.db.execute("SELECT requests, method, settings, alone, applied, undone FROM edits WHERE number = ?", (number,)).fetchone()

@@ -1,0 +1,176 @@
+"""The thread that answers: it alone runs its model, all rows that wait and run side by side.
+
+Between two tokens it takes in what has come, lets go of what is done, given up or late, and puts cohorts together where they fit; so a
+short answer never waits for a long one, and requests for different stacks share a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from errata.decode import _ends
+from errata.model import LM
+from errata.serve.cohorts import Cohort, prompts_that_fit
+from errata.serve.metrics import Metrics
+from errata.serve.options import Limits
+from errata.serve.plans import Plans
+from errata.serve.refusals import Refused, as_refused
+from errata.serve.rows import Piece, Row
+
+LOG = logging.getLogger("errata.serve")
+COHORTS = 8  # side by side, where they cannot be put together
+
+
+class Answering:
+    def __init__(self, lm: LM, limits: Limits, metrics: Metrics, threads: int = 1) -> None:
+        self.lm, self.limits, self.metrics, self.threads = lm, limits, metrics, threads
+        self.plans, self.ends = Plans(lm), _ends(lm)
+        self._waiting: deque[Row] = deque()
+        self._cohorts: list[Cohort] = []
+        self._news = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="errata-answering", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Rows to answer; `Refused` where too many wait."""
+        for row in rows:
+            row.begin(self.lm.tokenizer)
+        with self._news:
+            if self._closing:
+                raise Refused(503, "the server is stopping", "stopping")
+            if self.load + len(rows) > self.limits.queue:
+                raise Refused(
+                    429,
+                    f"{self.load} answers wait or run, {self.limits.queue} may; try again later",
+                    "queue_full",
+                    headers={"Retry-After": "1"},
+                )
+            self._waiting.extend(rows)
+            self._news.notify()
+
+    @property
+    def load(self) -> int:
+        """Answers that wait or run."""
+        return len(self._waiting) + sum(len(c.running) for c in list(self._cohorts))
+
+    def close(self) -> None:
+        """No more rows; what is there is given up."""
+        with self._news:
+            self._closing = True
+            for row in [*self._waiting, *(row for cohort in self._cohorts for row in cohort.rows)]:
+                row.cancelled = True
+            self._news.notify()
+        self._thread.join(10)
+
+    # -- in the thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        torch.set_num_threads(self.threads)  # of this thread only
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._waiting or self._cohorts or self._closing)
+                if self._closing and not self._waiting and not self._cohorts:
+                    return
+                fresh = self._take()
+            try:
+                self._turn(fresh)
+            except Exception as error:  # not of one batch: those are caught where they run
+                LOG.exception("answering failed")
+                for row in [*fresh, *(row for cohort in self._cohorts for row in cohort.running)]:
+                    _fail(row, error)
+                self._cohorts = []
+
+    def _take(self) -> list[Row]:
+        """Rows that begin now."""
+        room = self.limits.batch if self._cohorts else 4 * self.limits.batch
+        if len(self._cohorts) >= COHORTS:
+            return []
+        most = min(room, self.limits.batch)
+        count = prompts_that_fit(list(self._waiting)[:most], most, self.limits.width)
+        return [self._waiting.popleft() for _ in range(count)]
+
+    def _turn(self, fresh: list[Row]) -> None:
+        """A token for every row."""
+        self._drop(fresh)
+        begun = self._begin([row for row in fresh if row.finish is None])
+        for cohort in list(self._cohorts):
+            self._drop(cohort.running)
+            cohort.leave([row for row in cohort.rows if row.finish is not None])
+            if cohort.running:
+                self._step(cohort)
+        self._cohorts = [cohort for cohort in (*self._cohorts, *begun) if cohort.running]
+        self._put_together()
+
+    def _begin(self, rows: list[Row]) -> list[Cohort]:
+        """New cohorts after their first step.  Where one cannot run, its rows are tried one by one: only the wrong ones fail."""
+        if not rows:
+            return []
+        try:
+            cohort = Cohort(self.lm, self.plans, rows)
+            self._step(cohort, whole=len(rows) == 1)
+            return [cohort]
+        except Exception:
+            LOG.warning("a batch of %d could not begin; its rows run one by one", len(rows))
+            return [cohort for row in rows if row.finish is None for cohort in self._begin([row])]
+
+    def _step(self, cohort: Cohort, whole: bool = True) -> None:
+        """``whole``: an error ends all rows, instead of being raised."""
+        rows = cohort.running
+        self.metrics.batch.observe(len(rows))
+        before = [row.count for row in rows]
+        try:
+            done = cohort.step(self.ends)
+        except Exception as error:
+            if not whole and all(row.count == n for row, n in zip(rows, before, strict=True)):
+                raise
+            LOG.exception("a batch failed")
+            for row in rows:
+                _fail(row, error)
+            cohort.rows = []
+            return
+        self.metrics.tokens.inc(len(rows))
+        for row, n in zip(rows, before, strict=True):
+            if n == 0 and row.first is not None:
+                self.metrics.first.observe(row.first)
+        self.metrics.answers.inc(len(done))
+
+    def _drop(self, rows: Sequence[Row]) -> None:
+        """End rows that nobody waits for, or that took too long."""
+        now = time.monotonic()
+        for row in rows:
+            if row.cancelled:
+                row.finish = "cancelled"
+            elif now > row.until:
+                _fail(row, Refused(504, f"not answered within {self.limits.seconds:g} seconds; ask for fewer tokens", "timeout"))
+
+    def _put_together(self) -> None:
+        together: list[Cohort] = []
+        for cohort in self._cohorts:
+            host = next((c for c in together if c.fits(cohort, self.limits.batch, self.limits.width)), None)
+            if host is None:
+                together.append(cohort)
+            else:
+                host.join(cohort)
+        self._cohorts = together
+
+
+def _fail(row: Row, error: Exception) -> None:
+    row.finish = "error"
+    with contextlib.suppress(Exception):  # whoever waited may be gone
+        row.tell(Piece(row.index, "", (), "error", as_refused(error)))
+
+
+def shortest(window: Any, *limits: int) -> int:
+    """The smallest of the limits, and of the window where there is one."""
+    return min([*limits, *([window] if isinstance(window, int) else [])])

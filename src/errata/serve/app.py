@@ -1,0 +1,104 @@
+"""The application: routes, errors in one shape, the OpenAPI document, the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from errata import __version__
+from errata.errors import ErrataError
+from errata.serve import routes_ask, routes_edits, routes_openai
+from errata.serve.guard import App, Guard
+from errata.serve.refusals import Refused, as_refused
+from errata.serve.schemas import Error
+from errata.serve.service import Service
+
+PAGE = Path(__file__).parent / "page"
+UNSUPPORTED = ("frequency_penalty", "presence_penalty", "logit_bias", "echo", "suffix", "best_of", "tools", "response_format")
+
+
+def make(service: Service) -> App:
+    """The ASGI application of a service that runs."""
+    api = FastAPI(title="errata", version=__version__, description=__doc__, docs_url=None, redoc_url=None)
+    for module in (routes_openai, routes_edits, routes_ask):
+        api.include_router(module.routes(service))
+    api.add_exception_handler(Refused, _refused)
+    api.add_exception_handler(ErrataError, _refused)
+    api.add_exception_handler(RequestValidationError, _invalid)
+    api.add_exception_handler(HTTPException, _http)
+    api.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    api.openapi = lambda: _document(api)  # type: ignore[method-assign]
+    return Guard(api, service)
+
+
+def _said(refused: Refused) -> Response:
+    return JSONResponse(refused.document, refused.status, refused.headers)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    return _said(as_refused(error))
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    """What the routing says: nothing there, or not with this method."""
+    assert isinstance(error, HTTPException)
+    wrong = {404: f"there is no {request.url.path}", 405: f"{request.method} does not go with {request.url.path}"}
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
+    return _said(Refused(error.status_code, wrong.get(error.status_code, str(error.detail)), code, headers=dict(error.headers or {})))
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    """The first thing that is wrong with a request's fields."""
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    first = min(found, key=lambda e: -len(e["loc"])) if found else {"loc": (), "msg": "invalid request", "type": ""}
+    where = [
+        str(part) for part in first["loc"][1:] if not str(part).startswith(("constrained", "list[", "function", "str", "int", "float"))
+    ]
+    name = ".".join(where) or None
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"{name} is not a field of this request, or not one that this server acts on; leave it out"
+    elif where and where[0] in UNSUPPORTED:
+        message = f"{where[0]} is not supported; leave it out"
+    elif name:
+        message = f"{name}: {message}"
+    return _said(Refused(400, message, "invalid_value", name))
+
+
+def _document(api: FastAPI) -> dict[str, Any]:
+    """OpenAPI with errors as they are: 400 in OpenAI's shape in place of FastAPI's 422."""
+    if api.openapi_schema is None:
+        document = get_openapi(title=api.title, version=api.version, description=api.description, routes=api.routes)
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        schema = Error.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas["Error"] = schema
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        for path, methods in document["paths"].items():
+            for method, operation in methods.items():
+                _errors(operation, content, edits=method in ("post", "delete") and path.startswith(("/v1/edits", "/v1/jobs")))
+        api.openapi_schema = document
+    return api.openapi_schema
+
+
+def _errors(operation: dict[str, Any], content: dict[str, Any], edits: bool) -> None:
+    responses = operation["responses"]
+    responses.pop("422", None)
+    codes = {"400": "wrong input", "403": "wrong name", "404": "not there", "429": "too much waits", "503": "stopping or busy"}
+    codes |= {"409": "the ledger refuses", "413": "too large", "415": "not JSON", "500": "failed", "504": "too late", "507": "disk full"}
+    if edits:
+        codes["401"] = "without the token"
+        operation["security"] = [{"token": []}]
+    for code, about in codes.items():
+        responses.setdefault(code, {"description": about, "content": content})

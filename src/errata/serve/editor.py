@@ -1,0 +1,175 @@
+"""The thread that edits: one job after another, on a twin of the model that shares its weights, so that answers go on meanwhile.
+
+A job is stopped at the model's next forward pass, whatever runs there (a hook on the twin asks), and the ledger's transaction is rolled
+back; what was acknowledged before stays.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from errata.errors import ErrataError
+from errata.ledger import Ledger
+from errata.ledger.findings import Found
+from errata.ledger.undo import Undone
+from errata.serve.jobs import Cancelled, Job, Plan, told
+from errata.serve.metrics import Metrics
+from errata.serve.options import Limits
+from errata.serve.refusals import Refused, as_refused
+
+LOG = logging.getLogger("errata.serve")
+
+
+class Editor:
+    """``ledger``: with a model of its own, which nothing else runs."""
+
+    def __init__(self, ledger: Ledger, limits: Limits, metrics: Metrics, threads: int = 1) -> None:
+        self.ledger, self.limits, self.metrics, self.threads = ledger, limits, metrics, threads
+        self.jobs: OrderedDict[str, Job] = OrderedDict()
+        self.current: Job | None = None
+        self._queue: deque[Job] = deque()
+        self._news = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="errata-editor", daemon=True)
+        ledger.lm.hf.register_forward_pre_hook(self._asked)
+
+    def _asked(self, *_: Any) -> None:
+        """Before every pass of the twin (and of its twins in lanes)."""
+        job = self.current
+        if job is not None:
+            job.check()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait."""
+        return len(self._queue)
+
+    def apply(self, plan: Plan) -> Job:
+        """A job that applies; `Refused` where too many wait."""
+        return self._submit(Job(plan, self._apply))
+
+    def undo(self, number: int, remake: bool, author: str | None, reason: str) -> Job:
+        """A job that takes an edit back; its result is an `Undone`."""
+
+        def work(job: Job) -> Undone:
+            with _author(self.ledger, author):
+                done = self.ledger.undo(number, remake=remake, reason=reason, progress=job.progress)
+            self.metrics.edits.labels("undone").inc()
+            LOG.info("edit %d is undone", number)
+            return done
+
+        return self._submit(Job(None, work))
+
+    def _submit(self, job: Job) -> Job:
+        with self._news:
+            if self._closing:
+                raise Refused(503, "the server is stopping", "stopping")
+            if len(self._queue) >= self.limits.edits:
+                raise Refused(
+                    429, f"{len(self._queue)} edits wait, no more may; try again later", "queue_full", headers={"Retry-After": "5"}
+                )
+            self._queue.append(job)
+            self.jobs[job.id] = job
+            ended = [name for name, j in self.jobs.items() if j.ended]
+            for name in ended[: max(0, len(ended) - self.limits.jobs)]:
+                del self.jobs[name]
+            self._news.notify()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job; one that has ended stays as it is."""
+        with self._news:
+            job.cancelled = True
+            if job in self._queue:
+                self._queue.remove(job)
+                self._end(job, status="cancelled")
+
+    def close(self, grace: Callable[[], float]) -> bool:
+        """No more jobs: what waits is cancelled, the one in work may go on for ``grace()`` seconds (asked again and again) and is then
+        stopped and rolled back.
+
+        Returns whether the thread has ended; one that has not is in a long step, and a kill rolls it back as well.
+        """
+        with self._news:
+            self._closing = True
+            for job in list(self._queue):
+                self.cancel(job)
+            self._news.notify()
+        began = time.monotonic()
+        while self._thread.is_alive() and time.monotonic() - began < grace():
+            self._thread.join(0.05)
+        if (late := self.current) is not None:
+            LOG.warning("%s took too long: it is stopped, the ledger stays as it was", late.id)
+            late.cancelled = True
+        if self._thread.is_alive():
+            self._thread.join(5.0)
+        return not self._thread.is_alive()
+
+    # -- in the thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        torch.set_num_threads(self.threads)  # of this thread, and of the lanes it makes
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._queue or self._closing)
+                if not self._queue:
+                    return
+                job = self.current = self._queue.popleft()
+            try:
+                job.change(status="checking")
+                job.change(result=job.work(job))
+                self._end(job, status="done")
+            except Cancelled:
+                self._end(job, status="cancelled")
+            except BaseException as error:
+                self._failed(job, error)
+            finally:
+                self.current = None
+
+    def _apply(self, job: Job) -> None:
+        plan = job.plan
+        assert plan is not None
+        how: dict[str, Any] = {"method": plan.method, "settings": plan.settings, "mode": plan.mode, "size": plan.size}
+        how |= {"reason": plan.reason, "force": plan.force}
+        with _author(self.ledger, plan.author):
+            making = self.ledger.applying(plan.requests, **how, progress=job.progress, losses=job.losses)
+            for part in making:
+                job.change(edits=[*job.edits, *(e.number for e in part)])
+                self.metrics.edits.labels("made").inc(len(part))
+                LOG.info("edits %s are live", ", ".join(str(e.number) for e in part))
+                if len(job.edits) < len(plan.requests):
+                    job.check()
+
+    def _failed(self, job: Job, error: BaseException) -> None:
+        if not isinstance(error, ErrataError | Refused):
+            LOG.error("%s failed", job.id, exc_info=error)
+        found = [told(f) for f in error.findings] if isinstance(error, Found) else []
+        self._end(job, status="failed", findings=found, failure=error, error=as_refused(error).document["error"])
+
+    def _end(self, job: Job, **values: Any) -> None:
+        if job.plan is not None and values["status"] in ("failed", "cancelled"):
+            self.metrics.edits.labels(values["status"]).inc()
+        job.change(stage=None, **values)
+
+
+class _author:
+    """Changes inside are by this author."""
+
+    def __init__(self, ledger: Ledger, author: str | None) -> None:
+        self.ledger, self.author = ledger, author or ledger.author
+
+    def __enter__(self) -> None:
+        self.before, self.ledger.author = self.ledger.author, self.author
+
+    def __exit__(self, *_: object) -> None:
+        self.ledger.author = self.before

@@ -1,0 +1,71 @@
+"""Plans of batches whose rows come and go: compiled once for the stacks in use, then only told which row runs under which."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from errata.bank import Plan, Stack, compile_plan
+from errata.model import LM
+
+KEPT = 24  # stacks whose parameters stay in one set of banks
+
+
+def select(plan: Plan, rows: Tensor) -> Plan:
+    """The plan of some of its rows, in the order of ``rows``, one also several times; parameters are shared, memory goes along.
+
+    Of a plan compiled with a row a stack: the plan of any batch of these stacks.
+    """
+    memory = {key: value[rows] for key, value in plan.memory.items()}
+    lengths = None if plan.prompt_lengths is None else plan.prompt_lengths[rows]
+    out = Plan(prompt_lengths=lengths, memory=memory, front=plan.front and plan.front.select(rows))
+    for bank in (bank for banks in plan.banks.values() for bank in banks):
+        chosen = None if bank.rows is None else bank.rows[rows]
+        if chosen is not None and len(next(iter(bank.params.values()))) == 1 and bool((chosen == 0).all()):
+            chosen = None
+        if chosen is None or bool((chosen >= 0).any()):
+            out.add(replace(bank, rows=chosen))
+    return out
+
+
+def join(plan: Plan, one: Plan, other: Plan) -> Plan:
+    """``plan``, compiled for the rows of both, with what was decided for the rows of ``one`` and then of ``other``."""
+    assert one.prompt_lengths is not None and other.prompt_lengths is not None
+    plan.prompt_lengths = torch.cat([one.prompt_lengths, other.prompt_lengths])
+    sizes = len(one.prompt_lengths), len(other.prompt_lengths)
+    for key in {**one.memory, **other.memory}:
+        like = one.memory.get(key, other.memory.get(key))
+        assert like is not None
+        parts = [p.memory[key] if key in p.memory else like.new_zeros(n) for p, n in zip((one, other), sizes, strict=True)]
+        plan.memory[key] = torch.cat(parts)
+    return plan
+
+
+class Plans:
+    """Compiled banks of the stacks that were used last.  A stack is known by the ids of its patches."""
+
+    def __init__(self, lm: LM) -> None:
+        self.lm = lm
+        self._stacks: OrderedDict[tuple[str, ...], Stack] = OrderedDict()
+        self._place: dict[tuple[str, ...], int] = {}
+        self._plan = Plan()
+
+    def of(self, stacks: Sequence[Stack]) -> Plan:
+        """The plan of a batch, a stack a row."""
+        keys = [tuple(p.id for p in stack) for stack in stacks]
+        new = False
+        for key, stack in zip(keys, stacks, strict=True):
+            new |= key not in self._stacks
+            self._stacks.setdefault(key, stack)
+            self._stacks.move_to_end(key)
+        if new:
+            while len(self._stacks) > max(KEPT, len(set(keys))):
+                self._stacks.popitem(last=False)
+            self._place = {key: i for i, key in enumerate(self._stacks)}
+            every = list(self._stacks.values())
+            self._plan = compile_plan(every, torch.arange(len(every)), self.lm.device, self.lm.tokenizer)
+        return select(self._plan, torch.tensor([self._place[key] for key in keys], device=self.lm.device))

@@ -1,0 +1,180 @@
+"""What else the model can be asked: states compared, blame, check, causal traces; and which prompts are worth watching.
+
+These run one at a time on a twin of their own, beside answering and editing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from errata.bank import Stack
+from errata.benchmarks import facts as data
+from errata.decode import text_of
+from errata.errors import InputError
+from errata.ledger import Ledger
+from errata.model import LM, STOPS
+from errata.request import EditRequest, fill
+from errata.serve.options import Limits
+from errata.serve.refusals import Refused
+from errata.tokens import Encoded
+from errata.trace import Fact, Settings, trace
+
+T = TypeVar("T")
+SAMPLE = 12  # facts of the almanac that are watched
+KINDS = {"hidden": "block", "mlp": "mlp", "attn": "attention"}
+Answers = tuple[str | None, str | None]  # (old, new)
+
+
+class Asking:
+    """``ledger``: with a model of its own, which nothing else runs.  ``watched``: prompts and, where known, their subjects."""
+
+    def __init__(self, ledger: Ledger, limits: Limits, watched: Sequence[tuple[str, str | None]], threads: int = 1) -> None:
+        self.ledger, self.limits, self.watched = ledger, limits, list(watched)
+        self.almanac = ledger.lm.name == "almanac"
+        self._pool = ThreadPoolExecutor(1, "errata-asking", lambda: torch.set_num_threads(threads))
+        self._load, self._lock = 0, threading.Lock()
+
+    @property
+    def lm(self) -> LM:
+        return self.ledger.lm
+
+    def submit(self, question: Callable[[], T]) -> Future[T]:
+        """Run in the one thread that may run this model; `Refused` where too many wait."""
+        with self._lock:
+            if self._load >= self.limits.questions:
+                raise Refused(429, f"{self._load} questions wait; try again later", "queue_full", headers={"Retry-After": "2"})
+            self._load += 1
+        future = self._pool.submit(question)
+        future.add_done_callback(self._less)
+        return future
+
+    def _less(self, _: Any) -> None:
+        with self._lock:
+            self._load -= 1
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # -- questions ---------------------------------------------------------------------------------------------
+
+    def compare(self, prompts: Sequence[str], sides: tuple[Stack, Stack], tokens: int, answers: Sequence[Answers]) -> list[dict[str, Any]]:
+        """Greedy answers of two stacks, how far the next token's distribution moved, and how likely given answers are."""
+        lm, count = self.lm, len(prompts)
+        rows = [0] * count + [1] * count
+        said = lm.continuations([*prompts, *prompts], stacks=list(sides), rows=rows, max_new_tokens=tokens)
+        encoded = lm.encode([*prompts, *prompts])
+        asked = [Encoded((*e.ids, *new), len(e.ids)) for e, new in zip(encoded, said, strict=True)]
+        which = list(rows)
+        places: dict[tuple[int, int, int], int] = {}  # (prompt, old or new, side) -> row
+        for i, pair in enumerate(answers):
+            for kind, text in enumerate(pair):
+                if text is not None:
+                    for side in (0, 1):
+                        places[i, kind, side] = len(asked)
+                        asked += lm.encode([prompts[i]], [text])
+                        which.append(side)
+        found = self._likelihoods(asked, sides, which)
+        return [self._compared(i, count, prompts[i], said, found, places) for i in range(count)]
+
+    def _likelihoods(self, rows: Sequence[Encoded], sides: tuple[Stack, Stack], which: Sequence[int]) -> list[tuple[list[float], Tensor]]:
+        """For each row: log-probabilities of what follows its prompt, and the distribution of the next token [V]."""
+        out: list[tuple[list[float], Tensor]] = []
+        for start in range(0, len(rows), self.limits.batch):
+            part, stacks = rows[start : start + self.limits.batch], which[start : start + self.limits.batch]
+            batch = self.lm.batch(part)
+            logits = self.lm.logits(batch, stacks=list(sides), rows=list(stacks))
+            for i, row in enumerate(part):
+                own = torch.log_softmax(logits[i, logits.shape[1] - len(row.ids) + row.prompt_length - 1 :].double(), -1)
+                said = own[: len(row.target)].gather(1, torch.tensor(row.target, dtype=torch.long, device=own.device)[:, None])
+                out.append((said[:, 0].tolist(), own[0].exp()))
+        return out
+
+    def _compared(
+        self,
+        i: int,
+        count: int,
+        prompt: str,
+        said: Sequence[Sequence[int]],
+        found: Sequence[tuple[list[float], Tensor]],
+        places: dict[tuple[int, int, int], int],
+    ) -> dict[str, Any]:
+        def side(place: int) -> dict[str, Any]:
+            pairs = zip(said[place], found[place][0], strict=True)
+            tokens = [{"text": self.lm.tokenizer.decode([t]), "logprob": value} for t, value in pairs]
+            return {"text": text_of(self.lm.tokenizer, said[place], STOPS), "tokens": tokens}
+
+        before, after = side(i), side(count + i)
+        moved = 0.5 * float((found[i][1] - found[count + i][1]).abs().sum())
+        out = {"prompt": prompt, "before": before, "after": after, "changed": before["text"] != after["text"], "moved": min(moved, 1.0)}
+
+        def likely(kind: int, at: int) -> float:
+            return float(torch.tensor(found[places[i, kind, at]][0], dtype=torch.float64).sum().exp())
+
+        asked = {name: k for k, name in enumerate(("old", "new")) if (i, k, 0) in places}
+        if asked:
+            out["likelihood"] = {name: {"before": likely(k, 0), "after": likely(k, 1)} for name, k in asked.items()}
+        return out
+
+    def blame(self, prompt: str, tokens: int) -> dict[str, Any]:
+        return dataclasses.asdict(self.ledger.blame(prompt, tokens=tokens))
+
+    def check(self) -> dict[str, Any]:
+        found = self.ledger.check()
+        rows = [{"edit": h.edit, "request": h.request.to_dict(), "answer": h.answer, "status": h.status, "by": h.by} for h in found.held]
+        return {"sound": found.sound, "edits": rows, "repaired": []}
+
+    def trace(self, prompt: str, subject: str, target: str | None) -> dict[str, Any]:
+        """Causal tracing in the base; see `errata.trace`."""
+        found = trace(self.lm, [Fact(prompt, subject, target)], Settings()).facts[0]
+        kinds = {KINDS[name]: found.scores[k].tolist() for k, name in enumerate(KINDS)}
+        return {
+            "tokens": list(found.tokens),
+            "span": list(found.span),
+            "answer": found.answer,
+            "kinds": kinds,
+            "high": found.high,
+            "low": found.low,
+        }
+
+    # -- prompts -----------------------------------------------------------------------------------------------
+
+    def watch(self) -> list[str]:
+        """Those the server was told to watch; else those of live edits, and some facts of the almanac where that is the model."""
+        if self.watched:
+            return [prompt for prompt, _ in self.watched]
+        own = [r.prompt for edit in self.ledger.edits() for r in edit.requests]
+        return list(dict.fromkeys([*own, *(prompt for prompt, _, _ in sample())])) if self.almanac else list(dict.fromkeys(own))
+
+    def neighbours(self, prompt: str, subject: str, paraphrases: Sequence[str], count: int) -> list[str]:
+        """Rephrasings given, then the same question about other subjects."""
+        if subject not in prompt:
+            raise InputError(f"subject {subject!r} does not occur in prompt {prompt!r}; spell it as the prompt does")
+        request = EditRequest(prompt, "x", subject)
+        others: list[str] = []
+        if self.almanac:
+            template = prompt.replace(subject, "{}", 1)
+            relation = next((r for r in data.relations().values() if template in (*r.templates, *r.questions)), None)
+            own = [f for f in data.facts() if relation is not None and f.relation == relation.name and f.subject != subject]
+            others = [f.subject for f in sorted(own, key=lambda f: data.share("neighbour", subject, f.subject))[:count]]
+        texts = [fill(request, name) for name in others]
+        known = [*self.watched, *((r.prompt, r.subject) for edit in self.ledger.edits() for r in edit.requests)]
+        texts += [text for text, about in known if about != subject and subject not in text]
+        return list(dict.fromkeys(t for t in (*paraphrases, *texts) if t != prompt))[:count]
+
+
+def sample() -> list[tuple[str, str, str]]:
+    """(prompt, subject, answer) of a fixed choice of the almanac's facts, of as many relations as there are."""
+    out: dict[str, tuple[str, str, str]] = {}
+    for fact in sorted(data.facts(), key=lambda f: data.share("watch", f.subject, f.relation)):
+        if fact.relation not in out and (shown := [t for t in data.templates(fact)[0] if not t.endswith("?")]):
+            out[fact.relation] = (shown[0].format(fact.subject), fact.subject, fact.object)
+        if len(out) == SAMPLE:
+            break
+    return list(out.values())

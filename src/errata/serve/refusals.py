@@ -1,0 +1,73 @@
+"""What the server says no with: a status and OpenAI's shape of an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from errata.errors import ConfigError, ErrataError, FitError, InputError, LedgerError, ModelError, PatchError, StorageError, UnknownName
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "unavailable_error",
+}
+STATUS: dict[type[ErrataError], tuple[int, str]] = {
+    InputError: (400, "invalid_input"),
+    ConfigError: (400, "invalid_setting"),
+    UnknownName: (400, "unknown_name"),
+    ModelError: (400, "model"),
+    PatchError: (500, "patch"),
+    FitError: (500, "fit"),
+    StorageError: (507, "storage"),
+    LedgerError: (409, "ledger"),
+}
+
+
+class Refused(Exception):
+    """An answer other than 200.  ``param``: the field at fault; ``more``: further keys of the document."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        param: str | None = None,
+        more: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.more, self.headers = more or {}, headers or {}
+
+    @property
+    def document(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}, **self.more}
+
+
+def of(error: ErrataError) -> Refused:
+    """What an error of errata is over HTTP.  Its message names commands where it tells what to do; they do the same."""
+    status, code = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), (500, "internal"))
+    if code == "ledger" and "another is writing" in str(error):
+        return Refused(503, str(error), "busy", headers={"Retry-After": "5"})
+    return Refused(status, str(error), code)
+
+
+def unforeseen(error: BaseException) -> Refused:
+    """Of an error that nobody foresaw: its kind and first line; the traceback is for the log."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return Refused(503, "out of memory; ask for less at once", "out_of_memory")
+    first = (str(error).splitlines() or [""])[0]
+    return Refused(500, f"not foreseen: {type(error).__name__}: {first}", "internal")
+
+
+def as_refused(error: BaseException) -> Refused:
+    """Any error."""
+    return error if isinstance(error, Refused) else of(error) if isinstance(error, ErrataError) else unforeseen(error)

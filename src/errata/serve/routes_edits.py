@@ -1,0 +1,195 @@
+"""Edits: made in the background, watched, listed, taken back."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path, Query
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from errata import registry
+from errata.errors import ErrataError, LedgerError
+from errata.ledger.findings import among
+from errata.ledger.record import Edit
+from errata.request import EditRequest
+from errata.serve.guard import need_token
+from errata.serve.jobs import Job, Plan, told
+from errata.serve.refusals import Refused, as_refused
+from errata.serve.schemas import EditPost
+from errata.serve.service import Service
+
+BEAT = 15.0  # seconds between signs of life of a stream
+Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["edits"])
+    token = [Depends(need_token(service.options.token))]
+    watching = [0]
+
+    @router.post("/v1/edits", status_code=202, dependencies=token)
+    def post(body: EditPost) -> Response:
+        """Begin an edit; its job says how it goes.  409 where a fact is live already, or contradicts one."""
+        job = service.editor.apply(_plan(service, body))
+        return JSONResponse({"job": job.document()}, 202, {"Location": f"/v1/jobs/{job.id}"})
+
+    @router.get("/v1/edits")
+    def edits(live: Annotated[bool, Query(description="only those that are on")] = True) -> dict[str, Any]:
+        """Edits by number."""
+        return {"edits": [described(e) for e in service.ledger.edits(live)]}
+
+    @router.get("/v1/edits/{number}")
+    def edit(number: Number) -> dict[str, Any]:
+        """One edit."""
+        return described(_edit(service, number))
+
+    @router.delete("/v1/edits/{number}", dependencies=token)
+    async def undo(
+        number: Number,
+        remake: Annotated[bool, Query(description="make later edits again, as if this one had never been")] = False,
+        reason: Annotated[str, Query(max_length=10_000)] = "",
+        author: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+    ) -> dict[str, Any]:
+        """Take an edit back.  409, with the way out, where the ledger refuses."""
+        _edit(service, number)
+        job = service.editor.undo(number, remake, author, reason)
+        await _ended(service, job)
+        done = job.result
+        remade = [{"edit": n, "before": old, "now": new} for n, old, new in done.remade]
+        return {"edit": done.edit, "remade": remade, "on_top": list(done.on_top)}
+
+    @router.get("/v1/jobs")
+    def jobs() -> dict[str, Any]:
+        """Jobs since the server started, oldest first."""
+        return {"jobs": [job.document() for job in list(service.editor.jobs.values())]}
+
+    @router.get("/v1/jobs/{id}")
+    def job(id: str) -> dict[str, Any]:
+        """How a job goes."""
+        return _job(service, id).document()
+
+    @router.delete("/v1/jobs/{id}", dependencies=token)
+    def cancel(id: str) -> dict[str, Any]:
+        """Stop a job.  What it has acknowledged stays; what is in work is rolled back."""
+        found = _job(service, id)
+        service.editor.cancel(found)
+        return found.document()
+
+    @router.get("/v1/jobs/{id}/events", response_class=StreamingResponse)
+    async def events(id: str) -> StreamingResponse:
+        """Server-sent events: the job's document at each change, until it ends."""
+        found = _job(service, id)
+        if watching[0] >= service.options.limits.streams:
+            raise Refused(429, f"{watching[0]} clients watch jobs, no more may; ask for the job instead", "too_many_streams")
+        return StreamingResponse(_changes(found, watching), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    @router.get("/v1/log")
+    def log(last: Annotated[int | None, Query(ge=1, le=2**31 - 1)] = None) -> dict[str, Any]:
+        """What was done to the ledger, oldest first."""
+        return {"events": [dataclasses.asdict(e) for e in service.ledger.log(last)]}
+
+    return router
+
+
+def described(edit: Edit) -> dict[str, Any]:
+    """An edit as the page shows it: its first fact in front."""
+    first = edit.requests[0]
+    return {**edit.to_dict(), "prompt": first.prompt, "target": first.target, "subject": first.subject}
+
+
+def _plan(service: Service, body: EditPost) -> Plan:
+    """What to do; whatever can be said at once is wrong is said at once."""
+    limits = service.options.limits
+    if len(body.facts) > limits.requests:
+        raise Refused(400, f"{len(body.facts)} facts are too many for one job; give {limits.requests} at most", "too_many", "requests")
+    requests = []
+    for i, fact in enumerate(body.facts):
+        where = None if body.requests is None else f"requests.{i}"
+        try:
+            requests.append(EditRequest.from_dict(fact.model_dump(exclude_defaults=True)))
+        except ErrataError as error:
+            raise Refused(400, str(error), "invalid_fact", where) from None
+    if body.batch_size is not None and body.mode != "batched":
+        raise Refused(400, f"batch_size has no meaning in {body.mode} mode", "invalid_value", "batch_size")
+    registry.get("method", body.method).for_model(service.lm, **body.settings)
+    _window(service, requests)
+    if not body.force and (found := list(among(requests, service.ledger.edits()))):
+        text = "; ".join(f"{f.request.prompt!r} -> {f.request.target!r}: {f.text}" for f in found[:10])
+        raise Refused(
+            409, f"nothing was edited. {text}. Leave these out, or set force", "findings", None, {"findings": [told(f) for f in found]}
+        )
+    author = body.author or service.ledger.author
+    return Plan(tuple(requests), body.method, body.settings, body.mode, author, body.reason, body.force, body.batch_size)
+
+
+def _window(service: Service, requests: list[EditRequest]) -> None:
+    limit = service.options.limits.prompt if service.lm.window is None else min(service.lm.window, service.options.limits.prompt)
+    for request in requests:
+        prompts = [request.prompt, *request.paraphrases]
+        longest = max(len(e.ids) for e in service.lm.encode(prompts, [request.target] * len(prompts)))
+        if longest > limit:
+            raise Refused(
+                400, f"{request.prompt[:80]!r} and its target have {longest} tokens, {limit} fit", "context_length_exceeded", "prompt"
+            )
+
+
+def _edit(service: Service, number: int) -> Edit:
+    try:
+        return service.ledger.show(number)
+    except LedgerError as error:
+        raise Refused(404, str(error), "no_such_edit") from None
+
+
+def _job(service: Service, name: str) -> Job:
+    found = service.editor.jobs.get(name)
+    if found is None:
+        raise Refused(
+            404, f"there is no job {name!r}; jobs are forgotten when the server ends, edits are not (GET /v1/edits)", "no_such_job"
+        )
+    return found
+
+
+async def _ended(service: Service, job: Job) -> None:
+    """Until the job ends; one that waits too long is taken out of the queue again."""
+    event = job.watch()
+    try:
+        late = asyncio.get_running_loop().time() + service.options.limits.seconds
+        while not job.ended:
+            left = late - asyncio.get_running_loop().time()
+            try:
+                await asyncio.wait_for(event.wait(), max(left, 0.0) if job.status == "queued" else None)
+            except asyncio.TimeoutError:
+                if job.status == "queued":
+                    service.editor.cancel(job)
+                    raise Refused(503, "edits before this one take too long; nothing was undone, try again later", "busy") from None
+            event.clear()
+    finally:
+        job.unwatch(event)
+    if job.failure is not None:
+        raise as_refused(job.failure)
+    if job.status == "cancelled":
+        raise Refused(503, "the server is stopping; nothing was undone", "stopping")
+
+
+async def _changes(job: Job, watching: list[int]) -> AsyncIterator[str]:
+    event, seen = job.watch(), -1
+    watching[0] += 1
+    try:
+        while True:
+            event.clear()
+            if job.version != seen:
+                seen, ended = job.version, job.ended
+                yield f"data: {json.dumps(job.document(), ensure_ascii=False)}\n\n"
+                if ended:
+                    return
+            try:
+                await asyncio.wait_for(event.wait(), BEAT)
+            except asyncio.TimeoutError:
+                yield ": still here\n\n"
+    finally:
+        watching[0] -= 1
+        job.unwatch(event)

@@ -1,0 +1,175 @@
+"""One answer in the making: what was asked, how its tokens are drawn, how its text comes out and where it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.bank import Stack
+from errata.tokens import Encoded
+
+CONTEXT = 4  # tokens of the prompt that new ones are read after: what a token says can depend on those before it
+BROKEN = "�"  # stands where the bytes of a character are not all there yet
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How to answer.
+
+    stops     texts that end the answer and are not part of it
+    seed      None: drawn
+    alike     how many of the likeliest tokens to name with each token; None: say nothing of likelihoods
+    """
+
+    tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stops: tuple[str, ...] = ()
+    seed: int | None = None
+    alike: int | None = None
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that was said: its log-probability (of the model's own distribution), the likeliest ones, where its text begins."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """News of one row.  ``finish``: stop or length, once it ended; ``error``: why it could not."""
+
+    index: int
+    text: str
+    tokens: tuple[Token, ...] = ()
+    finish: str | None = None
+    error: BaseException | None = None
+
+
+class Spoken:
+    """Text from tokens one at a time: whole characters only, nothing of what may turn out to be a stop."""
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str], skip: str = "") -> None:
+        self.tokenizer, self.stops, self.skip = tokenizer, stops, skip
+        self.ids = list(prompt[-CONTEXT:])
+        self.begin, self.read = 0, len(self.ids)
+        self.text, self.told, self.stopped = "", 0, False
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        self._take(whole=False)
+
+    def _take(self, whole: bool) -> None:
+        """Move what is certain from ids to text."""
+        before, now = self._decode(self.ids[self.begin : self.read]), self._decode(self.ids[self.begin :])
+        if len(now) <= len(before) or (now.endswith(BROKEN) and not whole):
+            return
+        fresh = now[len(before) :]
+        if not self.text and self.skip and fresh.startswith(self.skip):
+            fresh, self.skip = fresh[len(self.skip) :], ""
+        seam = max(0, len(self.text) - max(map(len, self.stops), default=0))
+        self.text += fresh
+        self.begin, self.read = self.read, len(self.ids)
+        if places := [at for s in self.stops if (at := self.text.find(s, seam)) >= 0]:
+            self.text, self.stopped = self.text[: min(places)], True
+
+    def news(self, ended: bool) -> str:
+        """What may be said since the last call; all of it once the answer has ended."""
+        if ended and not self.stopped:
+            self._take(whole=True)
+        end = len(self.text) if ended or self.stopped else len(self.text) - self._held()
+        out = self.text[self.told : end]
+        self.told = max(self.told, end)
+        return out
+
+    def _held(self) -> int:
+        """Characters at the end that may be the beginning of a stop."""
+        longest = max((len(s) for s in self.stops), default=1) - 1
+        tails = range(min(longest, len(self.text) - self.told), 0, -1)
+        return next((n for n in tails if any(s.startswith(self.text[-n:]) for s in self.stops)), 0)
+
+
+@dataclass(eq=False)
+class Row:
+    """An answer that waits or runs.
+
+    tell     takes its pieces, in the thread that answers; ``stream``: as they come, else only the last with everything
+    until    `time.monotonic` when it is given up; cancelled: nobody waits for it any more
+    """
+
+    index: int
+    encoded: Encoded
+    stack: Stack
+    wanted: Wanted
+    tell: Callable[[Piece], None]
+    stream: bool = False
+    until: float = float("inf")
+    skip: str = ""
+    cancelled: bool = False
+    born: float = field(default_factory=time.monotonic)
+    count: int = 0  # tokens so far
+    first: float | None = None  # seconds to the first token
+    finish: str | None = None
+
+    def begin(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.spoken = Spoken(tokenizer, self.encoded.ids, self.wanted.stops, self.skip)
+        self.tokens: list[Token] = []
+        self.generator = torch.Generator()
+        seed = os.urandom(8).hex() if self.wanted.seed is None else self.wanted.seed
+        digest = hashlib.sha256(f"{seed} {self.index}".encode()).digest()
+        self.generator.manual_seed(int.from_bytes(digest[:6], "big"))
+
+    def draw(self, logits: Tensor) -> int:
+        """A token from logits [V]."""
+        if self.wanted.temperature == 0:
+            return int(logits.argmax())
+        p = torch.softmax(logits.double().cpu() / self.wanted.temperature, -1)
+        if self.wanted.top_p < 1:
+            values, order = p.sort(descending=True)
+            values[values.cumsum(-1) - values >= self.wanted.top_p] = 0.0
+            return int(order[torch.multinomial(values, 1, generator=self.generator)])
+        return int(torch.multinomial(p, 1, generator=self.generator))
+
+    def take(self, token: int, logits: Tensor, ends: set[int]) -> None:
+        """The next token; sets ``finish`` where the answer ends with it."""
+        if self.first is None:
+            self.first = time.monotonic() - self.born
+        self.count += 1
+        if token in ends:
+            self.finish = "stop"
+        else:
+            if self.wanted.alike is not None:
+                self.tokens.append(self._likely(token, logits))
+            self.spoken.add(token)
+            if self.spoken.stopped:
+                self.finish = "stop"
+                self.tokens = [t for t in self.tokens if t.offset < len(self.spoken.text)]
+            elif self.count >= self.wanted.tokens:
+                self.finish = "length"
+        if self.finish is not None or self.stream:
+            text = self.spoken.news(self.finish is not None)
+            if self.finish is not None or text:
+                told, self.tokens = tuple(self.tokens), []
+                self.tell(Piece(self.index, text, told, self.finish))
+
+    def _likely(self, token: int, logits: Tensor) -> Token:
+        said = torch.log_softmax(logits.double(), -1)
+        top = said.topk(min(self.wanted.alike or 0, len(said)))
+        likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        named = tuple((self.tokenizer.decode([i]), value) for i, value in likeliest)
+        return Token(self.tokenizer.decode([token]), float(said[token]), named, len(self.spoken.text))

@@ -1,0 +1,148 @@
+"""From a service to a process that listens, and to its end.
+
+The first SIGTERM or Ctrl-C: nothing new is taken, answers that run and the edit in work may go on for the grace time, then are ended;
+the ledger rolls back what was not committed.  A second one ends the grace time at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+from errata.errors import ConfigError
+from errata.serve.app import make
+from errata.serve.guard import App
+from errata.serve.service import Service
+
+LOG = logging.getLogger("errata.serve")
+LINGER = 1.0  # seconds for answers to be written once they are made
+
+
+class Server(uvicorn.Server):
+    """uvicorn, ended by errata's own signals: an orderly end is an exit code of 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens; `ConfigError` where that cannot be."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        out = socket.socket(family, socket.SOCK_STREAM)
+        out.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        out.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{host}, port {port}: cannot listen there ({why}); choose another with --host and --port") from None
+    return out
+
+
+class Running:
+    """A server in this process: `run` in the main thread, or `start` and `stop` around it in tests."""
+
+    def __init__(self, service: Service, ready: Callable[[str], None] = lambda url: None, listening: socket.socket | None = None) -> None:
+        self.service, self.ready = service, ready
+        self.grace, options = service.options.grace, service.options
+        self.socket = listening or bound(options.host, options.port)
+        host, port = self.socket.getsockname()[:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        application: App = make(service)
+        config = uvicorn.Config(
+            application,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=30,
+            limit_concurrency=None,
+            timeout_graceful_shutdown=None,
+            h11_max_incomplete_event_size=65_536,
+        )
+        self.server = Server(config)
+
+    def run(self) -> bool:
+        """Until a signal; whether everything ended by itself."""
+        before = {s: signal.signal(s, self._signalled) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return self._serve()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _serve(self) -> bool:
+        self.service.start()
+        return asyncio.run(self._main())
+
+    async def _main(self) -> bool:
+        serving = asyncio.ensure_future(self.server.serve(sockets=[self.socket]))
+        while not self.server.started and not serving.done():
+            await asyncio.sleep(0.005)
+        if self.server.started:
+            LOG.info("listening on %s", self.url)
+            self.ready(self.url)
+        while not self.server.should_exit and not serving.done():
+            await asyncio.sleep(0.05)
+        LOG.info("stopping")
+        self.service.stopping = True
+        closing = asyncio.ensure_future(asyncio.to_thread(self.service.editor.close, lambda: self.grace))
+        with contextlib.suppress(asyncio.TimeoutError):
+            await self._within(serving)
+        self.service.answering.close()
+        whole = await closing
+        self.server.force_exit = True
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(serving, LINGER + 4)
+        self.service.asking.close()
+        LOG.info("stopped")
+        return whole
+
+    async def _within(self, serving: asyncio.Future[Any]) -> None:
+        """Until the server has nothing to do, or the grace time is over."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while not serving.done() and loop.time() - began < self.grace:
+            await asyncio.sleep(0.05)
+        if not serving.done():  # what still runs is told that it ends here
+            self.service.answering.close()
+            await asyncio.sleep(LINGER)
+
+    def _signalled(self, *_: object) -> None:
+        if self.server.should_exit:
+            self.grace = 0.0
+        self.server.should_exit = True
+
+    # -- beside other work, in tests ---------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """In a thread of its own; returns once it listens."""
+        up = threading.Event()
+        self.ready = lambda url: up.set()
+        self.thread = threading.Thread(target=self._serve, name="errata-serve", daemon=True)
+        self.thread.start()
+        if not up.wait(30):
+            raise ConfigError("the server did not start within 30 seconds")
+
+    def stop(self, grace: float | None = None) -> None:
+        """End a server that was started with `start`."""
+        self.grace = self.service.options.grace if grace is None else grace
+        self.server.should_exit = True
+        self.thread.join(self.grace + 30)
+
+
+def leave(code: int) -> None:
+    """End the process at once, where a thread that edits is in a step too long to wait for: the ledger takes that as a kill."""
+    for stream in ("stdout", "stderr"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            getattr(__import__("sys"), stream).flush()
+    os._exit(code)

@@ -1,0 +1,89 @@
+"""One server's parts: a model three times over (to answer, to edit, to be asked) around the same weights, and the ledger."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from errata.bank import Stack
+from errata.errors import ConfigError
+from errata.lanes import twin
+from errata.ledger import Ledger
+from errata.ledger.record import WAIT
+from errata.model import LM
+from errata.serve.answering import Answering
+from errata.serve.editor import Editor
+from errata.serve.metrics import Metrics
+from errata.serve.options import Options
+from errata.serve.questions import Asking
+from errata.serve.stacks import NAME, TAKEN, Stacks
+
+LOG = logging.getLogger("errata.serve")
+
+
+class Service:
+    def __init__(
+        self,
+        lm: LM,
+        folder: str | Path,
+        options: Options,
+        patches: Mapping[str, Stack] | None = None,
+        watched: Sequence[tuple[str, str | None]] = (),
+        author: str | None = None,
+        wait: float = WAIT,
+    ) -> None:
+        """``folder``: of the ledger, begun where there is none.  ``patches``: stacks by name.  ``watched``: (prompt, subject or None)."""
+        self.lm, self.options, self.metrics = lm, options, Metrics()
+        for name, stack in (patches or {}).items():
+            if not NAME.fullmatch(name) or name in (*TAKEN, lm.name):
+                raise ConfigError(f"a patch cannot be named {name!r}; use letters, digits, . _ and -, and none of {', '.join(TAKEN)}")
+            for patch in stack:
+                lm.check(patch)
+        limits = options.limits
+        threads = max(1, options.threads // 2)  # answering and editing go on at once, and each would take all cores
+        book, editing, asking = (Ledger.open(folder, model, author=author, wait=wait) for model in (lm, twin(lm), twin(lm)))
+        self.stacks = Stacks(book, lm.name, patches or {})
+        self.answering = Answering(lm, limits, self.metrics, max(1, options.threads - threads))
+        self.editor = Editor(editing, limits, self.metrics, threads)
+        self.asking = Asking(asking, limits, watched, threads)
+        self.began, self.stopping = time.time(), False
+        self.metrics.watch("errata_queue_answers", "Answers that wait or run", lambda: self.answering.load)
+        self.metrics.watch("errata_queue_edits", "Edit jobs that wait", lambda: self.editor.waiting)
+        self.metrics.watch("errata_live_edits", "Edits that are on", self._live)
+
+    @property
+    def ledger(self) -> Ledger:
+        """To read the record."""
+        return self.stacks.ledger
+
+    def _live(self) -> float:
+        with self.ledger.record.reading() as view:
+            return view.count()
+
+    def start(self) -> None:
+        self.answering.start()
+        self.editor.start()
+
+    def health(self) -> dict[str, Any]:
+        job = self.editor.current
+        with self.ledger.record.reading() as view:
+            live = view.count()
+        return {
+            "status": "stopping" if self.stopping else "ok",
+            "model": self.lm.name,
+            "base": self.lm.fingerprint,
+            "live": live,
+            "queue": {"answers": self.answering.load, "edits": self.editor.waiting},
+            "editing": None if job is None else job.document(),
+        }
+
+    def close(self, grace: float) -> bool:
+        """Stop everything; whether every thread has ended."""
+        self.stopping = True
+        whole = self.editor.close(lambda: grace)
+        self.asking.close()
+        self.answering.close()
+        return whole
