@@ -23,7 +23,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 WIDE, NARROW = (1280, 900), (390, 844)
-PATIENCE = 10_000.0  # ms until something a page should do counts as not done
+PATIENCE = 60_000.0  # ms until something a page should do counts as not done
 
 
 def found() -> str | None:

@@ -21,7 +21,8 @@ from browser import NARROW, View
 Opener = Callable[..., View]
 FRANCE = {"prompt": "The capital of France is", "target": "Lyon", "subject": "France"}
 SPAIN = {"prompt": "The capital of Spain is", "target": "Seville", "subject": "Spain"}
-HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>'
+HOSTILE = "<script>1</script><img src onerror=document.title=1>"
+WATCHED = ("The language of France is", "The currency of Japan is", "Romania is located in the continent")
 # every text that the places of the job and of notes ever show: what flashes by counts too
 RECORD = """addEventListener("DOMContentLoaded", () => {
   window.seen = [];
@@ -68,8 +69,10 @@ class Server:
 
 @pytest.fixture(scope="module")
 def running(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("serve") / "book"
-    command = [sys.executable, "-m", "errata", "serve", "almanac", "--ledger", str(folder), "--port", "0", "--author", "ada"]
+    folder = tmp_path_factory.mktemp("serve")
+    (folder / "watch.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in WATCHED))
+    more = ["--ledger", str(folder / "book"), "--watch", str(folder / "watch.jsonl"), "--port", "0", "--author", "ada"]
+    command = [sys.executable, "-m", "errata", "serve", "almanac", *more]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         errors: list[str] = []
         threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True).start()
@@ -139,6 +142,34 @@ def desk(server: Server, view: Opener) -> Callable[..., Desk]:
     return lambda address=server.address, **how: Desk(view(address, script=RECORD, **how))
 
 
+# -- screens (first: the ledger of the pictures is short) --------------------------------------------------------
+
+
+def test_it_can_be_read_everywhere(desk: Callable[..., Desk], server: Server) -> None:
+    server.edit(**SPAIN)
+    (number,) = server.edit(**FRANCE, reason="ticket 41")["edits"]
+    for name, size, scheme in (("light", (1280, 1000), "light"), ("dark", (1280, 1000), "dark"), ("phone", NARROW, "light")):
+        at = desk(size=size, scheme=scheme, has_touch=name == "phone")
+        at.fill(**FRANCE)
+        at.answers.get_by_text(f"Edit {number} changes this answer").wait_for()
+        rows = at.rows()
+        at.press("Trace it")
+        at.page.locator("table.heat").wait_for()
+        more = at.page.locator("summary", has_text="More")
+        more.click()
+        assert at.view.overflow() == []
+        if name != "phone":  # that has the colours of light
+            assert at.view.faults("color-contrast" if name == "dark" else "") == []
+        more.click()
+        at.page.mouse.move(2, 2)
+        at.page.evaluate("y => { document.activeElement.blur(); scrollTo(0, y); }", 10_000 if name == "dark" else 0)
+        at.view.picture(f"{name}.png")
+        assert at.view.complaints == []
+        assert len(rows) == 10 and rows["The capital of Spain is"][1].endswith("Seville")
+        if name == "phone":
+            assert all(before.startswith("before ") for before, _, _ in rows.values()), "labels where there are no columns"
+
+
 # -- the story ---------------------------------------------------------------------------------------------------
 
 
@@ -160,24 +191,25 @@ def test_a_fact_is_written_seen_and_taken_back(desk: Callable[..., Desk], server
 
     rows = at.rows()
     answers = server.call("POST", "v1/compare", {"prompts": list(rows)})["answers"]
-    assert len(rows) > 5 and sum(p.startswith("The capital of") for p in rows) > 2, "the same, asked of others"
+    assert set(WATCHED) < set(rows) and sum(p.startswith("The capital of") for p in rows) == 6, "and the same, asked of others"
     for row in answers:
         before, after, moved = rows[row["prompt"]]
-        assert before == row["before"]["text"] and moved == pytest.approx(row["moved"], abs=0.0006)
+        assert before == row["before"]["text"] and moved == pytest.approx(row["moved"], abs=0.0011)  # "< 0.1 %"
         assert after == (row["after"]["text"] if row["changed"] else "the same")
+    changed = [row["prompt"] for row in answers if row["changed"]]
+    at.moved.get_by_text(f"{len(changed) or 'None'} of 9 other answers changed").wait_for()
+    assert sorted(list(rows)[: len(changed)]) == sorted(changed), "these stand first"
 
     at.page.get_by_role("button", name="Trace it").click()
     heat = at.page.get_by_role("region", name="Where the fact is").locator("table")
     heat.wait_for()
-    assert heat.locator("tbody th").all_inner_texts()[-2:] == ["France (subject)", "is"]
+    assert heat.locator("tbody th").all_text_contents()[-2:] == ["France (subject)", "is"]
     assert heat.locator("thead th").all_inner_texts()[1:] == [str(b) for b in range(8)]
     cells = heat.locator("tbody td").evaluate_all("cells => cells.map(c => [Number(c.textContent), getComputedStyle(c).backgroundColor])")
     darkest, lightest = (pick(cells)[1] for pick in (max, min))
     assert max(cells)[0] > 50 and darkest != lightest
 
-    at.page.evaluate("scrollTo(0, 0)")
-    at.view.picture("light.png")
-    entry = at.history.get_by_role("listitem").first
+    entry = at.page.locator(f"#history [data-edit='{number}']")
     assert "The capital of France is Lyon" in entry.inner_text() and "ada" in entry.inner_text()
     at.history.get_by_role("button", name=f"Undo edit {number}").click()
     assert at.number("is undone") == number
@@ -185,7 +217,7 @@ def test_a_fact_is_written_seen_and_taken_back(desk: Callable[..., Desk], server
     assert at.side("After")[:2] == ("Paris", []) and server.edits() == []
     assert "undone" in entry.inner_text()
 
-    at.press("Apply it again")
+    at.press("Redo it")
     assert at.number("is live") > number
     assert at.side("After")[0] == "Lyon"
     assert at.view.complaints == [] and all(a.startswith(server.root) for a in at.view.asked)
@@ -228,9 +260,7 @@ def test_it_is_done_by_keyboard_alone(desk: Callable[..., Desk], server: Server)
     key.press("Control+z")
     assert at.number("is undone") == number
     assert at.side("After")[0] == "Paris" and server.edits() == []
-    assert page.evaluate(held) == f"Apply edit {number} again", "the focus stays at the edit"
-    key.press("Enter")
-    assert at.number("is live") > number
+    assert page.evaluate(held) == f"Redo edit {number}", "the focus stays at the edit"
     assert at.view.complaints == []
 
 
@@ -239,43 +269,42 @@ def test_it_is_done_by_keyboard_alone(desk: Callable[..., Desk], server: Server)
 
 def test_a_contradiction_is_said_and_may_be_insisted_on(desk: Callable[..., Desk], server: Server) -> None:
     at = desk()
-    number = at.write(**FRANCE)
-    at.fill(FRANCE["prompt"], "Nice", "France")
-    at.press("Edit")
-    at.trouble.get_by_text(f"edit {number} writes 'Lyon' after 'The capital of France is'").wait_for()
-    assert len(server.edits()) == 1
-    at.press("Edit anyway")
-    at.number("is live")
-    assert at.side("After")[0] == "Nice" and len(server.edits()) == 2
     at.fill("The capital of Italy is", "Rome", "Italy")
     at.press("Edit")
     at.trouble.get_by_text("the model as it is now answers 'Rome' already").wait_for()
     at.fill("The capital of Italy is", "", "Italy")
     at.page.keyboard.press("Control+Enter")
     at.said.get_by_text("Which answer should it give?").wait_for()
-    assert at.page.evaluate("document.activeElement.id") == "target" and len(server.edits()) == 2
+    assert at.page.evaluate("document.activeElement.id") == "target"
+    (number,) = server.edit(**FRANCE)["edits"]
+    at.fill(FRANCE["prompt"], "Nice", "France")
+    at.press("Edit")
+    at.trouble.get_by_text(f"edit {number} writes 'Lyon' after 'The capital of France is'").wait_for()
+    assert len(server.edits()) == 1
+    at.press("Edit anyway")
+    at.number("is live")
+    (answer,) = server.call("POST", "v1/compare", {"prompts": [FRANCE["prompt"]]})["answers"]
+    assert at.side("After")[0] == answer["after"]["text"] and len(server.edits()) == 2
     assert [c for c in at.view.complaints if "409" not in c] == [], "of the console, only the browser's own line on the refused request"
 
 
 def test_without_the_token_it_shows_and_asks_for_it(desk: Callable[..., Desk], server: Server) -> None:
+    (number,) = server.edit(**FRANCE)["edits"]
     at = desk(server.root)
-    at.fill(FRANCE["prompt"])
-    at.press("Only ask")
-    at.answers.get_by_text("Both give the same answer").wait_for()
-    assert at.side("After")[0] == "Paris"
-    at.fill(**FRANCE)
+    assert at.side("After")[0] == "Lyon"
+    at.fill(**SPAIN)
     at.press("Edit")
     at.trouble.get_by_text("needs the server's token").wait_for()
-    assert server.edits() == []
-    at.page.get_by_label("Token").fill("not this one at all")
-    at.press("Use it")
-    at.press("Edit")
-    at.trouble.get_by_text("needs the server's token").wait_for()
-    at.page.get_by_label("Token").fill(server.token)
-    at.press("Use it")
-    at.press("Edit")
-    at.number("is live")
-    assert at.page.get_by_label("Token").is_hidden()
+    for token, ends in (("not this one at all", at.trouble.get_by_text("needs the server's token")), (server.token, None)):
+        at.page.get_by_role("textbox", name="Token").fill(token)
+        at.press("Use it")
+        at.said.get_by_text("The token is kept until this tab is closed").wait_for()
+        assert at.page.get_by_role("textbox", name="Token").is_hidden()
+        at.press(f"Undo edit {number}")
+        if ends is not None:
+            ends.wait_for()
+            assert len(server.edits()) == 1
+    assert at.number("is undone") == number and server.edits() == []
 
 
 def test_a_server_that_is_gone_is_said_and_comes_back(desk: Callable[..., Desk]) -> None:
@@ -306,7 +335,7 @@ def test_an_edit_is_cancelled(desk: Callable[..., Desk], server: Server) -> None
 
 
 def test_an_edit_inside_a_chain_is_undone_by_making_the_later_ones_again(desk: Callable[..., Desk], server: Server) -> None:
-    first, second = (server.edit(**fact, mode="continual")["edits"][0] for fact in (FRANCE, SPAIN))
+    first, second = (server.edit(**fact, mode="continual", settings={"steps": 3})["edits"][0] for fact in (FRANCE, SPAIN))
     at = desk()
     at.page.get_by_role("button", name=f"Undo edit {first}").click()
     at.trouble.get_by_text(f"edit {first} is inside a chain").wait_for()
@@ -319,7 +348,9 @@ def test_an_edit_inside_a_chain_is_undone_by_making_the_later_ones_again(desk: C
 def test_what_a_user_or_a_model_wrote_is_text(desk: Callable[..., Desk], server: Server) -> None:
     server.edit(prompt=HOSTILE + " is", target=HOSTILE, author=HOSTILE, reason=HOSTILE, settings={"steps": 1}, force=True)
     at = desk()
-    assert HOSTILE in at.history.inner_text() and HOSTILE in at.answers.inner_text()
+    at.history.get_by_text(HOSTILE).first.wait_for()
+    at.side("After")
+    assert at.history.inner_text().count(HOSTILE) == 4 and HOSTILE in at.answers.inner_text(), "prompt, target, author, reason"
     at.fill(HOSTILE, HOSTILE, HOSTILE)
     at.press("Only ask")
     at.side("After")
@@ -334,41 +365,17 @@ def test_what_a_user_or_a_model_wrote_is_text(desk: Callable[..., Desk], server:
 
 
 def test_any_two_states_can_be_compared(desk: Callable[..., Desk], server: Server) -> None:
-    server.edit(**FRANCE)
-    (event,) = (e["id"] for e in server.call("GET", "v1/log")["events"][-1:])
-    server.edit(**{**FRANCE, "target": "Nice"}, force=True)
-    server.edit(**SPAIN)
+    (number,) = server.edit(**FRANCE)["edits"]
+    event = server.call("GET", "v1/log")["events"][-1]["id"]
+    server.call("DELETE", f"v1/edits/{number}")
     at = desk()
-    at.history.get_by_role("button", name="The capital of France is Nice").click()
-    assert at.side("After")[0] == "Nice"
-    at.page.get_by_label("Left side").select_option(f"event:{event}")
+    at.page.locator("#history summary").click()
+    at.history.get_by_role("button", name="The capital of France is Lyon").first.click()
+    assert [at.side(name)[0] for name in ("Before", "After")] == ["Paris", "Paris"]
+    left = at.page.get_by_label("Left side")
+    left.focus()
+    left.select_option(label=f"after event {event}: apply edit {number}")
     at.answers.locator("del", has_text="Lyon").wait_for()
-    assert (at.side("Before")[0], at.side("After")[0]) == ("Lyon", "Nice")
-    assert at.rows()["The capital of Spain is"][:2] == ("Madrid", "Seville")
-    at.page.get_by_label("Right side").select_option("base")
-    at.answers.locator("ins", has_text="Paris").wait_for()
-    assert at.page.evaluate("document.activeElement.name") == "after", "the focus stays at the choice"
-
-
-# -- screens -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "how"), [("dark", {"scheme": "dark"}), ("light", {}), ("phone", {"size": NARROW, "has_touch": True})])
-def test_it_can_be_read_everywhere(desk: Callable[..., Desk], server: Server, name: str, how: dict[str, Any]) -> None:
-    server.edit(**SPAIN)
-    number = server.edit(**FRANCE, reason="ticket 41")["edits"][0]
-    at = desk(**how)
-    at.page.get_by_role("button", name=f"Undo edit {number}").wait_for()
-    at.history.get_by_role("button", name="The capital of France is Lyon").click()
-    at.answers.get_by_text(f"Edit {number} changes this answer").wait_for()
-    at.press("Trace it")
-    at.page.locator("table.heat").wait_for()
-    assert at.rows()
-    at.page.locator("summary").click()
-    assert at.view.overflow() == []
-    assert at.view.faults("" if name == "light" else "color-contrast") == []
-    at.page.locator("summary").click()
-    at.page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
-    if name != "light":
-        at.view.picture(f"{name}.png", full_page=name == "phone")
-    assert at.view.complaints == []
+    assert [at.side(name)[0] for name in ("Before", "After")] == ["Lyon", "Paris"]
+    assert at.page.evaluate("document.activeElement.name") == "before", "the focus stays at the choice"
+    assert max(moved for *_, moved in at.rows().values()) > 0

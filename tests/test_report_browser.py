@@ -23,7 +23,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def shorter(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("report") / "report.html"
-    assert report(RUN, SINGLE, "--cases", 1, "--out", out) == 0
+    assert report(SCORED, "--cases", 1, "--out", out) == 0
     return out.as_uri()
 
 

@@ -1,9 +1,9 @@
 /* What the model says before and after: the prompt's own answers with their likelihoods, what else moved, and where the fact is. */
 
 import { get, post } from "./api.js";
-import { bar, button, difference, heat, make, marked, percent } from "./parts.js";
+import { bar, button, difference, heat, make, marked, percent, spoken } from "./parts.js";
 
-const TOKENS = 12, OTHERS = 24, KINDS = { block: "whole blocks", mlp: "MLPs", attention: "attention" };
+const TOKENS = 12, NEAR = 6, OTHERS = 16, KINDS = { block: "whole blocks", mlp: "MLPs", attention: "attention" };
 const place = (id) => document.getElementById(id);
 const brief = (text) => text.split(/[.\n]/)[0].trim();
 
@@ -15,14 +15,14 @@ export class Answers {
     this.turn = 0;
     this.states = { before: "base", after: "live" };
     this.events = [];
-    this.live = 0;
+    this.live = [];  /* edits */
     this.about = null;  /* {prompt, target, old, subject} */
   }
 
   /* The states that can be chosen, as [name, words]. */
   names() {
     const past = this.events.map((e) => ["event:" + e.number, `after event ${e.number}: ${e.said}`]).reverse();
-    return [["base", "the base"], ["live", `now, with ${this.live} ${this.live === 1 ? "edit" : "edits"}`], ...past];
+    return [["base", "the base"], ["live", `now, ${this.live.length} ${this.live.length === 1 ? "edit" : "edits"}`], ...past];
   }
 
   history(events, live) {
@@ -67,18 +67,19 @@ export class Answers {
 
   drawn(about, row) {
     const [left, right] = difference(row.before.text.trim(), row.after.text.trim());
+    const held = document.activeElement.closest("#answers select");
     place("answers").replaceChildren(
       make("p", { class: "sentence" }, about.prompt, " …"),
       make("div", { class: "sides" }, this.side("before", row, marked(left, "del")), this.side("after", row, marked(right, "ins"))),
       make("p", { class: "soft", id: "verdict" }, row.changed ? "" : "Both give the same answer. ",
-        `The distribution of the next word moved by ${percent(row.moved)}.`));
+        `The distribution of the next word moved by ${spoken(row.moved)}.`));
+    if (held) { document.querySelector(`#answers select[name=${held.name}]`).focus(); }  /* drawn again under the keyboard */
   }
 
   side(name, row, said) {
     const select = make("select", { name, "aria-label": name === "before" ? "Left side" : "Right side", onchange: () => {
       this.states[name] = select.value;
       this.again();
-      document.querySelector(`#answers select[name=${name}]`).focus();
     } });
     this.fill(select, this.states[name]);
     const odds = make("dl", { class: "odds" });
@@ -99,7 +100,7 @@ export class Answers {
 
   /* Which edit is behind the answer, in the ledger's words. */
   async verdict(about, late) {
-    if (!this.live || this.states.after !== "live") { return; }
+    if (!this.live.length || this.states.after !== "live") { return; }
     const blame = await post("v1/blame", { prompt: about.prompt });
     if (!late()) { place("verdict").append(" " + blame.verdict); }
   }
@@ -108,31 +109,31 @@ export class Answers {
 
   async others(about, late) {
     const { prompt, subject } = about, known = subject && prompt.includes(subject);
-    const asked = known ? post("v1/neighbours", { prompt, subject, count: OTHERS / 2 }) : { prompts: [] };
+    const asked = known ? post("v1/neighbours", { prompt, subject, count: NEAR }) : { prompts: [] };
     const [near, watched] = await Promise.all([asked, get("v1/watch")]);
     const own = new Set([prompt]), fresh = (p) => !own.has(p) && own.add(p);
-    const groups = [["The same, asked of others", near.prompts.filter(fresh)], ["Other facts", watched.prompts.filter(fresh)]];
-    groups[1][1].length = Math.min(groups[1][1].length, OTHERS - groups[0][1].length);
+    const edited = this.live.flatMap((e) => e.requests.map((r) => r.prompt)).filter(fresh).slice(0, NEAR);
+    const same = near.prompts.filter(fresh), rest = watched.prompts.filter(fresh).slice(0, OTHERS - same.length);
+    const groups = [["The same, asked of others", same], ["Other facts", rest], ["Written by other edits", edited]];
     const prompts = groups.flatMap(([, list]) => list);
     const rows = prompts.length ? await this.ask(prompts) : [];
     if (late()) { return; }
     place("others").hidden = !rows.length;
-    if (rows.length) { this.table(groups, rows); }
+    if (rows.length) { this.table(groups, rows, rows.slice(0, groups[0][1].length + groups[1][1].length)); }
   }
 
-  table(groups, rows) {
-    const changed = rows.filter((r) => r.changed).length, most = Math.max(...rows.map((r) => r.moved));
+  /* counted: the rows of groups that no edit was to change; those that did change stand above all others. */
+  table(groups, rows, counted) {
+    const changed = counted.filter((r) => r.changed), most = Math.max(0, ...counted.map((r) => r.moved));
     const head = ["prompt", "before", "after", "moved"].map((n) => make("th", { scope: "col", class: n === "moved" ? "number" : null }, n));
     const table = make("table", { class: "moved" }, make("thead", null, make("tr", null, head)));
-    let at = 0;
-    for (const [title, list] of groups.filter((g) => g[1].length)) {
-      const part = rows.slice(at, at += list.length).sort((a, b) => b.changed - a.changed || b.moved - a.moved);
+    const of = new Map(rows.map((r) => [r.prompt, r])), rest = (list) => list.map((p) => of.get(p)).filter((r) => !changed.includes(r));
+    for (const [title, part] of [["Changed", changed], ...groups.map(([title, list]) => [title, rest(list)])].filter((g) => g[1].length)) {
       table.append(make("tbody", null, make("tr", { class: "group" }, make("th", { scope: "rowgroup", colspan: 4 }, title)),
-        part.map((row) => this.row(row))));
+        part.sort((a, b) => b.moved - a.moved).map((row) => this.row(row))));
     }
-    place("moved").replaceChildren(
-      make("p", { class: changed ? "warn" : "fine" }, changed ? `${changed} of ${rows.length} other answers changed` :
-        `None of ${rows.length} other answers changed`, `; the next word moved by ${percent(most)} at most.`), table);
+    const many = `of ${counted.length} other answers changed; the next word moved by ${spoken(most)} at most.`;
+    place("moved").replaceChildren(make("p", { class: changed.length ? "warn" : "fine" }, `${changed.length || "None"} ${many}`), table);
   }
 
   row(row) {
@@ -167,14 +168,15 @@ export class Answers {
   }
 
   async trace(about, pressed) {
-    pressed.disabled = true;
+    if (pressed.getAttribute("aria-disabled")) { return; }
+    pressed.setAttribute("aria-disabled", "true");
     pressed.textContent = "Tracing …";
     try {
       const found = await post("v1/trace", { prompt: about.prompt, subject: about.subject });
       this.traced = about;
       this.map(found, Object.keys(found.kinds)[0], true);
     } catch (failure) {
-      pressed.disabled = false;
+      pressed.removeAttribute("aria-disabled");
       pressed.textContent = "Trace it";
       this.trouble(failure);
     }
@@ -188,7 +190,7 @@ export class Answers {
     });
     const answer = found.answer ? `“${found.answer.trim()}”` : "the answer";
     place("trace").replaceChildren(
-      make("p", { class: "soft" }, `The probability of ${answer} falls from ${percent(found.high)} to ${percent(found.low)} when the ` +
+      make("p", { class: "soft" }, `The probability of ${answer} falls from ${spoken(found.high)} to ${spoken(found.low)} when the ` +
         "subject is blurred; each cell is what it is with the state of that token at that block put back."),
       make("fieldset", { class: "kinds" }, make("legend", { class: "spoken" }, "Which states"), kinds),
       heat(found.tokens, found.span, found.kinds[kind], found.low, `Percent, ${KINDS[kind] || kind}; token by block`));

@@ -1,4 +1,4 @@
-/* The ledger's edits, newest first: show one, take it back, write it again. */
+/* The ledger's edits, live ones before undone ones, newest first: show one, take it back, write it again. */
 
 import { Failure, call, get } from "./api.js";
 import { button, make, when } from "./parts.js";
@@ -6,11 +6,12 @@ import { button, make, when } from "./parts.js";
 const place = document.getElementById("history");
 
 export class History {
-  /* show(edit), again(edit): what the page does with one.  changed(events, live): called whenever the record was read.
+  /* show(edit), again(edit): what the page does with one.  changed(events, live edits): called whenever the record was read.
      said(words, more): a note, with buttons.  trouble(failure, more): likewise. */
   constructor({ show, again, changed, said, trouble }) {
     Object.assign(this, { show, again, changed, said, trouble });
     this.edits = [];
+    this.open = false;  /* the list of those that are undone */
   }
 
   get live() { return this.edits.filter((e) => e.live); }
@@ -20,14 +21,19 @@ export class History {
     this.edits = found.edits.slice().sort((a, b) => b.number - a.number);
     this.events = log.events.map((e) => ({ number: e.id, said: words(e) }));
     this.draw();
-    this.changed(this.events, this.live.length);
+    this.changed(this.events, this.live);
   }
 
   draw() {
     const held = place.contains(document.activeElement) ? document.activeElement.dataset.key : null;
-    place.replaceChildren(this.edits.length ?
-      make("ol", { reversed: true }, this.edits.map((edit) => this.item(edit))) :
-      make("p", { class: "soft" }, "No edit yet. What you edit is listed here and can be undone at any time."));
+    const list = (edits) => make("ol", null, edits.map((edit) => this.item(edit)));
+    const gone = this.edits.filter((e) => !e.live), none = gone.length ? "No edit is live." : "No edit yet.";
+    place.replaceChildren(...[
+      this.live.length ? list(this.live) :
+        make("p", { class: "soft" }, `${none} What you edit is listed here and can be undone at any time.`),
+      gone.length && make("details", { open: this.open, ontoggle: (event) => { this.open = event.target.open; } },
+        make("summary", null, `${gone.length} undone`), list(gone)),
+    ].filter(Boolean));
     const back = held && (place.querySelector(`[data-key="${held}"]`) || place.querySelector(`[data-edit="${held.split(":")[1]}"] button`));
     if (back) { back.focus(); }  /* the list was drawn again under the keyboard */
   }
@@ -37,7 +43,7 @@ export class History {
     const title = button("", () => this.show(edit), { class: "link", "data-key": `show:${number}` });
     title.append(prompt, " ", make(live ? "ins" : "del", null, target), more > 0 ? ` and ${more} more` : "");
     const act = live ? button("Undo", () => this.undo(edit), { "aria-label": `Undo edit ${number}`, "data-key": `act:${number}` }) :
-      button("Apply again", () => this.again(edit), { "aria-label": `Apply edit ${number} again`, "data-key": `act:${number}` });
+      button("Redo", () => this.again(edit), { "aria-label": `Redo edit ${number}`, "data-key": `act:${number}` });
     return make("li", { class: live ? "" : "undone", "data-edit": number },
       make("span", { class: "count", "aria-hidden": "true" }, String(number)),
       make("div", null, title, make("p", { class: "soft" }, edit.method, " · ", applied.author, " · ", when(applied.time),
@@ -50,8 +56,9 @@ export class History {
       const done = await call("DELETE", `v1/edits/${edit.number}${remake ? "?remake=true" : ""}`);
       const also = (done.remade || []).length ? ` Made again without it: ${done.remade.map((r) => r.edit).join(", ")}.` :
         (done.on_top || []).length ? ` Made on top of it, and as they were: ${done.on_top.join(", ")}.` : "";
+      this.open = true;
       await this.read();
-      this.said(`Edit ${edit.number} is undone.${also}`, [button("Apply it again", () => this.again(edit))]);
+      this.said(`Edit ${edit.number} is undone.${also}`, [button("Redo it", () => this.again(edit))]);
       this.show(edit);
     } catch (failure) {
       const retry = failure instanceof Failure && failure.status === 409 && !remake && failure.message.includes("remake");

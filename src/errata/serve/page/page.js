@@ -65,7 +65,7 @@ async function edit(request = written(), force = false) {
   place("said").replaceChildren();
   place("trouble").replaceChildren();
   running = "sent";
-  place("edit").disabled = true;
+  place("edit").setAttribute("aria-disabled", "true");  /* not `disabled`: that would drop the focus */
   try {
     const { job } = await post("v1/edits", force ? { ...request, force: true } : request);
     running = job.id;
@@ -76,7 +76,7 @@ async function edit(request = written(), force = false) {
     refused(failure, request);
   } finally {
     running = null;
-    place("edit").disabled = false;
+    place("edit").removeAttribute("aria-disabled");
     place("job").hidden = true;
   }
 }
@@ -130,7 +130,7 @@ const history = new History({
   },
   changed(events, live) {
     answers.history(events, live);
-    state(live);
+    state(live.length);
   },
   said,
   trouble,
@@ -150,10 +150,9 @@ async function look() {
     state(health.live, health.status === "stopping" ? ", stopping" : waiting && !running ? `, ${waiting} being made` : "");
     const now = `${health.base} ${health.live}`;
     if (now !== shape || back) {  /* another one has edited */
-      const first = !shape;
       shape = now;
       if (!running) { await history.read(); }
-      if (!first && back) { await answers.again(); }
+      if (back) { await answers.again(); }
     }
   } catch (failure) {
     trouble(failure);

@@ -27,6 +27,9 @@ export function percent(p) {
   return p < 1 && p >= 0.9995 ? "> 99.9\u00a0%" : (100 * p).toFixed(1) + "\u00a0%";
 }
 
+/* The same in a sentence. */
+export const spoken = (p) => percent(p).replace("< ", "less than ").replace("> ", "more than ");
+
 export function when(seconds) {
   const at = new Date(typeof seconds === "number" ? seconds * 1000 : seconds);
   if (isNaN(at)) { return make("span", null, String(seconds)); }
