@@ -65,13 +65,12 @@ class Answering:
         return len(self._waiting) + sum(len(c.running) for c in list(self._cohorts))
 
     def close(self) -> None:
-        """No more rows; what is there is given up."""
+        """No more rows; what waits or runs is told so, between two tokens."""
         with self._news:
             self._closing = True
-            for row in [*self._waiting, *(row for cohort in self._cohorts for row in cohort.rows)]:
-                row.cancelled = True
             self._news.notify()
-        self._thread.join(10)
+        if self._thread.ident is not None:
+            self._thread.join(10)
 
     # -- in the thread -----------------------------------------------------------------------------------------
 
@@ -120,7 +119,11 @@ class Answering:
             cohort = Cohort(self.lm, self.plans, rows)
             self._step(cohort, whole=len(rows) == 1)
             return [cohort]
-        except Exception:
+        except Exception as error:
+            if len(rows) == 1:
+                LOG.exception("an answer could not begin")
+                _fail(rows[0], error)
+                return []
             LOG.warning("a batch of %d could not begin; its rows run one by one", len(rows))
             return [cohort for row in rows if row.finish is None for cohort in self._begin([row])]
 
@@ -151,6 +154,8 @@ class Answering:
         for row in rows:
             if row.cancelled:
                 row.finish = "cancelled"
+            elif self._closing:
+                _fail(row, Refused(503, "the server is stopping", "stopping"))
             elif now > row.until:
                 _fail(row, Refused(504, f"not answered within {self.limits.seconds:g} seconds; ask for fewer tokens", "timeout"))
 

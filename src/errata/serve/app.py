@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from errata import __version__
 from errata.errors import ErrataError
@@ -21,6 +22,7 @@ from errata.serve.schemas import Error
 from errata.serve.service import Service
 
 PAGE = Path(__file__).parent / "page"
+METHODS = ("DELETE", "GET", "HEAD", "POST")
 UNSUPPORTED = ("frequency_penalty", "presence_penalty", "logit_bias", "echo", "suffix", "best_of", "tools", "response_format")
 
 
@@ -33,9 +35,24 @@ def make(service: Service) -> App:
     api.add_exception_handler(ErrataError, _refused)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http)
-    api.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    _page(api)
     api.openapi = lambda: _document(api)  # type: ignore[method-assign]
     return Guard(api, service)
+
+
+def _page(api: FastAPI) -> None:
+    """The files of the page, as they are when the server starts; "/" is its index.html."""
+
+    def shown(path: Path) -> Callable[[], Awaitable[Response]]:
+        async def show() -> Response:
+            return FileResponse(path, headers={"Cache-Control": "no-cache"})
+
+        return show
+
+    for path in sorted(p for p in PAGE.rglob("*") if p.is_file()):
+        name = path.relative_to(PAGE).as_posix()
+        for where in ("/", "/index.html") if name == "index.html" else (f"/{name}",):
+            api.add_api_route(where, shown(path), methods=["GET", "HEAD"], include_in_schema=False, response_class=FileResponse)
 
 
 def _said(refused: Refused) -> Response:
@@ -51,7 +68,20 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     wrong = {404: f"there is no {request.url.path}", 405: f"{request.method} does not go with {request.url.path}"}
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
-    return _said(Refused(error.status_code, wrong.get(error.status_code, str(error.detail)), code, headers=dict(error.headers or {})))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # of the first route that has this path; there may be others
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
+    return _said(Refused(error.status_code, wrong.get(error.status_code, str(error.detail)), code, headers=headers))
+
+
+def _methods(request: Request) -> set[str]:
+    """What goes with the path of a request."""
+    found: set[str] = set()
+    for method in METHODS:
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes):
+            found.add(method)
+    return found
 
 
 async def _invalid(_: Request, error: Exception) -> Response:

@@ -33,18 +33,22 @@ class Editor:
     def __init__(self, ledger: Ledger, limits: Limits, metrics: Metrics, threads: int = 1) -> None:
         self.ledger, self.limits, self.metrics, self.threads = ledger, limits, metrics, threads
         self.jobs: OrderedDict[str, Job] = OrderedDict()
-        self.current: Job | None = None
         self._queue: deque[Job] = deque()
         self._news = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="errata-editor", daemon=True)
-        ledger.lm.hf.register_forward_pre_hook(self._asked)
+        current = self._current = [Job(None, lambda job: None)]
 
-    def _asked(self, *_: Any) -> None:
-        """Before every pass of the twin (and of its twins in lanes)."""
-        job = self.current
-        if job is not None:
-            job.check()
+        def asked(*_: Any) -> None:  # before every pass of the twin; a plain function, which the twins it is lent to in lanes take along
+            current[0].check()
+
+        ledger.lm.hf.register_forward_pre_hook(asked)
+
+    @property
+    def current(self) -> Job | None:
+        """The job in work."""
+        job = self._current[0]
+        return job if job.status in ("checking", "editing") else None
 
     def start(self) -> None:
         self._thread.start()
@@ -111,7 +115,7 @@ class Editor:
         if (late := self.current) is not None:
             LOG.warning("%s took too long: it is stopped, the ledger stays as it was", late.id)
             late.cancelled = True
-        if self._thread.is_alive():
+        if self._thread.ident is not None:
             self._thread.join(5.0)
         return not self._thread.is_alive()
 
@@ -124,17 +128,15 @@ class Editor:
                 self._news.wait_for(lambda: self._queue or self._closing)
                 if not self._queue:
                     return
-                job = self.current = self._queue.popleft()
-            try:
+                job = self._current[0] = self._queue.popleft()
                 job.change(status="checking")
+            try:
                 job.change(result=job.work(job))
                 self._end(job, status="done")
             except Cancelled:
                 self._end(job, status="cancelled")
             except BaseException as error:
                 self._failed(job, error)
-            finally:
-                self.current = None
 
     def _apply(self, job: Job) -> None:
         plan = job.plan

@@ -57,15 +57,15 @@ class Plans:
     def of(self, stacks: Sequence[Stack]) -> Plan:
         """The plan of a batch, a stack a row."""
         keys = [tuple(p.id for p in stack) for stack in stacks]
-        new = False
+        wanted = OrderedDict(self._stacks)
         for key, stack in zip(keys, stacks, strict=True):
-            new |= key not in self._stacks
-            self._stacks.setdefault(key, stack)
-            self._stacks.move_to_end(key)
-        if new:
-            while len(self._stacks) > max(KEPT, len(set(keys))):
-                self._stacks.popitem(last=False)
-            self._place = {key: i for i, key in enumerate(self._stacks)}
-            every = list(self._stacks.values())
+            wanted.setdefault(key, stack)
+            wanted.move_to_end(key)
+        while len(wanted) > max(KEPT, len(set(keys))):
+            wanted.popitem(last=False)
+        if not wanted.keys() <= self._place.keys():
+            every = list(wanted.values())  # what is kept changes only once this is done: a stack that cannot be compiled leaves no trace
             self._plan = compile_plan(every, torch.arange(len(every)), self.lm.device, self.lm.tokenizer)
+            self._place = {key: i for i, key in enumerate(wanted)}
+        self._stacks = wanted
         return select(self._plan, torch.tensor([self._place[key] for key in keys], device=self.lm.device))

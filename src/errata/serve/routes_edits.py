@@ -115,6 +115,8 @@ def _plan(service: Service, body: EditPost) -> Plan:
             raise Refused(400, str(error), "invalid_fact", where) from None
     if body.batch_size is not None and body.mode != "batched":
         raise Refused(400, f"batch_size has no meaning in {body.mode} mode", "invalid_value", "batch_size")
+    if "lm" in body.settings:
+        raise Refused(400, f"{body.method} has no setting 'lm'", "invalid_setting", "settings")
     registry.get("method", body.method).for_model(service.lm, **body.settings)
     _window(service, requests)
     if not body.force and (found := list(among(requests, service.ledger.edits()))):

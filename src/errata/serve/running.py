@@ -98,7 +98,7 @@ class Running:
         closing = asyncio.ensure_future(asyncio.to_thread(self.service.editor.close, lambda: self.grace))
         with contextlib.suppress(asyncio.TimeoutError):
             await self._within(serving)
-        self.service.answering.close()
+        await asyncio.to_thread(self.service.answering.close)
         whole = await closing
         self.server.force_exit = True
         with contextlib.suppress(asyncio.TimeoutError):
@@ -114,7 +114,7 @@ class Running:
         while not serving.done() and loop.time() - began < self.grace:
             await asyncio.sleep(0.05)
         if not serving.done():  # what still runs is told that it ends here
-            self.service.answering.close()
+            await asyncio.to_thread(self.service.answering.close)
             await asyncio.sleep(LINGER)
 
     def _signalled(self, *_: object) -> None:

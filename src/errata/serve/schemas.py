@@ -17,7 +17,7 @@ MOST_PROMPTS = 64
 
 
 class Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Closed):
@@ -109,6 +109,7 @@ class EditPost(Closed):
 
     model_config = ConfigDict(
         extra="forbid",
+        strict=True,
         json_schema_extra={
             "oneOf": [
                 {"required": ["prompt", "target"], "not": {"required": ["requests"]}},

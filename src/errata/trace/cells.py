@@ -182,7 +182,7 @@ class _Run:
         shape = (self.how.samples, self.span[1] - self.span[0], self._width())
         self.noise = scale * torch.randn(shape, generator=generator).double()
         parts, states = [], []
-        for noise in self.noise.split(self.how.rows):
+        for noise in torch.split(self.noise, self.how.rows):
             with self._noisy(noise), self._recording(()) as seen:
                 parts.append(self._forward(len(noise)).softmax(-1)[:, self.answer])
             states.append([seen["hidden", b] for b in range(self.lm.depth)])
@@ -208,10 +208,10 @@ class _Run:
         cells, samples = self._cells(), self.how.samples
         scores = torch.empty((len(cells), samples), dtype=low.dtype, device=low.device)
         done = 0
-        for begin in cells[:, 3].unique().tolist():
+        for begin in sorted(set(cells[:, 3].tolist())):
             mine = (cells[:, 3] == begin).nonzero().squeeze(1)
             pairs = torch.cartesian_prod(mine, torch.arange(samples))
-            for part in pairs.split(self.how.rows):
+            for part in torch.split(pairs, self.how.rows):
                 cell, sample = part.unbind(1)
                 scores[cell.to(low.device), sample.to(low.device)] = self._restored(begin, cells[cell], sample)
                 done += len(part)

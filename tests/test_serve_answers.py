@@ -1,0 +1,220 @@
+"""The answering loop: a row's answer does not depend on its neighbours, on when they came or on when they left."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from families import SENTENCES
+from families import lm as trained
+from made import made
+
+from errata import registry
+from errata.bank import Stack
+from errata.model import LM
+from errata.request import EditRequest
+from errata.serve.answering import Answering
+from errata.serve.metrics import Metrics
+from errata.serve.options import Limits
+from errata.serve.refusals import Refused
+from errata.serve.rows import Piece, Row, Spoken, Wanted
+
+PROMPTS = [p for p, _ in SENTENCES]
+QUICK = {
+    "reft": {"rank": 2, "steps": 4, "lr": 0.02},
+    "baft": {"rank": 2, "steps": 4, "lr": 0.02},
+    "grace": {"steps": 5},
+    "wise": {"steps": 3},
+    "ice": {},
+}
+FAMILIES: dict[str, tuple[str, ...]] = {"llama": tuple(QUICK), "gemma2": ("baft", "grace")}
+
+
+def stack(lm: LM, method: str) -> Stack:
+    editor = registry.get("method", method).for_model(lm, **QUICK[method])
+    return (editor.edit(lm, [EditRequest("The capital of France is", "Rome", "France")]),)
+
+
+def alone(lm: LM, prompt: str, under: Stack, tokens: int) -> list[int]:
+    return lm.continuations([prompt], stacks=[under], max_new_tokens=tokens, stop=())[0]
+
+
+class Told(list[Piece]):
+    """What a row said."""
+
+    @property
+    def text(self) -> str:
+        return "".join(p.text for p in self)
+
+
+def row(lm: LM, prompt: str, under: Stack, index: int = 0, stream: bool = False, **how: Any) -> tuple[Row, Told]:
+    told = Told()
+    made = Row(index, lm.encode([prompt])[0], under, Wanted(**{"tokens": 6, **how}), told.append, stream)
+    return made, told
+
+
+def loop(lm: LM, arrivals: Sequence[tuple[int, Row]], limits: Limits | None = None) -> Answering:
+    """Turns of the loop in this thread; each row is submitted before the turn it is given with."""
+    out = Answering(lm, limits or Limits(), Metrics())
+    turn = 0
+    while out.load or any(when >= turn for when, _ in arrivals):
+        for when, one in arrivals:
+            if when == turn:
+                out.submit([one])
+        out._turn(out._take())
+        turn += 1
+    return out
+
+
+def counted(answering: Answering, name: str) -> float:
+    return answering.metrics.registry.get_sample_value(name) or 0.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_rows_answer_as_alone(family: str) -> None:
+    """Weight-like, gated, deciding and in-context stacks and the base, arriving and leaving at any time; sliding windows too."""
+    lm, draw = trained(family), random.Random(0)
+    stacks: list[Stack] = [(), (made(lm, 1),), (made(lm, 2, 0, block=2), made(lm, 3, 1)), *(stack(lm, m) for m in FAMILIES[family])]
+    wanted, arrivals, told = [], [], []
+    for i in range(24):
+        prompt, under, tokens = draw.choice(PROMPTS), stacks[i % len(stacks)], draw.choice((1, 3, 9))
+        one, said = row(lm, prompt, under, tokens=tokens, alike=0)
+        arrivals.append((draw.randrange(8), one))
+        told.append(said)
+        wanted.append("".join(lm.tokenizer.decode([t]) for t in alone(lm, prompt, under, tokens)))
+    answering = loop(lm, arrivals)
+    assert ["".join(t.text for t in said[-1].tokens) for said in told] == wanted
+    assert counted(answering, "errata_answers_total") == 24
+    rows, steps = counted(answering, "errata_batch_rows_sum"), counted(answering, "errata_batch_rows_count")
+    assert rows / steps > 1.5  # they did run side by side
+
+
+def test_rows_join_leave_and_lose_their_padding() -> None:
+    lm = trained("llama")
+    long, said = row(lm, "The capital of France is " * 7 + "The capital of France is", (), tokens=3)
+    arrivals = [(0, long), *((turn, row(lm, PROMPTS[turn % 8], (), tokens=12)[0]) for turn in range(1, 9))]
+    answering, wide, most = Answering(lm, Limits(), Metrics()), [], 0
+    for turn in range(12):
+        for when, one in arrivals:
+            if when == turn:
+                answering.submit([one])
+        answering._turn(answering._take())
+        assert len(answering._cohorts) <= 1  # all in one batch, every turn
+        wide += [c.mask.shape[1] for c in answering._cohorts]
+        most = max(most, sum(len(c.rows) for c in answering._cohorts))
+        for cohort in answering._cohorts:
+            assert all(layer.keys.shape[2] == cohort.mask.shape[1] - 1 for layer in cohort.cache.layers)
+    assert most >= 6 and max(wide) > 40 and min(wide[4:]) < 25 and said[-1].finish == "length"
+
+
+def test_a_seed_decides_whatever_runs_beside() -> None:
+    lm = trained("llama")
+    under = (made(lm, 1),)
+    how = {"temperature": 1.5, "seed": 7, "tokens": 10}
+
+    def drawn(beside: int, index: int = 0, **more: Any) -> str:
+        mine, said = row(lm, PROMPTS[0], under, index, **{**how, **more})
+        loop(lm, [*((0, row(lm, PROMPTS[i % 8], (), tokens=9, temperature=1.0)[0]) for i in range(beside)), (1, mine)])
+        return said.text
+
+    assert drawn(0) == drawn(5) and len({drawn(0, i) for i in range(4)} | {drawn(0, seed=8)}) > 3
+    assert drawn(0, top_p=1e-9) == drawn(0, temperature=0.0) != drawn(0)
+
+
+def test_tokens_come_as_they_are_made_and_add_up() -> None:
+    lm = trained("llama")
+    one, said = row(lm, PROMPTS[3], (), stream=True, tokens=8)  # Tokyo is spelt in pieces
+    whole, all_of_it = row(lm, PROMPTS[3], (), tokens=8)
+    loop(lm, [(0, one), (0, whole)])
+    assert len(said) > 4 and said.text == all_of_it.text and len(all_of_it) == 1
+    assert [p.finish for p in said[:-1]] == [None] * (len(said) - 1) and said[-1].finish == all_of_it[-1].finish is not None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stops_end_an_answer_and_are_not_said(stream: bool) -> None:
+    lm = trained("llama")
+    one, said = row(lm, PROMPTS[3], (), stream=stream, tokens=12, stops=("kyo.", "nowhere"), alike=0)
+    loop(lm, [(0, one)])
+    assert said.text == " To" and said[-1].finish == "stop"
+    assert "".join(t.text for p in said for t in p.tokens) == " To"
+
+
+def test_characters_come_whole_and_stops_are_held_back() -> None:
+    tokenizer = trained("llama").tokenizer
+    text = "日本 über alles …. END of it"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) > 25
+    spoken, parts = Spoken(tokenizer, [1], ("END",)), []
+    for token in ids:
+        spoken.add(token)
+        parts.append(spoken.news(spoken.stopped))
+        if spoken.stopped:
+            break
+    assert "".join(parts) == "日本 über alles …. " and not any("�" in p for p in parts) and len([p for p in parts if p]) > 10
+    cut = Spoken(tokenizer, [1], ())
+    for token in ids[:2]:  # the beginning of a character, and then nothing more
+        cut.add(token)
+    assert cut.news(False) == "" and cut.news(True) == "�"
+
+
+def test_rows_nobody_waits_for_and_late_ones_leave() -> None:
+    lm = trained("llama")
+    gone, silent = row(lm, PROMPTS[0], (), tokens=50)
+    late, told = row(lm, PROMPTS[1], (), tokens=50)
+    stays, said = row(lm, PROMPTS[2], (), tokens=4)
+    answering = Answering(lm, Limits(), Metrics())
+    answering.submit([gone, late, stays])
+    answering._turn(answering._take())
+    gone.cancelled, late.until = True, 0.0
+    while answering.load:
+        answering._turn(answering._take())
+    assert said[-1].finish is not None and silent == [] and gone.count == late.count == 1
+    assert told[-1].finish == "error" and isinstance(told[-1].error, Refused) and told[-1].error.status == 504
+
+
+def test_a_row_that_cannot_run_fails_alone() -> None:
+    lm = trained("llama")
+    broken = made(lm, 1)
+    broken.ops[0].tensors["up"].resize_(0)  # type: ignore[attr-defined]
+    bad, told = row(lm, PROMPTS[0], (broken,))
+    good, said = row(lm, PROMPTS[1], ())
+    loop(lm, [(0, bad), (0, good)])
+    assert told[-1].finish == "error" and said.text.strip().startswith("Rome")
+
+
+def test_the_queue_is_bounded_and_a_batch_too() -> None:
+    lm = trained("llama")
+    limits = Limits(queue=10, batch=4)
+    answering = Answering(lm, limits, Metrics())
+    rows = [row(lm, PROMPTS[i % 8], (), tokens=5)[0] for i in range(11)]
+    answering.submit(rows[:10])
+    with pytest.raises(Refused, match="10 answers wait or run, 10 may") as refused:
+        answering.submit(rows[10:])
+    assert refused.value.status == 429 and refused.value.headers["Retry-After"]
+    while answering.load:
+        answering._turn(answering._take())
+        assert all(len(c.rows) <= 4 for c in answering._cohorts)
+    assert all(r.finish for r in rows[:10])
+
+
+def test_wide_prompts_are_not_padded_into_one_batch() -> None:
+    lm = trained("llama")
+    answering = Answering(lm, Limits(width=60), Metrics())
+    answering.submit([row(lm, "The capital of " * 6 + "Japan is", (), tokens=3)[0] for _ in range(4)])
+    assert len(answering._take()) < 4
+
+
+def test_neighbours_change_logits_in_the_last_bits_only() -> None:
+    lm = trained("llama")
+    under = (made(lm, 1),)
+    mine, said = row(lm, PROMPTS[0], under, tokens=5, alike=1)
+    loop(lm, [(0, mine), *((i % 3, row(lm, PROMPTS[i % 8], (made(lm, i),), tokens=8)[0]) for i in range(2, 12))])
+    ids = alone(lm, PROMPTS[0], under, 5)
+    (encoded,) = lm.encode([PROMPTS[0]])
+    batch = lm.batch([type(encoded)((*encoded.ids, *ids), len(encoded.ids))])
+    likely = torch.log_softmax(lm.logits(batch, [under])[0].double(), -1)
+    forced = [float(likely[len(encoded.ids) - 1 + i, t]) for i, t in enumerate(ids)]
+    assert [t.logprob for t in said[-1].tokens] == pytest.approx(forced, abs=1e-4)

@@ -1,0 +1,270 @@
+"""What the server says to requests that are wrong, too large, too many or not allowed; and what it says of itself."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from families import lm as trained
+from made import made
+from serving import TOKEN, Site, serving
+
+from errata.serve.options import Limits
+
+FRANCE = "The capital of France is"
+LIMITS = Limits(body=20_000, prompt=30, tokens=40, rows=6, requests=3)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    patch = made(trained("llama"), 1)
+    with serving(tmp_path_factory.mktemp("site") / "book", {"mine": (patch,)}, LIMITS) as out:
+        out.edit(FRANCE, "Rome", subject="France")
+        yield out
+
+
+def refused(response: httpx.Response, status: int, *words: str) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and all(w in error["message"] for w in words), error
+    return error
+
+
+ASK = {"model": "live", "prompt": FRANCE, "temperature": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param", "words"),
+    [
+        ({"model": "nobody"}, 404, "model", "there is no model 'nobody'"),
+        ({"model": "edit:9"}, 404, "model", "there is no edit 9"),
+        ({"model": "edits:1,9"}, 404, "model", "there is no edit 9"),
+        ({"model": "event:99"}, 404, "model", "there is no event 99"),
+        ({"model": "edit:1; drop"}, 404, "model", "base, live, edit:N"),
+        ({"model": None}, 400, "model", "model"),
+        ({"prompt": ""}, 400, "prompt", "prompt"),
+        ({"prompt": "  \n"}, 400, "prompt", "prompt"),
+        ({"prompt": []}, 400, "prompt", "prompt"),
+        ({"prompt": [1, 2]}, 400, "prompt", "prompt"),
+        ({"prompt": "a " * 40}, 400, "prompt", "tokens, this server takes 30"),
+        ({"prompt": "The capital of " * 9, "max_tokens": 39}, 400, "prompt", "do not fit the model's 64 positions"),
+        ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 41}, 400, "max_tokens", "this server gives 40"),
+        ({"max_tokens": "5"}, 400, "max_tokens", "integer"),
+        ({"max_tokens": True}, 400, "max_tokens", "integer"),
+        ({"temperature": -1}, 400, "temperature", "greater"),
+        ({"top_p": 0}, 400, "top_p", "greater"),
+        ({"n": 7}, 400, "n", "too many"),
+        ({"n": 4, "prompt": [FRANCE, FRANCE]}, 400, "n", "too many"),
+        ({"stop": ["a"] * 5}, 400, "stop", "stop"),
+        ({"stop": ""}, 400, "stop", "stop"),
+        ({"logprobs": 6}, 400, "logprobs", "less than or equal to 5"),
+        ({"echo": True}, 400, "echo", "not supported"),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty", "not supported"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias", "not supported"),
+        ({"best_of": 3}, 400, "best_of", "not supported"),
+        ({"tempature": 1}, 400, "tempature", "not a field"),
+    ],
+)
+def test_wrong_questions(site: Site, change: dict[str, Any], status: int, param: str, words: str) -> None:
+    error = refused(site.http.post("/v1/completions", json={**ASK, **change}), status, words)
+    assert (error["param"] or "").split(".")[0] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"{", 400, "not valid JSON"),
+        (b"", 400, "required"),
+        (b"[1]", 400, ""),
+        (b"null", 400, ""),
+        (b'{"model": "live", "prompt": "a", "temperature": NaN}', 400, "NaN is not a JSON value"),
+        (b'{"model": "live", "prompt": "a", "temperature": 1e999}', 400, "temperature"),
+        (b'{"model": "live", "prompt": "\xff"}', 400, "not UTF-8"),
+        (b'{"model": "live", "prompt": "half \\ud800 a character"}', 400, "prompt"),
+        (b"[" * 9000, 400, "nested"),
+        (b'{"model": "live", "max_tokens": ' + b"9" * 5000 + b', "prompt": "a"}', 400, ""),
+        (b'{"prompt": "' + b"a" * 21_000 + b'"}', 413, "larger than 20000 bytes"),
+    ],
+)
+def test_wrong_bodies(site: Site, body: bytes, status: int, words: str) -> None:
+    refused(site.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"}), status, words)
+
+
+def test_bodies_without_a_length_are_measured_while_they_come(site: Site) -> None:
+    sent = []
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(100):
+            sent.append(1)
+            yield b" " * 4096
+
+    try:
+        response = site.http.post("/v1/completions", content=endless(), headers={"Content-Type": "application/json"})
+        refused(response, 413, "larger")
+    except httpx.WriteError:  # the server hung up on a client that went on
+        pass
+    assert site.text(FRANCE) == "Rome"
+
+
+def test_a_form_is_no_json(site: Site) -> None:
+    refused(site.http.post("/v1/completions", data={"model": "live"}), 415, "application/json")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": None}, "give prompt and target"),
+        ({"subject": "Germany"}, "does not occur in prompt"),
+        ({"requests": []}, "requests"),
+        ({"requests": [{"prompt": "a", "target": "b"}]}, "exclude each other"),
+        ({"prompt": None, "target": None, "requests": [{"prompt": f"a{i}", "target": "b"} for i in range(4)]}, "exclude each other"),
+        ({"method": "beft"}, "no method named"),
+        ({"settings": {"rnak": 2}}, "rank"),
+        ({"settings": {"lm": 2}}, "no setting 'lm'"),
+        ({"settings": {"rank": "two"}}, "rank"),
+        ({"mode": "often"}, "mode"),
+        ({"batch_size": 3}, "no meaning"),
+        ({"prompt": "a " * 50}, "tokens"),
+        ({"unrelated": [["x"]]}, "unrelated"),
+        ({"aliases": ["Gaul"]}, "has none"),
+        ({"why": "because"}, "not a field"),
+    ],
+)
+def test_wrong_edits(site: Site, change: dict[str, Any], words: str) -> None:
+    refused(site.http.post("/v1/edits", json={"prompt": "In Rome people speak", "target": "French", **change}), 400, words)
+
+
+def test_too_many_facts(site: Site) -> None:
+    facts = [{"prompt": f"a{i}", "target": "b"} for i in range(4)]
+    refused(site.http.post("/v1/edits", json={"requests": facts}), 400, "4 facts are too many")
+
+
+@pytest.mark.parametrize("given", [None, "", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer ü"])
+def test_what_edits_needs_the_token(site: Site, given: str | None) -> None:
+    headers = {} if given is None else {"Authorization": given.encode("utf-8")}
+    bare = httpx.Client(base_url=site.url)
+    edit = {"prompt": FRANCE, "target": "Rome", "force": True}
+    for response in (
+        bare.post("/v1/edits", json=edit, headers=headers),
+        bare.delete("/v1/edits/1", headers=headers),
+        bare.delete("/v1/jobs/none", headers=headers),
+    ):
+        refused(response, 401, "token")
+        assert response.headers["www-authenticate"] == "Bearer"
+    bare.close()
+    assert [e["number"] for e in site.http.get("/v1/edits").json()["edits"]] == [1]
+
+
+@pytest.mark.parametrize("name", ["evil.example", "evil.example:8377", "127.0.0.1.evil.example", "[::2]", ""])
+def test_other_names_of_the_server_are_refused(site: Site, name: str) -> None:
+    refused(site.http.get("/health", headers={"Host": name}), 403, "not called")
+    assert site.http.get("/health", headers={"Host": "localhost:1"}).status_code == 200
+
+
+def test_paths_and_methods(site: Site) -> None:
+    refused(site.http.get("/v1/nothing"), 404, "/v1/nothing")
+    refused(site.http.get("/../../etc/passwd"), 404, "there is no")
+    response = site.http.put("/v1/edits", json={})
+    refused(response, 405, "PUT")
+    assert set(response.headers["allow"].split(", ")) >= {"GET", "POST"}
+    refused(site.http.get("/v1/edits/2"), 404, "there is no edit 2")
+    refused(site.http.get("/v1/edits/x"), 400, "number")
+    refused(site.http.get("/v1/jobs/job-1"), 404, "no job")
+    refused(site.http.get("/v1/jobs/job-1/events"), 404, "no job")
+    refused(site.http.delete("/v1/edits/7"), 404, "there is no edit 7")
+
+
+def test_models_by_every_name(site: Site) -> None:
+    listed = [m["id"] for m in site.http.get("/v1/models").json()["data"]]
+    assert listed == ["base", "live", "mine", "edit:1"]
+    answers = {name: site.text(FRANCE, name) for name in ("base", "live", "llama", "edit:1", "edits:1", "event:0", "event:1", "mine")}
+    mine = answers.pop("mine")
+    assert answers == dict.fromkeys(answers, "Rome") | {"base": "Paris", "event:0": "Paris"}
+    lm = trained("llama")
+    assert mine == lm.generate([FRANCE], stacks=[(made(lm, 1),)], max_new_tokens=8, stop=(".",))[0]
+    assert site.http.get("/v1/models/event:1").json()["id"] == "event:1"
+    refused(site.http.get("/v1/models/event:2"), 404, "event 2")
+
+
+def test_the_page_and_its_headers(site: Site) -> None:
+    for path in ("/", "/index.html"):
+        response = site.http.get(path)
+        assert response.status_code == 200 and response.headers["content-type"].startswith("text/html")
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'self'" in policy and "unsafe" not in policy and response.headers["x-content-type-options"] == "nosniff"
+    assert "access-control-allow-origin" not in site.http.get("/health", headers={"Origin": "http://evil.example"}).headers
+
+
+def test_health_and_metrics(site: Site) -> None:
+    site.text(FRANCE)
+    health = site.http.get("/health").json()
+    assert health == {
+        "status": "ok", "model": "llama", "base": site.service.lm.fingerprint, "live": 1, "queue": {"answers": 0, "edits": 0}, "editing": None,
+    }  # fmt: skip
+    text = site.http.get("/metrics").text
+    values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if not line.startswith("#")}
+    assert values['errata_requests_total{code="200",method="POST",route="completions"}'] >= 1
+    assert values['errata_edits_total{outcome="made"}'] == 1 and values["errata_live_edits"] == 1
+    assert values["errata_tokens_total"] >= 2 and values["errata_first_token_seconds_count"] >= 1
+    before = len(text.splitlines())
+    for i in range(5):  # strangers make no new lines
+        site.http.get(f"/v1/{i}")
+        site.http.get(f"/{i}")
+    assert len(site.http.get("/metrics").text.splitlines()) <= before + 2
+
+
+def test_pipelines_of_requests_on_one_connection(site: Site) -> None:
+    connection = http.client.HTTPConnection(site.url.removeprefix("http://"), timeout=30)
+    for body in (b"{", json.dumps({**ASK, "stop": "."}).encode(), b"{"):
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == (400 if body == b"{" else 200) and response.read()
+    connection.close()
+
+
+def test_questions(site: Site) -> None:
+    found = site.http.post(
+        "/v1/compare", json={"prompts": [FRANCE, "The capital of Japan is"], "answers": [{"old": "Paris", "new": "Rome"}, None]}
+    ).json()
+    assert (found["before"], found["after"]) == ("base", "live")
+    first, second = found["answers"]
+    assert (first["before"]["text"], first["after"]["text"], first["changed"]) == ("Paris", "Rome", True) and first["moved"] > 0.5
+    assert first["likelihood"]["old"]["before"] > 0.5 > first["likelihood"]["old"]["after"]
+    assert first["likelihood"]["new"]["after"] > 0.5 > first["likelihood"]["new"]["before"] and "likelihood" not in second
+    assert "".join(t["text"] for t in first["after"]["tokens"]).strip() == "Rome." and all(t["logprob"] <= 0 for t in first["after"]["tokens"])
+    blamed = site.http.post("/v1/blame", json={"prompt": FRANCE}).json()
+    assert blamed["parts"][0]["edits"] == [1] and blamed["parts"][0]["needed"]
+    checked = site.http.post("/v1/check").json()
+    assert checked["sound"] and checked["edits"][0]["status"] == "right" and checked["edits"][0]["request"]["target"] == "Rome"
+    traced = site.http.post("/v1/trace", json={"prompt": FRANCE, "subject": "France"}).json()
+    assert set(traced["kinds"]) == {"block", "mlp", "attention"} and traced["high"] > traced["low"]
+    assert all(len(rows) == len(traced["tokens"]) and len(rows[0]) == 4 for rows in traced["kinds"].values())
+    assert site.http.get("/v1/watch").json() == {"prompts": [FRANCE]}
+    near = site.http.post("/v1/neighbours", json={"prompt": "The capital of Spain is", "subject": "Spain", "paraphrases": ["Spain has"]}).json()
+    assert near == {"prompts": ["Spain has", FRANCE]}
+    events = site.http.get("/v1/log").json()["events"]
+    assert [e["verb"] for e in events] == ["apply"] and events[0]["details"]["edits"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("compare", {"prompts": []}, 400, "prompts"),
+        ("compare", {"prompts": [FRANCE], "answers": [None, None]}, 400, "2 answers for 1 prompts"),
+        ("compare", {"prompts": [FRANCE], "after": "edit:5"}, 404, "there is no edit 5"),
+        ("compare", {"prompts": [FRANCE], "max_tokens": 60}, 400, "too many"),
+        ("blame", {"prompt": " "}, 400, "prompt"),
+        ("trace", {"prompt": FRANCE, "subject": "Spain"}, 400, "does not occur"),
+        ("trace", {"prompt": FRANCE, "subject": "France", "target": "Tokyo"}, 400, "expected was"),
+        ("trace", {"prompt": FRANCE, "subject": "France", "model": "live"}, 400, "model"),
+        ("neighbours", {"prompt": FRANCE, "subject": "Spain"}, 400, "does not occur"),
+        ("check", {"repair": True}, 400, "not a field"),
+    ],
+)
+def test_wrong_things_to_ask(site: Site, path: str, body: dict[str, Any], status: int, words: str) -> None:
+    refused(site.http.post(f"/v1/{path}", json=body), status, words)
