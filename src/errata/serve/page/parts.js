@@ -95,7 +95,8 @@ export function line(values, spoken) {
 /* tokens × blocks; the colour goes from `low` (nothing is brought back) to the highest cell. */
 export function heat(tokens, span, rows, low, title) {
   const blocks = rows[0].length, top = Math.max(...rows.flat(), low + 1e-9), few = blocks <= 16;
-  const head = make("tr", null, make("th", { scope: "col" }, "token"), rows[0].map((_, b) => make("th", { scope: "col" }, String(b))));
+  const label = (b) => (few || b % 4 === 0 ? String(b) : make("span", { class: "spoken" }, String(b)));
+  const head = make("tr", null, make("th", { scope: "col" }, "token"), rows[0].map((_, b) => make("th", { scope: "col" }, label(b))));
   const body = rows.map((row, t) => {
     const subject = span && t >= span[0] && t < span[1];
     const name = make("th", { scope: "row", class: subject ? "subject" : null }, tokens[t].trim() || "␣");
@@ -108,5 +109,5 @@ export function heat(tokens, span, rows, low, title) {
     }));
   });
   return make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": title },
-    make("table", { class: "heat" }, make("caption", null, title), make("thead", null, head), make("tbody", null, body)));
+    make("table", { class: few ? "heat" : "heat many" }, make("caption", null, title), make("thead", null, head), make("tbody", null, body)));
 }
