@@ -3,12 +3,14 @@
     python benchmarks/serve_load.py [--model almanac] [--clients 32] [--rounds 8] [--requests 8] [--tokens 12] [--method baft]
                                     [--threads 1] [--out FILE.json]
 
-A ledger is given five edits of one prompt, each with another answer, and a server is started on it.  Every client has a connection of its
-own and asks its next question when the last is answered: a prompt drawn from the edited one and 15 others (12 of the almanac's facts), greedy, under a
-model drawn from `base` and `edit:1` to `edit:5`.  Rounds on the base alone and mixed rounds take turns, which goes first too, because a
-machine's speed drifts; both ask the same prompts in the same order.  Every answer is compared with the one that the library gives to that
-prompt under that stack, alone in its batch: *wrong* counts those that differ, *elsewhere* those of them that are another stack's answer.
-The ratio is that of tokens a second, mixed to base, over all rounds; its spread is that of the pairs of rounds.
+A ledger is given five edits of one prompt, each with another answer, and a server is started on it. Every client has a connection of its
+own and asks its next question when the last is answered: a prompt drawn from the edited one and 15 others (12 of the almanac's facts),
+greedy, under a model drawn from `base` and `edit:1` to `edit:5`. Rounds on the base alone and mixed rounds take turns, which goes first
+too, because a machine's speed drifts; both ask the same prompts in the same order. Every answer is compared with the one that the library
+gives to that prompt under that stack, alone in its batch: *wrong* counts those that differ, *elsewhere* those of them that are another
+stack's answer. The ratio is that of tokens a second, mixed to base, over all rounds; its spread is that of the pairs of rounds. Answers
+under edits may be longer or shorter than the base's, so the ratio of requests is given too; and that of tokens a second of the server's
+processor time, which other work on the machine does not move.
 """
 
 from __future__ import annotations
@@ -120,20 +122,29 @@ def serving(args: argparse.Namespace, folder: Path) -> tuple[subprocess.Popen[st
     return process, int(found[1])
 
 
+def processor(pid: int) -> float:
+    """Seconds of processor time that a process has used (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def middle(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def measured(load: Load, rounds: int) -> dict[str, Any]:
+def measured(load: Load, pid: int, rounds: int) -> dict[str, Any]:
     seconds, tokens = {False: 0.0, True: 0.0}, {False: 0, True: 0}
     took: dict[bool, list[float]] = {False: [], True: []}
+    busy = {False: 0.0, True: 0.0}
     pairs = []
     for mixed in (False, True):
         load.round(mixed, -1)  # banks are compiled, connections and caches warm
     for number in range(rounds):
         rates = {}
         for mixed in (False, True) if number % 2 else (True, False):
+            before = processor(pid)
             spent, said, each = load.round(mixed, number)
+            busy[mixed] += processor(pid) - before
             seconds[mixed] += spent
             tokens[mixed] += said
             took[mixed] += each
@@ -145,6 +156,9 @@ def measured(load: Load, rounds: int) -> dict[str, Any]:
         "requests_per_second": {"base": round(len(took[False]) / seconds[False], 2), "mixed": round(len(took[True]) / seconds[True], 2)},
         "seconds_a_request": {"base": round(middle(took[False]), 4), "mixed": round(middle(took[True]), 4)},
         "ratio": round(rate[True] / rate[False], 3),
+        "ratio_of_requests": round((len(took[True]) / seconds[True]) / (len(took[False]) / seconds[False]), 3),
+        "tokens_per_processor_second": {"base": round(tokens[False] / busy[False], 1), "mixed": round(tokens[True] / busy[True], 1)},
+        "ratio_by_processor": round((tokens[True] / busy[True]) / (tokens[False] / busy[False]), 3),
         "ratio_of_pairs": [round(p, 3) for p in pairs],
         "answers": load.asked,
         "wrong": load.wrong,
@@ -165,7 +179,7 @@ def main() -> None:
         prompts, answers = prepared(args, folder)
         process, port = serving(args, folder)
         try:
-            found = measured(Load(port, args, prompts, answers), args.rounds)
+            found = measured(Load(port, args, prompts, answers), process.pid, args.rounds)
         finally:
             process.terminate()
             process.wait(60)

@@ -14,6 +14,7 @@ Children are forked from a process that has loaded the model, so that moments fa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -97,10 +98,8 @@ def driven(child: Child, todo: list[dict[str, Any]], settings: dict[str, Any], a
     told, over = [0], threading.Event()
 
     def client(step: Any) -> None:
-        try:
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):  # the server is gone
             step()
-        except (OSError, http.client.HTTPException, ValueError):
-            pass  # the server is gone
 
     def edits() -> None:
         for request in todo:

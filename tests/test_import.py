@@ -51,7 +51,17 @@ print(json.dumps({"same": state() == before, "modules": sorted(sys.modules), "na
 
 @pytest.mark.parametrize(
     "argument",
-    ["--help", "--version", "edit --help", "score --help", "report --help", "patch show --help", "patch bake --help", "surfaces --help"],
+    [
+        "--help",
+        "--version",
+        "edit --help",
+        "score --help",
+        "report --help",
+        "patch show --help",
+        "patch bake --help",
+        "surfaces --help",
+        "serve --help",
+    ],
 )
 def test_help_and_version_load_no_torch(argument: str) -> None:
     code = f"""

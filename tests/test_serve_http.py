@@ -203,9 +203,15 @@ def test_the_page_and_its_headers(site: Site) -> None:
 def test_health_and_metrics(site: Site) -> None:
     site.text(FRANCE)
     health = site.http.get("/health").json()
+    queue = {"answers": 0, "edits": 0}
     assert health == {
-        "status": "ok", "model": "llama", "base": site.service.lm.fingerprint, "live": 1, "queue": {"answers": 0, "edits": 0}, "editing": None,
-    }  # fmt: skip
+        "status": "ok",
+        "model": "llama",
+        "base": site.service.lm.fingerprint,
+        "live": 1,
+        "queue": queue,
+        "editing": None,
+    }
     text = site.http.get("/metrics").text
     values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if not line.startswith("#")}
     assert values['errata_requests_total{code="200",method="POST",route="completions"}'] >= 1
@@ -236,7 +242,9 @@ def test_questions(site: Site) -> None:
     assert (first["before"]["text"], first["after"]["text"], first["changed"]) == ("Paris", "Rome", True) and first["moved"] > 0.5
     assert first["likelihood"]["old"]["before"] > 0.5 > first["likelihood"]["old"]["after"]
     assert first["likelihood"]["new"]["after"] > 0.5 > first["likelihood"]["new"]["before"] and "likelihood" not in second
-    assert "".join(t["text"] for t in first["after"]["tokens"]).strip() == "Rome." and all(t["logprob"] <= 0 for t in first["after"]["tokens"])
+    assert "".join(t["text"] for t in first["after"]["tokens"]).strip() == "Rome." and all(
+        t["logprob"] <= 0 for t in first["after"]["tokens"]
+    )
     blamed = site.http.post("/v1/blame", json={"prompt": FRANCE}).json()
     assert blamed["parts"][0]["edits"] == [1] and blamed["parts"][0]["needed"]
     checked = site.http.post("/v1/check").json()
@@ -245,7 +253,9 @@ def test_questions(site: Site) -> None:
     assert set(traced["kinds"]) == {"block", "mlp", "attention"} and traced["high"] > traced["low"]
     assert all(len(rows) == len(traced["tokens"]) and len(rows[0]) == 4 for rows in traced["kinds"].values())
     assert site.http.get("/v1/watch").json() == {"prompts": [FRANCE]}
-    near = site.http.post("/v1/neighbours", json={"prompt": "The capital of Spain is", "subject": "Spain", "paraphrases": ["Spain has"]}).json()
+    near = site.http.post(
+        "/v1/neighbours", json={"prompt": "The capital of Spain is", "subject": "Spain", "paraphrases": ["Spain has"]}
+    ).json()
     assert near == {"prompts": ["Spain has", FRANCE]}
     events = site.http.get("/v1/log").json()["events"]
     assert [e["verb"] for e in events] == ["apply"] and events[0]["details"]["edits"] == [1]
