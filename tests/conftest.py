@@ -16,6 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core
 sys.path.insert(0, str(Path(__file__).parent))  # for `families`
 
+from browser import chromium, view  # noqa: F401
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under xdist, what shares a trained model or a module's fixtures runs in one worker: a family's tests, else a file's."""

@@ -231,7 +231,7 @@
     var self = this, only = this.kind.value, wrap = make("div", "scroll"), table = make("table"), head = table.createTHead().insertRow();
     var body = table.createTBody();
     wrap.tabIndex = 0;
-    wrap.setAttribute("role", "region");
+    wrap.setAttribute("role", "group");
     wrap.setAttribute("aria-label", "Probes of the case");
     ["probe", "question", "wanted", "before"].concat(this.columns).forEach(function (name) {
       var cell = make("th"), label = typeof name === "number" ? self.label(name) : [name, ""];

@@ -179,7 +179,7 @@ def _grid(table: Table) -> str:
     note = f'\n<p class="soft">{escape(table.note)}</p>' if table.note else ""
     label = escape(table.title.partition(":")[0])
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="scores"><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{label}"><table class="scores"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
 
