@@ -212,7 +212,7 @@ def test_padding_cache_and_raw_calls_agree(method: str, family: str, dtype: str)
             assert base.tokenizer.decode(ids[len(row.ids) :], skip_special_tokens=True).strip() == texts[i]
 
 
-@each_family
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])  # absolute and rotary positions, sliding windows
 @each_method
 def test_forcing_behind_a_prompt_that_has_run_is_forcing_in_one_text(method: str, family: str) -> None:
     """Rows of several stacks, a row asked twice, targets of one token and of several; what was decided on the prompt is kept."""

@@ -21,8 +21,10 @@ NOT_RUN = {
     "docs/extending.md": 1,
     "docs/gates.md": 2,
     "docs/index.md": 1,
+    "docs/page.md": 1,
     "docs/robustness.md": 2,
     "docs/runs.md": 2,
+    "docs/serving.md": 3,
 }
 
 
