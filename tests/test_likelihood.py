@@ -13,7 +13,7 @@ from test_score import CASES, EDITOR, Counter
 from errata.errors import InputError
 from errata.model import LM
 from errata.request import Case, EditRequest, Probe
-from errata.score import queries
+from errata.score import forcing
 from errata.score.metrics import difference, summarise
 from errata.score.queries import Answers, force, score
 
@@ -134,7 +134,7 @@ def plain(base: LM, prompt: str, answer: str) -> float:
 @pytest.mark.parametrize("numbers", [1, 1 << 24])
 def test_nll_is_that_of_a_plain_forward(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets of one to several tokens in one batch, base and patched rows side by side; also a slice of positions at a time."""
-    monkeypatch.setattr(queries, "NUMBERS", numbers)
+    monkeypatch.setattr(forcing, "NUMBERS", numbers)
     base = lm("llama", torch.float64)
     patch = EDITOR.edit(base, [CASES[0].request])
     asked = [(c.request.prompt, t) for c in CASES for t in ("Rome", "Tokyo", "Madrid", "Italian")]
@@ -169,7 +169,7 @@ def test_a_model_that_says_nan_has_finite_records() -> None:
         base.hf.get_output_embeddings().weight.fill_(math.nan)
     answers = Answers()
     force(base, [((), "The capital of France is", "Rome")], answers)
-    assert answers.forced["", "The capital of France is", "Rome"].nll == queries.WORST
+    assert answers.forced["", "The capital of France is", "Rome"].nll == forcing.WORST
 
 
 def test_which_answer_stands_against_which() -> None:
