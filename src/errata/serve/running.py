@@ -106,6 +106,9 @@ class Running:
         self.server.force_exit = True
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(serving, LINGER + 4)
+        for connection in list(self.server.server_state.connections):
+            connection.transport.abort()  # its client reads no more: closing would wait for what is still to be sent
+        await asyncio.sleep(0)
         self.service.asking.close()
         LOG.info("stopped")
         return whole
