@@ -11,14 +11,12 @@ Children are forked from a process that has loaded the model, so that moments fa
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import random
-import shutil
 import signal
 import time
-from pathlib import Path
+
+from killing import begin
 
 
 def killed(argv: list[str], after: float) -> tuple[int, bool]:
@@ -51,33 +49,16 @@ def killed(argv: list[str], after: float) -> tuple[int, bool]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--edits", type=int, default=12)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", action="append", default=[])
-    args = parser.parse_args()
     import torch
 
     import errata
-    from errata.config import parse_sets
     from errata.ledger import Ledger
-    from errata.request import EditRequest, write_requests
+    from errata.request import write_requests
 
-    torch.set_num_threads(1)  # a fork takes no threads along
-    lm = errata.load(args.model)
+    trial = begin(__doc__)
+    args, lm, wanted, encoded, states, length = trial.args, trial.lm, trial.wanted, trial.encoded, trial.states, trial.length
     errata.load = lambda *_, **__: lm  # the command in a child finds it loaded
-    wanted = [EditRequest(f"Question {i}: the capital of France is", "Rome") for i in range(args.edits)]
-    encoded = lm.batch(lm.encode([r.prompt for r in wanted]))
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
-    whole, began = Ledger.open(args.out / "whole", lm), time.monotonic()
-    whole.apply(wanted, mode="continual", settings=parse_sets(args.set), force=True)
-    length = time.monotonic() - began
-    states = [lm.logits(encoded, [whole.stack(at=n)]) for n in range(len(wanted) + 1)]
-    drawn, done, wrong, unread, books = random.Random(args.seed), 0, [], 0, 0
+    drawn, done, wrong, unread, books = trial.drawn, 0, [], 0, 0
     folder, count = args.out / "book-0", 0
     while done < args.kills:
         requests = args.out / "requests.jsonl"

@@ -13,19 +13,17 @@ Children are forked from a process that has loaded the model, so that moments fa
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import http.client
 import json
 import os
-import random
-import shutil
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
+
+from killing import begin
 
 TOKEN = "kill-me-if-you-can"
 HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
@@ -137,33 +135,14 @@ def says(child: Child, prompts: list[str], logits: Any) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--edits", type=int, default=12)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", action="append", default=[])
-    args = parser.parse_args()
     import torch
 
-    import errata
-    from errata.config import parse_sets
     from errata.ledger import Ledger
-    from errata.request import EditRequest
 
-    torch.set_num_threads(1)  # a fork takes no threads along
-    lm, settings = errata.load(args.model), parse_sets(args.set)
-    wanted = [EditRequest(f"Question {i}: the capital of France is", "Rome") for i in range(args.edits)]
-    prompts = [r.prompt for r in wanted]
-    encoded = lm.batch(lm.encode(prompts))
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
-    whole, began = Ledger.open(args.out / "whole", lm), time.monotonic()
-    whole.apply(wanted, mode="continual", settings=settings, force=True)
-    length = time.monotonic() - began
-    states = [lm.logits(encoded, [whole.stack(at=n)]) for n in range(len(wanted) + 1)]
-    drawn, done, wrong, unread, books = random.Random(args.seed), 0, [], 0, 0
+    trial = begin(__doc__)
+    args, lm, settings, wanted, encoded, states = trial.args, trial.lm, trial.settings, trial.wanted, trial.encoded, trial.states
+    length, prompts = trial.length, [r.prompt for r in trial.wanted]
+    drawn, done, wrong, unread, books = trial.drawn, 0, [], 0, 0
     folder, had, told, hit = args.out / "book-0", 0, 0, False
     while True:
         child = Child(lm, folder)

@@ -15,8 +15,10 @@ from errata.serve.service import Service
 
 
 def routes(service: Service) -> APIRouter:
+    """Of questions that compare states, and of the server's own state."""
     router = APIRouter(tags=["questions"])
     asking = service.asking
+    _server(router, service)
 
     async def asked(question: Callable[[], Any]) -> Any:
         future = asking.submit(question)
@@ -69,6 +71,10 @@ def routes(service: Service) -> APIRouter:
         """Prompts that show what else has moved."""
         return {"prompts": asking.watch()}
 
+    return router
+
+
+def _server(router: APIRouter, service: Service) -> None:
     @router.get("/health", tags=["server"])
     def health() -> dict[str, Any]:
         """Whether the server takes requests, and what waits."""
@@ -78,5 +84,3 @@ def routes(service: Service) -> APIRouter:
     def metrics() -> Response:
         """Counters in Prometheus' text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
-
-    return router

@@ -27,9 +27,9 @@ Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 
 
 def routes(service: Service) -> APIRouter:
+    """Of edits, and of the jobs that make them."""
     router = APIRouter(tags=["edits"])
     token = [Depends(need_token(service.options.token))]
-    watching = [0]
 
     @router.post("/v1/edits", status_code=202, dependencies=token)
     def post(body: EditPost) -> Response:
@@ -62,6 +62,18 @@ def routes(service: Service) -> APIRouter:
         remade = [{"edit": n, "before": old, "now": new} for n, old, new in done.remade]
         return {"edit": done.edit, "remade": remade, "on_top": list(done.on_top)}
 
+    @router.get("/v1/log")
+    def log(last: Annotated[int | None, Query(ge=1, le=2**31 - 1)] = None) -> dict[str, Any]:
+        """What was done to the ledger, oldest first."""
+        return {"events": [dataclasses.asdict(e) for e in service.ledger.log(last)]}
+
+    _jobs(router, service, token)
+    return router
+
+
+def _jobs(router: APIRouter, service: Service, token: list[Any]) -> None:
+    watching = [0]
+
     @router.get("/v1/jobs")
     def jobs() -> dict[str, Any]:
         """Jobs since the server started, oldest first."""
@@ -86,13 +98,6 @@ def routes(service: Service) -> APIRouter:
         if watching[0] >= service.options.limits.streams:
             raise Refused(429, f"{watching[0]} clients watch jobs, no more may; ask for the job instead", "too_many_streams")
         return StreamingResponse(_changes(found, watching), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-    @router.get("/v1/log")
-    def log(last: Annotated[int | None, Query(ge=1, le=2**31 - 1)] = None) -> dict[str, Any]:
-        """What was done to the ledger, oldest first."""
-        return {"events": [dataclasses.asdict(e) for e in service.ledger.log(last)]}
-
-    return router
 
 
 def described(edit: Edit) -> dict[str, Any]:
