@@ -1,4 +1,4 @@
-"""What MkDocs is told beside mkdocs.yml: pages that live outside docs/, and places in the navigation for pages to come."""
+"""What MkDocs is told beside mkdocs.yml: pages that live outside docs/, and pages whose names are taken."""
 
 from __future__ import annotations
 
@@ -11,24 +11,6 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "src/errata/almanac/card.md": "almanac.md"}  # in the repository -> in the site
 PAGES = ("single.html", "locate-single.html")  # of docs/results, whose names Markdown pages have too
-TO_COME = ("serving.md", "page.md")
-
-
-def on_config(config: Any) -> Any:
-    """Leave entries out whose page is not written yet."""
-    config.nav = _without(config.nav, [name for name in TO_COME if not (Path(config.docs_dir) / name).exists()])
-    return config
-
-
-def _without(nav: list[Any], missing: list[str]) -> list[Any]:
-    out = []
-    for entry in nav:
-        ((title, target),) = entry.items()
-        if isinstance(target, list):
-            out.append({title: _without(target, missing)})
-        elif target not in missing:
-            out.append(entry)
-    return out
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from docs_results import continual_file
 from evidence import OUT, cases, editor, table, write
 
 import errata
@@ -69,9 +70,6 @@ TIMED = 8  # times the edited prompt is decoded in one turn
 TOKENS = 8_000  # of held-out text a stack
 FOLDER = "editors"
 DRAWN = ("ft-m", "adalora", "grace", "melo", "wise", "memit", "reft", "baft")  # a plot of twenty lines says nothing
-# Continual runs made by other scripts on the same cases.
-ELSEWHERE = {label: f"locate-continual-{label}" for label in ("rome", "r-rome", "memit", "pmet", "emmet", "alphaedit")}
-ELSEWHERE |= {label: f"continual-{label}" for label in ("baft", "reft")}  # without S and perplexity: a run's cells come first
 
 
 def made(lm: LM, label: str, **more: Any) -> Any:
@@ -195,9 +193,7 @@ def read(scenario: str) -> dict[str, dict[str, Any]]:
     """What is there of a scenario, in the order of `EDITORS`."""
     out = {}
     for label in EDITORS:
-        path = OUT / FOLDER / f"{scenario}-{label}.json"
-        if not path.exists() and scenario == "continual" and label in ELSEWHERE:
-            path = OUT / f"{ELSEWHERE[label]}.json"
+        path = OUT / (continual_file(label) if scenario == "continual" else f"{FOLDER}/{scenario}-{label}.json")
         if path.exists():
             out[label] = json.loads(path.read_text())
     return out

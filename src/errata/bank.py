@@ -136,10 +136,10 @@ class Bank:
         return out
 
     def select(self, rows: Tensor) -> Bank:
-        """The bank of some rows of the batch."""
-        if self.rows is None and all(len(t) == 1 for t in self.params.values()):
-            return self
-        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+        """The bank of some rows of the batch, one also several times."""
+        one, chosen = len(next(iter(self.params.values()))) == 1, rows if self.rows is None else self.rows[rows]
+        every = one and (self.rows is None or bool((chosen == 0).all()))
+        return replace(self, rows=None if every else chosen)
 
     def _by_entry(self, device: torch.device) -> bool:
         """Whether to take a product an entry (`Kind.apply_rows`) instead of a copy of the parameters a row.
@@ -170,11 +170,13 @@ class Plan:
         self.banks.setdefault(bank.site, []).append(bank)
 
     def select(self, rows: Tensor) -> Plan:
-        """The plan of some rows of the text that runs, with what was decided on their prompts; the two go on without each other."""
-        banks = {site: [bank.select(rows) for bank in own] for site, own in self.banks.items()}
-        lengths = None if self.prompt_lengths is None else self.prompt_lengths[rows]
-        memory = {name: value[rows] for name, value in self.memory.items()}
-        return Plan(banks, lengths, memory=memory, front=self.front and self.front.select(rows))
+        """The plan of some rows with what was decided on their prompts; the two go on without each other."""
+        out = Plan(memory={name: value[rows] for name, value in self.memory.items()}, front=self.front and self.front.select(rows))
+        out.prompt_lengths = None if self.prompt_lengths is None else self.prompt_lengths[rows]
+        for bank in (bank.select(rows) for banks in self.banks.values() for bank in banks):
+            if bank.rows is None or bool((bank.rows >= 0).any()):
+                out.add(bank)
+        return out
 
 
 def live(stack: tuple[R, ...]) -> tuple[R, ...]:
@@ -186,11 +188,8 @@ def live(stack: tuple[R, ...]) -> tuple[R, ...]:
 def looks_ahead(stack: Stack) -> bool:
     """Whether what an op does to a token may depend on later tokens of the prompt (a memory that reads the prompt and then
     acts on all of it).  Such a kind says so in ``looks_ahead(settings)``; nothing of the prompt can then be computed apart."""
-    return any(
-        getattr(registry.get("op", op.kind), "looks_ahead", lambda settings: False)(op.settings)
-        for patch in live(stack)
-        for op in patch.ops
-    )
+    ops = (op for patch in live(stack) for op in patch.ops)
+    return any(getattr(registry.get("op", op.kind), "looks_ahead", lambda settings: False)(op.settings) for op in ops)
 
 
 def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.device, tokenizer: Any = None) -> Plan:

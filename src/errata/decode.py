@@ -32,11 +32,12 @@ def answers(lm: Any, asked: Iterable[tuple[str, Sequence[Any]]], tokens: int) ->
 class Begun:
     """A padded batch whose prompts have run: what further tokens need.  ``last`` [B, V] are the logits that foretell the next token.
 
-    ``mask`` [B, T] of everything so far; the plan (`errata.bank.Plan`) holds what its ops decided on the prompts.
+    ``ids`` and ``mask`` [B, T] are everything so far; the plan (`errata.bank.Plan`) holds what its ops decided on the prompts.
     """
 
     lm: Any
     plan: Any
+    ids: Tensor
     mask: Tensor
     cache: Any
     last: Tensor
@@ -47,7 +48,7 @@ class Begun:
         plan.prompt_lengths = batch.prompt_lengths
         with lm.running(plan):
             out = lm.forward(batch.ids, batch.mask, use_cache=True, **lm.last_only)
-        return cls(lm, plan, batch.mask, out.past_key_values, out.logits[:, -1])
+        return cls(lm, plan, batch.ids, batch.mask, out.past_key_values, out.logits[:, -1])
 
     @property
     def branches(self) -> bool:
@@ -56,14 +57,14 @@ class Begun:
 
     def select(self, rows: Tensor) -> Begun:
         """Rows [b] of it, any number of times each; the two go on without each other."""
-        return Begun(self.lm, self.plan.select(rows), self.mask[rows], picked(self.cache, rows), self.last[rows])
+        return Begun(self.lm, self.plan.select(rows), self.ids[rows], self.mask[rows], picked(self.cache, rows), self.last[rows])
 
     def fed(self, ids: Tensor, mask: Tensor, **more: Any) -> tuple[Begun, Tensor]:
         """(it with tokens [B, n] behind it, their logits); padding, where ``mask`` [B, n] is 0, is on the right.  It stays as it is."""
         whole, cache = torch.cat([self.mask, mask], 1), fork(self.cache)
         with self.lm.running(self.plan):
             out = self.lm.forward(ids, whole, past_key_values=cache, use_cache=True, **more)
-        return Begun(self.lm, self.plan, whole, out.past_key_values, out.logits[:, -1]), out.logits
+        return Begun(self.lm, self.plan, torch.cat([self.ids, ids], 1), whole, out.past_key_values, out.logits[:, -1]), out.logits
 
 
 def branches(cache: Any) -> bool:
@@ -83,14 +84,13 @@ def picked(cache: Any, rows: Tensor) -> Any:
     """The cache of rows of a batch."""
     other = fork(cache)
     for layer in other.layers:
-        if layer.keys is not None:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        layer.batch_select_indices(rows)
     return other
 
 
 def decode(begun: Begun, limit: int, stop: Sequence[str], sampler: Sampler | None = None) -> list[list[int]]:
     """New ids of each row, at most ``limit``; see `errata.model.LM.continuations`.  Rows that have ended leave the batch."""
-    ends, tokenizer = _ends(begun.lm), begun.lm.tokenizer
+    over, tokenizer = ends(begun.lm), begun.lm.tokenizer
     new: list[list[int]] = [[] for _ in begun.last]
     rows = list(range(len(new)))  # of the batch as it is now
     live = set(rows)
@@ -99,7 +99,7 @@ def decode(begun: Begun, limit: int, stop: Sequence[str], sampler: Sampler | Non
         for i, token in zip(rows, ids[:, 0].tolist(), strict=True):
             if i not in live:
                 continue
-            if token in ends:
+            if token in over:
                 live.discard(i)
                 continue
             new[i].append(token)
@@ -114,7 +114,8 @@ def decode(begun: Begun, limit: int, stop: Sequence[str], sampler: Sampler | Non
     return new
 
 
-def _ends(lm: Any) -> set[int]:
+def ends(lm: Any) -> set[int]:
+    """Tokens that end a text."""
     eos = lm.hf.generation_config.eos_token_id if getattr(lm.hf, "generation_config", None) else None
     found = {lm.tokenizer.eos_token_id, *(eos if isinstance(eos, list | tuple) else [eos])}
     return {e for e in found if isinstance(e, int)}

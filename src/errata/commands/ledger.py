@@ -213,8 +213,7 @@ def diff(args: argparse.Namespace, screen: Screen) -> None:
 def check(args: argparse.Namespace, screen: Screen) -> None:
     with screen.progress() as progress:
         found = _open(args).check(repair=args.repair, progress=progress)
-    rows = [{"edit": h.edit, "request": h.request.to_dict(), "answer": h.answer, "status": h.status, "by": h.by} for h in found.held]
-    screen.document({"sound": found.sound, "edits": rows, "repaired": [{"edit": n, "exact": exact} for n, exact in found.repaired]})
+    screen.document(found.to_dict())
     for number, exact in found.repaired:
         screen.say(f"edit {number} was made again, {'bit for bit' if exact else 'not bit for bit: it is a new patch'}.")
     screen.table(

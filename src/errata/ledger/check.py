@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from errata import decode
 from errata.bank import live
@@ -51,6 +51,11 @@ class Checked:
     @property
     def sound(self) -> bool:
         return all(h.status == "right" for h in self.held)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        rows = [{"edit": h.edit, "request": h.request.to_dict(), "answer": h.answer, "status": h.status, "by": h.by} for h in self.held]
+        return {"sound": self.sound, "edits": rows, "repaired": [{"edit": n, "exact": exact} for n, exact in self.repaired]}
 
 
 def check(ledger: Ledger, repair: bool, progress: Progress | None) -> Checked:

@@ -71,9 +71,9 @@ def known(lm: LM, requests: Sequence[EditRequest], stack: Stack) -> Iterator[Fin
             yield Finding("known", request, None, f"the model as it is now answers {text.strip()!r} already")
 
 
-def refuse(found: Sequence[Finding]) -> None:
-    """`Found`, a `LedgerError`, with all of them, if there is one."""
+def refuse(found: Sequence[Finding], way_out: str = "go on with --force") -> None:
+    """`Found`, a `LedgerError`, with all of them, if there is one.  ``way_out``: how to go on all the same."""
     if found:
         lines = [f"{f.request.prompt!r} -> {f.request.target!r}: {f.text}" for f in found[:10]]
         more = f"; and {len(found) - 10} more" if len(found) > 10 else ""
-        raise Found(f"nothing was edited. {'; '.join(lines)}{more}. Leave these out, or go on with --force", found)
+        raise Found(f"nothing was edited. {'; '.join(lines)}{more}. Leave these out, or {way_out}", found)

@@ -24,13 +24,15 @@ WORST = 1e3  # nats of a token that has no probability, or of a model that says 
 class Forced:
     """Teacher forcing of one target: its tokens, what the argmax was at each, whether it was right, and its likelihood.
 
-    nll = −1/n Σ_t ln p(target_t | prompt, target_<t) over the n tokens of the target, in nats.
+    nll = −1/n Σ_t ln p(target_t | prompt, target_<t) over the n tokens of the target, in nats; ``nats`` are its terms (none of one
+    that was read from a file).
     """
 
     target: tuple[int, ...]
     argmax: tuple[int, ...]
     right: tuple[bool, ...]
     nll: float
+    nats: tuple[float, ...] = ()
 
     @property
     def share(self) -> float:
@@ -42,10 +44,13 @@ class Forced:
 def behind(begun: Begun, rows: Sequence[int], targets: Sequence[tuple[int, ...]]) -> list[Forced]:
     """Target i behind the prompt in row ``rows[i]`` of a batch that has begun.
 
-    The prompt foretells a target's first token and the last one foretells nothing: n tokens take n − 1 steps, together.
+    The prompt foretells a target's first token and the last one foretells nothing: n tokens take n − 1 steps, together.  Where texts
+    cannot go on from what has run (`errata.decode.branches`), prompts run again with their targets.
     """
     device = begun.last.device
     at = torch.tensor(rows, device=device)
+    if not begun.branches:
+        return _anew(begun, at, targets)
     first = begun.last[at][:, None]
     found: dict[int, Forced] = {}
     several = [j for j, target in enumerate(targets) if len(target) > 1]
@@ -57,6 +62,15 @@ def behind(begun: Begun, rows: Sequence[int], targets: Sequence[tuple[int, ...]]
     short = [j for j, target in enumerate(targets) if len(target) == 1]
     found |= zip(short, measured([targets[j] for j in short], first[short]), strict=True)
     return [found[j] for j in range(len(targets))]
+
+
+def _anew(begun: Begun, at: Tensor, targets: Sequence[tuple[int, ...]]) -> list[Forced]:
+    lm, wide = begun.lm, begun.ids.shape[1]
+    after = pad([Encoded(target, 0) for target in targets], pad_id(lm.tokenizer), "right").to(begun.ids.device)
+    ids, mask = torch.cat([begun.ids[at], after.ids], 1), torch.cat([begun.mask[at], after.mask], 1)
+    with lm.running(begun.plan.select(at)):
+        logits = lm.forward(ids, mask, use_cache=False).logits[:, wide - 1 :]
+    return measured(targets, logits)
 
 
 @torch.no_grad()
@@ -90,5 +104,6 @@ def measured(targets: Sequence[tuple[int, ...]], logits: Tensor, starts: Sequenc
     for target in targets:
         said, lost = tuple(best[at : at + len(target)]), nats[at : at + len(target)]
         at += len(target)
-        out.append(Forced(tuple(target), said, tuple(a == b for a, b in zip(said, target, strict=True)), sum(lost) / len(target)))
+        right = tuple(a == b for a, b in zip(said, target, strict=True))
+        out.append(Forced(tuple(target), said, right, sum(lost) / len(target), tuple(lost)))
     return out

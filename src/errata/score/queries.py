@@ -140,12 +140,7 @@ def _ask(lm: LM, part: Sequence[tuple[_Question, Encoded]], answers: Answers) ->
     rows = [(i, text, ids) for i, q in enumerate(questions) for text, ids in q.targets.items() if ids is not None]
     for start in range(0, len(rows), len(part)):  # what goes on takes as much memory as the prompts at most
         some = rows[start : start + len(part)]
-        at, targets = [i for i, _, _ in some], [ids for _, _, ids in some]
-        if begun.branches:
-            found = forcing.behind(begun, at, targets)
-        else:
-            texts = [Encoded((*part[i][1].ids, *ids), len(part[i][1].ids)) for i, ids in zip(at, targets, strict=True)]
-            found = forcing.whole(lm, texts, stacks, [which[i] for i in at])
+        found = forcing.behind(begun, [i for i, _, _ in some], [ids for _, _, ids in some])
         for (i, text, _), forced in zip(some, found, strict=True):
             answers.forced[key(questions[i].stack), questions[i].prompt, text] = forced
     free = [i for i, q in enumerate(questions) if q.free]

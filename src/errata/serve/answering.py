@@ -12,11 +12,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from errata.decode import _ends
+from errata.decode import ends
 from errata.model import LM
 from errata.serve.cohorts import Cohort, prompts_that_fit
 from errata.serve.metrics import Metrics
@@ -32,7 +31,7 @@ COHORTS = 8  # side by side, where they cannot be put together
 class Answering:
     def __init__(self, lm: LM, limits: Limits, metrics: Metrics, threads: int = 1) -> None:
         self.lm, self.limits, self.metrics, self.threads = lm, limits, metrics, threads
-        self.plans, self.ends = Plans(lm), _ends(lm)
+        self.plans, self.ends = Plans(lm), ends(lm)
         self._waiting: deque[Row] = deque()
         self._cohorts: list[Cohort] = []
         self._news = threading.Condition()
@@ -92,10 +91,9 @@ class Answering:
 
     def _take(self) -> list[Row]:
         """Rows that begin now."""
-        room = self.limits.batch if self._cohorts else 4 * self.limits.batch
         if len(self._cohorts) >= COHORTS:
             return []
-        most = min(room, self.limits.batch)
+        most = self.limits.batch
         count = prompts_that_fit(list(self._waiting)[:most], most, self.limits.width)
         return [self._waiting.popleft() for _ in range(count)]
 
@@ -174,8 +172,3 @@ def _fail(row: Row, error: Exception) -> None:
     row.finish = "error"
     with contextlib.suppress(Exception):  # whoever waited may be gone
         row.tell(Piece(row.index, "", (), "error", as_refused(error)))
-
-
-def shortest(window: Any, *limits: int) -> int:
-    """The smallest of the limits, and of the window where there is one."""
-    return min([*limits, *([window] if isinstance(window, int) else [])])

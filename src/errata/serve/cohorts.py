@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.decode import picked
 from errata.model import LM
-from errata.serve.plans import Plans, join, select
+from errata.serve.plans import Plans, join
 from errata.serve.rows import Row
 
 SLACK = 16  # columns that are padding in every row before they are cut off
@@ -56,11 +57,10 @@ class Cohort:
         if not stay:
             return
         index = torch.tensor(stay)
-        self.ids, self.mask, self.plan = self.ids[index], self.mask[index], select(self.plan, index)
+        self.ids, self.mask, self.plan = self.ids[index], self.mask[index], self.plan.select(index)
         if self.cache is None:
             return
-        for layer in self.cache.layers:
-            layer.batch_select_indices(index)
+        self.cache = picked(self.cache, index)
         lead = int(self.mask.argmax(1).min())
         if lead >= SLACK and self.plain:
             self.mask = self.mask[:, lead:]

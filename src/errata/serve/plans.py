@@ -4,32 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from errata.bank import Plan, Stack, compile_plan
 from errata.model import LM
 
 KEPT = 24  # stacks whose parameters stay in one set of banks
-
-
-def select(plan: Plan, rows: Tensor) -> Plan:
-    """The plan of some of its rows, in the order of ``rows``, one also several times; parameters are shared, memory goes along.
-
-    Of a plan compiled with a row a stack: the plan of any batch of these stacks.
-    """
-    memory = {key: value[rows] for key, value in plan.memory.items()}
-    lengths = None if plan.prompt_lengths is None else plan.prompt_lengths[rows]
-    out = Plan(prompt_lengths=lengths, memory=memory, front=plan.front and plan.front.select(rows))
-    for bank in (bank for banks in plan.banks.values() for bank in banks):
-        chosen = None if bank.rows is None else bank.rows[rows]
-        if chosen is not None and len(next(iter(bank.params.values()))) == 1 and bool((chosen == 0).all()):
-            chosen = None
-        if chosen is None or bool((chosen >= 0).any()):
-            out.add(replace(bank, rows=chosen))
-    return out
 
 
 def join(plan: Plan, one: Plan, other: Plan) -> Plan:
@@ -68,4 +49,4 @@ class Plans:
             self._plan = compile_plan(every, torch.arange(len(every)), self.lm.device, self.lm.tokenizer)
             self._place = {key: i for i, key in enumerate(wanted)}
         self._stacks = wanted
-        return select(self._plan, torch.tensor([self._place[key] for key in keys], device=self.lm.device))
+        return self._plan.select(torch.tensor([self._place[key] for key in keys], device=self.lm.device))

@@ -12,18 +12,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from errata.bank import Stack
 from errata.benchmarks import facts as data
-from errata.decode import text_of
 from errata.errors import InputError
 from errata.ledger import Ledger
-from errata.model import LM, STOPS
+from errata.model import LM
 from errata.request import EditRequest, fill
+from errata.score.compare import Compared, Said, compare
 from errata.serve.options import Limits
 from errata.serve.refusals import Refused
-from errata.tokens import Encoded
 from errata.trace import Fact, Settings, trace
 
 T = TypeVar("T")
@@ -66,69 +64,28 @@ class Asking:
 
     def compare(self, prompts: Sequence[str], sides: tuple[Stack, Stack], tokens: int, answers: Sequence[Answers]) -> list[dict[str, Any]]:
         """Greedy answers of two stacks, how far the next token's distribution moved, and how likely given answers are."""
-        lm, count = self.lm, len(prompts)
-        rows = [0] * count + [1] * count
-        said = lm.continuations([*prompts, *prompts], stacks=list(sides), rows=rows, max_new_tokens=tokens)
-        encoded = lm.encode([*prompts, *prompts])
-        asked = [Encoded((*e.ids, *new), len(e.ids)) for e, new in zip(encoded, said, strict=True)]
-        which = list(rows)
-        places: dict[tuple[int, int, int], int] = {}  # (prompt, old or new, side) -> row
-        for i, pair in enumerate(answers):
-            for kind, text in enumerate(pair):
-                if text is not None:
-                    for side in (0, 1):
-                        places[i, kind, side] = len(asked)
-                        asked += lm.encode([prompts[i]], [text])
-                        which.append(side)
-        found = self._likelihoods(asked, sides, which)
-        return [self._compared(i, count, prompts[i], said, found, places) for i in range(count)]
+        asked = [[text for text in pair if text is not None] for pair in answers]
+        found = compare(self.lm, prompts, sides, tokens, asked)
+        return [self._compared(one, pair) for one, pair in zip(found, answers, strict=True)]
 
-    def _likelihoods(self, rows: Sequence[Encoded], sides: tuple[Stack, Stack], which: Sequence[int]) -> list[tuple[list[float], Tensor]]:
-        """For each row: log-probabilities of what follows its prompt, and the distribution of the next token [V]."""
-        out: list[tuple[list[float], Tensor]] = []
-        for start in range(0, len(rows), self.limits.batch):
-            part, stacks = rows[start : start + self.limits.batch], which[start : start + self.limits.batch]
-            batch = self.lm.batch(part)
-            logits = self.lm.logits(batch, stacks=list(sides), rows=list(stacks))
-            for i, row in enumerate(part):
-                own = torch.log_softmax(logits[i, logits.shape[1] - len(row.ids) + row.prompt_length - 1 :].double(), -1)
-                said = own[: len(row.target)].gather(1, torch.tensor(row.target, dtype=torch.long, device=own.device)[:, None])
-                out.append((said[:, 0].tolist(), own[0].exp()))
-        return out
+    def _compared(self, one: Compared, pair: Answers) -> dict[str, Any]:
+        def side(said: Said) -> dict[str, Any]:
+            tokens = zip(said.ids, said.logprobs, strict=True)
+            return {"text": said.text, "tokens": [{"text": self.lm.tokenizer.decode([t]), "logprob": value} for t, value in tokens]}
 
-    def _compared(
-        self,
-        i: int,
-        count: int,
-        prompt: str,
-        said: Sequence[Sequence[int]],
-        found: Sequence[tuple[list[float], Tensor]],
-        places: dict[tuple[int, int, int], int],
-    ) -> dict[str, Any]:
-        def side(place: int) -> dict[str, Any]:
-            pairs = zip(said[place], found[place][0], strict=True)
-            tokens = [{"text": self.lm.tokenizer.decode([t]), "logprob": value} for t, value in pairs]
-            return {"text": text_of(self.lm.tokenizer, said[place], STOPS), "tokens": tokens}
-
-        before, after = side(i), side(count + i)
-        moved = 0.5 * float((found[i][1] - found[count + i][1]).abs().sum())
-        out = {"prompt": prompt, "before": before, "after": after, "changed": before["text"] != after["text"], "moved": min(moved, 1.0)}
-
-        def likely(kind: int, at: int) -> float:
-            return float(torch.tensor(found[places[i, kind, at]][0], dtype=torch.float64).sum().exp())
-
-        asked = {name: k for k, name in enumerate(("old", "new")) if (i, k, 0) in places}
-        if asked:
-            out["likelihood"] = {name: {"before": likely(k, 0), "after": likely(k, 1)} for name, k in asked.items()}
-        return out
+        out = {"prompt": one.prompt, "before": side(one.before), "after": side(one.after), "changed": one.changed, "moved": one.moved}
+        likely = {
+            name: {"before": one.before.likely[text], "after": one.after.likely[text]}
+            for name, text in zip(("old", "new"), pair, strict=True)
+            if text is not None
+        }
+        return {**out, "likelihood": likely} if likely else out
 
     def blame(self, prompt: str, tokens: int) -> dict[str, Any]:
         return dataclasses.asdict(self.ledger.blame(prompt, tokens=tokens))
 
     def check(self) -> dict[str, Any]:
-        found = self.ledger.check()
-        rows = [{"edit": h.edit, "request": h.request.to_dict(), "answer": h.answer, "status": h.status, "by": h.by} for h in found.held]
-        return {"sound": found.sound, "edits": rows, "repaired": []}
+        return self.ledger.check().to_dict()
 
     def trace(self, prompt: str, subject: str, target: str | None) -> dict[str, Any]:
         """Causal tracing in the base; see `errata.trace`."""

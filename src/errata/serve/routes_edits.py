@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from errata import registry
 from errata.errors import ErrataError, LedgerError
-from errata.ledger.findings import among
+from errata.ledger.findings import Found, among, refuse
 from errata.ledger.record import Edit
 from errata.request import EditRequest
 from errata.serve.guard import need_token
@@ -124,11 +124,11 @@ def _plan(service: Service, body: EditPost) -> Plan:
         raise Refused(400, f"{body.method} has no setting 'lm'", "invalid_setting", "settings")
     registry.get("method", body.method).for_model(service.lm, **body.settings)
     _window(service, requests)
-    if not body.force and (found := list(among(requests, service.ledger.edits()))):
-        text = "; ".join(f"{f.request.prompt!r} -> {f.request.target!r}: {f.text}" for f in found[:10])
-        raise Refused(
-            409, f"nothing was edited. {text}. Leave these out, or set force", "findings", None, {"findings": [told(f) for f in found]}
-        )
+    if not body.force:
+        try:
+            refuse(list(among(requests, service.ledger.edits())), "set force")
+        except Found as error:
+            raise Refused(409, str(error), "findings", None, {"findings": [told(f) for f in error.findings]}) from None
     author = body.author or service.ledger.author
     return Plan(tuple(requests), body.method, body.settings, body.mode, author, body.reason, body.force, body.batch_size)
 

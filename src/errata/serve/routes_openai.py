@@ -13,7 +13,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from errata.bank import Stack
 from errata.patch import PROMPT
-from errata.serve.answering import shortest
 from errata.serve.documents import Document
 from errata.serve.refusals import Refused, as_refused
 from errata.serve.rows import Piece, Row, Wanted
@@ -59,7 +58,9 @@ def routes(service: Service) -> APIRouter:
         encoded = [(_conversation(service, body), "")]
         limit = body.max_completion_tokens or body.max_tokens
         if limit is None:
-            limit = shortest(service.lm.window and service.lm.window - len(encoded[0][0].ids), service.options.limits.tokens)
+            limit = service.options.limits.tokens
+            if service.lm.window is not None:
+                limit = min(limit, service.lm.window - len(encoded[0][0].ids))
         wanted = _wanted(body, limit, (body.top_logprobs or 0) if body.logprobs else None)
         return await _answer(service, request, body, stack, encoded, wanted, Document(body.model, True))
 

@@ -1,7 +1,7 @@
 """From a service to a process that listens, and to its end.
 
-The first SIGTERM or Ctrl-C: nothing new is taken, answers that run and the edit in work may go on for the grace time, then are ended;
-the ledger rolls back what was not committed.  A second one ends the grace time at once.
+The first SIGTERM or Ctrl-C: nothing new is begun (503), answers that run and the edit in work may go on for the grace time, then are
+ended; the ledger rolls back what was not committed.  A second one ends the grace time at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import uvicorn
 
@@ -73,6 +72,7 @@ class Running:
             h11_max_incomplete_event_size=65_536,
         )
         self.server = Server(config)
+        self.ending = False
 
     def run(self) -> bool:
         """Until a signal; whether everything ended by itself."""
@@ -94,13 +94,18 @@ class Running:
         if self.server.started:
             LOG.info("listening on %s", self.url)
             self.ready(self.url)
-        while not self.server.should_exit and not serving.done():
+        while not self.ending and not serving.done():
             await asyncio.sleep(0.05)
         LOG.info("stopping")
-        self.service.stopping = True
+        self.service.stopping = True  # from here on nothing new is begun, and whoever asks is told so
+        began = asyncio.get_running_loop().time()
         closing = asyncio.ensure_future(asyncio.to_thread(self.service.editor.close, lambda: self.grace))
-        with contextlib.suppress(asyncio.TimeoutError):
-            await self._within(serving)
+        await self._within(began, lambda: closing.done() and not self.service.answering.load)
+        self.server.should_exit = True
+        await self._within(began, serving.done)
+        if not serving.done():  # what still runs is told that it ends here
+            await asyncio.to_thread(self.service.answering.close)
+            await asyncio.sleep(LINGER)
         await asyncio.to_thread(self.service.answering.close)
         whole = await closing
         self.server.force_exit = True
@@ -113,20 +118,15 @@ class Running:
         LOG.info("stopped")
         return whole
 
-    async def _within(self, serving: asyncio.Future[Any]) -> None:
-        """Until the server has nothing to do, or the grace time is over."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        while not serving.done() and loop.time() - began < self.grace:
+    async def _within(self, began: float, done: Callable[[], bool]) -> None:
+        """Until it is done, or the grace time is over."""
+        while not done() and asyncio.get_running_loop().time() - began < self.grace:
             await asyncio.sleep(0.05)
-        if not serving.done():  # what still runs is told that it ends here
-            await asyncio.to_thread(self.service.answering.close)
-            await asyncio.sleep(LINGER)
 
     def _signalled(self, *_: object) -> None:
-        if self.server.should_exit:
+        if self.ending:
             self.grace = 0.0
-        self.server.should_exit = True
+        self.ending = True
 
     # -- beside other work, in tests ---------------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ class Running:
     def stop(self, grace: float | None = None) -> None:
         """End a server that was started with `start`."""
         self.grace = self.service.options.grace if grace is None else grace
-        self.server.should_exit = True
+        self.ending = True
         self.thread.join(self.grace + 30)
 
 

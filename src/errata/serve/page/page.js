@@ -1,6 +1,6 @@
 /* The page of `errata serve`: the form, the edit that is being made, the keys, and word from the server. */
 
-import { GONE, Failure, adopt, call, ended, follow, get, keep, post, token } from "./api.js";
+import { GONE, Failure, adopt, call, follow, get, keep, post, token } from "./api.js";
 import { Answers } from "./answers.js";
 import { History } from "./history.js";
 import { button, line, make } from "./parts.js";
