@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ from families import lm as trained
 from made import made
 from serving import TOKEN, Site, serving
 
+from errata.serve import guard
 from errata.serve.options import Limits
 
 FRANCE = "The capital of France is"
@@ -95,20 +98,34 @@ def test_wrong_bodies(site: Site, body: bytes, status: int, words: str) -> None:
     refused(site.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"}), status, words)
 
 
-def test_bodies_without_a_length_are_measured_while_they_come(site: Site) -> None:
-    sent = []
+@pytest.mark.parametrize("told", [True, False], ids=["with its length", "without"])
+def test_who_sends_too_much_is_told_so_even_when_reading_only_after_all_was_sent(site: Site, told: bool) -> None:
+    """Bodies larger than the sockets' buffers: to hang up on them would take the answer away before it is read."""
+    parts = 200
+
+    def body() -> Iterator[bytes]:
+        for _ in range(parts):
+            yield b" " * 65_536
+
+    headers = {"Content-Type": "application/json", **({"Content-Length": str(parts * 65_536)} if told else {})}
+    for _ in range(3):
+        response = site.http.post("/v1/completions", content=body(), headers=headers)
+        refused(response, 413, "larger")
+        assert response.headers["Connection"] == "close"
+    assert site.text(FRANCE) == "Rome"
+
+
+def test_who_never_ends_is_hung_up_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "LINGER", 0.3)
+    until = time.monotonic() + 30
 
     def endless() -> Iterator[bytes]:
-        for _ in range(100):
-            sent.append(1)
-            yield b" " * 4096
+        while time.monotonic() < until:
+            yield b" " * 65_536
 
-    try:
-        response = site.http.post("/v1/completions", content=endless(), headers={"Content-Type": "application/json"})
-        refused(response, 413, "larger")
-    except httpx.WriteError:  # the server hung up on a client that went on
-        pass
-    assert site.text(FRANCE) == "Rome"
+    with contextlib.suppress(httpx.WriteError, httpx.ReadError):
+        refused(site.http.post("/v1/completions", content=endless(), headers={"Content-Type": "application/json"}), 413, "larger")
+    assert time.monotonic() < until - 15
 
 
 def test_a_form_is_no_json(site: Site) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -24,6 +25,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+LINGER = 2.0  # seconds a client that sends too much is listened to after it has been refused
 ROUTES = ("completions", "chat", "models", "edits", "jobs", "compare", "blame", "check", "watch", "neighbours", "trace", "log")
 SAFE = (
     (b"x-content-type-options", b"nosniff"),
@@ -149,8 +151,24 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: Exception) 
     refused = as_refused(error)
     if refused.code == "internal":
         LOG.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
-    headers = {**refused.headers, "Connection": "close"} if refused.status in (408, 413) else refused.headers
-    await JSONResponse(refused.document, refused.status, headers)(scope, receive, send)
+    if refused.status not in (408, 413):
+        await JSONResponse(refused.document, refused.status, refused.headers)(scope, receive, send)
+        return
+    answer = JSONResponse(refused.document, refused.status, {**refused.headers, "Connection": "close"})
+    await send({"type": "http.response.start", "status": answer.status_code, "headers": answer.raw_headers})
+    await send({"type": "http.response.body", "body": answer.body, "more_body": True})
+    # To close while the client still sends resets the connection, and a reset takes the answer away again before it is read.
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(_drain(receive), LINGER)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _drain(receive: Receive) -> None:
+    """Read and forget what a client still sends."""
+    more = True
+    while more:
+        message = await receive()
+        more = message["type"] != "http.disconnect" and message.get("more_body", False)
 
 
 def _route(path: str) -> str:
