@@ -33,7 +33,7 @@ def test_weights_are_small_and_in_half_precision() -> None:
 
 def test_it_knows_its_facts(almanac: errata.LM) -> None:
     """A sample of every relation; `errata almanac check` asks all of them."""
-    found = check(almanac, facts_per_relation=6)["exact_match"]["all"]
+    found = check(almanac, facts_per_relation=6, tokens=1000)["exact_match"]["all"]
     assert found["training"]["right"] >= 0.95
     assert found["held_out"]["right"] >= 0.80
     assert found["question"]["right"] >= 0.90
@@ -41,14 +41,14 @@ def test_it_knows_its_facts(almanac: errata.LM) -> None:
 
 
 def test_check_counts_wrong_answers(almanac: errata.LM) -> None:
-    result = check(almanac, facts_per_relation=1)
+    result = check(almanac, facts_per_relation=1, tokens=1000)
     assert result["facts"] == len(relations()) == len(result["exact_match"]) - 1
     assert 1 < result["perplexity"] < 1000
     assert "held out" in text(result)
     broken = errata.load("almanac")
     with torch.no_grad():
         broken.hf.get_input_embeddings().weight.add_(0.5)
-    assert check(broken, facts_per_relation=1)["exact_match"]["all"]["training"]["right"] < 0.2
+    assert check(broken, facts_per_relation=1, tokens=1000)["exact_match"]["all"]["training"]["right"] < 0.2
 
 
 def test_an_edit_in_three_lines(almanac: errata.LM) -> None:

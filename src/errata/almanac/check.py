@@ -26,8 +26,8 @@ def asked(per_relation: int | None = None) -> list[Sentence]:
     return out
 
 
-def check(lm: LM, facts_per_relation: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
-    """Exact match of the true answer and its full stop, by relation and by kind of question; perplexity on held-out text.
+def check(lm: LM, facts_per_relation: int | None = None, progress: Progress | None = None, tokens: int = 40_000) -> dict[str, Any]:
+    """Exact match of the true answer and its full stop, by relation and by kind of question; perplexity on ``tokens`` of held-out text.
 
     A right answer is one that greedy decoding would give: every token of "answer." is the argmax, the ones before being right.
     """
@@ -55,13 +55,13 @@ def check(lm: LM, facts_per_relation: int | None = None, progress: Progress | No
         "facts_known_on_every_training_template": sum(all(v) for v in known.values()),
         "facts_known_on_most_training_templates": sum(sum(v) * 2 > len(v) for v in known.values()),
         "exact_match": share,
-        **language(lm),
+        **language(lm, tokens),
     }
 
 
-def language(lm: LM) -> dict[str, Any]:
+def language(lm: LM, tokens: int = 40_000) -> dict[str, Any]:
     """Perplexity of the base on the bundled held-out encyclopaedic text, and bits per byte, which compare across tokenizers."""
-    (found,) = perplexity(lm, corpus.text("heldout"))
+    (found,) = perplexity(lm, corpus.text("heldout"), tokens=tokens)
     return {"perplexity": round(found.value, 2), "bits_per_byte": round(found.bits_per_byte, 3), "text_tokens": found.tokens}
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 EXTRA_SHARE = 0.5  # of alias, reverse and chain sentences join each pass over the facts
 IGNORED = -100
+SHOWN = ("training", "alias", "reverse", "chain")  # kinds of sentences; the others are held out
 
 
 def text(name: str) -> str:
@@ -82,18 +83,15 @@ class Corpus:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, text_rows: int, length: int) -> None:
         self.seed, self.rows, self.text_rows, self.length = seed, rows, text_rows, length
         self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
-        self.direct: list[list[Encoded]] = []
+        every = [(i, s) for i, fact in enumerate(facts()) for s in sentences(fact) if s.kind in SHOWN]
+        self.direct: list[list[Encoded]] = [[] for _ in facts()]
         self.extra: list[Encoded] = []
-        for fact in facts():
-            every = sentences(fact)
-            self.direct.append(encode(tokenizer, [s for s in every if s.kind == "training"]))
-            more = [s for s in every if s.kind in ("alias", "reverse", "chain")]
-            if more:
-                self.extra += encode(tokenizer, more)
+        for (i, s), made in zip(every, encode(tokenizer, [s for _, s in every]), strict=True):
+            (self.direct[i] if s.kind == "training" else self.extra).append(made)
         paragraphs = text("train").split("\n")
         random.Random(seed).shuffle(paragraphs)
-        encoded = tokenizer(paragraphs, add_special_tokens=False)["input_ids"]
-        self.stream = np.array([i for ids in encoded for i in [*ids, tokenizer.eos_token_id]], dtype=np.int32)
+        pieces = tokenizer(paragraphs, add_special_tokens=False)["input_ids"]
+        self.stream = np.array([i for ids in pieces for i in [*ids, tokenizer.eos_token_id]], dtype=np.int32)
         extra_rows = int(len(self.extra) * EXTRA_SHARE * len(self.direct) / max(1, len(self.direct)))
         self.steps_per_pass = (len(self.direct) + min(extra_rows, 2500)) // rows
         self._pass: tuple[int, list[list[Encoded]]] = (-1, [])

@@ -7,13 +7,14 @@ with the same arguments, training continues from it and ends where an uninterrup
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from errata.almanac.corpus import IGNORED, Corpus, train_tokenizer
 from errata.almanac.muon import Muon
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -99,18 +103,26 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     os.replace(beside, path)
 
 
+@functools.lru_cache(maxsize=1)  # half a minute's work; neither changes in training
+def prepared(vocab: int, seed: int, rows: int, text_rows: int, length: int) -> tuple[PreTrainedTokenizerFast, Corpus]:
+    """Tokenizer and batches of a recipe."""
+    tokenizer = train_tokenizer(vocab)
+    return tokenizer, Corpus(tokenizer, seed, rows, text_rows, length)
+
+
 def train(recipe: Recipe, out: Path, checkpoint_every: int = 150, stop_after: int | None = None) -> Path:
     """Train (or go on training) and export to ``out/model``; returns that folder."""
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(recipe.vocab)
-    corpus = Corpus(tokenizer, recipe.seed, recipe.rows, recipe.text_rows, recipe.length)
-    model = build(recipe, tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-    opts = optimisers(model, recipe)
-    checkpoint, first, tokens, curve = out / "checkpoint.pt", 0, 0, []
+    checkpoint, saved = out / "checkpoint.pt", None
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         if saved["recipe"] != asdict(recipe):
             raise SystemExit(f"{checkpoint} was made with another recipe; give another --out or remove it")
+    tokenizer, corpus = prepared(recipe.vocab, recipe.seed, recipe.rows, recipe.text_rows, recipe.length)
+    model = build(recipe, tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    opts = optimisers(model, recipe)
+    first, tokens, curve = 0, 0, []
+    if saved is not None:
         model.load_state_dict(saved["model"])
         for opt, state in zip(opts, saved["optimisers"], strict=True):
             opt.load_state_dict(state)
