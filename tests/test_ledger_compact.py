@@ -67,6 +67,22 @@ def test_lean_keeps_what_runs_and_undo_makes_the_rest_again(book: Ledger, lm: LM
     assert (logits(lm, book.stack()) - logits(lm, other)).abs().max() < 1e-4
 
 
+def test_a_merge_whose_folder_went_is_made_again_whole_and_bit_for_bit(lm: LM, tmp_path: Path) -> None:
+    """Merges of merges, lean: nothing of edits 1 and 2 is left but the record, and they were trained side by side."""
+    how = {"method": "ft-m", "settings": WEIGHTS, "force": True}
+    book = Ledger.open(tmp_path / "book", lm)
+    book.apply(REQUESTS[:2], **how)
+    pair = book.stack()
+    book.compact(lean=True)
+    book.apply(REQUESTS[2:3], **how)
+    book.compact(lean=True)
+    with pytest.raises(LedgerError, match=r"dropped by `compact --lean`.*undo 3 --remake"):
+        book.undo(3)
+    assert [n for n, _, _ in book.undo(3, remake=True).remade] == [1, 2]
+    assert all(e.stored for e in book.entries()) and [p.id for p in book.stack()] == [p.id for p in pair] and same(book, pair)
+    assert book.undo(1).on_top == () and same(book, pair[1:])
+
+
 def test_an_edit_after_a_merge_goes_on_as_if_there_were_none(book: Ledger, lm: LM) -> None:
     plain = book.stack()
     book.compact()

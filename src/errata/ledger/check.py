@@ -6,14 +6,13 @@ first one found with which a right answer turns wrong.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from errata import decode
 from errata.bank import live
 from errata.errors import LedgerError, PatchError
-from errata.ledger.making import Maker, Progress
+from errata.ledger.making import Alone, Maker, Progress
 from errata.ledger.record import Edit, Writer
 from errata.ledger.stacks import Entries, Entry, holders, of_edit, unmerged
 from errata.request import EditRequest
@@ -113,8 +112,9 @@ def _repair(ledger: Ledger, progress: Progress | None) -> tuple[tuple[int, bool]
         event = writer.note("repair", ledger.author, "", {}) if broken else 0
         merges = [e for e in broken if e.edit is None]
         writer.take(merges, event)  # what they hold runs again
+        alone = Alone(ledger.lm, writer)
         for i, entry in enumerate(e for e in broken if e.edit is not None):
-            out.append((entry.edit or 0, _made_again(ledger, writer, entry, event)))
+            out.append((entry.edit or 0, _made_again(ledger, writer, entry, event, alone)))
             if progress is not None:
                 progress("patches made again", i + 1, len(broken))
         if broken:
@@ -122,18 +122,18 @@ def _repair(ledger: Ledger, progress: Progress | None) -> tuple[tuple[int, bool]
     return tuple(out)
 
 
-def _made_again(ledger: Ledger, writer: Writer, entry: Entry, event: int) -> bool:
+def _made_again(ledger: Ledger, writer: Writer, entry: Entry, event: int, alone: Alone) -> bool:
     """Whether it is the same patch, bit for bit.  Another (another machine, other threads) takes its place if no patch holds it."""
     edit = writer.edit(entry.edit or 0)
-    maker = Maker.again(ledger.lm, edit)
     if edit.alone:
-        group = _made_with(writer, edit)
-        patches = maker.make(ledger.lm, [e.requests[0] for e in group], "single", ())
-        patch = patches[[e.number for e in group].index(edit.number)]
+        patch = alone.again(edit)
     else:
+        standing: dict[int | None, Entry] = {e.edit: e for e in writer.entries() if e.edit is not None}
         before = tuple(e for e in writer.entries(entry.since) if e.place < entry.place)
-        on = ledger.load(ledger.running(unmerged(before)))
-        (patch,) = maker.make(ledger.lm, edit.requests, "continual", on)
+        # One that was not made again bit for bit, now or in an earlier repair, stays damaged: what took its place stands in.
+        whole = tuple(standing.get(e.edit, e) if ledger.damaged(e.id) else e for e in before)
+        on = ledger.load(ledger.running(unmerged(whole)))
+        (patch,) = Maker.again(ledger.lm, edit).make(ledger.lm, edit.requests, "continual", on)
     if patch.id != entry.id:
         now = writer.entries()
         held = holders(now, [entry.id])
@@ -148,8 +148,3 @@ def _made_again(ledger: Ledger, writer: Writer, entry: Entry, event: int) -> boo
     if patch.id != entry.id:
         writer.put(patch.id, edit.number, event, entry.place)
     return patch.id == entry.id
-
-
-def _made_with(writer: Writer, edit: Edit) -> Sequence[Edit]:
-    """The edits of one batch: trained together, their last bits may depend on it."""
-    return [e for e in writer.edits(live=False) if e.applied.id == edit.applied.id]

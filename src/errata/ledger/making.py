@@ -9,7 +9,7 @@ from typing import Any
 from errata import config, registry
 from errata.bank import Stack
 from errata.errors import LedgerError
-from errata.ledger.record import Edit
+from errata.ledger.record import Edit, View
 from errata.model import LM
 from errata.patch import Patch
 from errata.request import EditRequest
@@ -70,3 +70,20 @@ class Maker:
         if mode != "single":
             return [self.editor.edit(lm, list(requests), on=on, progress=told)]
         return list(self.editor.edit_each(lm, list(requests), progress=told))
+
+
+class Alone:
+    """Edits made alone, once more, bit for bit: each with the batch it was made in, as its last bits may depend on what was trained beside
+    it.  A batch is made once, for all its edits that are asked for."""
+
+    def __init__(self, lm: LM, view: View) -> None:
+        self.lm, self.view = lm, view
+        self._made: dict[int, Patch] = {}
+
+    def again(self, edit: Edit) -> Patch:
+        """The patch of one."""
+        if edit.number not in self._made:
+            batch = [e for e in self.view.edits(live=False) if e.applied.id == edit.applied.id]
+            patches = Maker.again(self.lm, edit).make(self.lm, [e.requests[0] for e in batch], "single", ())
+            self._made |= {e.number: patch for e, patch in zip(batch, patches, strict=True)}
+        return self._made[edit.number]

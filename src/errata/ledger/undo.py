@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from errata.bank import live
 from errata.errors import LedgerError
-from errata.ledger.making import Maker, Progress
+from errata.ledger.making import Alone, Maker, Progress
 from errata.ledger.record import Edit, Writer
 from errata.ledger.stacks import Entries, Entry, chained, holders, of_edit, unmerged, without
 
@@ -72,12 +72,13 @@ def _remake(
 ) -> list[tuple[int, str, str]]:
     """The later edits again, in their places.  The stack is rebuilt from the first place where something changes."""
     plain = unmerged(entries)
-    before = tuple(e for e in plain if e.place < own.place)
-    missing = [e for e in live(before) if not e.stored]  # files dropped by compact: their edits are made again as well
-    first = missing[0].place if missing else own.place
+    first = own.place
+    while missing := [e for e in live(tuple(e for e in plain if e.place < first)) if not e.stored]:  # files dropped by compact
+        held = {name for e in missing for name in (e.id, *e.replaces)}  # a merge stands where its last edit does: all are made again
+        first = min(e.place for e in entries if e.id in held)
     kept = tuple(e for e in plain if e.place < first)
     todo = [e for e in plain if e.place >= first and e.edit is not None and e is not own]
-    changed, out = [own], []
+    changed, out, alone = [own], [], Alone(ledger.lm, writer)
     for i, entry in enumerate(todo):
         assert entry.edit is not None
         edit = writer.edit(entry.edit)
@@ -90,8 +91,11 @@ def _remake(
                 )
             kept = (*kept, entry)
             continue
-        on = () if edit.alone else ledger.load(ledger.running(kept))
-        (patch,) = Maker.again(ledger.lm, edit).make(ledger.lm, edit.requests, "single" if edit.alone else "continual", on)
+        if edit.alone:
+            patch = alone.again(edit)
+        else:
+            on = ledger.load(ledger.running(kept))
+            (patch,) = Maker.again(ledger.lm, edit).make(ledger.lm, edit.requests, "continual", on)
         ledger.shelf.save([patch])
         writer.add_patch(patch.id, patch.method, patch.replaces, patch.parameters)
         changed.append(entry)
