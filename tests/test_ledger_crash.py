@@ -12,18 +12,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import lm as trained
-from ledgers import REQUESTS, SETTINGS, logits, same
+from ledgers import REQUESTS, SETTINGS, WEIGHTS, logits, same
 from tiny import fill_disk
 
 import errata
 from errata.errors import LedgerError, PatchError, StorageError
-from errata.ledger import Ledger
+from errata.ledger import Ledger, shelf
+from errata.ledger.making import Maker
 from errata.model import LM
+from errata.patch import Op, Patch
 
 HOW = {"settings": SETTINGS, "force": True}
 ROOT = Path(__file__).parents[1]
@@ -189,6 +193,41 @@ def test_a_damaged_patch_can_be_undone_or_put_back(one: Path, lm: LM, tmp_path: 
     last = Ledger.open(book.folder, lm)
     last.undo(1)
     assert last.stack() == ()
+
+
+def test_damaged_patches_that_come_out_otherwise_here_are_made_on_what_took_their_place(
+    lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another machine, which gives other last bits; all at once, and one more after that."""
+    made = Maker.make
+
+    def other(self: Maker, *args: Any) -> list[Patch]:
+        def near(op: Op) -> Op:
+            return replace(op, tensors={name: t * (1 + 1e-6) for name, t in op.tensors.items()})
+
+        return [replace(p, ops=tuple(map(near, p.ops))) for p in made(self, *args)]
+
+    Ledger.open(tmp_path / "book", lm).apply(REQUESTS, method="ft-m", settings=WEIGHTS, mode="continual", force=True)
+    book = Ledger.open(tmp_path / "book", lm)
+    before, patches = logits(lm, book.stack()), [e.patch for e in book.edits()]
+    monkeypatch.setattr(Maker, "make", other)
+    for broken in ((1, 2), (3,)):
+        for number in broken:
+            os.truncate(book.shelf.folder / patches[number - 1] / "patch.safetensors", 100)
+        book = Ledger.open(book.folder, lm)
+        assert book.check(repair=True).repaired == tuple((number, False) for number in broken)
+    assert not {e.patch for e in book.edits()} & set(patches) and (logits(lm, book.stack()) - before).abs().max() < 1e-3
+
+
+def test_a_folder_that_a_killed_writer_left_is_flushed_before_it_counts(one: Path, lm: LM, tmp_path: Path) -> None:
+    """It looks whole, but may be in the system's buffers only."""
+    patch = Ledger.open(one, lm).stack()[0]
+    book, flushed = Ledger.open(tmp_path / "book", lm), []
+    patch.save(book.shelf.folder / patch.id, sync=False)
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(shelf.storage, "flush", flushed.extend)
+        book.take([patch], force=True)
+    assert flushed == [book.shelf.folder / patch.id] and same(book, [patch])
 
 
 def test_a_damaged_database_is_said(one: Path, lm: LM, tmp_path: Path) -> None:

@@ -57,8 +57,11 @@ class Shelf:
             self._read = {k: v for k, v in self._read.items() if k in wanted}
 
     def save(self, patches: Sequence[Patch]) -> None:
-        """On the disk when this returns, folder names too.  One that is there and whole stays."""
-        new = []
+        """On the disk when this returns, folder names too.
+
+        One that is there and whole stays, but is flushed as well: a writer that was killed before it flushed may have left it.
+        """
+        folders = []
         for patch in {p.id: p for p in patches}.values():
             folder = self.folder / patch.id
             try:
@@ -67,8 +70,8 @@ class Shelf:
                 if folder.exists() and not (folder / "patch.json").exists():
                     shutil.rmtree(folder, ignore_errors=True)
                 patch.save(folder, overwrite=True, sync=False)
-                new.append(folder)
-        storage.flush(new)
+            folders.append(folder)
+        storage.flush(folders)
 
     def sweep(self, stored: set[str]) -> list[str]:
         """Remove what no committed change speaks of (a kill between the folder and the commit leaves it); their names."""
