@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 from pathlib import Path
 
 import pytest
+from families import lm
+from ledgers import REQUESTS
 from tiny import FAST, FRANCE
 
 from errata.cli import main
+from errata.errors import InputError
+from errata.ledger import Ledger
+from errata.ledger.making import Maker
 
 
 def document(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, object]:
@@ -33,6 +39,31 @@ def test_every_verb_prints_one_document(tiny: str, requests: str, tmp_path: Path
     assert document(capsys, "ledger", "check", book)["edits"][0]["edit"] == 1
     assert len(document(capsys, "ledger", "compact", book)["dropped"]) == 3
     assert document(capsys, "ledger", "show", book, "2")["live"] is False
+
+
+@pytest.mark.parametrize("option", ["--reason", "--author"])
+def test_bytes_that_are_no_text_are_refused_before_any_work(
+    option: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `$'caf\\xe9'` of a shell arrives."""
+    monkeypatch.setattr(Maker, "new", None)  # nothing gets as far as to make something
+    for verb in (["apply", "--model", tiny, "--prompt", FRANCE, "--target", "Rome"], ["undo", "1"], ["compact"]):
+        assert main(["ledger", verb[0], str(tmp_path / "book"), *verb[1:], option, "caf\udce9"]) == 2
+        said = f"the {option.removeprefix('--')} 'caf\\udce9' is not UTF-8 at character 3; write it in UTF-8"
+        assert said in capsys.readouterr().err and not (tmp_path / "book").exists()
+
+
+def test_the_library_refuses_them_too_and_takes_a_login_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: "caf\udce9")
+    book = Ledger.open(tmp_path / "book", lm("llama"))
+    assert book.author == "caf?"
+    with pytest.raises(InputError, match="the author"):
+        Ledger.open(book.folder, author="caf\udce9")
+    wrong = {"reason": "caf\udce9"}
+    for change in (lambda: book.apply(REQUESTS, **wrong), lambda: book.undo(1, **wrong), lambda: book.compact(**wrong)):
+        with pytest.raises(InputError, match="the reason"):
+            change()
+    assert book.log() == []
 
 
 @pytest.mark.parametrize(

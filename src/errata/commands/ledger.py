@@ -78,8 +78,11 @@ def _tokens(out: argparse.ArgumentParser) -> None:
 def _open(args: argparse.Namespace, model: bool = True) -> Ledger:
     """The ledger, with the model that was named or that it was begun with."""
     from errata.ledger import Ledger
+    from errata.ledger.book import as_text
     from errata.ledger.record import Record
 
+    for name in ("author", "reason"):
+        as_text(name, getattr(args, name, None) or "")
     if not 0 <= args.wait <= 86_400:
         raise ConfigError(f"--wait must be from 0 to 86400 seconds, not {args.wait:g}")
     lm = None

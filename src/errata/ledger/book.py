@@ -18,7 +18,7 @@ from typing import Any
 
 from errata import storage
 from errata.bank import Stack, live
-from errata.errors import ConfigError, ErrataError, LedgerError, PatchError, StorageError
+from errata.errors import ConfigError, ErrataError, InputError, LedgerError, PatchError, StorageError
 from errata.ledger import blame, check, compact, diff, export, findings, undo
 from errata.ledger.making import MODES, Maker, Progress
 from errata.ledger.record import WAIT, Edit, Event, Record, Writer
@@ -56,6 +56,7 @@ class Ledger:
             record.create({"base": lm.fingerprint, "model": lm.name})
             storage.flush([folder])
         ledger = cls(folder, record, lm, author or _login())
+        as_text("author", ledger.author)
         if lm is not None and (base := ledger.meta("base")) != lm.fingerprint:
             raise LedgerError(
                 f"{folder} is of base {base}, this model is {lm.fingerprint}; load {ledger.meta('model')!r}, or begin another"
@@ -153,6 +154,7 @@ class Ledger:
             raise ConfigError(f"mode is one of {', '.join(MODES)} and size at least 1, not {mode!r} and {size}")
         if not requests:
             raise ConfigError("no request to apply")
+        as_text("reason", reason)
         maker = Maker.new(self.lm, method, settings or {}, progress)
         own: set[int] = set()
         if not force:
@@ -176,6 +178,7 @@ class Ledger:
         """Apply saved patches, in order, in one transaction.  One that is live already and damaged on the disk is put right."""
         if not patches:
             raise ConfigError("no patch to apply")
+        as_text("reason", reason)
         out: list[Edit] = []
         with self.changing() as writer:
             standing = {e.id: e.edit for e in writer.entries()}
@@ -195,10 +198,12 @@ class Ledger:
 
     def undo(self, number: int, *, remake: bool = False, reason: str = "", progress: Progress | None = None) -> undo.Undone:
         """Take an edit back; see `errata.ledger.undo`."""
+        as_text("reason", reason)
         return undo.undo(self, number, remake, reason, progress)
 
     def compact(self, *, merge: bool = True, lean: bool = False, reason: str = "") -> compact.Compacted:
         """Merge weight-like patches, drop folders; see `errata.ledger.compact`."""
+        as_text("reason", reason)
         return compact.compact(self, merge, lean, reason)
 
     # -- questions to the model --------------------------------------------------------------------------------
@@ -295,8 +300,16 @@ class Ledger:
             return []
 
 
+def as_text(name: str, value: str) -> None:
+    """`InputError` for what the database cannot hold, said before any work: bytes of a terminal that are not UTF-8 come as such."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the {name} {value!r} is not UTF-8 at character {error.start}; write it in UTF-8") from None
+
+
 def _login() -> str:
     try:
-        return getpass.getuser()
+        return getpass.getuser().encode("utf-8", "replace").decode()
     except (KeyError, OSError, ImportError):  # a user without a name, as in some containers
         return "unknown"
