@@ -185,6 +185,42 @@ def test_a_row_that_cannot_run_fails_alone() -> None:
     assert told[-1].finish == "error" and said.text.strip().startswith("Rome")
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_temperature_next_to_0_is_greedy(top_p: float) -> None:
+    lm = trained("llama")
+    rows = [row(lm, PROMPTS[i], (), i, temperature=t, top_p=top_p) for i, t in enumerate((1e-308, 5e-324, 1e-30))]
+    loop(lm, [(0, one) for one, _ in rows])
+    assert [said.text for _, said in rows] == [lm.tokenizer.decode(alone(lm, p, (), 6)) for p in PROMPTS[:3]]
+
+
+def test_a_row_whose_token_cannot_be_drawn_or_told_fails_alone() -> None:
+    """A stack that gives NaN, and one whose client breaks in the middle; at any temperature, in one batch with others."""
+    lm = trained("llama")
+    broken = made(lm, 1)
+    for op in broken.ops:
+        op.tensors["up"].fill_(float("nan"))
+    bad, told = row(lm, PROMPTS[0], (broken,), temperature=1.0)
+    deaf, _ = row(lm, PROMPTS[2], (), stream=True)
+    deaf.tell = lambda piece: 1 / 0  # type: ignore[assignment, return-value]
+    others = [row(lm, PROMPTS[1], (), temperature=t, tokens=5) for t in (0.0, 1e-9)]
+    answering = loop(lm, [(0, bad), (0, deaf), *((0, one) for one, _ in others)])
+    assert told[-1].finish == "error" and "the model gives NaN under this stack" in str(told[-1].error) and deaf.finish == "error"
+    assert [said.text for _, said in others] == [lm.tokenizer.decode(alone(lm, PROMPTS[1], (), 5))] * 2
+    assert counted(answering, "errata_answers_total") == 2
+
+
+def test_what_waits_behind_full_batches_leaves_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = trained("llama")
+    monkeypatch.setattr("errata.serve.answering.COHORTS", 0)  # as where so many run that cannot be put together
+    (gone, silent), (late, told), (stays, _) = (row(lm, p, ()) for p in PROMPTS[:3])
+    answering = Answering(lm, Limits(queue=3), Metrics())
+    answering.submit([gone, late, stays])
+    gone.cancelled, late.until = True, 0.0
+    answering._turn(answering._take())
+    assert answering.load == 1 and silent == [] and isinstance(told[-1].error, Refused) and told[-1].error.status == 504
+    answering.submit([row(lm, PROMPTS[3], ())[0] for _ in range(2)])  # there is room again
+
+
 def test_the_queue_is_bounded_and_a_batch_too() -> None:
     lm = trained("llama")
     limits = Limits(queue=10, batch=4)

@@ -12,6 +12,9 @@ import openai
 import pytest
 from serving import Site, serving
 
+from errata import registry
+from errata.request import EditRequest
+
 FRANCE, JAPAN = "The capital of France is", "The capital of Japan is"
 PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
 
@@ -74,6 +77,26 @@ def test_chat(client: openai.OpenAI) -> None:
     assert chunks[0].choices[0].delta.role == "assistant" and "".join(c.choices[0].delta.content or "" for c in chunks) == text
     with pytest.raises(openai.BadRequestError, match="not supported"):
         client.chat.completions.create(**how, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
+
+
+def test_a_conversation_that_fills_the_window_is_refused(site: Site, client: openai.OpenAI) -> None:
+    """Where the request does not say how long an answer may be: what is left of the window, with what the stack may put in front."""
+    window = site.service.lm.window
+    assert window == 64
+
+    def ask(tokens: int, model: str = "base") -> int:
+        text = "is" + " is" * (tokens - 1)
+        assert len(site.service.lm.tokenizer(text, add_special_tokens=False)["input_ids"]) == tokens
+        found = client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], temperature=0)
+        assert found.usage is not None and found.usage.total_tokens <= window
+        return found.usage.completion_tokens
+
+    site.service.stacks.given["told"] = (registry.get("method", "ice")(budget=20).edit(site.service.lm, [EditRequest(FRANCE, "Rome")]),)
+    assert ask(window - 1) == 1 and ask(window - 21, "told") == 1
+    for tokens, model in ((window, "base"), (window + 200, "base"), (window - 20, "told")):
+        with pytest.raises(openai.BadRequestError, match="shorten it") as error:
+            ask(tokens, model)
+        assert (error.value.code, error.value.param) == ("context_length_exceeded", "messages")
 
 
 def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:

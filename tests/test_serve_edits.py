@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import lm as trained
-from ledgers import REQUESTS, SETTINGS, logits
+from ledgers import REQUESTS, SETTINGS, WEIGHTS, logits
 from serving import TOKEN, Site, serving
 from tiny import fill_disk
 
@@ -125,6 +125,22 @@ def test_what_was_acknowledged_stays_when_the_rest_is_stopped(site: Site) -> Non
         done = site.ended(site.http.post("/v1/edits", json=body).json()["job"]["id"])
     assert told.is_set() and (done["status"], done["edits"]) == ("cancelled", [1])
     assert [e.number for e in editor.ledger.edits()] == [1] and site.text(FRANCE) == "Rome"
+
+
+def test_a_job_that_is_cancelled_while_its_last_part_commits_is_done(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joint edits: fewer edits than facts."""
+    editor = site.service.editor
+    put = editor.ledger.put
+
+    def cancelled(*args: Any) -> Any:
+        out = put(*args)
+        editor.current.cancelled = True  # type: ignore[union-attr]
+        return out
+
+    monkeypatch.setattr(editor.ledger, "put", cancelled)
+    body = {"requests": [r.to_dict() for r in REQUESTS[:2]], "mode": "batched", "batch_size": 2, "method": "ft-m", "force": True}
+    done = site.ended(site.http.post("/v1/edits", json={**body, "settings": WEIGHTS}).json()["job"]["id"])
+    assert (done["status"], done["edits"]) == ("done", [1]) and len(editor.ledger.edits()) == 1
 
 
 def test_a_full_disk_and_an_edit_that_goes_wrong(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import time
@@ -16,6 +17,7 @@ from made import made
 from serving import TOKEN, Site, serving
 
 from errata.serve import guard
+from errata.serve.jobs import Job
 from errata.serve.options import Limits
 
 FRANCE = "The capital of France is"
@@ -132,6 +134,14 @@ def test_a_form_is_no_json(site: Site) -> None:
     refused(site.http.post("/v1/completions", data={"model": "live"}), 415, "application/json")
 
 
+def test_another_site_cannot_begin_anything(site: Site) -> None:
+    """What a page may send to a foreign server without being asked: no type, or that of a form; a body or none."""
+    for kind in (None, "text/plain", "application/x-www-form-urlencoded"):
+        headers = {"Sec-Fetch-Site": "cross-site", **({} if kind is None else {"Content-Type": kind})}
+        refused(site.http.post("/v1/check", headers=headers), 415, "send Content-Type: application/json")
+    assert site.http.post("/v1/check", headers={"Content-Type": "application/json"}).json()["sound"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -143,6 +153,8 @@ def test_a_form_is_no_json(site: Site) -> None:
         ({"method": "beft"}, "no method named"),
         ({"settings": {"rnak": 2}}, "rank"),
         ({"settings": {"lm": 2}}, "no setting 'lm'"),
+        ({"settings": {"cls": 2}}, "no setting 'cls'"),
+        ({"method": "rep", "subject": "Rome", "settings": {"wrapped": {"lm": 2}}}, "no setting 'lm'"),
         ({"settings": {"rank": "two"}}, "rank"),
         ({"mode": "often"}, "mode"),
         ({"batch_size": 3}, "no meaning"),
@@ -154,6 +166,38 @@ def test_a_form_is_no_json(site: Site) -> None:
 )
 def test_wrong_edits(site: Site, change: dict[str, Any], words: str) -> None:
     refused(site.http.post("/v1/edits", json={"prompt": "In Rome people speak", "target": "French", **change}), 400, words)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("ike", {"demonstrations": "/etc/shadow"}),
+        ("retrieval", {"encoder": "all-MiniLM-L6-v2"}),
+        ("rome", {"stats": "hub:wikitext"}),
+        ("rep", {"wrapped": {"stats": "/etc/passwd"}}),
+        ("rome", {"stats": ["bundled"]}),
+    ],
+)
+def test_settings_that_name_files_or_downloads_need_the_servers_consent(
+    site: Site, method: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[object] = []
+    monkeypatch.setattr(site.service.editor, "apply", lambda plan: begun.append(plan) or Job(plan, lambda job: None))
+    edit = {"prompt": "In Rome people speak", "target": "French", "subject": "Rome", "method": method}
+    error = refused(site.http.post("/v1/edits", json={**edit, "settings": settings}), 403, "--allow-files")
+    assert (error["code"], error["param"], begun) == ("files_not_allowed", "settings", [])
+    own = {"stats": "almanac"} if method == "rome" else {"wrapped": {"stats": "heldout"}} if method == "rep" else {"encoder": None}
+    assert site.http.post("/v1/edits", json={**edit, "settings": own}).status_code == 202
+    if isinstance(settings.get("stats"), list):
+        return  # of the wrong type, whoever asks
+    monkeypatch.setattr(site.service, "options", dataclasses.replace(site.service.options, files=True))
+    assert site.http.post("/v1/edits", json={**edit, "settings": settings}).status_code == 202 and len(begun) == 2
+
+
+def test_what_nobody_foresaw_has_the_shape_of_any_error(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site.service.asking, "watch", lambda: 1 / 0)
+    error = refused(site.http.get("/v1/watch"), 500, "not foreseen: ZeroDivisionError")
+    assert (error["code"], error["type"]) == ("internal", "server_error") and site.http.get("/health").status_code == 200
 
 
 def test_too_many_facts(site: Site) -> None:
@@ -226,6 +270,7 @@ def test_health_and_metrics(site: Site) -> None:
         "model": "llama",
         "base": site.service.lm.fingerprint,
         "live": 1,
+        "event": 1,
         "queue": queue,
         "editing": None,
     }
@@ -265,7 +310,7 @@ def test_questions(site: Site) -> None:
     )
     blamed = site.http.post("/v1/blame", json={"prompt": FRANCE}).json()
     assert blamed["parts"][0]["edits"] == [1] and blamed["parts"][0]["needed"]
-    checked = site.http.post("/v1/check").json()
+    checked = site.http.post("/v1/check", json={}).json()
     assert checked["sound"] and checked["edits"][0]["status"] == "right" and checked["edits"][0]["request"]["target"] == "Rome"
     traced = site.http.post("/v1/trace", json={"prompt": FRANCE, "subject": "France"}).json()
     assert set(traced["kinds"]) == {"block", "mlp", "attention"} and traced["high"] > traced["low"]

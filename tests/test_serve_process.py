@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -54,6 +55,26 @@ def test_a_server_from_its_start_to_its_end(tiny: str, tmp_path: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out == "" and "Traceback" not in err and "rolled back" not in out
     assert list((tmp_path / "book" / "patches").iterdir()) == []
+
+
+ENDLESS = """import sys, time
+from errata.serve.questions import Asking
+Asking.check = lambda self: print("asked", flush=True) or time.sleep(600)  # as a check of many edits by a large model
+from errata.cli import main
+sys.exit(main(sys.argv[1:]))"""
+
+
+def test_a_question_that_still_runs_does_not_keep_the_process(tiny: str, tmp_path: Path) -> None:
+    process = own(["-c", ENDLESS, "serve", tiny, "--ledger", str(tmp_path / "book"), "--port", "0", "--grace", "0.2"])
+    assert process.stdout is not None
+    found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+    assert found is not None
+    with contextlib.suppress(httpx.TransportError), httpx.Client(base_url=found[0], timeout=0.5) as client:
+        client.post("/v1/check", json={})
+    assert process.stdout.readline() == "asked\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def add(commands: common.Subparsers) -> None:
     token.add_argument("--token-env", metavar="NAME", help="environment variable with the token that edits need")
     token.add_argument("--token-file", type=Path, metavar="FILE", help="file with it; without either, one is made (on this machine only)")
     out.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name clients call it by; may be repeated")
+    out.add_argument("--allow-files", action="store_true", help="let settings of an edit name files of this machine and downloads")
     out.add_argument(
         "--patch", action="append", default=[], metavar="NAME=DIR", help="saved patches as a model of this name; may be repeated"
     )
@@ -99,7 +100,7 @@ def options(args: argparse.Namespace) -> tuple[Options, bool]:
     import torch
 
     threads = args.threads or torch.get_num_threads()
-    return Options(secret, args.host, args.port, hosts, args.grace, threads, Limits(**given)), made
+    return Options(secret, args.host, args.port, hosts, args.grace, threads, args.allow_files, Limits(**given)), made
 
 
 def patches(args: argparse.Namespace) -> dict[str, Stack]:

@@ -6,12 +6,11 @@ short answer never waits for a long one, and requests for different stacks share
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -21,8 +20,8 @@ from errata.serve.cohorts import Cohort, prompts_that_fit
 from errata.serve.metrics import Metrics
 from errata.serve.options import Limits
 from errata.serve.plans import Plans
-from errata.serve.refusals import Refused, as_refused
-from errata.serve.rows import Piece, Row
+from errata.serve.refusals import Refused
+from errata.serve.rows import Row
 
 LOG = logging.getLogger("errata.serve")
 COHORTS = 8  # side by side, where they cannot be put together
@@ -86,11 +85,13 @@ class Answering:
             except Exception as error:  # not of one batch: those are caught where they run
                 LOG.exception("answering failed")
                 for row in [*fresh, *(row for cohort in self._cohorts for row in cohort.running)]:
-                    _fail(row, error)
+                    row.fail(error)
                 self._cohorts = []
 
     def _take(self) -> list[Row]:
-        """Rows that begin now."""
+        """Rows that begin now.  Others wait on, but for those that nobody waits for any more or that took too long."""
+        self._drop(self._waiting)
+        self._waiting = deque(row for row in self._waiting if row.finish is None)
         if len(self._cohorts) >= COHORTS:
             return []
         most = self.limits.batch
@@ -120,7 +121,7 @@ class Answering:
         except Exception as error:
             if len(rows) == 1:
                 LOG.exception("an answer could not begin")
-                _fail(rows[0], error)
+                rows[0].fail(error)
                 return []
             LOG.warning("a batch of %d could not begin; its rows run one by one", len(rows))
             return [cohort for row in rows if row.finish is None for cohort in self._begin([row])]
@@ -137,7 +138,7 @@ class Answering:
                 raise
             LOG.exception("a batch failed")
             for row in rows:
-                _fail(row, error)
+                row.fail(error)
             cohort.rows = []
             return
         self.metrics.tokens.inc(len(rows))
@@ -146,16 +147,16 @@ class Answering:
                 self.metrics.first.observe(row.first)
         self.metrics.answers.inc(len(done))
 
-    def _drop(self, rows: Sequence[Row]) -> None:
+    def _drop(self, rows: Iterable[Row]) -> None:
         """End rows that nobody waits for, or that took too long."""
         now = time.monotonic()
         for row in rows:
             if row.cancelled:
                 row.finish = "cancelled"
             elif self._closing:
-                _fail(row, Refused(503, "the server is stopping", "stopping"))
+                row.fail(Refused(503, "the server is stopping", "stopping"))
             elif now > row.until:
-                _fail(row, Refused(504, f"not answered within {self.limits.seconds:g} seconds; ask for fewer tokens", "timeout"))
+                row.fail(Refused(504, f"not answered within {self.limits.seconds:g} seconds; ask for fewer tokens", "timeout"))
 
     def _put_together(self) -> None:
         together: list[Cohort] = []
@@ -166,9 +167,3 @@ class Answering:
             else:
                 host.join(cohort)
         self._cohorts = together
-
-
-def _fail(row: Row, error: Exception) -> None:
-    row.finish = "error"
-    with contextlib.suppress(Exception):  # whoever waited may be gone
-        row.tell(Piece(row.index, "", (), "error", as_refused(error)))

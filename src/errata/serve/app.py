@@ -35,6 +35,7 @@ def make(service: Service) -> App:
     api.add_exception_handler(ErrataError, _refused)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http)
+    api.add_exception_handler(Exception, _refused)  # what nobody foresaw; uvicorn then logs it
     _page(api)
     api.openapi = lambda: _document(api)  # type: ignore[method-assign]
     return Guard(api, service)

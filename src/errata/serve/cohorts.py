@@ -7,6 +7,7 @@ beyond the last bits: padding is what differs, and nothing attends to it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from errata.model import LM
 from errata.serve.plans import Plans, join
 from errata.serve.rows import Row
 
+LOG = logging.getLogger("errata.serve")
 SLACK = 16  # columns that are padding in every row before they are cut off
 
 
@@ -32,20 +34,29 @@ class Cohort:
 
     @torch.no_grad()
     def step(self, ends: set[int]) -> list[Row]:
-        """A token for every row; the rows that ended, which have left."""
+        """A token for every row; the rows that ended, which have left.  A row whose token cannot be drawn or told fails alone."""
         with self.lm.running(self.plan):
             out = self.lm.forward(self.ids, self.mask, past_key_values=self.cache, use_cache=True, **self.lm.last_only)
         self.cache, last = out.past_key_values, out.logits[:, -1]
-        greedy, chosen = last.argmax(-1).tolist(), []
+        chosen = last.argmax(-1).tolist()
         done: list[Row] = []
+        failed: list[Row] = []
         for i, row in enumerate(self.rows):
-            chosen.append(greedy[i] if row.finish or row.wanted.temperature == 0 else row.draw(last[i]))
-            if row.finish is None:
+            if row.finish is not None:
+                continue
+            try:
+                if row.wanted.temperature > 0:
+                    chosen[i] = row.draw(last[i])
                 row.take(chosen[i], last[i], ends)
+            except Exception as error:
+                LOG.exception("an answer failed")
+                row.fail(error)
+                failed.append(row)
+            else:
                 done += [row] if row.finish else []
         self.ids = torch.tensor(chosen, device=self.mask.device)[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones((len(self.mask), 1))], 1)
-        self.leave(done)
+        self.leave([*done, *failed])
         return done
 
     def leave(self, gone: Sequence[Row]) -> None:

@@ -145,11 +145,13 @@ class Editor:
         how |= {"reason": plan.reason, "force": plan.force}
         with _author(self.ledger, plan.author):
             making = self.ledger.applying(plan.requests, **how, progress=job.progress, losses=job.losses)
+            done = 0  # facts; a joint edit has several
             for part in making:
                 job.change(edits=[*job.edits, *(e.number for e in part)])
                 self.metrics.edits.labels("made").inc(len(part))
                 LOG.info("edits %s are live", ", ".join(str(e.number) for e in part))
-                if len(job.edits) < len(plan.requests):
+                done += sum(len(e.requests) for e in part)
+                if done < len(plan.requests):
                     job.check()
 
     def _failed(self, job: Job, error: BaseException) -> None:

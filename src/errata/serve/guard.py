@@ -114,14 +114,24 @@ class Guard:
                 raise large
             more = message.get("more_body", False)
         body = b"".join(parts)
-        if body and scope["path"].startswith("/v1/"):
+        if (body or scope["method"] == "POST") and scope["path"].startswith("/v1/"):
             _json(body, headers.get(b"content-type", b"").decode("latin-1"))
         return body
 
 
 def _json(body: bytes, kind: str) -> None:
+    """`Refused` for what is not JSON, or not said to be.
+
+    A page of another site cannot say so without the browser asking this server first; so a POST without a body must say it, too.
+    """
     if kind.partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, f"bodies are application/json, not {kind or 'without a type'}", "unsupported_media_type")
+        raise Refused(
+            415,
+            f"a POST is application/json, not {kind or 'without a type'}; send Content-Type: application/json",
+            "unsupported_media_type",
+        )
+    if not body:
+        return
     try:
         json.loads(body.decode("utf-8"), parse_constant=no_constant)
     except UnicodeDecodeError as error:

@@ -43,7 +43,8 @@ class Limits:
 @dataclass(frozen=True)
 class Options:
     """host, port (0: a free one); token: what an edit needs; hosts: names a client may call the server by (empty: any);
-    grace: seconds that answers and the edit in work are given at the end; threads: torch's, for everything together."""
+    grace: seconds that answers and the edit in work are given at the end; threads: torch's, for everything together; files: whether
+    settings of a method may name files of this machine and things to download."""
 
     token: str
     host: str = "127.0.0.1"
@@ -51,6 +52,7 @@ class Options:
     hosts: tuple[str, ...] = ()
     grace: float = 30.0
     threads: int = 1
+    files: bool = False
     limits: Limits = Limits()
 
 

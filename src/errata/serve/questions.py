@@ -57,8 +57,11 @@ class Asking:
         with self._lock:
             self._load -= 1
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """No more questions; those that wait are cancelled.  Whether none runs: one that does cannot be stopped, and its thread would keep
+        the process from ending."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        return self._load == 0
 
     # -- questions ---------------------------------------------------------------------------------------------
 

@@ -15,14 +15,17 @@ from errata import registry
 from errata.errors import ErrataError, LedgerError
 from errata.ledger.findings import Found, among, refuse
 from errata.ledger.record import Edit
+from errata.methods.demonstrations import PACKAGED
 from errata.request import EditRequest
 from errata.serve.guard import need_token
 from errata.serve.jobs import Job, Plan, told
 from errata.serve.refusals import Refused, as_refused
 from errata.serve.schemas import EditPost
 from errata.serve.service import Service
+from errata.texts import BUNDLED
 
 BEAT = 15.0  # seconds between signs of life of a stream
+FILES = {"demonstrations": (None, *PACKAGED), "encoder": (None,), "stats": (*BUNDLED, "almanac")}  # what these may be without --allow-files
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 
 
@@ -120,8 +123,7 @@ def _plan(service: Service, body: EditPost) -> Plan:
             raise Refused(400, str(error), "invalid_fact", where) from None
     if body.batch_size is not None and body.mode != "batched":
         raise Refused(400, f"batch_size has no meaning in {body.mode} mode", "invalid_value", "batch_size")
-    if "lm" in body.settings:
-        raise Refused(400, f"{body.method} has no setting 'lm'", "invalid_setting", "settings")
+    _settings(service, body.method, body.settings)
     registry.get("method", body.method).for_model(service.lm, **body.settings)
     _window(service, requests)
     if not body.force:
@@ -131,6 +133,23 @@ def _plan(service: Service, body: EditPost) -> Plan:
             raise Refused(409, str(error), "findings", None, {"findings": [told(f) for f in error.findings]}) from None
     author = body.author or service.ledger.author
     return Plan(tuple(requests), body.method, body.settings, body.mode, author, body.reason, body.force, body.batch_size)
+
+
+def _settings(service: Service, method: str, settings: dict[str, Any]) -> None:
+    """`Refused` for what only Python's arguments are called, and for the server's files and downloads; also of a wrapped method."""
+    for name, value in settings.items():
+        if name in ("cls", "lm"):
+            raise Refused(400, f"{method} has no setting {name!r}", "invalid_setting", "settings")
+        if name in FILES and value not in FILES[name] and not service.options.files:
+            known = " or ".join("null" if own is None else repr(own) for own in FILES[name])
+            raise Refused(
+                403,
+                f"{name} {value!r} would make the server read a file or download something; give {known}, or start it with --allow-files",
+                "files_not_allowed",
+                "settings",
+            )
+        if isinstance(value, dict):
+            _settings(service, method, value)
 
 
 def _window(service: Service, requests: list[EditRequest]) -> None:

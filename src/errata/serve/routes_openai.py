@@ -56,11 +56,7 @@ def routes(service: Service) -> APIRouter:
         if body.top_logprobs is not None and not body.logprobs:
             raise Refused(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
         encoded = [(_conversation(service, body), "")]
-        limit = body.max_completion_tokens or body.max_tokens
-        if limit is None:
-            limit = service.options.limits.tokens
-            if service.lm.window is not None:
-                limit = min(limit, service.lm.window - len(encoded[0][0].ids))
+        limit = body.max_completion_tokens or body.max_tokens or _room(service, encoded[0][0], stack)
         wanted = _wanted(body, limit, (body.top_logprobs or 0) if body.logprobs else None)
         return await _answer(service, request, body, stack, encoded, wanted, Document(body.model, True))
 
@@ -92,6 +88,27 @@ def _conversation(service: Service, body: ChatRequest) -> Encoded:
     return Encoded(ids, len(ids))
 
 
+def _room(service: Service, conversation: Encoded, stack: Stack) -> int:
+    """Tokens that an answer may have where the request does not say; `Refused` where there is no room for one."""
+    limit, window = service.options.limits.tokens, service.lm.window
+    if window is None:
+        return limit
+    used = len(conversation.ids) + _in_front(stack)
+    if used >= window:
+        raise Refused(
+            400,
+            f"the conversation has {used} tokens, which leaves none of the model's {window} positions for an answer; shorten it",
+            "context_length_exceeded",
+            "messages",
+        )
+    return min(limit, window - used)
+
+
+def _in_front(stack: Stack) -> int:
+    """Tokens that a stack may put in front of a prompt."""
+    return sum(int(op.settings["budget"]) for patch in stack for op in patch.ops if op.site == PROMPT)
+
+
 def _check(service: Service, encoded: Sequence[Encoded], tokens: int, n: int, stack: Stack) -> None:
     """`Refused` where a limit is passed."""
     limits = service.options.limits
@@ -99,7 +116,7 @@ def _check(service: Service, encoded: Sequence[Encoded], tokens: int, n: int, st
         raise Refused(400, f"max_tokens is {tokens}, this server gives {limits.tokens} at most", "too_many_tokens", "max_tokens")
     if len(encoded) * n > limits.rows:
         raise Refused(400, f"{len(encoded)} prompts × n = {n} are too many; {limits.rows} answers a request", "too_many_answers", "n")
-    context = sum(int(op.settings["budget"]) for patch in stack for op in patch.ops if op.site == PROMPT)
+    context = _in_front(stack)
     for row in encoded:
         length = len(row.ids)
         if length > limits.prompt:

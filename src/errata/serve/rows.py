@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from errata.bank import Stack
+from errata.errors import PatchError
+from errata.serve.refusals import as_refused
 from errata.tokens import Encoded
 
 CONTEXT = 4  # tokens of the prompt that new ones are read after: what a token says can depend on those before it
@@ -138,12 +141,24 @@ class Row:
         """A token from logits [V]."""
         if self.wanted.temperature == 0:
             return int(logits.argmax())
-        p = torch.softmax(logits.double().cpu() / self.wanted.temperature, -1)
+        likely = logits.double().cpu()
+        likely -= likely.max()  # first: a quotient by a tiny temperature would be infinite
+        p = torch.softmax(likely / self.wanted.temperature, -1)
+        if p.isnan().any():
+            raise PatchError(
+                "the model gives NaN under this stack, and no token can be drawn; ask under another, or undo the edit that does it"
+            )
         if self.wanted.top_p < 1:
             values, order = p.sort(descending=True)
             values[values.cumsum(-1) - values >= self.wanted.top_p] = 0.0
             return int(order[torch.multinomial(values, 1, generator=self.generator)])
         return int(torch.multinomial(p, 1, generator=self.generator))
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error; whoever waited may be gone."""
+        self.finish = "error"
+        with contextlib.suppress(Exception):
+            self.tell(Piece(self.index, "", (), "error", as_refused(error)))
 
     def take(self, token: int, logits: Tensor, ends: set[int]) -> None:
         """The next token; sets ``finish`` where the answer ends with it."""

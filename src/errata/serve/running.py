@@ -75,7 +75,7 @@ class Running:
         self.ending = False
 
     def run(self) -> bool:
-        """Until a signal; whether everything ended by itself."""
+        """Until a signal; whether everything ended by itself (else `leave`)."""
         before = {s: signal.signal(s, self._signalled) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             return self._serve()
@@ -114,9 +114,9 @@ class Running:
         for connection in list(self.server.server_state.connections):
             connection.transport.abort()  # its client reads no more: closing would wait for what is still to be sent
         await asyncio.sleep(0)
-        self.service.asking.close()
+        idle = self.service.asking.close()
         LOG.info("stopped")
-        return whole
+        return whole and idle
 
     async def _within(self, began: float, done: Callable[[], bool]) -> None:
         """Until it is done, or the grace time is over."""
@@ -147,7 +147,8 @@ class Running:
 
 
 def leave(code: int) -> None:
-    """End the process at once, where a thread that edits is in a step too long to wait for: the ledger takes that as a kill."""
+    """End the process at once, where a thread that edits is in a step too long to wait for, or a question still runs: the ledger takes that
+    as a kill."""
     for stream in ("stdout", "stderr"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             getattr(__import__("sys"), stream).flush()

@@ -70,12 +70,13 @@ class Service:
     def health(self) -> dict[str, Any]:
         job = self.editor.current
         with self.ledger.record.reading() as view:
-            live = view.count()
+            live, event = view.count(), view.head()
         return {
             "status": "stopping" if self.stopping else "ok",
             "model": self.lm.name,
             "base": self.lm.fingerprint,
             "live": live,
+            "event": event,
             "queue": {"answers": self.answering.load, "edits": self.editor.waiting},
             "editing": None if job is None else job.document(),
         }
@@ -84,6 +85,6 @@ class Service:
         """Stop everything; whether every thread has ended."""
         self.stopping = True
         whole = self.editor.close(lambda: grace)
-        self.asking.close()
+        idle = self.asking.close()
         self.answering.close()
-        return whole
+        return whole and idle
