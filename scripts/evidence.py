@@ -29,16 +29,17 @@ from errata.score.queries import Answers
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results"
 SHOWN = ("reliability", "generality", "portability", "locality_agreement", "locality_correct")
+PLAIN = {"weight_decay": 0.0}  # of which the papers say nothing; the almanac's presets have one (docs/results, "Weight decay")
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # rows of the paper's Table 4
-    "reft": ("reft", {}),
-    "ss-w": ("baft", {"gate": "subspace", "balance": False, "locality": False}),
-    "ba-w": ("baft", {"locality": False}),
-    "ss-w & lr": ("baft", {"gate": "subspace", "balance": False}),
-    "baft": ("baft", {}),
-    "baft, no balance": ("baft", {"balance": False}),
+    "reft": ("reft", PLAIN),
+    "ss-w": ("baft", {**PLAIN, "gate": "subspace", "balance": False, "locality": False}),
+    "ba-w": ("baft", {**PLAIN, "locality": False}),
+    "ss-w & lr": ("baft", {**PLAIN, "gate": "subspace", "balance": False}),
+    "baft": ("baft", PLAIN),
+    "baft, no balance": ("baft", {**PLAIN, "balance": False}),
 }
 # BaFT's total loss keeps it training after the answer is written; ReFT without early stop takes as many steps
-SINGLE = {**{k: ABLATIONS[k] for k in ("baft", "reft", "ba-w", "ss-w")}, "reft, 40 steps": ("reft", {"stop": 0.0})}
+SINGLE = {**{k: ABLATIONS[k] for k in ("baft", "reft", "ba-w", "ss-w")}, "reft, 40 steps": ("reft", {**PLAIN, "stop": 0.0})}
 
 
 def editor(lm: LM, name: str, **settings: Any) -> Any:
@@ -73,7 +74,7 @@ def sweep(lm: LM, n: int) -> None:
         for i, layers in enumerate(([2, 5, 6, 7], [2, 5], [5, 6, 7], [2], [5], [7])):
             grid.append((method, "layers " + ",".join(map(str, layers)), {"layers": layers}, float(i)))
     for method, setting, values, x in grid:
-        _, records = run.single(lm, editor(lm, method, **values), chosen, answers=answers)
+        _, records = run.single(lm, editor(lm, method, **{**PLAIN, **values}), chosen, answers=answers)
         found = rows_of(records, setting=setting, x=x)
         rows += found
         print(method, values, {r["metric"]: round(r["value"], 3) for r in found if r["protocol"] == "teacher_forced"}, flush=True)

@@ -56,6 +56,36 @@ class Deadly(Tiny):
         return super().load(split, n, seed)
 
 
+class Separated(Tiny):
+    """Asks, of each case, a prompt with the line separators that `str.splitlines` knows and JSON Lines does not."""
+
+    def load(self, split: str | None = "test", n: int | None = None, seed: int | None = 0) -> Iterator[Case]:
+        for case in super().load(split, n, seed):
+            yield dataclasses.replace(case, probes=(*case.probes, Probe("unrelated", "In Rome\u2028people\u2029speak\u0085")))
+
+
+class Talkative(Tiny):
+    """Offers prompts to sample from, which it learns while it loads, as CounterFact does."""
+
+    def load(self, split: str | None = "test", n: int | None = None, seed: int | None = 0) -> Iterator[Case]:
+        cases = list(super().load(split, n, seed))
+        self.openings = {case.id: (case.request.prompt,) for case in cases}
+        return iter(cases)
+
+    def generation(self, case: Case) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.openings.get(case.id, ()), ()
+
+    def collection(self) -> tuple[str, ...]:
+        return ()
+
+
+class Mute(Talkative):
+    """Could, but its file holds none."""
+
+    def generation(self, case: Case) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (), ()
+
+
 @dataclass(frozen=True)
 class Vandal(ReFT):
     """ReFT, but edits number ``breaks`` (from 1, in `Tiny`'s first order) put noise into the last block; ``fails`` cannot be made."""

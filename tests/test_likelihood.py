@@ -191,6 +191,12 @@ def test_which_answer_stands_against_which() -> None:
     assert same["rival"] is None and same["nll_after"] is not None
 
 
+def test_each_of_two_edits_of_a_case_stands_against_its_own_old_answer() -> None:
+    requests = [EditRequest("The capital of France is", "Lyon", old="Paris"), EditRequest("The capital of Italy is", "Lyon", old="Rome")]
+    case = Case(requests[0], tuple(Probe("rewrite", r.prompt, r.target) for r in requests), (requests[1],))
+    assert [r["rival"] for r in score(lm("llama"), [case], [()], "none")] == ["Paris", "Rome"]
+
+
 def test_without_a_rival_and_without_a_target() -> None:
     case = Case(
         EditRequest("The capital of France is", "Rome"),

@@ -45,6 +45,10 @@ def test_every_format_has_the_same_numbers(tmp_path: Path, capsys: pytest.Captur
     keys = {"what": "after all edits", "method": "grace", "metric": "locality_agreement", "protocol": "teacher_forced"}
     (line,) = (line for line in lines if all(line[k] == v for k, v in keys.items()))
     assert float(line["value"]) == row["value"] and line["fingerprint"] == "efbef8b556f82cea"
+    aged = [line for line in lines if line["metric"] == "retained" and line["protocol"] == "generated" and line["method"] == "grace"]
+    assert [float(line["value"]) for line in aged if line["value"]] == [
+        r["retained"] for r in section.forgetting if (r["method"], r["protocol"]) == ("grace", "generated") and r["retained"] is not None
+    ]
     capsys.readouterr()
     assert report(RUN, SCORED) == 0
     assert f"{value} {interval}" in capsys.readouterr().out

@@ -95,6 +95,18 @@ def test_one_name_for_two_results_is_made_two(copy: Callable[[Path], Path], tmp_
     assert {r["method"] for r in section.said["baft (later)"]()} == {"baft (later)"}
 
 
+def test_other_numbers_of_edits_and_other_dtypes_are_apart(copy: Callable[[Path], Path]) -> None:
+    fewer = copy(RUN)
+    for name in ("rome", "grace"):
+        edited(cell(fewer, name) / "summary.json", lambda d: d.update(edits=2))
+    first, second = gather([read(RUN), read(fewer)])
+    assert [r.method for r in first.results] == ["rome", "grace"] and "another number of edits (2, 3)" in " ".join(second.apart)
+    for kind, name in (("float32", "rome"), ("bfloat16", "grace")):
+        edited(cell(fewer, name) / "cell.json", lambda d, kind=kind: d.update(dtype=kind))
+    one, two = gather([read(fewer)])
+    assert len(one.results) == len(two.results) == 1 and "another dtype (bfloat16, not float32)" in " ".join(two.apart)
+
+
 def test_a_run_that_the_guard_stopped_says_so(copy: Callable[[Path], Path]) -> None:
     other = copy(RUN)
     edited(cell(other, "grace") / "summary.json", lambda d: d.update(stopped=True))

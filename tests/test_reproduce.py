@@ -21,6 +21,7 @@ from errata.cli import main
 from errata.config import build
 from errata.methods.reft import ReFT
 from errata.request import Probe
+from errata.score.metrics import summarise
 
 FOURTH = case("In Paris people speak", "Italian", "Paris")
 DATA = Path(__file__).parent / "data" / "benchmarks"
@@ -42,6 +43,40 @@ def test_windows_are_disjoint_and_begin_at_the_unedited_model() -> None:
     assert list(figures) == ["reliability", "generality", "locality", "average"]
     assert figures["average"] == pytest.approx(sum(figures[c] for c in list(figures)[:3]) / 3)
     assert {r["T"] for r in own.into.records} == {2} and len(own.into.records) == sum(len(c.probes) for c in [*CASES, FOURTH])
+
+
+def test_figures_are_averaged_over_kinds_then_cases_and_the_average_has_an_interval_of_its_own() -> None:
+    def probe(case: int, kind: str, right: float) -> dict[str, Any]:
+        said = {
+            "tf_after": right,
+            "tf_before": 0.0,
+            "tf_agree": right,
+            "gen_match_after": right,
+            "gen_match_before": 0.0,
+            "gen_agree": right,
+        }
+        said |= {"gen_match_after": right, "gen_match_before": 0.0}
+        return {"method": "m", "case": f"{case:03}", "kind": kind, "known": True, "target": "x", **said}
+
+    found = [probe(0, "two_hop", 0.0) for _ in range(9)] + [probe(0, "alias", 1.0), probe(0, "rewrite", 1.0)]
+    plain, by_kind = job(), job()
+    plain.keep(found, protocols.SINGLE, method="m")
+    by_kind.keep(found, protocols.SINGLE, by_kind=True, method="m")
+    values = [j.into.rows[0]["figures"] for j in (plain, by_kind)]
+    assert [v["portability"]["value"] for v in values] == [0.1, 0.5]  # the papers: keys of a record weigh alike, whatever they hold
+    assert [v["average"]["value"] for v in values] == [0.55, 0.75]
+
+    rng = np.random.default_rng(0)
+    many = [probe(i, kind, float(rng.random() < 0.5)) for i in range(100) for kind in ("rewrite", "rephrase", "neighbour")]
+    wide = job()
+    wide.keep(many, protocols.SEQUENTIAL, method="m")
+    figures = wide.into.rows[0]["figures"]
+    width = {c: f["high"] - f["low"] for c, f in figures.items()}
+    assert width["average"] < 0.75 * min(width[c] for c in ("reliability", "generality", "locality")), width
+    assert {k: figures["reliability"][k] for k in ("value", "low", "high")} == {
+        k: next(r for r in summarise(many) if (r["metric"], r["protocol"]) == ("reliability", "teacher_forced"))[k]
+        for k in ("value", "low", "high")
+    }
 
 
 def test_windows_of_one_edit_are_single_edits_and_what_does_not_fit_is_said() -> None:

@@ -67,6 +67,8 @@ def test_marks_without_being_asked_for() -> None:
         ("methods: [baft]\nguard: 3\n", "guard must be a mapping"),
         ("methods: [baft, {name: baft, set: {rank: 3}}]\n", "two entries have the label 'baft'"),
         ("methods: [baft]\nseeds: [1, 1]\n", "two entries have the seed '1'"),
+        ("methods: [baft]\nscenario: [single, single]\n", "scenario: single stands there twice"),
+        ("methods: [baft]\nbenchmark: [almanac, almanac]\n", "benchmark: almanac stands there twice"),
         ("methods: []\n", "methods is empty"),
         ("model: almanac\n", "needs the setting 'methods'"),
         ("methods: [baft]\nthreads: 0\n", "threads must be at least 1"),
@@ -118,6 +120,24 @@ def test_a_dry_run_finds_what_needs_the_cases(tmp_path: Path, capsys: pytest.Cap
     path = written(tmp_path, SMALL)
     assert main(["run", str(path), "--dry-run", "--set", "methods.r2.rnk=3"]) == 2
     assert "methods.r2 has no setting 'rnk'; did you mean 'rank'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("score: {judges: [contain]}\n", "no judge named 'contain'"),
+        ("guard: {text: no-such-text}\n", "no-such-text: no such text"),
+        ("score: {fluency: true}\nbenchmark: 'own:Tiny'\n", "own:Tiny, or its file, offers no prompts to sample from"),
+        ("score: {fluency: true}\nbenchmark: 'own:Mute'\n", "own:Mute, or its file, offers no prompts to sample from"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_found_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, said: str
+) -> None:
+    text = "methods: [reft]\nmodel: /there/is/no/such/model\n" + more
+    for how in (["--dry-run"], ["--out", str(tmp_path / "out")]):
+        assert main(["run", str(written(tmp_path, text)), *how]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_the_run_file_of_the_documentation_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,6 +166,13 @@ def test_forgetting_by_age() -> None:
     assert forgetting([rewrite(0, False)], [rewrite(0, False)], 1)[0]["retained"] is None
 
 
+def test_a_case_of_several_edits_holds_where_all_hold() -> None:
+    soon = [rewrite(0, True), rewrite(0, True), rewrite(1, True), rewrite(1, False)]
+    late = [rewrite(0, False), rewrite(0, True), rewrite(1, True), rewrite(1, True)]
+    rows = [r for r in forgetting(soon, late, 2) if r["protocol"] == "generated"]
+    assert [(r["age_low"], r["n"], r["held"], r["retained"]) for r in rows] == [(0, 1, 0, None), (1, 1, 1, 0.0)]
+
+
 def test_a_run_has_forgetting_and_right_after_as_other_numbers(tiny: str, tmp_path: Path) -> None:
     found = summary(done(tmp_path / "run", spec_of(tmp_path, tiny)))
     wanted = ("reliability", "generated")
@@ -186,6 +193,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     replies: ClassVar[list[tuple[int, str]]] = []
     asked: ClassVar[list[dict[str, Any]]] = []
+    torn: ClassVar[bool] = False  # promises more than it sends
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -193,7 +201,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         code, said = Server.replies.pop(0) if len(Server.replies) > 1 else Server.replies[0]
         answer = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
         self.send_response(code)
-        self.send_header("Content-Length", str(len(answer)))
+        self.send_header("Content-Length", str(len(answer) + 9 * Server.torn))
         self.end_headers()
         self.wfile.write(answer)
 
@@ -245,6 +253,14 @@ def test_an_endpoint_that_fails_raises(server: str, tmp_path: Path, replies: lis
     with pytest.raises(JudgeError, match=said):
         judge("q", "a", "b")
     assert len(Server.asked) == asked and not list(tmp_path.iterdir())
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Server, "torn", True)
+    Server.replies = [(200, "CORRECT")]
+    with pytest.raises(JudgeError, match=r"could not be asked: .*nothing was put in its place"):
+        judges.Endpoint("gpt@1", server, "m", tmp_path, wait=0.0)("q", "a", "b")
+    assert len(Server.asked) == 4 and not list(tmp_path.iterdir())
 
 
 def test_an_endpoint_that_was_busy_is_asked_again(server: str, tmp_path: Path) -> None:

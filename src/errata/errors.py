@@ -8,7 +8,8 @@ ErrataError                exit code 1
 ├── JudgeError             3   a judge of answers that could not be asked, or gave no verdict
 ├── PatchError             4   a patch that is broken or belongs to another model
 ├── FitError               5   an optimisation that went to NaN
-├── StorageError           6   a disk that is full or cannot be written
+├── StorageError           6   a place that is taken, or a file that is damaged
+│   └── DiskError          6   a disk that is full or cannot be written
 └── LedgerError            7   a ledger that refuses: busy, an edit others build on, a fact it has already
 """
 
@@ -67,6 +68,10 @@ class StorageError(ErrataError):
     """Nothing could be written; whatever was there before is untouched."""
 
     exit_code = 6
+
+
+class DiskError(StorageError):
+    """The disk is full or cannot be written: what is tried next would not be kept either."""
 
 
 class LedgerError(ErrataError):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from errata import storage
-from errata.errors import InputError, ModelError, PatchError, StorageError
+from errata.errors import DiskError, InputError, ModelError, PatchError, StorageError
 from errata.families import linear_sizes
 from errata.model import LM
 from errata.patch import Site
@@ -227,7 +227,7 @@ def _write(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"{path}: nothing was written ({error.strerror}); free space, or set ERRATA_CACHE to another place") from None
+        raise DiskError(f"{path}: nothing was written ({error.strerror}); free space, or set ERRATA_CACHE to another place") from None
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from errata.errors import ErrataError, StorageError
+from errata.errors import DiskError, ErrataError, StorageError
 
 INDEX = "edit.json"  # of a folder of patches: which, in the order they stack
 FEW = 8  # files that are put on the disk one after another
@@ -22,7 +22,7 @@ FEW = 8  # files that are put on the disk one after another
 def replacing(out: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``out`` at the end of the ``with`` block; on any error, or Ctrl-C, it vanishes.
 
-    `StorageError` when the disk is full or cannot be written; what stood at ``out`` is then as before.
+    `DiskError` when the disk is full or cannot be written; what stood at ``out`` is then as before.
     """
     final = out.resolve()
     temporary: Path | None = None
@@ -33,10 +33,10 @@ def replacing(out: Path) -> Iterator[Path]:
         yield temporary
         _swap(temporary, final)
     except StorageError as error:  # something in it that could not be saved names the folder in passing; the user knows ``out``
-        raise StorageError(str(error).replace(str(temporary), str(out))) from None
+        raise type(error)(str(error).replace(str(temporary), str(out))) from None
     except OSError as error:
         why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise StorageError(f"{out}: nothing was written ({why}); free space or choose another place, then try again") from None
+        raise DiskError(f"{out}: nothing was written ({why}); free space or choose another place, then try again") from None
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -70,7 +70,7 @@ def write(path: Path, content: bytes, sync: bool = True) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """One file, all of it or nothing: written beside, put on the disk, renamed.  `StorageError` when the disk is full."""
+    """One file, all of it or nothing: written beside, put on the disk, renamed.  `DiskError` when the disk is full."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with complaining(path):
         try:
@@ -127,12 +127,12 @@ def flush(folders: Sequence[Path]) -> None:
 
 @contextlib.contextmanager
 def complaining(path: Path) -> Iterator[None]:
-    """The system's errors as a `StorageError` that names ``path`` and says what to do."""
+    """The system's errors as a `DiskError` that names ``path`` and says what to do."""
     try:
         yield
     except OSError as error:
         why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise StorageError(f"{path}: could not be written ({why}); what was saved before is whole; free space, then go on") from None
+        raise DiskError(f"{path}: could not be written ({why}); what was saved before is whole; free space, then go on") from None
 
 
 def _sync(path: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from errata.analyse import gates
 from errata.bank import Stack, live
@@ -19,7 +20,7 @@ from errata.benchmarks.downstream import Choice
 from errata.model import LM
 from errata.request import LOCAL_KINDS, Case
 from errata.score import downstream, robustness
-from errata.score.metrics import summarise
+from errata.score.metrics import case_values, interval
 from errata.score.queries import Answers, score
 
 Progress = Callable[[str, int, int], None]
@@ -61,15 +62,37 @@ class Job:
     into: Measured = field(default_factory=Measured)
     answers: Answers = field(default_factory=Answers)
 
-    def keep(self, found: Sequence[Row], wanted: Mapping[str, tuple[str, str]], **row: Any) -> None:
-        """A row of figures from records."""
-        method = str(row["method"])
-        said = {(r["metric"], r["protocol"]): r for r in summarise(found)}
-        figures = {c: {k: said[m][k] for k in ("value", "low", "high")} for c, m in wanted.items() if m in said}
-        if len(figures) > 1:
-            figures["average"] = {k: sum(f[k] for f in figures.values()) / len(figures) for k in ("value", "low", "high")}
-        self.into.rows.append({**row, "method": method, "n": len({r["case"] for r in found}), "figures": figures})
+    def keep(self, found: Sequence[Row], wanted: Mapping[str, tuple[str, str]], by_kind: bool = False, **row: Any) -> None:
+        """A row of figures from records.  ``by_kind``: see `errata.score.metrics.case_values`."""
+        means = {column: case_values(found, *which, by_kind) for column, which in wanted.items()}
+        figures = _figures({column: values for column, values in means.items() if values})
+        self.into.rows.append({**row, "n": len({r["case"] for r in found}), "figures": figures})
         self.into.records += [{**r, **{k: row[k] for k in ("part", "T", "batch") if k in row}} for r in found]
+
+
+def _figures(means: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """{column: value, low, high} from {column: {case: value}}; of several columns also the average, with an interval of its own: the
+    columns of a case rise and fall together, so cases are drawn, not columns."""
+    cases = sorted({case for values in means.values() for case in values})
+    table = np.array([[values.get(case, np.nan) for values in means.values()] for case in cases])
+    out = {}
+    for i, column in enumerate(means):
+        own = table[:, i][~np.isnan(table[:, i])]
+        low, high = interval(own, 0)
+        out[column] = {"value": float(own.mean()), "low": low, "high": high}
+    if len(means) > 1:
+        low, high = interval(table, 0, statistic=_average)
+        out["average"] = {"value": float(_average(table)), "low": low, "high": high}
+    return out
+
+
+def _average(drawn: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[…, cases, columns] -> […]: the mean of the columns' means, each over the cases that have it; NaN where one has none."""
+    there = ~np.isnan(drawn)
+    count = there.sum(axis=-2)
+    means = np.divide(np.where(there, drawn, 0.0).sum(axis=-2), count, out=np.full(count.shape, np.nan), where=count > 0)
+    out: NDArray[np.float64] = means.mean(axis=-1)
+    return out
 
 
 def stack_of(lm: LM, editor: Any, cases: Sequence[Case], batch: int, told: Callable[[int], None]) -> Stack:
@@ -123,7 +146,7 @@ def single(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], sentimen
     for name, editor in editors.items():
         stacks = [(p,) for p in _each(job.lm, editor, cases)]
         found = score(job.lm, cases, stacks, name, lambda done, of, name=name: job.progress(f"{name}: scoring", done, of), job.answers)
-        job.keep(found, SENTIMENT if sentiment else SINGLE, method=name, **row)
+        job.keep(found, SENTIMENT if sentiment else SINGLE, by_kind=True, method=name, **row)
 
 
 def _each(lm: LM, editor: Any, cases: Sequence[Case]) -> list[Any]:

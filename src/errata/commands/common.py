@@ -134,10 +134,10 @@ def editors(names: str) -> list[str]:
     return out
 
 
-def load(args: argparse.Namespace, *, as_saved: bool = False) -> LM:
+def load(args: argparse.Namespace, *, as_saved: bool = False, **more: Any) -> LM:
     """The model of the command line.  From here to the end of the command, libraries are quiet.
 
-    ``as_saved``: in the dtype it was saved in; ``--dtype`` means something else there.
+    ``as_saved``: in the dtype it was saved in; ``--dtype`` means something else there.  ``more``: what else `errata.load` takes.
     """
     import errata
 
@@ -150,7 +150,7 @@ def load(args: argparse.Namespace, *, as_saved: bool = False) -> LM:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:  # torch says the latter where it was built without CUDA
             raise ModelError(f"device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return errata.load(args.model, dtype=None if as_saved else args.dtype, device=args.device)
+    return errata.load(args.model, dtype=None if as_saved else args.dtype, device=args.device, **more)
 
 
 def prepare(editor: Any, lm: LM, progress: Progress) -> None:

@@ -76,14 +76,16 @@ def _from_run(args: argparse.Namespace, run: Path, named: str | None, values: di
     if not (folder / "records.jsonl").is_file():
         raise InputError(f"{folder}: is not done yet; finish it with `errata run`")
     args.model, args.benchmark, args.split = args.model or cell.model.name, cell.benchmark.name, cell.benchmark.split
-    lm = common.load(args)
+    args.dtype, args.device = args.dtype or cell.model.dtype, args.device or cell.model.device
+    more = {"revision": cell.model.revision, "device_map": None if args.device else cell.model.device_map}
+    lm = common.load(args, **{k: v for k, v in more.items() if v is not None})
     if (then := _read(folder / "cell.json").get("fingerprint")) != lm.fingerprint:
         raise InputError(f"{folder} belongs to base {then}, {args.model} is {lm.fingerprint}; give its model with --model")
     cases = base.cases_of(lm, spec, cell)
-    entries = Journal(folder).entries
+    entries = Journal(folder, repair=False).entries
     numbers = live_edits(entries)
     found = Source(cell=cell.id, cases=cases, by_mark=_by_mark(folder / "records.jsonl", cell.method.label))
-    found.editor = registry.get("method", "baft").for_model(lm, **{**cell.method.set, **values})
+    found.editor = registry.get("method", "baft").for_model(lm, **{"seed": cell.seed, **cell.method.set, **values})
     patches = Patches(folder / "patches").load(numbers)
     if not patches:
         found.notes.append("the run dropped its patches (store.patches), so its gates cannot be read")
@@ -185,7 +187,7 @@ def _by_mark(path: Path, label: str) -> dict[int, Any]:
     """{T: records after T edits} of the method with this label in a continual run."""
     out: dict[int, Any] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().rstrip(b"\n").split(b"\n")
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
     for number, line in enumerate(lines, 1):

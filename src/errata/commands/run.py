@@ -29,7 +29,7 @@ def add(commands: common.Subparsers) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
-    from errata.run import engine, grid, manifest
+    from errata.run import engine, grid, manifest, preflight
     from errata.run.folder import read_document
 
     if args.address is not None and args.workers != "ray":
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     args.until_end.enter_context(quiet(args.debug))
     spec = grid.read(args.file, args.set)
     root = args.out or Path("runs") / Path(args.file).stem
-    cells = grid.cells(spec)
-    rows = [_row(cell, spec) for cell in cells]
+    planned = preflight.check(spec, root)
+    cells, rows = [p.cell for p in planned], [_row(p) for p in planned]
     if args.dry_run:
         screen.document({"out": str(root), "cells": rows})
         screen.table(("cell", "method", "benchmark", "cases", "scenario", "marks", "seed"), [tuple(r.values()) for r in rows])
@@ -67,24 +67,17 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         raise _failure(failed, len(cells))
 
 
-def _row(cell: Any, spec: Any) -> dict[str, Any]:
-    """One line of the grid; what can be checked without the model is."""
-    from errata.run import grid
-    from errata.run.growing import How
-
-    grid.editor(cell)
-    n = len(cell.cases())
-    marks = cell.scenario.at(n)
-    if cell.scenario.kind != "single":
-        How(cell.scenario.size or 1, marks).check(n)
+def _row(planned: Any) -> dict[str, Any]:
+    """One line of the grid."""
+    cell = planned.cell
     where = Path(cell.benchmark.data).name if cell.benchmark.data else cell.benchmark.split or ""
     return {
         "cell": cell.id,
         "method": cell.method.label,
         "benchmark": f"{cell.benchmark.name} {where}".strip(),
-        "cases": n,
+        "cases": planned.cases,
         "scenario": cell.scenario.title,
-        "marks": "–" if cell.scenario.kind == "single" else ", ".join(map(str, marks)),
+        "marks": "–" if cell.scenario.kind == "single" else ", ".join(map(str, planned.marks)),
         "seed": cell.seed,
     }
 

@@ -212,6 +212,7 @@ def _document(
     out = {
         "model": lm.name,
         "base": lm.fingerprint,
+        "dtype": str(lm.dtype).removeprefix("torch."),
         **facts,
         "mode": args.mode,
         "settings": {e.name: to_dict(e) for e in editors},

@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from errata.errors import LedgerError, StorageError
+from errata.errors import DiskError, LedgerError, StorageError
 from errata.ledger.stacks import Entry
 from errata.request import EditRequest
 
@@ -160,7 +160,7 @@ class Record:
                     f"{self.path.parent}: another is writing to this ledger (waited {waited:g} s); try again, or wait longer (--wait)"
                 ) from None
             why = "the disk is full" if "full" in text else text
-            raise StorageError(f"{self.path}: not written ({why}); the ledger is as it was before; free space, then try again") from None
+            raise DiskError(f"{self.path}: not written ({why}); the ledger is as it was before; free space, then try again") from None
         except sqlite3.DatabaseError as error:
             raise StorageError(
                 f"{self.path}: cannot be read ({error}); bring it back from a copy, or try `sqlite3 {NAME} .recover`; "

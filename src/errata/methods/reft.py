@@ -18,5 +18,5 @@ class ReFT(SubspaceEditor):
         "llama-2-7b": {"layers": [9, 18, 24, 28]},
         "llama-3-8b": {"layers": [9, 18, 24, 28]},
         "gemma-1.1-7b": {"layers": [18, 20, 22, 24]},
-        "almanac": {"lr": 1e-3, "batched_lr": 1e-3, "end": "."},  # chosen on dev (docs/results)
+        "almanac": {"lr": 1e-3, "batched_lr": 1e-3, "weight_decay": 5.0, "end": "."},  # chosen on dev (docs/results)
     }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from errata.errors import ErrataError, InputError, StorageError
+from errata.errors import DiskError, ErrataError, InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,4 +38,4 @@ def save(made: Figure, paths: Sequence[str | Path]) -> None:
             except ValueError as error:  # an ending matplotlib cannot write
                 raise InputError(f"{path}: {error}") from None
             except OSError as error:
-                raise StorageError(f"{path}: cannot be written ({error.strerror}); check the folder and the space left") from None
+                raise DiskError(f"{path}: cannot be written ({error.strerror}); check the folder and the space left") from None

@@ -50,6 +50,7 @@ class Result:
     cost: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     records: Records | None = None
+    dtype: str | None = None  # None: a folder that does not say
 
     @property
     def versions(self) -> dict[str, int]:
@@ -206,6 +207,7 @@ def _cell(path: Path, run: Path) -> Result:
         _document(path / "cost.json") if (path / "cost.json").is_file() else {},
         begun.get("settings", {}),
         records,
+        begun.get("dtype"),
     )
 
 
@@ -252,6 +254,7 @@ def of_document(path: Path, document: Mapping[str, Any], records: Records | None
                 {} if seconds is None else {"seconds_an_edit": seconds},
                 document.get("settings", {}).get(method, {}),
                 records,
+                document.get("dtype"),
             )
         )
     return out

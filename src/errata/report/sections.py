@@ -86,6 +86,12 @@ def _differences(group: _Group, result: Result) -> list[str]:
         out.append(f"another scenario ({result.scenario}, not {first.scenario})")
     if not result.asked & group.asked:
         out.append(f"other cases or probes (digest {_names(result.asked)}, not {_names(group.asked)})")
+    dtypes = {r.dtype for r in group.results if r.dtype is not None}
+    if result.dtype is not None and dtypes and result.dtype not in dtypes:
+        out.append(f"another dtype ({result.dtype}, not {', '.join(sorted(dtypes))})")
+    ends = {r.document["edits"] for r in (*group.results, result) if "edits" in r.document and not r.document.get("stopped")}
+    if len(ends) > 1:  # a run that its guard stopped stays, and is labelled
+        out.append(f"another number of edits ({', '.join(map(str, sorted(ends)))})")
     changed = [m for m, version in result.versions.items() if group.versions.get(m, version) != version]
     out += [f"another version of the metric {m} ({result.versions[m]}, not {group.versions[m]})" for m in changed]
     return out

@@ -1,4 +1,7 @@
-"""All numbers of a report as one CSV file, a line a number: to be read by programs, so values are shares as they were measured."""
+"""The scores of a report as one CSV file, a line a number: to be read by programs, so values are shares as they were measured.
+
+After all edits, right after each, after T edits, forgetting by age, REP's averages, differences of two methods, seconds by kind of work.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,19 @@ def lines(sections: Sequence[Section]) -> Iterator[dict[str, object]]:
         for what, part in PARTS.items():
             for row in getattr(section, part):
                 yield {**about, "what": what, **{k: row.get(k) for k in COLUMNS if k in row}}
+        yield from ({**about, "what": "REP's average", "metric": r["score"], **_known(r), "n_probes": r["n"]} for r in section.micro)
+        yield from ({**about, "what": _age(r), "metric": "retained", **_known(r), "n_cases": r["held"]} for r in section.forgetting)
         yield from ({**about, "what": f"seconds of {kind}", **value} for kind, value in _seconds(section))
+
+
+def _known(row: Row) -> dict[str, object]:
+    values = {k: row.get(k) for k in COLUMNS if k in row}
+    return {**values, "value": row["retained"]} if "retained" in row else values
+
+
+def _age(row: Row) -> str:
+    ages = f"{row['age_low']}" if row["age_low"] == row["age_high"] else f"{row['age_low']} to {row['age_high']}"
+    return f"of edits that held right after, with {ages} edits after them"
 
 
 def _seconds(section: Section) -> Iterable[tuple[str, dict[str, object]]]:

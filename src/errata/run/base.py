@@ -1,28 +1,32 @@
 """What the unedited model says to the cases of a grid: asked once, in parts that are put on disk, for all methods, marks and workers.
 
 Every scoring part begins from exactly these answers, whatever was asked before it, so that its batches (and with them the last bits of a
-likelihood) do not depend on where a run was stopped.
+likelihood) do not depend on where a run was stopped.  ``base.json`` beside them says which model was asked, and which cases.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from errata.errors import ModelError, StorageError
 from errata.model import LM
 from errata.request import Case
 from errata.run import grid
-from errata.run.folder import Journal, Records, locked
+from errata.run.folder import Journal, Records, document, locked, read_document
 from errata.score import robustness
 from errata.score.forcing import Forced
 from errata.score.queries import Answers, Progress, ask_base
 
+NAME = "base.json"
 
-def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell) -> list[Case]:
+
+def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell, source: Any = None) -> list[Case]:
     """The benchmark's cases; with ``score.robustness`` also the suite's probes, the same for all methods of the run: those that fit
-    behind the longest context any of them puts in front."""
-    found: list[Case] = cell.cases()
+    behind the longest context any of them puts in front.  ``source``: the opened benchmark, which may learn from what it loads."""
+    found: list[Case] = cell.cases(source)
     if not spec.score.robustness:
         return found
     editors = [grid.editor(other) for other in grid.cells(spec) if other.model == cell.model]
@@ -30,7 +34,8 @@ def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell) -> list[Case]:
 
 
 def ask(lm: LM, cases: Sequence[Case], folder: Path, chunk: int, progress: Progress | None = None) -> Answers:
-    """The answers kept in ``folder``; what is not there is asked and kept."""
+    """The answers kept in ``folder``; what is not there is asked and kept.  An error where they are of another model or other cases."""
+    _begun(folder, who(lm, cases))
     parts = {f"cases {i + 1}-{min(i + chunk, len(cases))}": cases[i : i + chunk] for i in range(0, len(cases), chunk)}
     journal, answers = Journal(folder), Answers()
     if len(journal.entries) < len(parts):
@@ -40,6 +45,30 @@ def ask(lm: LM, cases: Sequence[Case], folder: Path, chunk: int, progress: Progr
     for part in parts:  # those just asked too: what is read is what every other worker reads
         _take(answers, journal.records(part))
     return answers
+
+
+def who(lm: LM, cases: Sequence[Case]) -> dict[str, str]:
+    """Names the model and the cases: answers belong to both."""
+    asked = [[[r.to_dict() for r in c.requests], [dataclasses.astuple(p) for p in c.probes]] for c in cases]
+    return {"fingerprint": lm.fingerprint, "cases": grid.digest(asked)}
+
+
+def same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """`ModelError` or `StorageError` where a folder was begun with another model or other cases (keys as in `who`)."""
+    if then.get("fingerprint") != now["fingerprint"]:
+        raise ModelError(
+            f"{folder}: was begun with the model {then.get('fingerprint')}, which is now {now['fingerprint']}; give another --out"
+        )
+    if then.get("cases") != now["cases"]:
+        raise StorageError(f"{folder}: the benchmark's cases are not those it was begun with; give another --out")
+
+
+def _begun(folder: Path, now: dict[str, str]) -> None:
+    if not (folder / NAME).exists():
+        with locked(folder):
+            Journal(folder).cut(0)  # answers of nobody knows whom
+            document(folder / NAME, now)
+    same(folder, read_document(folder / NAME), now)
 
 
 def _ask(lm: LM, parts: Mapping[str, Sequence[Case]], journal: Journal, progress: Progress | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from errata.bank import Stack
 from errata.config import to_dict
-from errata.errors import ConfigError, ModelError, StorageError
+from errata.errors import StorageError
 from errata.model import LM
 from errata.request import Case
 from errata.run import base, grid, summary
@@ -43,7 +43,8 @@ class Work:
 
     def __post_init__(self) -> None:
         self.editor = grid.editor(self.cell)
-        self.cases: list[Case] = base.cases_of(self.lm, self.spec, self.cell)
+        self.source = grid.benchmark(self.cell.benchmark)
+        self.cases: list[Case] = base.cases_of(self.lm, self.spec, self.cell, self.source)
         self.marks = self.cell.scenario.at(len(self.cases))
         self.single = self.cell.scenario.kind == "single"
         made = (judges.make(j.name, self.judged, j.endpoint, j.model, j.key_env) for j in self.spec.score.judges)
@@ -73,26 +74,21 @@ class Work:
             self._finish(journal)
 
     def _same_cell(self) -> None:
-        """`StorageError` or `ModelError` where the folder was begun with other cases or another model."""
+        """An error where the folder was begun with another model, other cases or other settings."""
         now = {
             "cell": self.cell.to_dict(),
             "settings": to_dict(self.editor),
-            "fingerprint": self.lm.fingerprint,
-            "cases": grid.digest([[[r.to_dict() for r in c.requests], [dataclasses.astuple(p) for p in c.probes]] for c in self.cases]),
+            **base.who(self.lm, self.cases),
+            "dtype": str(self.lm.dtype).removeprefix("torch."),
         }
         path = self.folder / CELL
         if not path.exists():
             document(path, now)
             return
         then = read_document(path)
-        if then.get("fingerprint") != now["fingerprint"]:
-            raise ModelError(
-                f"{self.folder}: was begun with the model {then.get('fingerprint')}, {self.lm.name} is now {now['fingerprint']}; "
-                "give another --out"
-            )
-        for key, what in (("cases", "the benchmark's cases"), ("settings", "the method's settings")):
-            if grid.digest(then.get(key)) != grid.digest(now[key]):
-                raise StorageError(f"{self.folder}: {what} are not those it was begun with; give another --out")
+        base.same(self.folder, then, now)
+        if grid.digest(then.get("settings")) != grid.digest(now["settings"]):
+            raise StorageError(f"{self.folder}: the method's settings are not those it was begun with; give another --out")
 
     def _told(self, done: int, total: int) -> None:
         if self.progress:
@@ -201,15 +197,12 @@ class Work:
 
     def _fluency(self, journal: Journal, stacks: list[Stack]) -> Records:
         """GE and RS after all edits; of single edits, of those whose patches are kept."""
-        source = grid.benchmark(self.cell.benchmark)
-        if not hasattr(source, "generation"):
-            raise ConfigError(f"score.fluency: the benchmark {self.cell.benchmark.name} offers no prompts to sample from; leave it out")
         if self.single:
             loaded = self.patches.load(self.patches.there()) or []
             stacks = [(p,) for p in loaded]
         else:
             stacks = stacks * journal.entries[-1]["edits"]
-        return generation.score(self.lm, self.cases[: len(stacks)], stacks, self.cell.method.label, source)
+        return generation.score(self.lm, self.cases[: len(stacks)], stacks, self.cell.method.label, self.source)
 
 
 def live_edits(entries: Sequence[dict[str, Any]]) -> list[int]:

@@ -16,29 +16,29 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from errata import model
-from errata.errors import ConfigError, ErrataError, ModelError, StorageError
+from errata.errors import ConfigError, DiskError, ErrataError, ModelError, StorageError
 from errata.run import base, grid, manifest
 from errata.run.cell import Work
-from errata.run.folder import Journal, read_document
+from errata.run.folder import Journal, locked, read_document
 from errata.run.parts import Progress
 
 RETRIES = 2  # more tries of a cell whose worker was lost
-DISK = StorageError.exit_code
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``error`` is empty for a cell that is complete; ``code`` is the exit code that belongs to the error."""
+    """``error`` is empty for a cell that is complete; ``code`` is its exit code; ``disk``: because a disk could not be written."""
 
     cell: str
     error: str = ""
     code: int = 0
+    disk: bool = False
 
 
 Told = Callable[[Outcome], None]
@@ -69,7 +69,7 @@ def attempt(root: str, name: str, base_only: bool = False, progress: Progress | 
         (folder / "error.txt").unlink(missing_ok=True)
         return Outcome(name)
     except ErrataError as error:
-        return _failed(folder, name, str(error), error.exit_code)
+        return replace(_failed(folder, name, str(error), error.exit_code), disk=isinstance(error, DiskError))
     except (MemoryError, torch.cuda.OutOfMemoryError):
         return _failed(folder, name, "out of memory; use a smaller model, dtype bfloat16, or a smaller store.chunk", ModelError.exit_code)
     except Exception as error:
@@ -105,7 +105,7 @@ def processes(root: Path, cells: Sequence[grid.Cell], told: Told, count: int) ->
         said = ""
         for _ in range(1 + RETRIES):
             if ended.is_set():
-                return Outcome(name, "not begun: the run was ended", DISK)
+                return Outcome(name, "not begun: the run was ended", DiskError.exit_code)
             child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             running.add(child)
             said, _ = child.communicate()
@@ -163,7 +163,7 @@ def _collected(outcomes: Iterable[Outcome], told: Told) -> list[Outcome]:
     for outcome in outcomes:
         out.append(outcome)
         told(outcome)
-        if outcome.code == DISK:
+        if outcome.disk:
             break
     return out
 
@@ -176,7 +176,7 @@ def _in_two_stages(cells: Sequence[grid.Cell], run: Callable[[Sequence[str], boo
     failed = {outcome.cell: outcome for outcome in run(list(first.values()), True) if outcome.error}
     for cell in cells:
         if first[cell.base] in failed:
-            yield Outcome(cell.id, failed[first[cell.base]].error, failed[first[cell.base]].code)
+            yield replace(failed[first[cell.base]], cell=cell.id)
     yield from run([cell.id for cell in cells if first[cell.base] not in failed], False)
 
 
@@ -185,10 +185,11 @@ def left(root: Path, cells: Sequence[grid.Cell]) -> list[grid.Cell]:
     out = []
     for cell in cells:
         folder = root / "cells" / cell.id
-        if folder.is_dir() and (journal := Journal(folder)).complete:
-            journal.sweep()
-        else:
+        if not (folder.is_dir() and Journal(folder, repair=False).complete):
             out.append(cell)
+            continue
+        with contextlib.suppress(StorageError), locked(folder):  # who works in it sweeps too
+            Journal(folder).sweep()
     return out
 
 
@@ -213,7 +214,7 @@ def run(
         out = processes(root, cells, told, workers)
     else:
         out = serial(root, cells, told, progress)
-    if (full := next((o for o in out if o.code == DISK), None)) is not None:
-        raise StorageError(f"{full.cell}: {full.error}")
+    if (full := next((o for o in out if o.disk), None)) is not None:
+        raise DiskError(f"{full.cell}: {full.error}")
     manifest.complete(root)
     return out

@@ -37,6 +37,11 @@ def lines(values: Sequence[Any]) -> bytes:
     return b"".join(map(line, values))
 
 
+def records(path: Path) -> Records:
+    """The inverse of `lines`.  Not by `str.splitlines`: a model may say U+2028, and other characters that it splits at."""
+    return [json.loads(text) for text in path.read_bytes().split(b"\n")[:-1]]
+
+
 def document(path: Path, value: Any) -> None:
     """One JSON value as a file of its own, all of it or nothing."""
     storage.write_file(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False).encode("utf-8", "replace") + b"\n")
@@ -48,14 +53,21 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 class Journal:
-    """The parts of one folder that are done, in the order they were."""
+    """The parts of one folder that are done, in the order they were.
 
-    def __init__(self, folder: Path) -> None:
+    ``repair``: make the folder, and cut off what is torn; for who holds the lock.  Who does not may only look: what looks torn may be
+    half written.
+    """
+
+    def __init__(self, folder: Path, repair: bool = True) -> None:
         self.folder = folder
         self.entries: list[dict[str, Any]] = []
-        with storage.complaining(folder):
-            (folder / "parts").mkdir(parents=True, exist_ok=True)
-        self._read()
+        if repair:
+            with storage.complaining(folder):
+                (folder / "parts").mkdir(parents=True, exist_ok=True)
+        raw = self._read()
+        if repair and lines(self.entries) != raw:
+            self.cut(len(self.entries))
 
     @property
     def complete(self) -> bool:
@@ -64,8 +76,8 @@ class Journal:
     def _file(self, part: str) -> Path:
         return self.folder / RECORDS if part == DONE else self.folder / "parts" / f"{part.replace(' ', '-')}.jsonl"
 
-    def _read(self) -> None:
-        """What the journal names and the disk holds whole; everything behind the first gap is forgotten."""
+    def _read(self) -> bytes:
+        """The file; entries become what the journal names and the disk holds whole; everything behind the first gap is forgotten."""
         path = self.folder / JOURNAL
         raw = path.read_bytes() if path.exists() else b""
         found: list[dict[str, Any]] = []
@@ -80,8 +92,7 @@ class Journal:
         else:
             found = [e for e in found if e["part"] != DONE]
             self.entries = found[: next((i for i, e in enumerate(found) if not self._whole(e)), len(found))]
-        if lines(self.entries) != raw:
-            self.cut(len(self.entries))
+        return raw
 
     def _whole(self, entry: dict[str, Any]) -> bool:
         try:
@@ -103,7 +114,7 @@ class Journal:
         self.entries.append(entry)
 
     def records(self, part: str) -> Records:
-        return [json.loads(text) for text in self._file(part).read_text(encoding="utf-8").splitlines()]
+        return records(self._file(part))
 
     def sweep(self) -> None:
         """Remove what no line of the journal vouches for."""

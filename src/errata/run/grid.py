@@ -196,9 +196,9 @@ class Cell:
     def to_dict(self) -> dict[str, Any]:
         return to_dict(self)
 
-    def cases(self) -> list[Any]:
-        """The benchmark's, in this cell's order."""
-        spec, source = self.benchmark, benchmark(self.benchmark)
+    def cases(self, source: Any = None) -> list[Any]:
+        """The benchmark's, in this cell's order; ``source``: the benchmark, where it is open already."""
+        spec, source = self.benchmark, source or benchmark(self.benchmark)
         split = spec.split or (None if getattr(source, "needs_data", False) else "test")
         found = source.load(split, spec.n if isinstance(spec.n, int) else None, self.order)
         return list(itertools.islice(found, CASES) if spec.n is None else found)
@@ -306,6 +306,10 @@ def _checked(spec: RunSpec) -> RunSpec:
     for key, names in (("label", labels), ("seed", list(map(str, spec.seeds)))):
         if twice := [n for i, n in enumerate(names) if n in names[:i]]:
             raise ConfigError(f"two entries have the {key} {twice[0]!r}; give each its own")
+    for key in ("model", "benchmark", "scenario"):
+        given = getattr(spec, key)
+        if twice := [v for i, v in enumerate(given) if v in given[:i]]:
+            raise ConfigError(f"{key}: {getattr(twice[0], 'name', '') or twice[0].title} stands there twice; leave one out")
     if spec.threads is not None and spec.threads < 1:
         raise ConfigError(f"threads must be at least 1, not {spec.threads}")
     values = to_dict(spec)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from errata.bank import Stack
-from errata.request import Case
+from errata.request import SURFACE_KINDS, Case
 from errata.run.folder import Records
 from errata.run.grid import Cell
 from errata.score.cost import size_on_disk
 from errata.score.forgetting import forgetting
 from errata.score.metrics import summarise
+from errata.score.robustness import micro_averages
 
 Entry = dict[str, Any]
 
@@ -21,13 +22,14 @@ def of_cell(cell: Cell, records: Records, entries: Sequence[Entry], cases: Seque
     """The document ``summary.json``.
 
     summary      rows of `summarise` after all edits
+    micro_averages   REP's own averages of them, with ``score.robustness``
     retention    the same at each mark, with T; right_after: of each case right after its own edit (growing stacks only)
     forgetting   rows of `errata.score.forgetting`
     health       what the guard found, with T; undone: the edits it took back, by name
     """
     out: dict[str, Any] = {"cell": cell.to_dict(), "id": cell.id, "n": len(cases), "edits": entries[-1]["edits"]}
     if cell.scenario.kind == "single":
-        return {**out, "summary": summarise(records)}
+        return {**out, "summary": summarise(records), **_as_rep(records)}
     by_mark: dict[Any, Records] = {}
     for record in records:
         by_mark.setdefault(record.get("edits", "sampled"), []).append(record)
@@ -38,6 +40,7 @@ def of_cell(cell: Cell, records: Records, entries: Sequence[Entry], cases: Seque
     return {
         **out,
         "summary": summarise([*by_mark[last], *sampled]),
+        **_as_rep(by_mark[last]),
         "retention": [{**row, "T": mark} for mark in sorted(by_mark) for row in summarise(by_mark[mark])],
         "right_after": summarise(soon),
         "forgetting": forgetting(soon, by_mark[last], last),
@@ -47,6 +50,12 @@ def of_cell(cell: Cell, records: Records, entries: Sequence[Entry], cases: Seque
         ],
         "stopped": any(entry.get("stopped") for entry in entries),
     }
+
+
+def _as_rep(records: Records) -> dict[str, Any]:
+    """REP's own averages after all edits, where its surfaces were asked."""
+    asked = any(r["kind"] in SURFACE_KINDS for r in records)
+    return {"micro_averages": micro_averages(records)} if asked else {}
 
 
 def sizes(stacks: Sequence[Stack], single: bool) -> dict[str, Any]:

@@ -30,22 +30,32 @@ def forgetting(right_after: Iterable[Record], at: Iterable[Record], edits: int, 
     """A row for each protocol and bucket: {method, T, protocol, age_low, age_high, n, held, retained, low, high}.
 
     ``right_after``: records right after each edit, in the order of the edits; ``at``: records of all cases on the stack after ``edits``.
-    An edit's age is how many came after it.  n edits of that age; ``held`` of them held right after; ``retained`` is the share of those
-    that hold at T (None where none held), with its 95 % interval over edits.  Edits that were taken back do not count.
+    An edit is a case with all its requests: where it has several it holds if all do.  Its age is how many came after it.  n edits of that
+    age; ``held`` of them held right after; ``retained`` is the share of those that hold at T (None where none held), with its 95 %
+    interval over edits.  Edits that were taken back do not count.
     """
-    first = {r["case"]: r for r in right_after if r["kind"] == "rewrite" and "undone" not in r}
-    last = {r["case"]: r for r in at if r["kind"] == "rewrite"}
+    first = _rewrites(r for r in right_after if "undone" not in r)
+    last = _rewrites(at)
     place = {case: i for i, case in enumerate(dict.fromkeys(r["case"] for r in at))}
     rows = []
     for protocol, holds in HOLDS.items():
         for low, high in ages(edits):
             there = [case for case in first if case in last and low <= edits - 1 - place[case] <= high]
-            held = [case for case in there if holds(first[case])]
+            held = [case for case in there if all(map(holds, first[case]))]
             if there:
-                method = first[there[0]]["method"]
+                method = first[there[0]][0]["method"]
                 row = {"method": method, "T": edits, "protocol": protocol, "age_low": low, "age_high": high, "n": len(there)}
-                rows.append({**row, "held": len(held), **_share([holds(last[case]) for case in held], seed)})
+                rows.append({**row, "held": len(held), **_share([all(map(holds, last[case])) for case in held], seed)})
     return rows
+
+
+def _rewrites(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """case -> the records of its edited prompts."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        if record["kind"] == "rewrite":
+            found.setdefault(record["case"], []).append(record)
+    return found
 
 
 def _share(kept: Sequence[bool], seed: int) -> dict[str, float | None]:

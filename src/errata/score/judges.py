@@ -11,6 +11,7 @@ A judge that fails raises `JudgeError`; no other verdict takes its place.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import importlib
 import json
 import os
@@ -108,8 +109,8 @@ class Endpoint:
                 why = f"{error.code} {error.reason}"
                 if error.code not in AGAIN:
                     break
-            except (OSError, TimeoutError) as error:
-                why = str(getattr(error, "reason", error))
+            except (OSError, TimeoutError, http.client.HTTPException) as error:
+                why = str(getattr(error, "reason", error)) or type(error).__name__
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 why = f"its reply is not a chat completion ({type(error).__name__})"
         raise JudgeError(f"judge {self.name}: {self.url} could not be asked: {why}; nothing was put in its place, run again to go on")

@@ -151,6 +151,19 @@ def _case_means(records: Iterable[Record], field: str) -> dict[str, float]:
     return {case: sum(values) / len(values) for case, values in sorted(found.items())}
 
 
+def case_values(records: Iterable[Record], metric: str, protocol: str, by_kind: bool = False) -> dict[str, float]:
+    """case -> mean over its probes, as `summarise` takes it; ``by_kind``: the mean over its kinds of probe of the mean over each kind's,
+    as the papers' scripts average portability and locality.  Not for S, which no case has of its own."""
+    which = get_metric(metric)
+    _check_protocol(which, protocol)
+    chosen, field = _chosen(records, which, protocol), which.after[protocol]
+    if not by_kind:
+        return _case_means(chosen, field)
+    columns = [_case_means((r for r in chosen if r["kind"] == kind), field) for kind in which.kinds]
+    cases = sorted({case for means in columns for case in means})
+    return {case: float(np.mean([means[case] for means in columns if case in means])) for case in cases}
+
+
 def _columns(records: Sequence[Record], which: Metric, field: str) -> dict[str, list[float]]:
     """case -> its means: one number, or for a harmonic metric one a kind (NaN where the case has no such probe)."""
     if not which.harmonic:

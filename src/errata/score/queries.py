@@ -228,7 +228,8 @@ def _against(case: Case, probe: Probe, target: str) -> tuple[str, str | None]:
     A surface (`errata.score.robustness`) is as a rephrase; a negated prompt has the old object against the new one, a statement
     "True" against "False" or the other way round.
     """
-    request = next((r for r in case.requests if r.target == probe.target), case.request)
+    by_prompt = (r for r in case.requests if r.prompt == probe.prompt)
+    request = next(by_prompt, None) or next((r for r in case.requests if r.target == probe.target), case.request)
     own, rival = target, None
     if probe.kind in ("rewrite", "rephrase", *SURFACE_KINDS):
         own, rival = request.target, request.old

@@ -1,0 +1,48 @@
+"""What can be known wrong of a run before a model is loaded: settings, cases and marks, judges, texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errata.errors import ConfigError
+from errata.run import grid
+from errata.run.growing import How
+from errata.score import judges
+from errata.texts import open_corpus
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell, how many cases it has and at which T they are scored."""
+
+    cell: grid.Cell
+    cases: int
+    marks: tuple[int, ...]
+
+
+def check(spec: grid.RunSpec, root: Path) -> list[Planned]:
+    """Every cell of the grid; an error that says what cannot be run.  ``root``: the run's folder."""
+    for judge in spec.score.judges:
+        judges.make(judge.name, root / "judged", judge.endpoint, judge.model, judge.key_env)
+    if spec.guard is not None:
+        open_corpus(spec.guard.text)
+    return [_planned(cell, spec.score.fluency) for cell in grid.cells(spec)]
+
+
+def _planned(cell: grid.Cell, fluency: bool) -> Planned:
+    grid.editor(cell)
+    source = grid.benchmark(cell.benchmark)
+    cases = cell.cases(source)
+    marks = cell.scenario.at(len(cases))
+    if cell.scenario.kind != "single":
+        How(cell.scenario.size or 1, marks).check(len(cases))
+    if fluency and not _can_be_sampled(source, cases):
+        name = cell.benchmark.name
+        raise ConfigError(f"score.fluency: the benchmark {name}, or its file, offers no prompts to sample from; leave it out")
+    return Planned(cell, len(cases), marks)
+
+
+def _can_be_sampled(source: Any, cases: list[Any]) -> bool:
+    return hasattr(source, "generation") and any(source.generation(case)[0] for case in cases)
