@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 sys.path.insert(0, str(Path(__file__).parent))  # for `families`
 
 from browser import chromium, view  # noqa: F401
+from desk import desk, running, server  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import threading
 import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from browser import View
+
+FRANCE = {"prompt": "The capital of France is", "target": "Lyon", "subject": "France"}
+SPAIN = {"prompt": "The capital of Spain is", "target": "Seville", "subject": "Spain"}
+WATCHED = ("The language of France is", "The currency of Japan is", "Romania is located in the continent")
 
 # every text that the places of the job and of notes ever show: what flashes by counts too
 RECORD = """addEventListener("DOMContentLoaded", () => {
@@ -96,3 +105,34 @@ class Desk:
         cells = "rows => rows.map(r => [...r.children].map(c => c.innerText.trim()))"
         found = self.moved.locator("tbody tr:not(.group)").evaluate_all(cells)
         return {p: (before, after, float(re.sub("[<>%]", "", moved)) / 100) for p, before, after, moved in found}
+
+
+@pytest.fixture(scope="module")
+def running(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("serve")
+    (folder / "watch.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in WATCHED))
+    more = ["--ledger", str(folder / "book"), "--watch", str(folder / "watch.jsonl"), "--port", "0", "--author", "ada"]
+    command = [sys.executable, "-m", "errata", "serve", "almanac", *more]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        errors: list[str] = []
+        threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True).start()
+        line = process.stdout.readline() if process.stdout else ""
+        found = re.search(r"http://127\.0\.0\.1:\d+/#token=\S+", line)
+        assert found, (line, errors)
+        yield Server(found[0])
+        process.terminate()
+        assert process.wait(60) == 0, errors
+
+
+@pytest.fixture
+def server(running: Server) -> Server:
+    """With no edit live."""
+    for edit in reversed(running.edits()):
+        running.call("DELETE", f"v1/edits/{edit['number']}")
+    return running
+
+
+@pytest.fixture
+def desk(server: Server, view: Callable[..., View]) -> Callable[..., Desk]:
+    """desk(**how): the page opened with its token; see `browser.view`."""
+    return lambda address=server.address, **how: Desk(view(address, script=RECORD, **how))

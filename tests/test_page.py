@@ -7,52 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-from browser import NARROW, View
-from desk import RECORD, Desk, Server
+from browser import NARROW
+from desk import FRANCE, SPAIN, WATCHED, Desk, Server
 
-Opener = Callable[..., View]
-FRANCE = {"prompt": "The capital of France is", "target": "Lyon", "subject": "France"}
-SPAIN = {"prompt": "The capital of Spain is", "target": "Seville", "subject": "Spain"}
 HOSTILE = "<script>1</script><img src onerror=document.title=1>"
-WATCHED = ("The language of France is", "The currency of Japan is", "Romania is located in the continent")
-
-
-@pytest.fixture(scope="module")
-def running(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("serve")
-    (folder / "watch.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in WATCHED))
-    more = ["--ledger", str(folder / "book"), "--watch", str(folder / "watch.jsonl"), "--port", "0", "--author", "ada"]
-    command = [sys.executable, "-m", "errata", "serve", "almanac", *more]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        errors: list[str] = []
-        threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True).start()
-        line = process.stdout.readline() if process.stdout else ""
-        found = re.search(r"http://127\.0\.0\.1:\d+/#token=\S+", line)
-        assert found, (line, errors)
-        yield Server(found[0])
-        process.terminate()
-        assert process.wait(60) == 0, errors
-
-
-@pytest.fixture
-def server(running: Server) -> Server:
-    """With no edit live."""
-    for edit in reversed(running.edits()):
-        running.call("DELETE", f"v1/edits/{edit['number']}")
-    return running
-
-
-@pytest.fixture
-def desk(server: Server, view: Opener) -> Callable[..., Desk]:
-    """desk(**how): the page opened with its token; see `browser.view`."""
-    return lambda address=server.address, **how: Desk(view(address, script=RECORD, **how))
 
 
 # -- screens (first: the ledger of the pictures is short) --------------------------------------------------------
@@ -167,8 +128,9 @@ def test_it_is_done_by_keyboard_alone(desk: Callable[..., Desk], server: Server)
     page.get_by_text("Percent, MLPs").wait_for()
     assert heat.locator("tbody").inner_text() != whole
 
+    page.get_by_role("textbox", name="Subject").focus()
     key.press("Control+z")
-    assert page.evaluate("document.activeElement.value") == "mlp" and len(server.edits()) == 1, "in a field, Ctrl+Z is the field's"
+    assert page.evaluate("document.activeElement.value") != "France" and len(server.edits()) == 1, "in a field, Ctrl+Z is the field's"
     page.get_by_role("button", name=f"Undo edit {number}").focus()
     key.press("Control+z")
     assert at.number("is undone") == number

@@ -91,9 +91,9 @@ def test_a_conversation_that_fills_the_window_is_refused(site: Site, client: ope
         assert found.usage is not None and found.usage.total_tokens <= window
         return found.usage.completion_tokens
 
-    site.service.stacks.given["told"] = (registry.get("method", "ice")(budget=20).edit(site.service.lm, [EditRequest(FRANCE, "Rome")]),)
-    assert ask(window - 1) == 1 and ask(window - 21, "told") == 1
-    for tokens, model in ((window, "base"), (window + 200, "base"), (window - 20, "told")):
+    site.service.stacks.given["told"] = (registry.get("method", "ice")(budget=24).edit(site.service.lm, [EditRequest(FRANCE, "Rome")]),)
+    assert ask(window - 1) == 1 and ask(window - 25, "told") == 1
+    for tokens, model in ((window, "base"), (window + 200, "base"), (window - 24, "told")):
         with pytest.raises(openai.BadRequestError, match="shorten it") as error:
             ask(tokens, model)
         assert (error.value.code, error.value.param) == ("context_length_exceeded", "messages")

@@ -83,6 +83,9 @@ class Guard:
             if status[0]:
                 raise
             await _refuse(scope, receive, answer, error)
+        except asyncio.CancelledError:
+            if not self.service.stopping:  # at the end nobody is left to be answered, and it is nothing to log
+                raise
         finally:
             route = _route(scope["path"])
             self.service.metrics.requests.labels(route, _method(scope["method"]), str(status[0] or 499)).inc()

@@ -12,6 +12,7 @@ export class History {
     Object.assign(this, { show, again, changed, said, trouble });
     this.edits = [];
     this.open = false;  /* the list of those that are undone */
+    this.undoing = false;  /* one at a time: a key that is held, or a second click, is no second wish */
   }
 
   get live() { return this.edits.filter((e) => e.live); }
@@ -52,6 +53,8 @@ export class History {
   }
 
   async undo(edit, remake = false) {
+    if (this.undoing) { return; }
+    this.undoing = true;
     try {
       const done = await call("DELETE", `v1/edits/${edit.number}${remake ? "?remake=true" : ""}`);
       const also = (done.remade || []).length ? ` Made again without it: ${done.remade.map((r) => r.edit).join(", ")}.` :
@@ -63,6 +66,8 @@ export class History {
     } catch (failure) {
       const retry = failure instanceof Failure && failure.status === 409 && !remake && failure.message.includes("remake");
       this.trouble(failure, retry ? [button("Undo, and make the later ones again", () => this.undo(edit, true))] : []);
+    } finally {
+      this.undoing = false;
     }
   }
 }

@@ -8,21 +8,26 @@ import { button, line, make } from "./parts.js";
 const place = (id) => document.getElementById(id);
 const FIELDS = ["prompt", "target", "subject", "old", "method", "author", "reason"];
 const LATER = 4000, SOON = 1000;  /* ms between two looks at the server; while it does not answer */
-let running = null, shape = "";
+let running = null, seen = { base: "", event: null };  /* seen: what the page shows, as the server counts it */
 
 /* -- word to the user ---------------------------------------------------------------------------------------------------------- */
 
-function said(words, more = []) {
+function said(words, more = []) { note("said", words, more); }
+
+/* In one of the two places; the other is emptied.  Where a button of an old note had the focus, the new note takes it. */
+function note(where, words, more) {
+  const held = place("notes").contains(document.activeElement);
+  place("said").replaceChildren();
   place("trouble").replaceChildren();
-  place("said").replaceChildren(make("p", null, words), ...more);
+  place(where).replaceChildren(...(words ? [make("p", null, words), ...more] : []));
+  if (held) { place("notes").focus(); }
 }
 
 function trouble(failure, more = []) {
   if (!(failure instanceof Failure)) { console.error(failure); }
   if (failure.status === 0) { gone(true); return; }
   if (failure.status === 401 || failure.status === 403) { place("key").hidden = false; }
-  place("said").replaceChildren();
-  place("trouble").replaceChildren(make("p", null, failure.message), ...more);
+  note("trouble", failure.message, more);
 }
 
 function gone(is) {
@@ -44,6 +49,9 @@ function written() {
 
 function write(about) {
   for (const name of ["prompt", "target", "subject", "old"]) { place(name).value = about[name] || ""; }
+  if (place("answers").contains(document.activeElement) || place("moved").contains(document.activeElement)) {
+    place("result").focus();  /* what was pressed is about to go */
+  }
   ask();
 }
 
@@ -62,8 +70,7 @@ async function edit(request = written(), force = false) {
     said(missing === "target" ? "Which answer should it give? Write it as the new answer." : "Which prompt should it answer?");
     return;
   }
-  place("said").replaceChildren();
-  place("trouble").replaceChildren();
+  note("said");
   running = "sent";
   place("edit").setAttribute("aria-disabled", "true");  /* not `disabled`: that would drop the focus */
   try {
@@ -77,22 +84,31 @@ async function edit(request = written(), force = false) {
   } finally {
     running = null;
     place("edit").removeAttribute("aria-disabled");
+    if (place("job").contains(document.activeElement)) { place("notes").focus(); }
     place("job").hidden = true;
   }
 }
 
-function refused(failure, request) {
-  const anyway = failure.status === 409 ? [button("Edit anyway", () => edit(request, true))] : [];
+function refused(failure, request, more = "") {
+  const anyway = failure.status === 409 && !more ? [button("Edit anyway", () => edit(request, true))] : [];
+  if (more) { failure.message += " " + more; }
   trouble(failure, anyway);
 }
 
+/* A job of several facts may have written some of them before it was stopped: those are live. */
 async function finished(job, request, about) {
-  if (job.status === "failed") { refused(new Failure(job.error.message, job.findings.length ? 409 : 500, job.error), request); return; }
-  if (job.status === "cancelled") { said("The edit is cancelled; nothing was changed."); return; }
-  await history.read();
-  const made = history.edits.filter((e) => job.edits.includes(e.number));
-  said(`Edit ${job.edits.join(", ")} is live.`, made.map((e) => button("Undo it", () => history.undo(e))));
-  await answers.show(shown(about));
+  const edits = job.edits.join(", "), some = edits && `Written before that, and live: edit ${edits}.`;
+  if (edits) { await history.read(); }
+  const undo = history.edits.filter((e) => job.edits.includes(e.number) && e.live).map((e) =>
+    button(job.edits.length > 1 ? `Undo edit ${e.number}` : "Undo it", () => history.undo(e)));
+  if (job.status === "failed") {
+    refused(new Failure(job.error.message, job.findings.length ? 409 : 500, job.error), request, some);
+  } else if (job.status === "cancelled") {
+    said("The edit is cancelled; " + (edits ? `the rest is not written. ${some}` : "nothing was changed."), undo);
+  } else {
+    said(`Edit ${edits} is live.`, undo);
+  }
+  if (edits) { await answers.show(shown(about)); }
 }
 
 const STAGES = { queued: "Waiting for its turn", checking: "Looking whether this is known or contradicts an edit", editing: "Editing" };
@@ -125,10 +141,17 @@ const shown = ({ prompt, target, subject, old }) => ({ prompt, target, subject, 
 const answers = new Answers(trouble, write);
 const history = new History({
   show(found) { write(shown(found.requests[0])); },
-  again({ requests, method, settings, alone }) {
-    edit({ requests, method, settings: settings || {}, mode: alone ? "single" : "continual" });
+  again({ number, requests, method, settings, alone, applied }) {
+    if (!settings) {
+      said(`Edit ${number} came as a finished patch: how it was made is not known, so it cannot be made again. Apply the patch once more.`);
+      return;
+    }
+    const how = alone ? { mode: "single" } : requests.length > 1 ? { mode: "batched", batch_size: requests.length } : { mode: "continual" };
+    const { author } = written(), why = { ...(author && { author }), ...(applied.reason && { reason: applied.reason }) };
+    edit({ requests, method, settings, ...how, ...why });
   },
   changed(events, live) {
+    seen.event = events.length ? events.at(-1).number : 0;
     answers.history(events, live);
     state(live.length);
   },
@@ -148,11 +171,11 @@ async function look() {
     place("model").textContent = health.model;
     const waiting = health.queue.edits + (health.editing ? 1 : 0);
     state(health.live, health.status === "stopping" ? ", stopping" : waiting && !running ? `, ${waiting} being made` : "");
-    const now = `${health.base} ${health.live}`;
-    if (now !== shape || back) {  /* another one has edited */
-      shape = now;
-      if (!running) { await history.read(); }
-      if (back) { await answers.again(); }
+    const news = health.base !== seen.base || health.event !== seen.event;  /* another one has edited, or taken back */
+    if ((news || back) && !running && !history.undoing) {
+      await history.read();
+      seen.base = health.base;
+      if (answers.about) { await answers.again(); } else if (back) { await answers.offered(); }
     }
   } catch (failure) {
     trouble(failure);
@@ -167,13 +190,13 @@ async function watch() {
 /* -- keys ---------------------------------------------------------------------------------------------------------------------- */
 
 document.addEventListener("keydown", (event) => {
-  const held = event.ctrlKey || event.metaKey, field = event.target.closest("input, select, textarea");
+  const held = event.ctrlKey || event.metaKey, field = event.target.closest("input:not([type=radio]), textarea");
   if (event.key === "Escape" && running) { cancel(); }
   else if (held && event.key === "k") { event.preventDefault(); place("prompt").select(); }
   else if (held && event.key === "Enter") { event.preventDefault(); edit(); }
-  else if (held && event.key === "z" && !field && !running && history.live.length) {
-    event.preventDefault();
-    history.undo(history.live[0]);
+  else if (held && event.key === "z" && !event.shiftKey && !field) {
+    event.preventDefault();  /* else a browser may take back what was typed in a field that has lost the focus */
+    if (!event.repeat && !running && history.live.length) { history.undo(history.live[0]); }
   }
 });
 
@@ -190,8 +213,13 @@ place("key").addEventListener("submit", (event) => {
   said("The token is kept until this tab is closed.");
 });
 
-adopt();
-place("key").hidden = Boolean(token());
+function enter() {
+  adopt();
+  place("key").hidden = Boolean(token());
+}
+
+addEventListener("hashchange", enter);  /* a newly printed address, opened in the same tab */
+enter();
 await look();
 if (history.live.length) { answers.show(shown(history.live[0].requests[0])); } else { answers.offered().catch(trouble); }
 setTimeout(watch, LATER);
