@@ -35,7 +35,7 @@ from errata.report import curves
 from errata.score.cost import latency, size_on_disk
 from errata.score.metrics import summarise
 from errata.score.perplexity import perplexity
-from errata.score.queries import Answers
+from errata.score.queries import Answers, score
 from errata.texts import bundled
 
 SHOWN = ("reliability", "generality", "portability", "locality_agreement", "ES", "PS", "NS", "S")
@@ -115,7 +115,7 @@ def single(lm: LM, n: int, label: str, answers: Answers) -> None:
         edit.edit(lm, [case.request])
         alone.append(time.perf_counter() - began)
     stacks: list[Stack] = [(p,) for p in patches]
-    rows = rows_of(run.score(lm, chosen, stacks, label, None, answers), label)
+    rows = rows_of(score(lm, chosen, stacks, label, None, answers), label)
     out = {"n": n, "rows": rows, "seconds_per_edit": seconds, "seconds_alone": statistics.median(alone), "threads": torch.get_num_threads()}
     out |= sizes(patches)
     out["perplexity"] = statistics.mean(held_out(lm, stacks[:10]))

@@ -30,7 +30,7 @@ from errata.score import generation
 from errata.score.match import exact_match
 from errata.score.metrics import summarise
 from errata.score.perplexity import perplexity
-from errata.score.queries import Answers
+from errata.score.queries import Answers, score
 from errata.texts import bundled
 from errata.weights import delta, merge
 
@@ -71,7 +71,7 @@ def single(lm: LM, n: int, only: str | None) -> None:
         began = time.perf_counter()
         patches = edit.edit_each(lm, [c.request for c in chosen])
         out["seconds_per_edit"][label] = (time.perf_counter() - began) / n
-        records = run.score(lm, chosen, [(p,) for p in patches], label, None, answers)
+        records = score(lm, chosen, [(p,) for p in patches], label, None, answers)
         every[label] = records
         records = [*records, *fluency(lm, chosen, [(p,) for p in patches], label, texts)]
         rows = rows_of(records)
@@ -100,7 +100,7 @@ def batch(lm: LM, n: int, only: str | None) -> None:
             began = time.perf_counter()
             stack = (editor(lm, label).edit(lm, [c.request for c in chosen]),)
             seconds = (time.perf_counter() - began) / size
-            records = run.score(lm, chosen, [stack] * size, label, None, answers)
+            records = score(lm, chosen, [stack] * size, label, None, answers)
             records += fluency(lm, chosen, [stack] * size, label, texts)
             rows = rows_of(records, T=size)
             out["rows"] += rows
@@ -188,7 +188,7 @@ def sweep(lm: LM, n: int, only: str | None) -> None:
         edit = editor(lm, method, **values)
         requests = [c.request for c in chosen]
         stacks = [(p,) for p in edit.edit_each(lm, requests)] if method == "rome" else [(edit.edit(lm, requests),)] * n
-        found = rows_of(run.score(lm, chosen, stacks, method, None, answers), knob=knob, x=x, setting=values)
+        found = rows_of(score(lm, chosen, stacks, method, None, answers), knob=knob, x=x, setting=values)
         rows += found
         show(method, found, values)
         write(f"locate-sweep{'-' + only if only else ''}", {"n": n, "rows": rows})

@@ -245,6 +245,9 @@ def test_the_papers_own_data(tiny: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["reproduce", "baft-table8", tiny, "--n", "2", "--data", f"piqa={piqa}", *BOTH, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [(r["method"], r["n"], r["benchmark"]) for r in document["rows"]] == [(m, 2, "piqa") for m in ("none", "reft", "baft")]
+    said = document["differences"]
+    assert "cases: 2, the paper's are 100" in said, "facts edited"
+    assert any(d.startswith("where the paper is silent on ReFT:") and "weight_decay=0.0" in d and "gate" not in d for d in said)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ VARIANTS: dict[str, Mapping[str, tuple[str, dict[str, Any]]]] = {
 }
 FIXED = ("baft-table4", "baft-fig2", "rep-main")  # whose methods are the point
 FALLBACK = "almanac"
-SILENT = ("gate", "rescale", "stop_on", "loss", "weight_decay", "end")  # settings of BaFT that the paper does not state
+SILENT = ("gate", "rescale", "stop_on", "loss", "weight_decay", "end")  # settings of BaFT and ReFT that the paper does not state
 WINDOW = 10  # edits, of Fig. 2
 
 
@@ -223,10 +223,11 @@ def differences(
     for label, editor in made.items():
         if away := _away(editor, VARIANTS[asked.name].get(label, ("", {}))[1]):
             out.append(f"settings of {label} that are not the method's published ones: {away}")
-    silent = next((e for e in made.values() if e.name == "baft"), None)
-    if silent is not None:
-        how = ", ".join(f"{k}={getattr(silent, k)}" for k in SILENT)
-        out.append(f"where the paper is silent on BaFT: {how}")
+    for name, title in (("baft", "BaFT"), ("reft", "ReFT")):
+        silent = made.get(name) or next((e for e in made.values() if e.name == name), None)
+        if silent is not None:
+            how = ", ".join(f"{k}={getattr(silent, k)!r}" for k in SILENT if hasattr(silent, k))
+            out.append(f"where the paper is silent on {title}: {how}")
     run = {row["method"] for row in rows}
     missing = sorted({r["method"] for r in (table.of(reference) if reference else ())} - run)
     if missing:

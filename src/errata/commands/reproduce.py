@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with screen.progress() as progress:
         found = reproduce.measure(Job(lm, progress), table, asked, made)
     rows, reference, same = reproduce.compare(table, lm.name, found)
-    n = max(r["n"] for r in (*found.rows, *found.redundancy))
+    n = max(r["T"] if r.get("part") == "piqa" else r["n"] for r in (*found.rows, *found.redundancy))  # facts edited, not questions asked
     document = {
         **{k: getattr(table, k) for k in ("name", "title", "paper", "where", "read", "protocol", "misprints", "remarks")},
         "model": lm.name,
