@@ -45,7 +45,7 @@ def batched(name: str) -> Source:
 
 def continual_file(name: str) -> str:
     """Under docs/results."""
-    own = f"editors/continual-{name}.json"
+    own = f"editors/continual-{name.replace(' ', '-')}.json"
     return own if name not in ELSEWHERE or (RESULTS / own).exists() else f"{ELSEWHERE[name]}.json"
 
 
@@ -55,7 +55,7 @@ def continual(name: str) -> Source:
         return Source(file, f"python scripts/{'evidence_locate.py' if file.startswith('locate') else 'evidence.py'} continual")
     found = measured(Source(file, "")) or {"n": 1000}
     if "from" in found:
-        return Source(file, "errata run docs/results/grid/continual.yaml")
+        return Source(file, f"errata run docs/results/grid/{'continual' if found['n'] >= 1000 else 'methods'}.yaml")
     return Source(file, "python scripts/evidence_editors.py continual --threads 1" + f" --n {found['n']}" * (found["n"] < 1000))
 
 

@@ -94,7 +94,7 @@ def held_out(lm: LM, stacks: Sequence[Stack]) -> list[float]:
 
 def keep(scenario: str, label: str, payload: dict[str, Any]) -> None:
     (OUT / FOLDER).mkdir(parents=True, exist_ok=True)
-    write(f"{FOLDER}/{scenario}-{label}", payload)
+    write(f"{FOLDER}/{scenario}-{label.replace(' ', '-')}", payload)
 
 
 def show(label: str, rows: Sequence[dict[str, Any]], *more: Any) -> None:
@@ -166,7 +166,7 @@ def runs(folders: Sequence[Path]) -> None:
     for path in sorted(cell for folder in folders for cell in folder.glob("cells/*/summary.json")):
         found, cost = json.loads(path.read_text()), json.loads((path.parent / "cost.json").read_text())
         label = found["cell"]["method"]["label"]
-        there = read("continual").get(label, {"n": 0})["n"] - (not (OUT / FOLDER / f"continual-{label}.json").exists())
+        there = read("continual").get(label, {"n": 0})["n"] - (not (OUT / continual_file(label)).is_relative_to(OUT / FOLDER))
         if found["cell"]["scenario"]["kind"] != "continual" or there >= found["n"]:
             continue
         shown = lambda rows: [{k: v for k, v in row.items() if k != "version"} for row in rows if row["metric"] in SHOWN]  # noqa: E731
@@ -193,7 +193,7 @@ def read(scenario: str) -> dict[str, dict[str, Any]]:
     """What is there of a scenario, in the order of `EDITORS`."""
     out = {}
     for label in EDITORS:
-        path = OUT / (continual_file(label) if scenario == "continual" else f"{FOLDER}/{scenario}-{label}.json")
+        path = OUT / (continual_file(label) if scenario == "continual" else f"{FOLDER}/{scenario}-{label.replace(' ', '-')}.json")
         if path.exists():
             out[label] = json.loads(path.read_text())
     return out
