@@ -23,7 +23,8 @@ def used(tree: ast.Module) -> list[tuple[str, str]]:
                 out.append((node.module or "", each.name))
                 modules[each.asname or each.name] = f"{node.module}.{each.name}"
         elif isinstance(node, ast.Import):
-            modules.update({each.asname or each.name.split(".")[0]: each.name for each in node.names if each.name.split(".")[0] == "errata"})
+            own = [each for each in node.names if each.name.split(".")[0] == "errata"]
+            modules.update({each.asname or "errata": each.name if each.asname else "errata" for each in own})
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
             out.append((modules[node.value.id], node.attr))
