@@ -184,18 +184,23 @@ def test_a_folder_of_another_run_is_refused(tiny: str, tmp_path: Path, capsys: p
         pass
 
 
-def test_another_model_under_the_same_name_is_refused(tiny: str, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(tiny, model)
-    spec = spec_of(tmp_path, str(model), "scenario=single", "benchmark.n=1")
-    root = done(tmp_path / "run", spec)
-    (cell(root) / "records.jsonl").unlink()
+def refused_with_another_model(root: Path, spec: grid.RunSpec, model: Path) -> None:
+    """Weights that are put in the place of those a run was begun with."""
     other = lm("llama")
     with torch.no_grad():
         other.hf.lm_head.weight.mul_(1.5)
     other.hf.save_pretrained(model)
     (outcome,) = engine.run(root, spec)
     assert outcome.code == ModelError.exit_code and "was begun with the model" in outcome.error
+
+
+def test_another_model_under_the_same_name_is_refused(tiny: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    spec = spec_of(tmp_path, str(model), "scenario=single", "benchmark.n=1")
+    root = done(tmp_path / "run", spec)
+    (cell(root) / "records.jsonl").unlink()
+    refused_with_another_model(root, spec, model)
 
 
 def test_answers_of_another_model_are_no_before_for_cells_that_come_later(tiny: str, tmp_path: Path) -> None:
@@ -204,12 +209,7 @@ def test_answers_of_another_model_are_no_before_for_cells_that_come_later(tiny: 
     spec = spec_of(tmp_path, str(model), "scenario=single", "benchmark.n=1", two)
     root = done(tmp_path / "run", spec)
     shutil.rmtree(root / "cells" / next(c.id for c in grid.cells(spec) if c.method.label == "quick"))  # as if never begun
-    other = lm("llama")
-    with torch.no_grad():
-        other.hf.lm_head.weight.mul_(1.5)
-    other.hf.save_pretrained(model)
-    (outcome,) = engine.run(root, spec)
-    assert outcome.code == ModelError.exit_code and "was begun with the model" in outcome.error
+    refused_with_another_model(root, spec, model)
     (answers,) = (root / "base").iterdir()
     (answers / base.NAME).unlink()  # answers of nobody knows whom are asked again
     kept = (answers / "parts").stat().st_mtime_ns
