@@ -236,5 +236,6 @@ def test_demo(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert {Patch.load(p).method for p in (out / "patches").iterdir()} == {"baft", "reft"}
     assert main(["demo", "--model", tiny, "--n", "2", "--out", str(out)]) == 6
     assert main(["demo", "--model", tiny, "--n", "2", "--out", str(out), "--force", "--json"]) == 0
+    assert all(0 < v < 10 for v in document(capsys)["seconds_an_edit"].values())
     assert len(list((out / "patches").iterdir())) == 4
     assert leftovers(tmp_path) == ["demo"]

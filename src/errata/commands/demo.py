@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from typing import TYPE_CHECKING, Any
 
 from errata import registry
 from errata.commands import common, files, results
-from errata.commands.screen import Progress, Screen, as_json, said
+from errata.commands.screen import Screen, as_json, said
 
 if TYPE_CHECKING:
     from errata.patch import Patch
@@ -52,15 +51,16 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     lm = common.load(args)
     records: list[dict[str, Any]] = []
     made: dict[str, list[Patch]] = {}
+    seconds: dict[str, float] = {}
     answers = Answers()  # the base is asked once for both methods
     with screen.progress() as progress:
         for name in METHODS:
             editor = registry.get("method", name).for_model(lm)
-            named = functools.partial(_named, progress, name)
-            made[name], found = scenarios.single(lm, editor, cases, named, answers)
+            watched = results.Watched(progress, name)
+            made[name], found = scenarios.single(lm, editor, cases, watched, answers)
+            seconds[name] = watched.seconds / len(cases)
             records += found
     rows = summarise(records)
-    seconds = {name: sum(float(p.notes.get("seconds", 0.0)) for p in patches) / len(patches) for name, patches in made.items()}
     document = {
         "model": lm.name,
         "base": lm.fingerprint,
@@ -83,10 +83,6 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         screen.say(
             f"Open {args.out / 'report.html'}, or: errata ask {args.model} 'PROMPT' --patch {args.out / 'patches' / made['baft'][0].id}"
         )
-
-
-def _named(progress: Progress, name: str, stage: str, done: int, total: int) -> None:
-    progress(f"{name}: {stage}", done, total)
 
 
 def replies(cases: list[Case], records: list[dict[str, Any]]) -> list[dict[str, Any]]:

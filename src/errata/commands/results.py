@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,19 @@ from errata.report.sections import Read, Section, of
 Record = Mapping[str, Any]
 Row = Mapping[str, Any]
 LEAST = 10  # cases behind a difference that is pointed out: resampling a handful says nothing
+
+
+class Watched:
+    """Progress of one method, passed on with its name; ``seconds``: from the start until its last edit had ended."""
+
+    def __init__(self, progress: Callable[[str, int, int], None], name: str) -> None:
+        self.progress, self.name = progress, name
+        self.began, self.seconds = time.perf_counter(), 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == "editing" and done == total:
+            self.seconds = time.perf_counter() - self.began
+        self.progress(f"{self.name}: {stage}", done, total)
 
 
 def differences(records: Sequence[Record], rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,14 +88,7 @@ def _score(
     """One method in one mode; its records are added to ``into``."""
     from errata import run as scenarios
 
-    began, edited = time.perf_counter(), 0.0
-
-    def watched(stage: str, done: int, total: int) -> None:
-        nonlocal edited
-        if stage == "editing" and done == total:
-            edited = time.perf_counter() - began
-        progress(f"{editor.name}: {stage}", done, total)
-
+    watched = results.Watched(progress, editor.name)
     stacks: list[Any]
     if args.mode == "single":
         patches, final = scenarios.single(lm, editor, cases, watched, answers)
@@ -117,7 +109,7 @@ def _score(
         sampled = _fluency(lm, editor, cases[: len(stacks)], stacks, benchmark, into.texts, progress)
         into.final, into.every = into.final + sampled, into.every + sampled
     if args.mode != "continual":  # there the scoring at the marks lies between the edits
-        into.seconds[editor.name] = edited / len(cases)
+        into.seconds[editor.name] = watched.seconds / len(cases)
 
 
 def _fluency(
