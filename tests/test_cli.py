@@ -235,6 +235,7 @@ def test_demo(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(list((out / "patches").iterdir())) == 6
     assert {Patch.load(p).method for p in (out / "patches").iterdir()} == {"baft", "reft"}
     assert main(["demo", "--model", tiny, "--n", "2", "--out", str(out)]) == 6
+    capsys.readouterr()
     assert main(["demo", "--model", tiny, "--n", "2", "--out", str(out), "--force", "--json"]) == 0
     assert all(0 < v < 10 for v in document(capsys)["seconds_an_edit"].values())
     assert len(list((out / "patches").iterdir())) == 4
