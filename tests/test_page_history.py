@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +36,73 @@ def test_a_key_that_is_held_undoes_one_edit(desk: Callable[..., Desk], server: S
     at.said.get_by_text(f"Edit {first} is undone").wait_for()
     at.side("After")
     assert server.edits() == [] and at.trouble.inner_text() == ""
+
+
+def test_two_wishes_are_two(desk: Callable[..., Desk], server: Server) -> None:
+    """Presses and buttons while the first undo has not ended; and what was typed meanwhile stays."""
+    at = desk()
+    at.page.route("**/v1/edits/*", slowly)
+    for wish in ("keys", "buttons"):
+        numbers = [server.edit(**fact, settings=QUICK)["edits"][0] for fact in (FRANCE, SPAIN)]
+        for number in numbers:
+            at.history.get_by_role("button", name=f"Undo edit {number}").wait_for()
+        if wish == "keys":
+            at.page.locator("h1").click()
+            at.page.keyboard.press("Control+z")
+            at.page.keyboard.press("Control+z")
+        else:
+            for number in numbers:
+                at.press(f"Undo edit {number}")
+        at.fill("The capital of Japan is", "Kyoto")
+        for number in numbers:
+            at.page.locator(f"#history .undone[data-edit='{number}']").wait_for(state="attached")
+        assert server.edits() == []
+        at.side("After")
+        assert [at.page.locator(f"#{name}").input_value() for name in ("prompt", "target")] == ["The capital of Japan is", "Kyoto"]
+    assert any(re.fullmatch(r"said: Edit \d+ is being undone …", s) for s in at.page.evaluate("window.seen"))
+
+
+def slowly(route: Any) -> None:
+    time.sleep(0.3)
+    route.continue_()
+
+
+def test_an_undo_that_another_one_did_first_is_none(desk: Callable[..., Desk], server: Server) -> None:
+    (number,) = server.edit(**FRANCE, settings=QUICK)["edits"]
+    at = desk()
+    at.side("After")
+    at.page.route("**/health", lambda route: route.abort())  # it does not hear of it
+    server.call("DELETE", f"v1/edits/{number}")
+    at.press(f"Undo edit {number}")
+    at.said.get_by_text(f"Edit {number} is undone already").wait_for()
+    assert at.trouble.inner_text() == "" and at.side("After")[0] == "Paris"
+
+
+def test_only_a_missing_token_asks_for_one(desk: Callable[..., Desk], server: Server) -> None:
+    at = desk()
+    error = {"error": {"message": "start it with --allow-files", "code": "files_not_allowed"}}
+    at.page.route("**/v1/edits", lambda r: r.fulfill(status=403, json=error) if r.request.method == "POST" else r.continue_())
+    at.fill(**FRANCE)
+    at.press("Edit")
+    at.trouble.get_by_text("--allow-files").wait_for()
+    assert at.page.get_by_role("textbox", name="Token").is_hidden()
+
+
+def test_other_peoples_edits_do_not_take_the_focus(desk: Callable[..., Desk], server: Server) -> None:
+    at = desk()
+    at.fill(**FRANCE)
+    at.press("Only ask")
+    at.moved.get_by_role("button").first.wait_for()
+    for place in (at.page.locator("#trace-it"), at.moved.get_by_role("button").first):
+        place.focus()
+        held = at.page.evaluate("document.activeElement.textContent")
+        (number,) = server.edit(**SPAIN, settings=QUICK)["edits"]
+        undo = at.history.get_by_role("button", name=f"Undo edit {number}")
+        undo.wait_for()
+        at.side("After")
+        assert at.page.evaluate("document.activeElement.textContent") == held
+        server.call("DELETE", f"v1/edits/{number}")
+        undo.wait_for(state="detached")
 
 
 def stream(route: Any, body: str) -> None:

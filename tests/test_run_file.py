@@ -153,3 +153,18 @@ def test_the_run_file_of_the_documentation_runs(tmp_path: Path, capsys: pytest.C
     records = [json.loads(line) for p in (tmp_path / "out").glob("cells/*/records.jsonl") for line in p.read_text().splitlines()]
     assert {r["method"] for r in records} == {"none", "ft-m-5", "baft"} and all("judged" in r for r in records if r["target"])
     assert all(r["gen_after"] == r["gen_before"] for r in records if r["method"] == "none")
+
+
+def test_a_run_that_is_complete_needs_no_text_and_no_key_any_more(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "held out.txt"
+    text.write_text("The capital of France is Paris. " * 20)
+    guard = f"guard: {{every: 1, action: warn, text: '{text}', tokens: 40}}\n"
+    more = "methods: [none]\nbenchmark: {name: almanac, n: 1}\nscenario: continual\nscore: {latency: false}\n"
+    command = ["run", str(written(tmp_path, f"model: {tiny}\n{more}{guard}")), "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    text.unlink()
+    assert main(command) == 0
+    (done,) = (tmp_path / "run" / "cells").iterdir()
+    (done / "records.jsonl").unlink()
+    capsys.readouterr()
+    assert main(command) != 0 and "held out.txt" in capsys.readouterr().err

@@ -200,10 +200,12 @@ def test_a_row_whose_token_cannot_be_drawn_or_told_fails_alone() -> None:
     for op in broken.ops:
         op.tensors["up"].fill_(float("nan"))
     bad, told = row(lm, PROMPTS[0], (broken,), temperature=1.0)
+    greedy, greedily = row(lm, PROMPTS[3], (broken,), temperature=0.0)
     deaf, _ = row(lm, PROMPTS[2], (), stream=True)
     deaf.tell = lambda piece: 1 / 0  # type: ignore[assignment, return-value]
     others = [row(lm, PROMPTS[1], (), temperature=t, tokens=5) for t in (0.0, 1e-9)]
-    answering = loop(lm, [(0, bad), (0, deaf), *((0, one) for one, _ in others)])
+    answering = loop(lm, [(0, bad), (0, greedy), (0, deaf), *((0, one) for one, _ in others)])
+    assert [p.finish for p in greedily] == ["error"] and "gives NaN under this stack" in str(greedily[-1].error)
     assert told[-1].finish == "error" and "the model gives NaN under this stack" in str(told[-1].error) and deaf.finish == "error"
     assert [said.text for _, said in others] == [lm.tokenizer.decode(alone(lm, PROMPTS[1], (), 5))] * 2
     assert counted(answering, "errata_answers_total") == 2

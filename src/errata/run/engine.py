@@ -25,7 +25,7 @@ from errata import model
 from errata.errors import ConfigError, DiskError, ErrataError, ModelError, StorageError
 from errata.run import base, grid, manifest
 from errata.run.cell import Work
-from errata.run.folder import Journal, locked, read_document
+from errata.run.folder import Journal, complete, locked, read_document
 from errata.run.parts import Progress
 
 RETRIES = 2  # more tries of a cell whose worker was lost
@@ -185,7 +185,7 @@ def left(root: Path, cells: Sequence[grid.Cell]) -> list[grid.Cell]:
     out = []
     for cell in cells:
         folder = root / "cells" / cell.id
-        if not (folder.is_dir() and Journal(folder, repair=False).complete):
+        if not complete(folder):
             out.append(cell)
             continue
         with contextlib.suppress(StorageError), locked(folder):  # who works in it sweeps too

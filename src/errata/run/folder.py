@@ -52,6 +52,11 @@ def read_document(path: Path) -> dict[str, Any]:
     return storage.read_document(path, advice="; give another --out")
 
 
+def complete(folder: Path) -> bool:
+    """Whether a cell is done; looks only."""
+    return folder.is_dir() and Journal(folder, repair=False).complete
+
+
 class Journal:
     """The parts of one folder that are done, in the order they were.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from errata.errors import ConfigError
 from errata.run import grid
+from errata.run.folder import complete
 from errata.run.growing import How
 from errata.score import judges
 from errata.texts import open_corpus
@@ -23,12 +24,17 @@ class Planned:
 
 
 def check(spec: grid.RunSpec, root: Path) -> list[Planned]:
-    """Every cell of the grid; an error that says what cannot be run.  ``root``: the run's folder."""
-    for judge in spec.score.judges:
-        judges.make(judge.name, root / "judged", judge.endpoint, judge.model, judge.key_env)
-    if spec.guard is not None:
-        open_corpus(spec.guard.text)
-    return [_planned(cell, spec.score.fluency) for cell in grid.cells(spec)]
+    """Every cell of the grid; an error that says what cannot be run.  ``root``: the run's folder.
+
+    A run that is complete asks no judge and reads no text any more: its tables are there without the key, too.
+    """
+    cells = grid.cells(spec)
+    if not all(complete(root / "cells" / cell.id) for cell in cells):
+        for judge in spec.score.judges:
+            judges.make(judge.name, root / "judged", judge.endpoint, judge.model, judge.key_env)
+        if spec.guard is not None:
+            open_corpus(spec.guard.text)
+    return [_planned(cell, spec.score.fluency) for cell in cells]
 
 
 def _planned(cell: grid.Cell, fluency: bool) -> Planned:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from errata.decode import picked
+from errata.errors import PatchError
 from errata.model import LM
 from errata.serve.plans import Plans, join
 from errata.serve.rows import Row
@@ -38,13 +39,17 @@ class Cohort:
         with self.lm.running(self.plan):
             out = self.lm.forward(self.ids, self.mask, past_key_values=self.cache, use_cache=True, **self.lm.last_only)
         self.cache, last = out.past_key_values, out.logits[:, -1]
-        chosen = last.argmax(-1).tolist()
+        chosen, broken = last.argmax(-1).tolist(), last.isnan().any(-1).tolist()
         done: list[Row] = []
         failed: list[Row] = []
         for i, row in enumerate(self.rows):
             if row.finish is not None:
                 continue
             try:
+                if broken[i]:
+                    raise PatchError(
+                        "the model gives NaN under this stack, so there is no answer; ask under another, or undo the edit that does it"
+                    )
                 if row.wanted.temperature > 0:
                     chosen[i] = row.draw(last[i])
                 row.take(chosen[i], last[i], ends)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from errata.bank import Stack
-from errata.errors import PatchError
 from errata.serve.refusals import as_refused
 from errata.tokens import Encoded
 
@@ -144,10 +143,6 @@ class Row:
         likely = logits.double().cpu()
         likely -= likely.max()  # first: a quotient by a tiny temperature would be infinite
         p = torch.softmax(likely / self.wanted.temperature, -1)
-        if p.isnan().any():
-            raise PatchError(
-                "the model gives NaN under this stack, and no token can be drawn; ask under another, or undo the edit that does it"
-            )
         if self.wanted.top_p < 1:
             values, order = p.sort(descending=True)
             values[values.cumsum(-1) - values >= self.wanted.top_p] = 0.0

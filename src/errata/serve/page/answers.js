@@ -118,8 +118,12 @@ export class Answers {
     const prompts = groups.flatMap(([, list]) => list);
     const rows = prompts.length ? await this.ask(prompts) : [];
     if (late()) { return; }
+    const held = place("moved").contains(document.activeElement) && document.activeElement.textContent;
     place("others").hidden = !rows.length;
     if (rows.length) { this.table(groups, rows, rows.slice(0, groups[0][1].length + groups[1][1].length)); }
+    if (held) {  /* drawn again under the keyboard */
+      ([...place("moved").querySelectorAll("button")].find((b) => rows.length && b.textContent === held) || place("result")).focus();
+    }
   }
 
   /* counted: the rows of groups that no edit was to change; those that did change stand above all others. */
@@ -159,8 +163,8 @@ export class Answers {
   traceable(about) {
     const ready = about.subject && about.prompt.includes(about.subject);
     place("where").hidden = !ready;
-    if (!ready || (this.traced && this.traced.prompt === about.prompt && this.traced.subject === about.subject)) { return; }
-    this.traced = null;
+    if (!ready || (this.offer && this.offer.prompt === about.prompt && this.offer.subject === about.subject)) { return; }
+    this.offer = about;  /* edits do not change what is traced: the base */
     place("trace").replaceChildren(
       make("p", { class: "soft" }, `“${about.subject}” is blurred with noise, and one state of the base model at a time put back: ` +
         "where the answer returns, the fact passes."),
@@ -173,7 +177,7 @@ export class Answers {
     pressed.textContent = "Tracing …";
     try {
       const found = await post("v1/trace", { prompt: about.prompt, subject: about.subject });
-      this.traced = about;
+      if (this.offer !== about) { return; }
       this.map(found, Object.keys(found.kinds)[0], true);
     } catch (failure) {
       pressed.removeAttribute("aria-disabled");

@@ -6,13 +6,13 @@ import { button, make, when } from "./parts.js";
 const place = document.getElementById("history");
 
 export class History {
-  /* show(edit), again(edit): what the page does with one.  changed(events, live edits): called whenever the record was read.
+  /* show(edit), undone(edit), again(edit): what the page does with one.  changed(events, live edits): called whenever the record was read.
      said(words, more): a note, with buttons.  trouble(failure, more): likewise. */
-  constructor({ show, again, changed, said, trouble }) {
-    Object.assign(this, { show, again, changed, said, trouble });
+  constructor({ show, undone, again, changed, said, trouble }) {
+    Object.assign(this, { show, undone, again, changed, said, trouble });
     this.edits = [];
     this.open = false;  /* the list of those that are undone */
-    this.undoing = false;  /* one at a time: a key that is held, or a second click, is no second wish */
+    this.undoing = new Set();  /* numbers of edits: a second click on one is no second wish */
   }
 
   get live() { return this.edits.filter((e) => e.live); }
@@ -53,8 +53,9 @@ export class History {
   }
 
   async undo(edit, remake = false) {
-    if (this.undoing) { return; }
-    this.undoing = true;
+    if (this.undoing.has(edit.number)) { return; }
+    this.undoing.add(edit.number);
+    this.said(`Edit ${edit.number} is being undone …`);  /* it may wait for an edit that is being made */
     try {
       const done = await call("DELETE", `v1/edits/${edit.number}${remake ? "?remake=true" : ""}`);
       const also = (done.remade || []).length ? ` Made again without it: ${done.remade.map((r) => r.edit).join(", ")}.` :
@@ -62,12 +63,20 @@ export class History {
       this.open = true;
       await this.read();
       this.said(`Edit ${edit.number} is undone.${also}`, [button("Redo it", () => this.again(edit))]);
-      this.show(edit);
+      this.undone(edit);
     } catch (failure) {
+      if (failure instanceof Failure && failure.status === 409) {
+        await this.read().catch(() => {});
+        if (!this.live.some((e) => e.number === edit.number)) {  /* another one was quicker */
+          this.said(`Edit ${edit.number} is undone already.`);
+          this.undone(edit);
+          return;
+        }
+      }
       const retry = failure instanceof Failure && failure.status === 409 && !remake && failure.message.includes("remake");
       this.trouble(failure, retry ? [button("Undo, and make the later ones again", () => this.undo(edit, true))] : []);
     } finally {
-      this.undoing = false;
+      this.undoing.delete(edit.number);
     }
   }
 }

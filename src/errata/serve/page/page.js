@@ -26,7 +26,7 @@ function note(where, words, more) {
 function trouble(failure, more = []) {
   if (!(failure instanceof Failure)) { console.error(failure); }
   if (failure.status === 0) { gone(true); return; }
-  if (failure.status === 401 || failure.status === 403) { place("key").hidden = false; }
+  if (failure.status === 401) { place("key").hidden = false; }
   note("trouble", failure.message, more);
 }
 
@@ -141,6 +141,7 @@ const shown = ({ prompt, target, subject, old }) => ({ prompt, target, subject, 
 const answers = new Answers(trouble, write);
 const history = new History({
   show(found) { write(shown(found.requests[0])); },
+  undone(found) { answers.show(shown(found.requests[0])); },  /* the form is left alone: something else may be in it by now */
   again({ number, requests, method, settings, alone, applied }) {
     if (!settings) {
       said(`Edit ${number} came as a finished patch: how it was made is not known, so it cannot be made again. Apply the patch once more.`);
@@ -172,7 +173,7 @@ async function look() {
     const waiting = health.queue.edits + (health.editing ? 1 : 0);
     state(health.live, health.status === "stopping" ? ", stopping" : waiting && !running ? `, ${waiting} being made` : "");
     const news = health.base !== seen.base || health.event !== seen.event;  /* another one has edited, or taken back */
-    if ((news || back) && !running && !history.undoing) {
+    if ((news || back) && !running && !history.undoing.size) {
       await history.read();
       seen.base = health.base;
       if (answers.about) { await answers.again(); } else if (back) { await answers.offered(); }
@@ -196,7 +197,8 @@ document.addEventListener("keydown", (event) => {
   else if (held && event.key === "Enter") { event.preventDefault(); edit(); }
   else if (held && event.key === "z" && !event.shiftKey && !field) {
     event.preventDefault();  /* else a browser may take back what was typed in a field that has lost the focus */
-    if (!event.repeat && !running && history.live.length) { history.undo(history.live[0]); }
+    const newest = history.live.find((e) => !history.undoing.has(e.number));
+    if (!event.repeat && !running && newest) { history.undo(newest); }
   }
 });
 
