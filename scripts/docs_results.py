@@ -43,9 +43,14 @@ def batched(name: str) -> Source:
     return Source(f"editors/batched-{name}.json", "python scripts/evidence_editors.py batched --n 100 --threads 1")
 
 
+def slug(label: str) -> str:
+    """A label as part of a file's name."""
+    return label.replace(", ", "-").replace(" ", "-")
+
+
 def continual_file(name: str) -> str:
     """Under docs/results."""
-    own = f"editors/continual-{name.replace(' ', '-')}.json"
+    own = f"editors/continual-{slug(name)}.json"
     return own if name not in ELSEWHERE or (RESULTS / own).exists() else f"{ELSEWHERE[name]}.json"
 
 

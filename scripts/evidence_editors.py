@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from docs_results import continual_file
+from docs_results import continual_file, slug
 from evidence import OUT, cases, editor, table, write
 
 import errata
@@ -94,7 +94,7 @@ def held_out(lm: LM, stacks: Sequence[Stack]) -> list[float]:
 
 def keep(scenario: str, label: str, payload: dict[str, Any]) -> None:
     (OUT / FOLDER).mkdir(parents=True, exist_ok=True)
-    write(f"{FOLDER}/{scenario}-{label.replace(' ', '-')}", payload)
+    write(f"{FOLDER}/{scenario}-{slug(label)}", payload)
 
 
 def show(label: str, rows: Sequence[dict[str, Any]], *more: Any) -> None:
@@ -193,7 +193,7 @@ def read(scenario: str) -> dict[str, dict[str, Any]]:
     """What is there of a scenario, in the order of `EDITORS`."""
     out = {}
     for label in EDITORS:
-        path = OUT / (continual_file(label) if scenario == "continual" else f"{FOLDER}/{scenario}-{label.replace(' ', '-')}.json")
+        path = OUT / (continual_file(label) if scenario == "continual" else f"{FOLDER}/{scenario}-{slug(label)}.json")
         if path.exists():
             out[label] = json.loads(path.read_text())
     return out

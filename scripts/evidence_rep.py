@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from docs_results import slug
 from evidence import OUT, cases, editor, write
 from evidence_editors import held_out, lines
 
@@ -66,7 +67,7 @@ def keep(what: str, label: str, lm: LM, records: Sequence[dict[str, Any]], stack
     rows = summarise(records)
     out = {"n": len({r["case"] for r in records}), "rows": rows, "paper": robustness.micro_averages(records), "seconds_per_edit": seconds}
     out["perplexity"] = held_out(lm, stacks[:1])[0]
-    write(f"{FOLDER}/{what}-{label.replace(', ', '-').replace(' ', '-')}", {**out, **more, "cases": means(records)})
+    write(f"{FOLDER}/{what}-{slug(label)}", {**out, **more, "cases": means(records)})
     shown = {r["metric"]: round(r["value"], 3) for r in rows if r["protocol"] == "generated" and r["metric"] in COLUMNS}
     print(label, f"{seconds:.2f} s", out["perplexity"], shown, flush=True)
 

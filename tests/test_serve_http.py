@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import http.client
 import json
 import time
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +18,11 @@ from families import lm as trained
 from made import made
 from serving import TOKEN, Site, serving
 
+from errata import registry
 from errata.serve import guard
 from errata.serve.jobs import Job
 from errata.serve.options import Limits
+from errata.serve.routes_edits import FILES
 
 FRANCE = "The capital of France is"
 LIMITS = Limits(body=20_000, prompt=30, tokens=40, rows=6, requests=3)
@@ -192,6 +196,16 @@ def test_settings_that_name_files_or_downloads_need_the_servers_consent(
         return  # of the wrong type, whoever asks
     monkeypatch.setattr(site.service, "options", dataclasses.replace(site.service.options, files=True))
     assert site.http.post("/v1/edits", json={**edit, "settings": settings}).status_code == 202 and len(begun) == 2
+
+
+def test_every_setting_of_free_text_is_known_to_open_nothing_or_needs_that_consent() -> None:
+    """A method with a new one has to be looked at: here, and in `routes_edits.FILES` where it opens a file or downloads."""
+    opens_nothing = {"end", "fact", "cue", "shot", "point", "lora_point", "wraps"}
+    found = set()
+    for method in map(functools.partial(registry.get, "method"), registry.names("method")):
+        kinds = typing.get_type_hints(method)
+        found |= {f.name for f in dataclasses.fields(method) if kinds[f.name] is str or str in typing.get_args(kinds[f.name])}
+    assert found - opens_nothing - {"wrapped", "surfaces"} == set(FILES)  # these two hold settings, and names of a list
 
 
 def test_what_nobody_foresaw_has_the_shape_of_any_error(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,20 +34,29 @@ def check(spec: grid.RunSpec, root: Path) -> list[Planned]:
             judges.make(judge.name, root / "judged", judge.endpoint, judge.model, judge.key_env)
         if spec.guard is not None:
             open_corpus(spec.guard.text)
-    return [_planned(cell, spec.score.fluency) for cell in cells]
+    opened: dict[str, int] = {}
+    return [_planned(cell, spec.score.fluency, opened) for cell in cells]
 
 
-def _planned(cell: grid.Cell, fluency: bool) -> Planned:
+def _planned(cell: grid.Cell, fluency: bool, opened: dict[str, int]) -> Planned:
+    """``opened``: how many cases there are, of the cells so far by `grid.Cell.base`; the same file is not read for every method."""
     grid.editor(cell)
+    if cell.base not in opened:
+        opened[cell.base] = _count(cell, fluency)
+    count = opened[cell.base]
+    marks = cell.scenario.at(count)
+    if cell.scenario.kind != "single":
+        How(cell.scenario.size or 1, marks).check(count)
+    return Planned(cell, count, marks)
+
+
+def _count(cell: grid.Cell, fluency: bool) -> int:
     source = grid.benchmark(cell.benchmark)
     cases = cell.cases(source)
-    marks = cell.scenario.at(len(cases))
-    if cell.scenario.kind != "single":
-        How(cell.scenario.size or 1, marks).check(len(cases))
     if fluency and not _can_be_sampled(source, cases):
         name = cell.benchmark.name
         raise ConfigError(f"score.fluency: the benchmark {name}, or its file, offers no prompts to sample from; leave it out")
-    return Planned(cell, len(cases), marks)
+    return len(cases)
 
 
 def _can_be_sampled(source: Any, cases: list[Any]) -> bool:
