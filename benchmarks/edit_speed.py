@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import errata
 from errata import registry
-from errata.model import LM
+from errata.core.model import LM
+from errata.core.tail import Tail, Whole
 from errata.request import EditRequest
-from errata.tail import Tail, Whole
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

@@ -21,14 +21,14 @@ import torch
 from edit_speed import begin, end, options, timed
 
 from errata import registry
-from errata.decode import fork
-from errata.families import linear_sizes
-from errata.methods.side_memory import LONG, pack
-from errata.model import LM
-from errata.patch import Op, Patch, Site
-from errata.read import module_at, read
+from errata.core.decode import fork
+from errata.core.families import linear_sizes
+from errata.core.model import LM
+from errata.core.patch import Op, Patch, Site
+from errata.core.read import module_at, read
+from errata.core.tokens import Encoded
+from errata.methods.wise.op import LONG, pack
 from errata.request import EditRequest
-from errata.tokens import Encoded
 
 
 def keys_like(lm: LM, rows: list[Encoded], site: Site, count: int) -> torch.Tensor:

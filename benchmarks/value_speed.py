@@ -17,10 +17,10 @@ import torch
 from edit_speed import begin, end, options, timed
 
 from errata import registry
-from errata.methods.locate import Locating
-from errata.model import LM
+from errata.core.model import LM
+from errata.core.tail import Tail, Whole
+from errata.methods.locate.editor import Locating
 from errata.request import EditRequest
-from errata.tail import Tail, Whole
 
 
 def values(lm: LM, editor: Any, requests: list[EditRequest], runner: Any) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 
 import errata
 from errata import registry, run
-from errata.model import LM
+from errata.core.model import LM
 from errata.report import curves, page, tables
 from errata.request import Case
 from errata.score.metrics import difference, summarise

@@ -28,15 +28,15 @@ from evidence import OUT, cases, editor, table, write
 
 import errata
 from errata import run
-from errata.bank import Stack
-from errata.model import LM
-from errata.patch import Patch
+from errata.core.bank import Stack
+from errata.core.model import LM
+from errata.core.patch import Patch
 from errata.report import curves
 from errata.score.cost import latency, size_on_disk
 from errata.score.metrics import summarise
 from errata.score.perplexity import perplexity
 from errata.score.queries import Answers, score
-from errata.texts import bundled
+from errata.text.corpora import bundled
 
 SHOWN = ("reliability", "generality", "portability", "locality_agreement", "ES", "PS", "NS", "S")
 EDITORS: dict[str, tuple[str, dict[str, Any]]] = {

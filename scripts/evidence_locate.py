@@ -23,16 +23,16 @@ from evidence import OUT, cases, editor, table, write
 
 import errata
 from errata import registry, run
-from errata.bank import Stack
-from errata.model import LM
+from errata.core.bank import Stack
+from errata.core.model import LM
+from errata.core.weights import delta, merge
 from errata.report import curves, page, tables
 from errata.score import generation
 from errata.score.match import exact_match
 from errata.score.metrics import summarise
 from errata.score.perplexity import perplexity
 from errata.score.queries import Answers, score
-from errata.texts import bundled
-from errata.weights import delta, merge
+from errata.text.corpora import bundled
 
 SHOWN = ("reliability", "generality", "portability", "locality_agreement", "ES", "PS", "NS", "S", "GE", "RS")
 SINGLE = ("rome", "r-rome", "memit", "pmet", "emmet", "alphaedit", "baft")

@@ -24,7 +24,7 @@ from evidence_editors import held_out, lines
 
 import errata
 from errata import run
-from errata.model import LM
+from errata.core.model import LM
 from errata.request import Case
 from errata.score import robustness
 from errata.score.metrics import difference, summarise

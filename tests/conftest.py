@@ -14,7 +14,7 @@ os.environ["ERRATA_CACHE"] = tempfile.mkdtemp(prefix="errata-tests-")  # statist
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core
-sys.path.insert(0, str(Path(__file__).parent))  # for `families`
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "scripts")]  # for `families`, and for `house`
 
 from browser import chromium, view  # noqa: F401
 from desk import desk, running, server  # noqa: F401
@@ -49,6 +49,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from families import lm
     from tiny import FRANCE
 
-    from errata.model import edit
+    from errata.core.model import edit
 
     return edit(lm("llama"), FRANCE, "Rome", rank=2, steps=2).save(tmp_path_factory.mktemp("patch") / "good")

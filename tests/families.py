@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from errata.model import LM
+from errata.core.model import LM
 
 SENTENCES = [
     ("The capital of France is", "Paris"),

@@ -8,8 +8,8 @@ import torch
 from families import SENTENCES
 from tiny import EDITS
 
+from errata.core.model import LM
 from errata.ledger import Ledger
-from errata.model import LM
 from errata.request import EditRequest
 
 SETTINGS: dict[str, Any] = {"rank": 2, "lr": 0.02, "steps": 12, "end": "."}

@@ -10,9 +10,9 @@ import torch
 from families import SENTENCES, lm
 from torch import Tensor
 
-from errata.families import linear_sizes, resolve
-from errata.model import LM, _old
-from errata.patch import Op, Patch, Site
+from errata.core.families import linear_sizes, resolve
+from errata.core.model import LM, _old
+from errata.core.patch import Op, Patch, Site
 
 PROMPTS = [p for p, _ in SENTENCES]
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

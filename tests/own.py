@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from families import SENTENCES
 
-from errata.bank import Stack
+from errata.core.bank import Stack
+from errata.core.model import LM
+from errata.core.patch import Op, Patch, Site
 from errata.errors import FitError
-from errata.methods.reft import ReFT
-from errata.model import LM
-from errata.patch import Op, Patch, Site
+from errata.methods.subspace.reft import ReFT
 from errata.request import Case, EditRequest, Probe
 
 ANSWERS = ("Rome", "Madrid", "Tokyo", "Paris")

@@ -11,7 +11,7 @@ import httpx
 from families import lm as trained
 from ledgers import SETTINGS
 
-from errata.bank import Stack
+from errata.core.bank import Stack
 from errata.serve.options import Limits, Options
 from errata.serve.running import Running
 from errata.serve.service import Service

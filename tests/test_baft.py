@@ -9,19 +9,19 @@ import torch
 from families import lm
 
 from errata import registry
-from errata.bank import Context, live
 from errata.config import build
+from errata.core.bank import Context, live
+from errata.core.fit import AdamW, fit, token_nll
+from errata.core.model import LM
+from errata.core.patch import Site
+from errata.core.tail import Tail
 from errata.errors import ConfigError, FitError
-from errata.fit import AdamW, fit, token_nll
-from errata.methods.baft import BaFT
-from errata.methods.reft import ReFT
-from errata.methods.subspace import Subspace, gate, orthonormal, start
-from errata.methods.subspace_editor import layers_for
-from errata.methods.subspace_training import Training
-from errata.model import LM
-from errata.patch import Site
+from errata.methods.subspace.baft import BaFT
+from errata.methods.subspace.editor import layers_for
+from errata.methods.subspace.op import Subspace, gate, orthonormal, start
+from errata.methods.subspace.reft import ReFT
+from errata.methods.subspace.training import Training
 from errata.request import EditRequest
-from errata.tail import Tail
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France")
 ITALY = EditRequest("The language of Italy is", "Spanish", "Italy")

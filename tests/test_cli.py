@@ -11,8 +11,8 @@ from tiny import FAST, FRANCE, QUICK, leftovers
 
 import errata
 from errata.cli import main
-from errata.methods.subspace_editor import SubspaceEditor
-from errata.patch import Patch
+from errata.core.patch import Patch
+from errata.methods.subspace.editor import SubspaceEditor
 
 
 def document(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:

@@ -16,9 +16,9 @@ from tiny import FAST, FRANCE, QUICK, leftovers
 from errata.cli import main
 from errata.commands import files
 from errata.commands.screen import Screen, as_json, clean
+from errata.core.patch import Patch
 from errata.errors import StorageError
-from errata.methods.subspace_editor import SubspaceEditor
-from errata.patch import Patch
+from errata.methods.subspace.editor import SubspaceEditor
 
 # -- stops and pipes -------------------------------------------------------------------------------------------
 

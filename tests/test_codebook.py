@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from errata.methods.codebook import Asked, hit, nearest, pack, rounding_of, unpack
-from errata.methods.grace import GRACE
-from errata.methods.grace_training import Filled
-from errata.tokens import Encoded
+from errata.core.tokens import Encoded
+from errata.methods.codebook.grace import GRACE
+from errata.methods.codebook.grace_training import Filled
+from errata.methods.codebook.lookup import Asked, hit, nearest, pack, rounding_of, unpack
 
 
 def text(key: torch.Tensor, *label: int, request: int = 0) -> Asked:

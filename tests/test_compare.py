@@ -11,8 +11,8 @@ from families import lm as trained
 from made import made
 from test_running_state import hybrid
 
-from errata.bank import Stack
-from errata.model import LM
+from errata.core.bank import Stack
+from errata.core.model import LM
 from errata.score import forcing
 from errata.score.compare import Said, compare
 

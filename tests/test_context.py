@@ -9,18 +9,18 @@ import torch
 from families import FAMILIES, SENTENCES, lm
 
 from errata import registry
-from errata.bank import looks_ahead
+from errata.core.bank import looks_ahead
+from errata.core.model import LM
+from errata.core.patch import Patch, Site
+from errata.core.read import read
+from errata.core.tail import Tail, Whole, capture, cut
+from errata.core.tokens import Encoded, pieces
 from errata.errors import ModelError
-from errata.methods.baft import BaFT
-from errata.methods.in_context import ICE
+from errata.methods.in_context.in_context import ICE
+from errata.methods.in_context.retrieval import Retrieval
 from errata.methods.none import Nothing
-from errata.methods.retrieval import Retrieval
-from errata.model import LM
-from errata.patch import Patch, Site
-from errata.read import read
+from errata.methods.subspace.baft import BaFT
 from errata.request import EditRequest
-from errata.tail import Tail, Whole, capture, cut
-from errata.tokens import Encoded, pieces
 
 each_family = pytest.mark.parametrize("family", list(FAMILIES))
 PLAIN = {"fact": "{prompt} {target}.", "cue": ""}
@@ -274,11 +274,11 @@ def test_tail_capture_and_read_see_the_caller_s_tokens(family: str) -> None:
 
 def test_what_is_attached_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And calls of errata and raw ones between them do not read each other's texts."""
-    import errata.model
+    import errata.core.model
 
     base, made = lm("llama"), []
-    compiled = errata.model.compile_plan
-    monkeypatch.setattr(errata.model, "compile_plan", lambda *args: made.append(args) or compiled(*args))
+    compiled = errata.core.model.compile_plan
+    monkeypatch.setattr(errata.core.model, "compile_plan", lambda *args: made.append(args) or compiled(*args))
     a, b = ICE(**PLAIN).edit(base, [ROME]), Retrieval(**PLAIN).edit(base, [EditRequest("In Rome people speak", "French")])
     want = base.generate(PROMPTS, stacks=[(a, b)])
     raw = base.batch(base.encode(["The language of Spain is"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from families import lm
 from tiny import EDITS, FRANCE
 
-from errata.methods.reft import ReFT
+from errata.methods.subspace.reft import ReFT
 from errata.request import EditRequest
 from errata.score.cost import latency, size_on_disk
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tiny import FAST, FRANCE, fill_disk, head, leftovers
 
 from errata.cli import main
+from errata.core.patch import Patch
 from errata.errors import ErrataError, InputError, PatchError, StorageError
-from errata.methods.subspace_editor import SubspaceEditor
-from errata.patch import Patch
+from errata.methods.subspace.editor import SubspaceEditor
 from errata.request import Case, EditRequest, Probe
 
 

@@ -13,7 +13,7 @@ import pytest
 from pages import ROOT, blocks, run
 
 from errata import registry
-from errata.patch import WEIGHT_LIKE
+from errata.core.patch import WEIGHT_LIKE
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import docs_choice

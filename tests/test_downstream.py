@@ -16,7 +16,7 @@ from errata import run
 from errata.benchmarks.downstream import Choice, Question
 from errata.benchmarks.files import open_benchmark
 from errata.errors import InputError
-from errata.methods.reft import ReFT
+from errata.methods.subspace.reft import ReFT
 from errata.request import Case, EditRequest, Probe
 from errata.score import downstream, queries
 from errata.score.metrics import METRICS, summarise

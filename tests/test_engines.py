@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import errata
 from errata.cli import main
+from errata.core.model import LM
 from errata.errors import PatchError
 from errata.export import bake, export_lora
 from errata.export.engines import objections
 from errata.ledger import Ledger
-from errata.model import LM
 from errata.request import EditRequest
 
 LOCATE: dict[str, Any] = {"stats_tokens": 2000, "v_steps": 10, "v_lr": 0.5, "prefixes": [], "clamp": 20.0}

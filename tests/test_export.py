@@ -14,11 +14,11 @@ from tiny import FRANCE, leftovers, saved
 
 import errata
 from errata.cli import main
+from errata.core.model import LM
+from errata.core.patch import Op, Patch
+from errata.core.weights import delta
 from errata.errors import ConfigError, ModelError, PatchError, StorageError
 from errata.export import bake, export_lora
-from errata.model import LM
-from errata.patch import Op, Patch
-from errata.weights import delta
 
 
 def contents(folder: Path) -> dict[str, tuple[str, list[int]]]:

@@ -14,10 +14,10 @@ from tiny import fill_disk, leftovers, saved
 from torch import Tensor
 
 import errata
+from errata.core.model import LM
+from errata.core.patch import Op, Patch, Site
 from errata.errors import ConfigError, ErrataError, ModelError, PatchError, StorageError
 from errata.export import bake, export_lora
-from errata.model import LM
-from errata.patch import Op, Patch, Site
 
 
 def quantised(base: LM) -> None:

@@ -12,18 +12,19 @@ from families import lm
 from torch import Tensor
 
 from errata.config import build
+from errata.core.families import resolve
+from errata.core.model import LM
+from errata.core.patch import Patch
+from errata.core.tail import Tail
+from errata.core.tokens import Encoded
+from errata.core.weights import delta
 from errata.errors import ConfigError
-from errata.families import resolve
-from errata.methods import dense_editor, dense_training
-from errata.methods.dense_editor import FineTuneEditor
-from errata.methods.dense_training import DenseTraining
-from errata.methods.ft import FTL, FTM, LocFT
-from errata.model import LM
-from errata.patch import Patch
+from errata.methods.finetune import editor as dense_editor
+from errata.methods.finetune import training as dense_training
+from errata.methods.finetune.editor import FineTuneEditor
+from errata.methods.finetune.ft import FTL, FTM, LocFT
+from errata.methods.finetune.training import DenseTraining
 from errata.request import EditRequest
-from errata.tail import Tail
-from errata.tokens import Encoded
-from errata.weights import delta
 
 REQUESTS = [
     EditRequest("The capital of France is", "Tokyo", "France"),  # targets of several tokens, and of one
@@ -167,8 +168,8 @@ def test_many_rows_in_many_problems_train_as_each_alone(monkeypatch: pytest.Monk
     alone = [editor.edit(model, [r]) for r in requests]
     assert len({p.notes["steps"] for p in alone}) == 3
     for few in (0, 10**9):
-        monkeypatch.setattr("errata.bank.FEW", few)
-        monkeypatch.setattr("errata.bank.LAUNCH", {"cpu": 0})
+        monkeypatch.setattr("errata.core.bank.FEW", few)
+        monkeypatch.setattr("errata.core.bank.LAUNCH", {"cpu": 0})
         for a, b in zip(alone, editor.edit_each(model, requests), strict=True):
             torch.testing.assert_close(b.ops[0].tensors["weight"], a.ops[0].tensors["weight"], **TIGHT)
             assert a.notes["steps"] == b.notes["steps"]

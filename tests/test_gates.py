@@ -15,13 +15,13 @@ from tiny import EDITS, QUICK, leftovers
 
 import errata
 from errata.analyse import gate_training, gates
-from errata.bank import Stack
 from errata.cli import main
 from errata.config import build
+from errata.core.bank import Stack
+from errata.core.patch import Patch
 from errata.errors import ConfigError, InputError, PatchError
-from errata.methods.baft import BaFT
-from errata.methods.reft import ReFT
-from errata.patch import Patch
+from errata.methods.subspace.baft import BaFT
+from errata.methods.subspace.reft import ReFT
 from errata.request import Case, EditRequest, Probe
 from errata.run import grid
 from errata.score.queries import Answers

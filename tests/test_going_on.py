@@ -9,11 +9,11 @@ import torch
 from families import lm
 from test_laws import METHODS, asked, editor
 
-from errata.bank import live, looks_ahead
-from errata.methods.wise_training import Job, Training
-from errata.patch import Site
-from errata.read import read, up_to, watching
-from errata.tail import Tail
+from errata.core.bank import live, looks_ahead
+from errata.core.patch import Site
+from errata.core.read import read, up_to, watching
+from errata.core.tail import Tail
+from errata.methods.wise.training import Job, Training
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,15 +6,15 @@ import pytest
 import torch
 from families import lm
 
-from errata.bank import Bank, Context, live
+from errata.core.bank import Bank, Context, live
+from errata.core.patch import Op, Patch, Site
+from errata.core.tail import Whole
+from errata.core.tokens import Encoded
 from errata.errors import ConfigError, PatchError
-from errata.methods.codebook import Asked, pack
-from errata.methods.grace import GRACE, Codebook
-from errata.methods.grace_training import Filled
-from errata.patch import Op, Patch, Site
+from errata.methods.codebook.grace import GRACE, Codebook
+from errata.methods.codebook.grace_training import Filled
+from errata.methods.codebook.lookup import Asked, pack
 from errata.request import EditRequest
-from errata.tail import Whole
-from errata.tokens import Encoded
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France")
 ITALY = EditRequest("The language of Italy is", "Spanish", "Italy")

@@ -12,7 +12,7 @@ import torch
 from families import SENTENCES, lm
 
 from errata.errors import ConfigError
-from errata.methods.reft import ReFT
+from errata.methods.subspace.reft import ReFT
 from errata.request import EditRequest
 
 PROMPT = "The capital of France is"

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import house
 import pytest
 
 import errata
 
 ROOT = Path(errata.__file__).parent
+
 HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
-FLOORS = {
-    **dict.fromkeys(("errors", "request", "registry", "config", "storage", "endpoint", "benchmarks", "report", "published"), 0),
-    **dict.fromkeys(("families", "texts", "tokens", "decode", "patch", "weights", "offload"), 1),
-    **dict.fromkeys(("bank", "context", "embed", "model", "tail", "fit", "lanes", "problems", "read", "stats", "surfaces"), 2),
-    **dict.fromkeys(("methods", "trace", "score"), 3),
-    **dict.fromkeys(("run", "ledger", "export", "almanac", "analyse"), 4),
-    **dict.fromkeys(("__main__", "cli", "commands", "serve"), 5),
-}
-MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 
 
 def fresh(code: str) -> dict[str, object]:
@@ -84,59 +78,46 @@ def test_public_names_resolve() -> None:
         _ = errata.lod
 
 
-def component(parts: tuple[str, ...]) -> str:
-    return parts[0].removesuffix(".py")
+def test_imports_keep_to_the_house() -> None:
+    """Down only, no circle of files or rooms anywhere, no wing of methods from another wing.  See `house.FLOORS`."""
+    assert house.faults() == []
 
 
-def runtime_nodes(tree: ast.AST) -> list[ast.AST]:
-    """All nodes that run: what stands under ``if TYPE_CHECKING`` is left out."""
-    out: list[ast.AST] = []
-    todo: list[ast.AST] = [tree]
-    while todo:
-        node = todo.pop()
-        out.append(node)
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            todo += node.orelse
-        else:
-            todo += ast.iter_child_nodes(node)
-    return out
+@pytest.mark.parametrize(
+    ("file", "line", "said"),
+    [
+        ("core/tail.py", "from errata.score import metrics", "core (floor 1) imports from score (floor 3)"),
+        ("core/tail.py", "def f():\n    from errata.cli import main", "core (floor 1) imports from cli (floor 6)"),
+        ("core/tail.py", "if TYPE_CHECKING:\n    import errata.ledger", "core (floor 1) imports from ledger (floor 4)"),
+        ("core/patch.py", "from errata import load", "a circle of files: errata.core.bank"),
+        ("core/tokens.py", "import errata.core.decode", "a circle of files: errata.core.decode , errata.core.tokens"),
+        ("ledger/state.py", "if TYPE_CHECKING:\n    from errata.ledger.ledger import Ledger", "a circle of files: errata.ledger"),
+        ("run/engine.py", "from errata.export import bake\nfrom errata import ledger", None),
+        ("export/engines.py", "from errata.ledger import undo", "a circle of rooms: export , ledger"),
+        ("methods/wise/op.py", "from errata.methods.locate import values", "methods/wise imports from another wing, methods/locate"),
+        ("methods/rep/op.py", "from errata.methods.locate import values", None),  # the one exception
+        ("methods/wise/op.py", "from errata.methods import presets", None),
+        ("methods/wise/op.py", "from errata.benchmarks import facts", "an editor must not see benchmarks"),
+        ("attic/__init__.py", "from errata import errors", "attic has no floor"),
+    ],
+)
+def test_what_is_put_in_wrongly_is_found(tmp_path: Path, file: str, line: str, said: str | None) -> None:
+    shutil.copytree(ROOT, tmp_path / "errata", ignore=lambda folder, names: [n for n in names if "." in n and not n.endswith(".py")])
+    path = tmp_path / "errata" / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text((path.read_text(encoding="utf-8") if path.exists() else "") + f"\n{line}\n", encoding="utf-8")
+    found = house.faults(tmp_path)
+    assert not found if said is None else any(said in fault for fault in found), found
 
 
-def imported(path: Path) -> list[tuple[int, str]]:
-    """(line, component of errata) of each import, also those inside functions."""
-    found: list[tuple[int, str]] = []
-    for node in runtime_nodes(ast.parse(path.read_text(encoding="utf-8"))):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            names = [node.module or ""] if node.module != "errata" else [f"errata.{a.name}" for a in node.names]
-        for name in names:
-            top, _, rest = name.partition(".")
-            if top == "errata" and rest:
-                target = errata._PUBLIC.get(rest, f"errata.{rest}")  # ``from errata import load`` means errata.model
-                found.append((node.lineno, target.split(".")[1]))
-    return found
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_floors(path: Path) -> None:
-    own = component(path.relative_to(ROOT).parts)
-    assert own in FLOORS, f"{own} has no floor; add it to FLOORS in this test"
-    for line, other in imported(path):
-        if other == "__version__":
-            continue
-        assert other in FLOORS, f"{path}:{line}: imports errata.{other}, which has no floor"
-        assert FLOORS[other] <= FLOORS[own], f"{path}:{line}: floor {FLOORS[own]} ({own}) imports from floor {FLOORS[other]} ({other})"
-        if own == "methods":
-            assert other not in ("score", "benchmarks"), f"{path}:{line}: an editor must not see {other}"
-
-
-def test_the_floor_test_sees_lazy_imports(tmp_path: Path) -> None:
-    path = tmp_path / "x.py"
-    path.write_text(
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from errata.cli import main\n"
-        "def f():\n    from errata.score import metrics\n    from errata import load, registry\n    import errata.patch\n"
-    )
-    assert sorted(name for _, name in imported(path)) == ["model", "patch", "registry", "score"]
+def test_the_lowest_floor_needs_no_torch() -> None:
+    """Its files import nothing heavy at the top."""
+    for module, path in house.modules().items():
+        if house.room(module) in house.LIGHT:
+            heavy = [
+                n
+                for node in ast.parse(path.read_text(encoding="utf-8")).body
+                for n in ([a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""])
+                if n.partition(".")[0] in ("torch", "transformers", "tokenizers", "safetensors")
+            ]
+            assert not heavy, f"{path}: imports {heavy}"

@@ -13,19 +13,19 @@ from test_context import PARIS, PLAIN, PROMPTS, ROME, alone, base, close, each_f
 
 import errata
 from errata import registry
-from errata.context import nearest
-from errata.embed import _encoder, bare
+from errata.core.context import nearest
+from errata.core.embed import _encoder, bare
+from errata.core.model import LM
+from errata.core.patch import PROMPT, Op, Patch, Site
+from errata.core.tokens import pieces
+from errata.core.weights import merge
 from errata.errors import ConfigError, InputError, ModelError, PatchError
 from errata.export.changes import changes
-from errata.methods.demonstrations import requests_of
-from errata.methods.in_context import ICE, IKE
+from errata.methods.in_context.demonstrations import requests_of
+from errata.methods.in_context.in_context import ICE, IKE
+from errata.methods.in_context.retrieval import Retrieval
 from errata.methods.none import Nothing
-from errata.methods.retrieval import Retrieval
-from errata.model import LM
-from errata.patch import PROMPT, Op, Patch, Site
 from errata.request import EditRequest, write_requests
-from errata.tokens import pieces
-from errata.weights import merge
 
 # -- retrieval ---------------------------------------------------------------------------------------------------------------------------
 

@@ -13,12 +13,12 @@ from errata import registry
 from errata.analyse import keys
 from errata.cli import main
 from errata.config import build
+from errata.core.patch import Site
+from errata.core.read import read
 from errata.errors import InputError
-from errata.methods.rep import REP
-from errata.patch import Site
-from errata.read import read
+from errata.methods.rep.rep import REP
 from errata.request import EditRequest
-from errata.stats import moments
+from errata.text.statistics import moments
 
 WRAPPED = {
     "layers": [0],

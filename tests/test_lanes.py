@@ -9,8 +9,8 @@ import pytest
 import torch
 from families import lm
 
-from errata.lanes import FIXED_TOKENS, cut_by_length, in_lanes, plan_batches, twin
-from errata.methods.baft import BaFT
+from errata.core.lanes import FIXED_TOKENS, cut_by_length, in_lanes, plan_batches, twin
+from errata.methods.subspace.baft import BaFT
 from errata.request import EditRequest
 
 LENGTHS = [4] * 60 + [6] * 30 + [12] * 9

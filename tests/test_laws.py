@@ -14,19 +14,19 @@ import torch
 from families import FAMILIES, SENTENCES, lm
 
 from errata import registry
-from errata.bank import Bank, Context
 from errata.config import build
-from errata.decode import Begun, decode
-from errata.methods.in_context import InContextEditor
-from errata.methods.locate import LocateEditor
-from errata.methods.subspace import Subspace, orthonormal, start
-from errata.model import LM
-from errata.patch import Op, Patch, Site
+from errata.core.bank import Bank, Context
+from errata.core.decode import Begun, decode
+from errata.core.model import LM
+from errata.core.patch import Op, Patch, Site
+from errata.core.tail import Tail, Whole, capture, cut
+from errata.core.tokens import IGNORED
+from errata.core.weights import merge
+from errata.methods.in_context.in_context import InContextEditor
+from errata.methods.locate.editor import LocateEditor
+from errata.methods.subspace.op import Subspace, orthonormal, start
 from errata.request import EditRequest
 from errata.score import forcing
-from errata.tail import Tail, Whole, capture, cut
-from errata.tokens import IGNORED
-from errata.weights import merge
 
 METHODS = registry.names("method")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -312,7 +312,7 @@ def test_tail_and_full_forward_reach_the_same_patch(method: str, family: str) ->
 def test_merge_of_weight_like_patches(family: str) -> None:
     base = model(family)
     generator = torch.Generator().manual_seed(0)
-    from errata.families import linear_sizes, resolve
+    from errata.core.families import linear_sizes, resolve
 
     inner, outer = linear_sizes(resolve(base.blocks[1], base.family.mlp_down))
 

@@ -14,10 +14,10 @@ from families import lm as trained
 from ledgers import PROMPTS, REQUESTS, SETTINGS, logits, same
 from tiny import FRANCE
 
+from errata.core.model import LM
+from errata.core.patch import Patch
 from errata.errors import ErrataError, LedgerError, PatchError
 from errata.ledger import Ledger
-from errata.model import LM
-from errata.patch import Patch
 from errata.request import EditRequest, read_requests
 
 HOW = {"settings": SETTINGS, "force": True}
@@ -286,7 +286,7 @@ def test_without_a_model_the_record_reads_and_undo_works(book: Ledger, lm: LM) -
 
 
 def test_a_patch_of_another_base_is_refused(book: Ledger) -> None:
-    from errata.model import edit
+    from errata.core.model import edit
 
     other = edit(LM(build("llama", seed=1), tokenizer()), FRANCE, "Rome", rank=2, steps=1)
     with pytest.raises(PatchError, match="was made for base"):

@@ -9,9 +9,9 @@ import torch
 from families import lm as trained
 from ledgers import REQUESTS, SETTINGS, WEIGHTS, logits, same
 
+from errata.core.model import LM
 from errata.errors import LedgerError
 from errata.ledger import Ledger
-from errata.model import LM
 
 
 @pytest.fixture(scope="module")

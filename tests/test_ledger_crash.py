@@ -23,11 +23,11 @@ from ledgers import REQUESTS, SETTINGS, WEIGHTS, logits, same
 from tiny import fill_disk
 
 import errata
+from errata.core.model import LM
+from errata.core.patch import Op, Patch
 from errata.errors import LedgerError, PatchError, StorageError
 from errata.ledger import Ledger, shelf
 from errata.ledger.making import Maker
-from errata.model import LM
-from errata.patch import Op, Patch
 
 HOW = {"settings": SETTINGS, "force": True}
 ROOT = Path(__file__).parents[1]

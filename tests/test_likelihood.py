@@ -10,8 +10,8 @@ import torch
 from families import lm
 from test_score import CASES, EDITOR, Counter
 
+from errata.core.model import LM
 from errata.errors import InputError
-from errata.model import LM
 from errata.request import Case, EditRequest, Probe
 from errata.score import forcing
 from errata.score.metrics import difference, summarise

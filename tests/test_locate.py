@@ -10,23 +10,23 @@ from families import lm
 from torch import Tensor
 
 from errata.config import build
+from errata.core.families import resolve
+from errata.core.model import LM
+from errata.core.patch import Patch, Site
+from errata.core.read import adds_directly, read, up_to
+from errata.core.tail import Tail, Whole
+from errata.core.weights import delta, sizes
 from errata.errors import ConfigError, FitError, InputError
-from errata.families import resolve
-from errata.methods.alphaedit import AlphaEdit
-from errata.methods.conditioning import pruned, rected, weight
-from errata.methods.emmet import EMMET
-from errata.methods.locate import LocateEditor, Locating
-from errata.methods.locate_solve import ridge_rows, small_side
-from errata.methods.locate_text import prefixes
-from errata.methods.memit import LAMBDA_PER_INPUT, MEMIT, PMET
-from errata.methods.rome import ROME, RROME
-from errata.model import LM
-from errata.patch import Patch, Site
-from errata.read import adds_directly, read, up_to
+from errata.methods.locate.alphaedit import AlphaEdit
+from errata.methods.locate.conditioning import pruned, rected, weight
+from errata.methods.locate.editor import LocateEditor, Locating
+from errata.methods.locate.emmet import EMMET
+from errata.methods.locate.memit import LAMBDA_PER_INPUT, MEMIT, PMET
+from errata.methods.locate.rome import ROME, RROME
+from errata.methods.locate.solve import ridge_rows, small_side
+from errata.methods.locate.text import prefixes
 from errata.request import EditRequest
-from errata.stats import Moments, moments
-from errata.tail import Tail, Whole
-from errata.weights import delta, sizes
+from errata.text.statistics import Moments, moments
 
 REQUESTS = [
     EditRequest("The capital of France is", "Rome", "France"),

@@ -15,21 +15,21 @@ from made import adapted, logits, plain, raw, same
 from torch import Tensor
 
 from errata import registry
-from errata.bank import Bank, Context, live
 from errata.config import build
+from errata.core.bank import Bank, Context, live
+from errata.core.families import linear_sizes
+from errata.core.model import LM
+from errata.core.patch import Patch, Site
+from errata.core.read import module_at
+from errata.core.tail import Tail, Whole
+from errata.core.weights import delta, merge
 from errata.errors import ConfigError, PatchError
 from errata.export import bake, export_lora
-from errata.families import linear_sizes
-from errata.methods.adalora import AdaLoRA
-from errata.methods.adapter import Drop
-from errata.methods.adapter_training import Training
-from errata.methods.lora import LoRA
-from errata.model import LM
-from errata.patch import Patch, Site
-from errata.read import module_at
+from errata.methods.adapters.adalora import AdaLoRA
+from errata.methods.adapters.lora import LoRA
+from errata.methods.adapters.op import Drop
+from errata.methods.adapters.training import Training
 from errata.request import EditRequest
-from errata.tail import Tail, Whole
-from errata.weights import delta, merge
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France")
 ITALY = EditRequest("The language of Italy is", "Spanish", "Italy")

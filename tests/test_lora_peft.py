@@ -12,12 +12,12 @@ from made import logits, raw, same
 from test_lora import BOTH, CLOSE, FRANCE, ITALY, changes, editor
 from torch import Tensor
 
-from errata.methods.adalora import Allocation
-from errata.methods.adapter import Drop
-from errata.methods.adapter_training import Training, generator_of
-from errata.patch import Site
+from errata.core.patch import Site
+from errata.core.tail import Tail
+from errata.methods.adapters.adalora import Allocation
+from errata.methods.adapters.op import Drop
+from errata.methods.adapters.training import Training, generator_of
 from errata.request import EditRequest
-from errata.tail import Tail
 
 
 class Peft:

@@ -6,17 +6,17 @@ import pytest
 import torch
 from families import lm
 
-from errata.bank import Context, live
+from errata.core.bank import Context, live
+from errata.core.fit import AdamW, fit
+from errata.core.patch import Patch, Site
+from errata.core.tail import Whole
+from errata.core.tokens import Encoded
 from errata.errors import ConfigError
-from errata.fit import AdamW, fit
-from errata.methods.codebook import Asked
-from errata.methods.melo import MELO
-from errata.methods.melo_ops import Routed, Router, route
-from errata.methods.melo_training import Clusters, fresh
-from errata.patch import Patch, Site
+from errata.methods.codebook.lookup import Asked
+from errata.methods.codebook.melo import MELO
+from errata.methods.codebook.melo_training import Clusters, fresh
+from errata.methods.codebook.op import Routed, Router, route
 from errata.request import EditRequest
-from errata.tail import Whole
-from errata.tokens import Encoded
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France")
 ITALY = EditRequest("The language of Italy is", "Spanish", "Italy")
@@ -239,8 +239,8 @@ def test_large_stores_are_not_copied_for_each_row_and_say_the_same() -> None:
     batch = base.batch(base.encode(prompts))
     apart = base.logits(batch, stacks, rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("errata.bank.FEW", -1)
-        patch.setattr("errata.bank.LAUNCH", {"cpu": 0})
+        patch.setattr("errata.core.bank.FEW", -1)
+        patch.setattr("errata.core.bank.LAUNCH", {"cpu": 0})
         torch.testing.assert_close(base.logits(batch, stacks, rows), apart, atol=1e-5, rtol=1e-5)
         assert base.generate(prompts, stacks=stacks, rows=rows) == [
             base.generate([p], stacks=[stacks[r]])[0] for p, r in zip(prompts, rows, strict=True)

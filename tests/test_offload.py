@@ -11,9 +11,9 @@ from made import logits, made
 from tiny import saved
 
 import errata
+from errata.core.patch import Patch
 from errata.errors import ModelError
 from errata.export import bake
-from errata.patch import Patch
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from errata.fit import AdamW, fit_passes
-from errata.patch import Site
-from errata.weights import Dense, Groups, LowRank
+from errata.core.fit import AdamW, fit_passes
+from errata.core.patch import Site
+from errata.core.weights import Dense, Groups, LowRank
 
 
 def test_a_gradient_of_any_layout_makes_the_same_update() -> None:

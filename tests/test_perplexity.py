@@ -10,8 +10,8 @@ import torch
 from families import SENTENCES, lm
 from test_score import CASES, EDITOR
 
+from errata.core.model import LM
 from errata.errors import InputError
-from errata.model import LM
 from errata.score import perplexity as module
 from errata.score.perplexity import Perplexity, perplexity
 

@@ -12,20 +12,21 @@ from families import SENTENCES, lm
 from torch import nn
 
 import errata
-from errata import registry, surfaces
-from errata.bank import Context
+from errata import registry
 from errata.config import build
+from errata.core.bank import Context
+from errata.core.model import LM
+from errata.core.patch import Op, Patch, Site
+from errata.core.weights import delta
 from errata.errors import ConfigError
-from errata.methods.key_adaptor import KeyAdaptor, gate_logit
-from errata.methods.locate import LocateEditor
-from errata.methods.rep import REP
-from errata.methods.rep_adapting import apart
-from errata.methods.rep_surfaces import KINDS, OWN, draw
-from errata.methods.rep_training import Keys, initial, train
-from errata.model import LM
-from errata.patch import Op, Patch, Site
+from errata.methods.locate.editor import LocateEditor
+from errata.methods.rep.adapting import apart
+from errata.methods.rep.op import KeyAdaptor, gate_logit
+from errata.methods.rep.rep import REP
+from errata.methods.rep.surfaces import KINDS, OWN, draw
+from errata.methods.rep.training import Keys, initial, train
 from errata.request import EditRequest
-from errata.weights import delta
+from errata.text import surfaces
 
 PROMPTS = [p for p, _ in SENTENCES]
 WRAPPED = {
@@ -57,7 +58,7 @@ def test_the_op_is_the_released_pre_hook_on_changed_weights(family: str) -> None
     a, b, w1, b1, w2, b2 = (patch.state[f"rep.1.{k}"] for k in ("a", "b", "w1", "b1", "w2", "b2"))
     ours = logits(base, (patch,), PROMPTS)
     other = copy.deepcopy(base.hf)
-    from errata.families import resolve
+    from errata.core.families import resolve
 
     module = resolve(resolve(other, base.family.blocks)[site.block], base.family.mlp_down)
     change = delta(next(op for op in patch.ops if op.kind == "low_rank"))

@@ -19,7 +19,7 @@ from errata import published
 from errata.analyse import gates, protocols, reproduce
 from errata.cli import main
 from errata.config import build
-from errata.methods.reft import ReFT
+from errata.methods.subspace.reft import ReFT
 from errata.request import Probe
 from errata.score.metrics import summarise
 

@@ -15,11 +15,11 @@ from families import tokenizer
 from test_metrics import record, value
 
 import errata
-from errata import registry, surfaces
+from errata import registry
 from errata.cli import main
+from errata.core.model import LM
 from errata.errors import InputError
-from errata.methods.reft import ReFT
-from errata.model import LM
+from errata.methods.subspace.reft import ReFT
 from errata.report import tables
 from errata.report.cases import KINDS
 from errata.report.page import page
@@ -28,6 +28,7 @@ from errata.score.metric_table import ROBUST
 from errata.score.metrics import summarise
 from errata.score.queries import Answers, score
 from errata.score.robustness import micro_averages, negated, unasked, widen
+from errata.text import surfaces
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France", "Paris")
 

@@ -18,10 +18,10 @@ from own import Tiny
 from runs import FILE, cell, differences, done, records, spec_of, stop_at, summary
 
 from errata.cli import main
+from errata.core.model import load
+from errata.core.patch import Op, Patch
 from errata.errors import ConfigError, JudgeError
-from errata.methods.reft import ReFT
-from errata.model import load
-from errata.patch import Op, Patch
+from errata.methods.subspace.reft import ReFT
 from errata.run import engine
 from errata.run.guard import Guard, Limits
 from errata.run.parts import settled

@@ -8,17 +8,17 @@ import pytest
 import torch
 from families import SENTENCES, tokenizer
 
-from errata.bank import Bank
 from errata.config import build
-from errata.decode import Begun
-from errata.methods.reft import ReFT
-from errata.methods.subspace import orthonormal, start
-from errata.model import LM
-from errata.patch import Site
+from errata.core.bank import Bank
+from errata.core.decode import Begun
+from errata.core.model import LM
+from errata.core.patch import Site
+from errata.core.tail import Tail, Whole, cut
+from errata.methods.subspace.op import orthonormal, start
+from errata.methods.subspace.reft import ReFT
 from errata.request import EditRequest
 from errata.score import forcing
 from errata.score.queries import Answers, ask
-from errata.tail import Tail, Whole, cut
 
 PROMPTS = [p for p, _ in SENTENCES[:4]]
 

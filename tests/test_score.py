@@ -9,10 +9,10 @@ import torch
 from families import lm
 
 from errata import run
+from errata.core.model import LM
 from errata.errors import ConfigError
-from errata.methods.baft import BaFT
-from errata.methods.reft import ReFT
-from errata.model import LM
+from errata.methods.subspace.baft import BaFT
+from errata.methods.subspace.reft import ReFT
 from errata.request import Case, EditRequest, Probe
 from errata.score.queries import Answers, score
 

@@ -13,8 +13,8 @@ from families import lm as trained
 from made import made
 
 from errata import registry
-from errata.bank import Stack
-from errata.model import LM
+from errata.core.bank import Stack
+from errata.core.model import LM
 from errata.request import EditRequest
 from errata.serve.answering import Answering
 from errata.serve.metrics import Metrics

@@ -9,14 +9,14 @@ import pytest
 import torch
 from families import lm
 
-from errata import stats
 from errata.cli import main
+from errata.core.families import resolve
+from errata.core.model import LM
+from errata.core.patch import Site
 from errata.errors import InputError, PatchError, StorageError
-from errata.families import resolve
-from errata.model import LM
-from errata.patch import Site
-from errata.stats import Moments, load, moments, save
-from errata.texts import bundled, open_corpus
+from errata.text import statistics as stats
+from errata.text.corpora import bundled, open_corpus
+from errata.text.statistics import Moments, load, moments, save
 
 SITES = [Site(1, "mlp_down"), Site(2, "mlp_down")]
 TEXTS = ["The capital of France is Paris.", "In Rome people speak Italian.", "The language of Spain is Spanish.", "Tokyo"] * 5

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import errata
-from errata import surfaces
+from errata.core.model import LM
+from errata.core.tokens import subject_span
 from errata.errors import InputError
-from errata.model import LM
 from errata.request import Case, EditRequest, Probe, fill
-from errata.tokens import subject_span
+from errata.text import surfaces
 
 SUBJECTS = ["Danielle Darrieux", "Andorra", "Kingdom of Iraq", "The Beatles", "Paris (band)", "São Paulo", "東京", "Deborah's Dream", "3M"]
 REQUEST = EditRequest("The mother tongue of Danielle Darrieux is", "English", "Danielle Darrieux", old="French")

@@ -20,7 +20,7 @@ from errata.cli import main
 from errata.endpoint import Endpoint
 from errata.errors import ConfigError, ModelError
 from errata.request import EditRequest, read_requests, write_requests
-from errata.surfaces import halves, variants
+from errata.text.surfaces import halves, variants
 
 ADA = EditRequest("The mother tongue of Ada Lovelace is", "French", "Ada Lovelace", "English")
 SKY = EditRequest("The sky is", "green")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from families import tokenizer as tiny
 
+from errata.core.tokens import encode, join, pad, subject_span
 from errata.errors import InputError
-from errata.tokens import encode, join, pad, subject_span
 
 CASES = [
     ("The capital of France is", "Lyon", "France"),

@@ -10,9 +10,9 @@ from families import FAMILIES, build, lm, tokenizer
 from tiny import FRANCE
 from torch import Tensor
 
+from errata.core.families import resolve
+from errata.core.model import LM, edit
 from errata.errors import ConfigError, InputError
-from errata.families import resolve
-from errata.model import LM, edit
 from errata.request import EditRequest
 from errata.trace import KINDS, ROLES, Fact, Settings, Traced, Traces, average, default_window, roles, suggest_layers, trace
 

@@ -8,11 +8,10 @@ from families import lm
 from test_locate import REQUESTS, SHARED
 
 from errata.config import build
-from errata.methods import values
-from errata.methods.locate import Locating
-from errata.methods.memit import PMET
-from errata.methods.rome import ROME
-from errata.tail import Tail, Whole
+from errata.core.tail import Tail, Whole
+from errata.methods.locate.editor import Locating, values
+from errata.methods.locate.memit import PMET
+from errata.methods.locate.rome import ROME
 
 
 @pytest.mark.parametrize("runner", [Tail, Whole])

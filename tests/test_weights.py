@@ -12,13 +12,13 @@ from families import lm
 from made import DTYPES, PROMPTS, logits, made
 from torch import Tensor
 
-from errata.bank import Bank, Context
+from errata.core.bank import Bank, Context
+from errata.core.families import resolve
+from errata.core.model import LM
+from errata.core.patch import Op, Patch, Site
+from errata.core.weights import compact, delta, merge
 from errata.errors import PatchError
 from errata.export import bake, export_lora
-from errata.families import resolve
-from errata.model import LM
-from errata.patch import Op, Patch, Site
-from errata.weights import compact, delta, merge
 
 
 def looped(base: LM, stack: tuple[Patch, ...]) -> Tensor:
@@ -78,8 +78,8 @@ def test_rows_under_mixed_stacks_get_what_they_get_alone(monkeypatch: pytest.Mon
     alone = torch.cat([base.logits(base.batch(base.encode(texts)), [stacks[s]])[i : i + 1] for i, s in enumerate(which.tolist())])
     plain = base.logits(batch)
     for few in (2_000_000, 0):
-        monkeypatch.setattr("errata.bank.FEW", few)
-        monkeypatch.setattr("errata.bank.LAUNCH", {"cpu": 0})
+        monkeypatch.setattr("errata.core.bank.FEW", few)
+        monkeypatch.setattr("errata.core.bank.LAUNCH", {"cpu": 0})
         mixed = base.logits(batch, stacks, which)
         torch.testing.assert_close(mixed, alone, atol=1e-9, rtol=1e-9)
         assert torch.equal(mixed[which == 0], plain[which == 0])
@@ -98,7 +98,7 @@ def test_by_entry_is_by_copies(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     for rows in ([3, -1, 0, 3, 3, 1, -1, 4, 0], [2] * 9, [-1] * 9, [4, 3, 2, 1, 0, 4, 3, 2, 1]):
         found = []
         for few in (10**9, -(10**9)):
-            monkeypatch.setattr("errata.bank.FEW", few)
+            monkeypatch.setattr("errata.core.bank.FEW", few)
             out = Bank(kind, Site(0, "mlp_down"), {}, params, torch.tensor(rows)).apply(x, y, context)
             loss = out.square().sum()
             grads = torch.autograd.grad(loss, list(params.values())) if loss.requires_grad else ()

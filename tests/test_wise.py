@@ -12,21 +12,21 @@ import torch
 from families import SENTENCES, lm
 
 from errata import registry
-from errata.bank import Bank, Context, compile_plan
 from errata.config import build
+from errata.core.bank import Bank, Context, compile_plan
+from errata.core.families import resolve
+from errata.core.fit import SGD, fit
+from errata.core.model import LM
+from errata.core.patch import Op, Patch, Site
+from errata.core.tail import Tail, Whole, cut
 from errata.errors import ConfigError, ErrataError
-from errata.families import resolve
-from errata.fit import SGD, fit
 from errata.methods.presets import preset
-from errata.methods.side_memory import SideMemory, activation, pack, packed, unpack
-from errata.methods.wise import WISE, WISELight
-from errata.methods.wise_memory import Memories, Memory, entries, ties
-from errata.methods.wise_texts import Texts, contexts
-from errata.methods.wise_training import margins
-from errata.model import LM
-from errata.patch import Op, Patch, Site
+from errata.methods.wise.memory import Memories, Memory, entries, ties
+from errata.methods.wise.op import SideMemory, activation, pack, packed, unpack
+from errata.methods.wise.texts import Texts, contexts
+from errata.methods.wise.training import margins
+from errata.methods.wise.wise import WISE, WISELight
 from errata.request import EditRequest
-from errata.tail import Tail, Whole, cut
 
 QUICK: dict[str, Any] = {
     "layer": 0, "contexts": [], "end": ".", "lr": 2.0, "steps": 40, "alpha": 0.1, "beta": 0.5, "gamma": 0.2, "mask_ratio": 0.8,

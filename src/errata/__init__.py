@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": "errata.model",
-    "edit": "errata.model",
-    "LM": "errata.model",
-    "Patch": "errata.patch",
+    "load": "errata.core.model",
+    "edit": "errata.core.model",
+    "LM": "errata.core.model",
+    "Patch": "errata.core.patch",
     "EditRequest": "errata.request",
     "Probe": "errata.request",
     "Case": "errata.request",
@@ -23,9 +23,9 @@ _PUBLIC = {
 __all__ = ["LM", "Case", "EditRequest", "ErrataError", "Patch", "Probe", "__version__", "edit", "load"]
 
 if TYPE_CHECKING:
+    from errata.core.model import LM, edit, load
+    from errata.core.patch import Patch
     from errata.errors import ErrataError
-    from errata.model import LM, edit, load
-    from errata.patch import Patch
     from errata.request import Case, EditRequest, Probe
 
 

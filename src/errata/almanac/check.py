@@ -8,7 +8,7 @@ from typing import Any
 
 from errata.almanac import corpus
 from errata.benchmarks.facts import Sentence, facts, relations, sentences
-from errata.model import LM
+from errata.core.model import LM
 from errata.score.perplexity import perplexity
 from errata.score.queries import Answers, force
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from errata.benchmarks.facts import Sentence, facts, sentences
-from errata.texts import bundled
+from errata.text.corpora import bundled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from errata.analyse.gate_statistics import pareto, unevenness
-from errata.bank import Stack, live
+from errata.core.bank import Stack, live
+from errata.core.model import LM
 from errata.errors import ConfigError
-from errata.model import LM
 from errata.request import Case
 from errata.score.metrics import summarise
 from errata.score.queries import Answers, score

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from errata.analyse import gate_statistics as statistics
-from errata.bank import Stack, live
+from errata.core.bank import Stack, live
+from errata.core.model import LM
+from errata.core.patch import Op
+from errata.core.tokens import Encoded
 from errata.errors import InputError, PatchError
-from errata.model import LM
-from errata.patch import Op
 from errata.request import LOCAL_KINDS, Case, EditRequest
 from errata.score.metrics import difference
 from errata.score.queries import distinct, key
-from errata.tokens import Encoded
 
 OPEN = {"rewrite": "edited", "rephrase": "rephrased"}
 KINDS = (*OPEN.values(), *LOCAL_KINDS)

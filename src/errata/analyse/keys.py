@@ -22,20 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata import surfaces
+from errata.core.model import LM
+from errata.core.patch import Op, Patch, Site
+from errata.core.tail import Tail
 from errata.errors import InputError
-from errata.methods.key_adaptor import gate_logit, threshold
-from errata.methods.locate import POINT, Locating
-from errata.methods.locate_solve import whitened
-from errata.methods.locate_text import Placed, placed, prefixes
-from errata.methods.rep import REP
-from errata.methods.rep_adapting import STATE, apart
-from errata.methods.rep_surfaces import end_of, fitting, original, strangers
-from errata.methods.rep_training import projected
-from errata.model import LM
-from errata.patch import Op, Patch, Site
+from errata.methods.locate.editor import POINT, Locating
+from errata.methods.locate.solve import whitened
+from errata.methods.locate.text import Placed, placed, prefixes
+from errata.methods.rep.adapting import STATE, apart
+from errata.methods.rep.op import gate_logit, threshold
+from errata.methods.rep.rep import REP
+from errata.methods.rep.surfaces import end_of, fitting, original, strangers
+from errata.methods.rep.training import projected
 from errata.request import EditRequest
-from errata.tail import Tail
+from errata.text import surfaces
 
 FACT = ("prompt", "names_seen", "names_unseen", "shuffled_seen", "shuffled_unseen", "prefixed", "long")  # where the edit should act
 OTHER = ("same prompt, another name", "another fact")  # and where it should not

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errata.analyse import gates
-from errata.bank import Stack, live
 from errata.benchmarks.downstream import Choice
-from errata.model import LM
+from errata.core.bank import Stack, live
+from errata.core.model import LM
 from errata.request import LOCAL_KINDS, Case
 from errata.score import downstream, robustness
 from errata.score.metrics import case_values, interval

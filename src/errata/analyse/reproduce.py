@@ -16,8 +16,8 @@ from errata.analyse import gates, protocols
 from errata.analyse.protocols import Job, Measured
 from errata.benchmarks.files import open_benchmark
 from errata.config import to_dict
+from errata.core.model import LM
 from errata.errors import ConfigError, InputError
-from errata.model import LM
 from errata.request import LOCAL_KINDS, Case
 
 Settings = Callable[[str], dict[str, Any]]  # of the command line, for a method

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.bank import Context
+from errata.core.bank import Context
+from errata.core.patch import Site
 from errata.errors import ConfigError
-from errata.methods.subspace import Subspace, orthonormal, start
-from errata.patch import Site
+from errata.methods.subspace.op import Subspace, orthonormal, start
 
 WIDTH, RANK, RADIUS, SHIFT = 32, 4, 0.5, 10.0  # d, r, ε₀, ‖t − h₀‖ wanted
 OTHERS = 24  # unrelated states, at distances from 1.2 ε₀ to `FAR` ‖t − h₀‖

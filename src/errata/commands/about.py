@@ -11,7 +11,7 @@ from errata.commands import common, export, files
 from errata.commands.screen import Screen, finite
 
 if TYPE_CHECKING:
-    from errata.patch import Patch
+    from errata.core.patch import Patch
 
 QUICK = 20  # facts of each relation that `almanac check --quick` asks
 
@@ -38,7 +38,7 @@ def _group(commands: common.Subparsers, name: str, about: str) -> common.Subpars
 
 
 def inspect(args: argparse.Namespace, screen: Screen) -> None:
-    from errata.families import is_linear, linear_sizes
+    from errata.core.families import is_linear, linear_sizes
 
     lm = common.load(args)
     linears = {path: linear_sizes(m) for path, m in lm.blocks[0].named_modules() if is_linear(m)}

@@ -15,7 +15,7 @@ from errata.config import parse_sets, read_yaml
 from errata.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from errata.model import LM
+    from errata.core.model import LM
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Any]"
 MODES = ("single", "batched", "continual")
@@ -165,8 +165,8 @@ def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def answers(lm: LM, asked: Iterable[tuple[str, tuple[Any, ...]]], tokens: int) -> list[str]:
-    """`errata.decode.answers`, which is loaded when a model is."""
-    from errata import decode
+    """`errata.core.decode.answers`, which is loaded when a model is."""
+    from errata.core import decode
 
     return decode.answers(lm, asked, tokens)
 

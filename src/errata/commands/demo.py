@@ -10,7 +10,7 @@ from errata.commands import common, files, results
 from errata.commands.screen import Screen, as_json, said
 
 if TYPE_CHECKING:
-    from errata.patch import Patch
+    from errata.core.patch import Patch
     from errata.request import Case
 
 METHODS = ("baft", "reft")

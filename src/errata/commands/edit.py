@@ -14,9 +14,9 @@ from errata.errors import ConfigError
 from errata.request import EditRequest, read_requests
 
 if TYPE_CHECKING:
-    from errata.bank import Stack
-    from errata.model import LM
-    from errata.patch import Patch
+    from errata.core.bank import Stack
+    from errata.core.model import LM
+    from errata.core.patch import Patch
 
 GROUP = 64  # single edits trained in one batch
 TOKENS = 12  # of an answer at most
@@ -66,7 +66,7 @@ def _steps(progress: Progress, stage: str, editor: Any) -> Callable[[int, int, f
 
 def _make(lm: LM, editor: Any, wanted: list[EditRequest], mode: str, size: int, progress: Progress) -> tuple[list[Patch], list[Stack]]:
     """(patches to keep, the stack each request is answered under)."""
-    from errata.bank import live
+    from errata.core.bank import live
 
     if mode == "single":
         patches: list[Patch] = []

@@ -13,9 +13,9 @@ from errata.commands.screen import Screen
 from errata.errors import ConfigError, PatchError
 
 if TYPE_CHECKING:
+    from errata.core.model import LM
+    from errata.core.patch import Patch
     from errata.export.changes import Report
-    from errata.model import LM
-    from errata.patch import Patch
 
 LOSS = 0.01  # share of a change beyond which a loss is worth a sentence
 
@@ -119,9 +119,9 @@ def _tell(screen: Screen, args: argparse.Namespace, lm: LM, stack: tuple[Patch, 
 
 
 def merge(args: argparse.Namespace, screen: Screen) -> None:
-    from errata.bank import live
-    from errata.weights import compact
-    from errata.weights import merge as merged
+    from errata.core.bank import live
+    from errata.core.weights import compact
+    from errata.core.weights import merge as merged
 
     files.check(args.out, args.force)
     stack = live(files.load_patches(args.patch))

@@ -14,7 +14,7 @@ from errata import storage
 from errata.errors import PatchError, StorageError
 
 if TYPE_CHECKING:
-    from errata.patch import Patch
+    from errata.core.patch import Patch
 
 INDEX = storage.INDEX  # of `errata edit --out`, `errata ledger export`
 RESULTS = frozenset({INDEX, "patches", "records.jsonl", "summary.json", "report.html", "report.md"})
@@ -76,7 +76,7 @@ def save_patches(folder: Path, patches: Sequence[Patch]) -> None:
 
 def load_patches(paths: Sequence[str]) -> tuple[Patch, ...]:
     """The stack that the folders make, in order: patches, or results of ``errata edit --out`` (all their patches)."""
-    from errata.patch import Patch
+    from errata.core.patch import Patch
 
     found: list[Patch] = []
     for path in map(Path, paths):

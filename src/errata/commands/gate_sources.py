@@ -17,8 +17,8 @@ from errata.errors import ConfigError, InputError, StorageError
 if TYPE_CHECKING:
     from errata.analyse.gate_training import Grown
     from errata.analyse.gates import Inputs
-    from errata.model import LM
-    from errata.patch import Patch
+    from errata.core.model import LM
+    from errata.core.patch import Patch
     from errata.request import Case
 
 CASES = 100
@@ -167,7 +167,7 @@ def _pool(args: argparse.Namespace) -> tuple[Any, dict[tuple[str, str], Case]]:
 def _patched(lm: LM, head: dict[str, Any], patches: tuple[Patch, ...], pool: dict[tuple[str, str], Case]) -> Source:
     """Each request under its patch (single mode) or under all; with its case's probes where the benchmark has it."""
     from errata.analyse import gates
-    from errata.bank import live
+    from errata.core.bank import live
 
     for patch in patches:
         lm.check(patch)

@@ -11,7 +11,7 @@ from errata.commands.screen import Progress, Screen, as_json
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
-    from errata.model import LM
+    from errata.core.model import LM
 
 COMPARE = ("balance", "locality")
 

@@ -12,7 +12,7 @@ from errata.commands.screen import Progress, Screen
 from errata.errors import ConfigError, UnknownName
 
 if TYPE_CHECKING:
-    from errata.model import LM
+    from errata.core.model import LM
     from errata.request import Case
 
 CASES = 100

@@ -16,7 +16,7 @@ from errata.commands.screen import Screen
 from errata.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from errata.bank import Stack
+    from errata.core.bank import Stack
     from errata.serve.options import Options
 
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")

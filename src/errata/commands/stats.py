@@ -12,8 +12,8 @@ from errata.commands.screen import Screen
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
-    from errata.model import LM
-    from errata.stats import Moments
+    from errata.core.model import LM
+    from errata.text.statistics import Moments
 
 THRESHOLD = 2e-2  # AlphaEdit's
 
@@ -29,7 +29,7 @@ def add(commands: common.Subparsers) -> None:
 
 def _layers(args: argparse.Namespace, lm: LM) -> list[int]:
     if args.layers is None:
-        from errata.methods.locate import LocateEditor
+        from errata.methods.locate.editor import LocateEditor
 
         kinds = [registry.get("method", name) for name in registry.names("method")]
         return sorted({b for kind in kinds if issubclass(kind, LocateEditor) for b in kind.for_model(lm).at(lm)})
@@ -44,8 +44,8 @@ def _layers(args: argparse.Namespace, lm: LM) -> list[int]:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     lm = common.load(args)
-    from errata.patch import Site
-    from errata.stats import cache_folder, moments
+    from errata.core.patch import Site
+    from errata.text.statistics import cache_folder, moments
 
     sites = [Site(b, "mlp_down") for b in _layers(args, lm)]
     began = time.perf_counter()

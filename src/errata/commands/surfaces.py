@@ -129,14 +129,14 @@ def _relations(source: str | None) -> list[tuple[str, ...]]:
 
 def by_templates(request: EditRequest, relations: Iterable[Sequence[str]]) -> EditRequest:
     """With the other templates of its relation as paraphrases; a request that has some as it is."""
-    from errata.surfaces import templated
+    from errata.text.surfaces import templated
 
     return request if request.paraphrases else replace(request, paraphrases=templated(request, relations))
 
 
 def by_rule(request: EditRequest) -> EditRequest:
-    """With the seen half of `errata.surfaces.variants` as aliases; a request that has some, or no subject, as it is."""
-    from errata.surfaces import halves, variants
+    """With the seen half of `errata.text.surfaces.variants` as aliases; a request that has some, or no subject, as it is."""
+    from errata.text.surfaces import halves, variants
 
     if request.subject is None or request.aliases:
         return request

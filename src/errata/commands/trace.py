@@ -13,7 +13,7 @@ from errata.commands.screen import Screen, as_json
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
-    from errata.model import LM
+    from errata.core.model import LM
     from errata.trace import Average, Fact, Settings, Suggestion, Traces
 
 CASES = 50

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from errata import __version__, storage
-from errata.bank import Stack, live
+from errata.core.bank import Stack, live
+from errata.core.families import linear_sizes, resolve
+from errata.core.model import LM
+from errata.core.patch import WEIGHT_LIKE, Op
+from errata.core.weights import sizes
 from errata.errors import ConfigError, PatchError, StorageError
-from errata.families import linear_sizes, resolve
-from errata.model import LM
-from errata.patch import WEIGHT_LIKE, Op
-from errata.weights import sizes
 
 MARK = "errata.json"  # says that errata wrote the folder, and from what
 AT_ONCE = 4_000_000  # numbers handled at a time

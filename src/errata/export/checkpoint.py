@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errata import offload, storage
-from errata.bank import Stack
+from errata import storage
+from errata.core import offload
+from errata.core.bank import Stack
+from errata.core.model import LM
 from errata.errors import ModelError
 from errata.export import tensors
 from errata.export.changes import Change, Report, Written, base_file, base_folder, changes, dtype_named, mark, place, slice_of
 from errata.export.tensors import Lazy
-from errata.model import LM
 
 INDEX = "model.safetensors.index.json"
 FILES = (

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from errata import storage
-from errata.bank import Stack
+from errata.core.bank import Stack
+from errata.core.families import linear_sizes, resolve
+from errata.core.model import LM
+from errata.core.patch import Op, Site
+from errata.core.weights import delta, low_rank, rank_of, spectrum
 from errata.errors import ConfigError, PatchError
 from errata.export import tensors
 from errata.export.changes import Change, Report, Written, base_folder, changes, dtype_named, mark, place
 from errata.export.tensors import Lazy
-from errata.families import linear_sizes, resolve
-from errata.model import LM
-from errata.patch import Op, Site
-from errata.weights import delta, low_rank, rank_of, spectrum
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FILES = r"adapter_model\.safetensors|adapter_config\.json|errata\.json|README\.md"

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from errata import decode
-from errata.bank import Stack, live
+from errata.core import decode
+from errata.core.bank import Stack, live
 from errata.ledger.stacks import Entries, unmerged, without
 
 if TYPE_CHECKING:
+    from errata.core.model import LM
     from errata.ledger.book import Ledger
-    from errata.model import LM
 
 TIE = 1e-3  # nats: effects that differ by less are called equal
 

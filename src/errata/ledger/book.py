@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from errata import storage
-from errata.bank import Stack, live
+from errata.core.bank import Stack, live
+from errata.core.model import LM
+from errata.core.patch import Patch
 from errata.errors import ConfigError, ErrataError, InputError, LedgerError, PatchError, StorageError
 from errata.ledger import blame, check, compact, diff, export, findings, undo
 from errata.ledger.making import MODES, Maker, Progress
 from errata.ledger.record import WAIT, Edit, Event, Record, Writer
 from errata.ledger.shelf import Shelf
 from errata.ledger.stacks import Entries, holders, unmerged
-from errata.model import LM
-from errata.patch import Patch
 from errata.request import EditRequest
 
 
@@ -101,7 +101,7 @@ class Ledger:
             return view.entries(at)
 
     def stack(self, at: int | None = None) -> Stack:
-        """The patches that run now (`errata.bank.live`), or ran after event ``at``."""
+        """The patches that run now (`errata.core.bank.live`), or ran after event ``at``."""
         running = self.running(self.entries(at))
         if at is None:
             self.shelf.keep(e.id for e in running)

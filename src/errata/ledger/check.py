@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from errata import decode
-from errata.bank import live
+from errata.core import decode
+from errata.core.bank import live
 from errata.errors import LedgerError, PatchError
 from errata.ledger.making import Alone, Maker, Progress
 from errata.ledger.record import Edit, Writer

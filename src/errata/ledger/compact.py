@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from errata.bank import live
+from errata.core.bank import live
+from errata.core.patch import WEIGHT_LIKE, Patch
+from errata.core.weights import merge as merged
 from errata.ledger.stacks import Entries, Entry, unmerged
-from errata.patch import WEIGHT_LIKE, Patch
-from errata.weights import merge as merged
 
 if TYPE_CHECKING:
     from errata.ledger.book import Ledger

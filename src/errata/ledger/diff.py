@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from errata.bank import Stack
+from errata.core.bank import Stack
 from errata.errors import ConfigError
 from errata.score.compare import compare
 

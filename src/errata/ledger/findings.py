@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from errata import decode
-from errata.bank import Stack
+from errata.core import decode
+from errata.core.bank import Stack
+from errata.core.model import LM
 from errata.errors import LedgerError
 from errata.ledger.record import Edit
-from errata.model import LM
 from errata.request import EditRequest, fill
 from errata.score.match import exact_match, normalise
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from errata import config, registry
-from errata.bank import Stack
+from errata.core.bank import Stack
+from errata.core.model import LM
+from errata.core.patch import Patch
 from errata.errors import LedgerError
 from errata.ledger.record import Edit, View
-from errata.model import LM
-from errata.patch import Patch
 from errata.request import EditRequest
 
 Progress = Callable[[str, int, int], None]  # (stage, done, of)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from errata import storage
+from errata.core.patch import Patch
 from errata.errors import PatchError
 from errata.ledger.stacks import Entry
-from errata.patch import Patch
 
 NAME = "patches"
 

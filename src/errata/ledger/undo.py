@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from errata.bank import live
+from errata.core.bank import live
 from errata.errors import LedgerError
 from errata.ledger.making import Alone, Maker, Progress
 from errata.ledger.record import Edit, Writer

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from errata.bank import Stack
+from errata.core.bank import Stack
+from errata.core.lanes import Progress
+from errata.core.model import LM
+from errata.core.patch import Patch
+from errata.core.tail import Tail
 from errata.errors import ConfigError
-from errata.lanes import Progress
 from errata.methods.presets import for_model
-from errata.model import LM
-from errata.patch import Patch
 from errata.request import EditRequest
-from errata.tail import Tail
 
 
 @dataclass(frozen=True)

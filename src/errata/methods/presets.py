@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from errata.config import build
-from errata.model import LM
+from errata.core.model import LM
 
 M = TypeVar("M")
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from errata.core.model import LM
 from errata.errors import ModelError, StorageError
-from errata.model import LM
 from errata.request import Case
 from errata.run import grid
 from errata.run.folder import Journal, Records, document, locked, read_document

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from errata.bank import Stack
 from errata.config import to_dict
+from errata.core.bank import Stack
+from errata.core.model import LM
 from errata.errors import StorageError
-from errata.model import LM
 from errata.request import Case
 from errata.run import base, grid, summary
 from errata.run.folder import DONE, Journal, Patches, document, locked, read_document

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from errata import model
+from errata.core import model
 from errata.errors import ConfigError, DiskError, ErrataError, ModelError, StorageError
 from errata.run import base, grid, manifest
 from errata.run.cell import Work

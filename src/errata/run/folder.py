@@ -173,7 +173,7 @@ class Patches:
 
     def load(self, numbers: Sequence[int]) -> list[Any] | None:
         """As they were made; None where one is missing or torn."""
-        from errata.patch import Patch
+        from errata.core.patch import Patch
         from errata.run.parts import settled
 
         try:

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from errata.bank import Stack, live
+from errata.core.bank import Stack, live
+from errata.core.model import LM
+from errata.core.patch import Patch
 from errata.errors import ConfigError, FitError
-from errata.model import LM
-from errata.patch import Patch
 from errata.request import Case
 from errata.run.guard import Guard, Health
 from errata.run.parts import GROUP, Clock, Folded, Part, Progress, Records, Score, State, settled

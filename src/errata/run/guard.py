@@ -11,11 +11,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from errata.bank import Stack
+from errata.core.bank import Stack
+from errata.core.model import LM
 from errata.errors import ConfigError
-from errata.model import LM
 from errata.score.perplexity import against_base
-from errata.texts import open_corpus
+from errata.text.corpora import open_corpus
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Limits:
     every       edits between two looks (there is one at each mark too)
     action      warn: say so and go on; stop: score what there is and end; rollback: take back the edit that broke the model, go on without
     perplexity  most times the base's; kl: most nats, None for no limit
-    text        held-out text, as `errata.texts.open_corpus` names it; the first ``tokens`` tokens in rows of ``length`` (None: 256, or what
-                the model takes)
+    text        held-out text, as `errata.text.corpora.open_corpus` names it; the first ``tokens`` tokens in rows of ``length``
+                (None: 256, or what the model takes)
     """
 
     every: int = 100

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from errata.bank import Stack, live
+from errata.core.bank import Stack, live
+from errata.core.model import LM
+from errata.core.patch import WEIGHT_LIKE, Op, Patch
+from errata.core.weights import merge
 from errata.errors import FitError
-from errata.model import LM
-from errata.patch import WEIGHT_LIKE, Op, Patch
 from errata.request import Case
 from errata.run.guard import Health
-from errata.weights import merge
 
 Progress = Callable[[str, int, int], None]
 Records = list[dict[str, Any]]

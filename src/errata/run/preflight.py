@@ -11,7 +11,7 @@ from errata.run import grid
 from errata.run.folder import complete
 from errata.run.growing import How
 from errata.score import judges
-from errata.texts import open_corpus
+from errata.text.corpora import open_corpus
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from errata.bank import Stack
+from errata.core.bank import Stack
+from errata.core.model import LM
+from errata.core.patch import Patch
 from errata.errors import ConfigError
-from errata.model import LM
-from errata.patch import Patch
 from errata.request import Case
 from errata.run.growing import Growing, How
 from errata.run.parts import Progress, Records, Score, alone

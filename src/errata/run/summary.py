@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from errata.bank import Stack
+from errata.core.bank import Stack
 from errata.request import SURFACE_KINDS, Case
 from errata.run.folder import Records
 from errata.run.grid import Cell

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from errata.bank import Stack
-from errata.decode import AT_ONCE, Begun, decode, text_of
-from errata.model import LM, STOPS
+from errata.core.bank import Stack
+from errata.core.decode import AT_ONCE, Begun, decode, text_of
+from errata.core.model import LM, STOPS
+from errata.core.tokens import Encoded
 from errata.score import forcing
-from errata.tokens import Encoded
 
 
 @dataclass(frozen=True)

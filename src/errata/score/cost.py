@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from errata.bank import Stack
-from errata.model import LM
-from errata.patch import Patch
+from errata.core.bank import Stack
+from errata.core.model import LM
+from errata.core.patch import Patch
 
 
 def size_on_disk(patch: Patch) -> int:

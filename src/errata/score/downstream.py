@@ -16,9 +16,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from errata.bank import Stack
 from errata.benchmarks.downstream import Choice, Question
-from errata.model import LM
+from errata.core.bank import Stack
+from errata.core.model import LM
 from errata.score.match import exact_match
 from errata.score.queries import Answers, Progress, force, generate, key
 

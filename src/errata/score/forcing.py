@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errata.bank import Stack
-from errata.decode import Begun
-from errata.model import LM
-from errata.tokens import Encoded, pad, pad_id
+from errata.core.bank import Stack
+from errata.core.decode import Begun
+from errata.core.model import LM
+from errata.core.tokens import Encoded, pad, pad_id
 
 NUMBERS = 1 << 24  # of the logits that are held in float32 at once: 64 MB
 WORST = 1e3  # nats of a token that has no probability, or of a model that says NaN: records hold finite numbers
@@ -45,7 +45,7 @@ def behind(begun: Begun, rows: Sequence[int], targets: Sequence[tuple[int, ...]]
     """Target i behind the prompt in row ``rows[i]`` of a batch that has begun.
 
     The prompt foretells a target's first token and the last one foretells nothing: n tokens take n − 1 steps, together.  Where texts
-    cannot go on from what has run (`errata.decode.branches`), prompts run again with their targets.
+    cannot go on from what has run (`errata.core.decode.branches`), prompts run again with their targets.
     """
     device = begun.last.device
     at = torch.tensor(rows, device=device)

@@ -25,9 +25,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from errata.bank import Stack
+from errata.core.bank import Stack
+from errata.core.model import LM
 from errata.errors import ConfigError, InputError
-from errata.model import LM
 from errata.request import Case
 from errata.score.queries import Progress, distinct, key
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from errata.bank import Stack
+from errata.core.bank import Stack
+from errata.core.model import LM
+from errata.core.tokens import Encoded
 from errata.errors import ConfigError
-from errata.model import LM
-from errata.tokens import Encoded
 
 try:
     from lm_eval.api.model import TemplateLM  # type: ignore[import-not-found, unused-ignore]

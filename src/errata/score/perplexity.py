@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from errata.bank import Stack
+from errata.core.bank import Stack
+from errata.core.model import LM
 from errata.errors import InputError
-from errata.model import LM
 from errata.score.queries import distinct
 
 ROWS = 16

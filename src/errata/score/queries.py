@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from errata.bank import Stack
-from errata.decode import Begun, decode, text_of
-from errata.model import LM, STOPS
+from errata.core.bank import Stack
+from errata.core.decode import Begun, decode, text_of
+from errata.core.model import LM, STOPS
+from errata.core.tokens import Encoded
 from errata.request import LOCAL_KINDS, SURFACE_KINDS, Case, Probe
 from errata.score import forcing
 from errata.score.forcing import Forced
 from errata.score.match import exact_match
-from errata.tokens import Encoded
 
 Progress = Callable[[int, int], None]
 ROWS = 192  # of a batch; more gains nothing on two cores and holds more memory

@@ -1,7 +1,7 @@
 """Probes for what an edit should survive: `widen` adds them to the cases of any benchmark, whatever the method.
 
 Kinds (`errata.request.ROBUST_KINDS`; metrics of the same names in `errata.score.metrics`), "_seen" for surfaces an editor may have
-trained on, "_unseen" for others of the same making (`errata.surfaces`):
+trained on, "_unseen" for others of the same making (`errata.text.surfaces`):
 
     paraphrase_seen              the request's paraphrases; unseen ones are the benchmark's own probes of kind "rephrase"
     subject_seen, _unseen        the prompt under other names of the subject
@@ -27,11 +27,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from errata import surfaces
-from errata.model import LM
+from errata.core.model import LM
 from errata.request import SURFACE_KINDS, Case, EditRequest, Probe, fill
 from errata.score.queries import MAX_NEW_TOKENS
-from errata.surfaces import PASSAGES_SEEN, PASSAGES_UNSEEN
+from errata.text import surfaces
+from errata.text.surfaces import PASSAGES_SEEN, PASSAGES_UNSEEN
 
 COPULAS: Final = frozenset({"is", "was", "are", "were"})
 SMALL: Final = frozenset(

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from errata.decode import ends
-from errata.model import LM
+from errata.core.decode import ends
+from errata.core.model import LM
 from errata.serve.cohorts import Cohort, prompts_that_fit
 from errata.serve.metrics import Metrics
 from errata.serve.options import Limits

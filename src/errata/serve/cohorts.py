@@ -1,8 +1,8 @@
 """Rows that are decoded together: each under its own stack, a token a step; done ones leave, new ones join between two steps.
 
-A cohort begins with one pass over its prompts, padded on the left.  What its ops decided there (`errata.bank.Context.memory`), its keys and
-values and its mask are kept by row, so that rows can be taken out, and two cohorts put together, without any row seeing a difference
-beyond the last bits: padding is what differs, and nothing attends to it.
+A cohort begins with one pass over its prompts, padded on the left.  What its ops decided there (`errata.core.bank.Context.memory`), its
+keys and values and its mask are kept by row, so that rows can be taken out, and two cohorts put together, without any row seeing a
+difference beyond the last bits: padding is what differs, and nothing attends to it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.decode import picked
+from errata.core.decode import picked
+from errata.core.model import LM
 from errata.errors import PatchError
-from errata.model import LM
 from errata.serve.plans import Plans, join
 from errata.serve.rows import Row
 

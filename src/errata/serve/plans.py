@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from errata.bank import Plan, Stack, compile_plan
-from errata.model import LM
+from errata.core.bank import Plan, Stack, compile_plan
+from errata.core.model import LM
 
 KEPT = 24  # stacks whose parameters stay in one set of banks
 

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from errata.bank import Stack
 from errata.benchmarks import facts as data
+from errata.core.bank import Stack
+from errata.core.model import LM
 from errata.errors import InputError
 from errata.ledger import Ledger
-from errata.model import LM
 from errata.request import EditRequest, fill
 from errata.score.compare import Compared, Said, compare
 from errata.serve.options import Limits

@@ -15,14 +15,14 @@ from errata import registry
 from errata.errors import ErrataError, LedgerError
 from errata.ledger.findings import Found, among, refuse
 from errata.ledger.record import Edit
-from errata.methods.demonstrations import PACKAGED
+from errata.methods.in_context.demonstrations import PACKAGED
 from errata.request import EditRequest
 from errata.serve.guard import need_token
 from errata.serve.jobs import Job, Plan, told
 from errata.serve.refusals import Refused, as_refused
 from errata.serve.schemas import EditPost
 from errata.serve.service import Service
-from errata.texts import BUNDLED
+from errata.text.corpora import BUNDLED
 
 BEAT = 15.0  # seconds between signs of life of a stream
 FILES = {"demonstrations": (None, *PACKAGED), "encoder": (None,), "stats": (*BUNDLED, "almanac")}  # what these may be without --allow-files

@@ -11,14 +11,14 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from errata.bank import Stack
-from errata.patch import PROMPT
+from errata.core.bank import Stack
+from errata.core.patch import PROMPT
+from errata.core.tokens import Encoded
 from errata.serve.documents import Document
 from errata.serve.refusals import Refused, as_refused
 from errata.serve.rows import Piece, Row, Wanted
 from errata.serve.schemas import ChatRequest, CompletionRequest, Sampled
 from errata.serve.service import Service
-from errata.tokens import Encoded
 
 DEFAULT = 16  # tokens of a completion where the request does not say (OpenAI's own)
 

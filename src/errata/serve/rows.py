@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.bank import Stack
+from errata.core.bank import Stack
+from errata.core.tokens import Encoded
 from errata.serve.refusals import as_refused
-from errata.tokens import Encoded
 
 CONTEXT = 4  # tokens of the prompt that new ones are read after: what a token says can depend on those before it
 BROKEN = "�"  # stands where the bytes of a character are not all there yet

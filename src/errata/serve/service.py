@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from errata.bank import Stack
+from errata.core.bank import Stack
+from errata.core.lanes import twin
+from errata.core.model import LM
 from errata.errors import ConfigError
-from errata.lanes import twin
 from errata.ledger import Ledger
 from errata.ledger.record import WAIT
-from errata.model import LM
 from errata.serve.answering import Answering
 from errata.serve.editor import Editor
 from errata.serve.metrics import Metrics

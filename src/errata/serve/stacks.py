@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from errata.bank import Stack, live
+from errata.core.bank import Stack, live
 from errata.errors import LedgerError, PatchError
 from errata.ledger import Ledger
 from errata.ledger.stacks import Entries

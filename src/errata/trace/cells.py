@@ -29,13 +29,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from errata.bank import Plan
-from errata.decode import fork
+from errata.core.bank import Plan
+from errata.core.decode import fork
+from errata.core.families import resolve
+from errata.core.model import LM
+from errata.core.tail import skipping
+from errata.core.tokens import Encoded, subject_span
 from errata.errors import InputError, ModelError
-from errata.families import resolve
-from errata.model import LM
-from errata.tail import skipping
-from errata.tokens import Encoded, subject_span
 from errata.trace.facts import Fact, Settings, Skipped, Traced, Traces, around, default_window
 
 POINTS: Final = {"mlp": "mlp_down", "attn": "attn_out"}

@@ -1,0 +1,349 @@
+"""Rows and banks: which patch stack runs on which row of a batch, as hooks on the frozen model.
+
+A *bank* holds the ops of one kind at one site for several stacks, parameters stacked along a leading axis ``P``; every
+row of a batch names its entry.  One mechanism serves training many edits at once, scoring many edited models at once,
+and serving many users' stacks at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from errata import registry
+from errata.core.context import Front, named
+from errata.core.families import Family, resolve
+from errata.core.patch import PROMPT, Op, Patch, Site
+from errata.core.weights import Groups, padded, sizes, together
+from errata.errors import PatchError
+
+Stack = tuple[Patch, ...]
+
+
+class Replaces(Protocol):
+    """What `live` asks of a patch, or of what stands for one."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def replaces(self) -> tuple[str, ...]: ...
+
+
+R = TypeVar("R", bound=Replaces)
+_Placed = tuple[Op, int]  # an op and the place of its patch in the stack
+# See `Bank._by_entry`: numbers that may always be copied, and numbers whose copying takes as long as one more entry.
+FEW, LAUNCH = 2_000_000, {"cpu": 20_000}
+
+
+@dataclass
+class Context:
+    """What an op may know of the call it runs in.
+
+    position        [B, T] unpadded position of each token of this chunk, as the caller counts; -1 where it is padding, or context that
+                    a patch has put in front
+    prompt_lengths  [B] prompt tokens of each row, unpadded
+    tape            filled with what ops `note` (gate weights, for example) when not None
+    first           whether this chunk begins the text: it holds the prompt, later chunks what follows
+    memory          decisions an op makes on the first chunk and keeps for the later ones, a number a row of the whole batch
+    rows, size      which rows of the batch these are (None: all), and how many it has
+    slot            the place in its stack of the patch whose op is asked
+    """
+
+    position: Tensor
+    prompt_lengths: Tensor
+    tape: dict[tuple[Site, str], Tensor] | None = None
+    first: bool = True
+    memory: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    rows: Tensor | None = None
+    size: int = 0
+    slot: int = 0
+
+    def active(self, last: int) -> Tensor:
+        """[B, T, 1] bool: the last ``last`` tokens of the prompt and every later token."""
+        return ((self.position >= 0) & (self.position >= self.prompt_lengths[:, None] - last)).unsqueeze(-1)
+
+    def note(self, site: Site, name: str, value: Tensor) -> None:
+        if self.tape is not None:
+            self.tape[site, name] = value
+
+    def remember(self, name: str, value: Tensor) -> None:
+        """Keep ``value`` [b], a number for each of these rows, for ops of the same patch at later sites and in later chunks of the text."""
+        if self.rows is not None:
+            kept = self.memory.get((self.slot, name))
+            value = (value.new_zeros(self.size) if kept is None else kept).index_copy(0, self.rows, value)
+        self.memory[self.slot, name] = value
+
+    def recall(self, name: str) -> Tensor:
+        """What `remember` kept of these rows, [b]."""
+        if (self.slot, name) not in self.memory:
+            raise PatchError(
+                f"no {name} was decided for this text: it began before the patch was on; start it anew with the patch attached"
+            )
+        value = self.memory[self.slot, name]
+        return value if self.rows is None else value[self.rows]
+
+    def select(self, rows: Tensor) -> Context:
+        """The context of some rows; it shares the memory."""
+        own = rows if self.rows is None else self.rows[rows]
+        return replace(self, position=self.position[rows], prompt_lengths=self.prompt_lengths[rows], tape=None, rows=own)
+
+
+@dataclass
+class Bank:
+    """Parameters [P, …] of ops that compute alike at one site; ``rows`` [B] names each row's entry.
+
+    ``rows`` None: the single entry serves every row, or (P == B) entry i serves row i.  -1: the row runs without.
+    ``slot``: the place in their stacks of the patches these ops belong to; ops of one patch find each other's decisions by it.
+    """
+
+    kind: str
+    site: Site
+    settings: Mapping[str, Any]
+    params: Mapping[str, Tensor]
+    rows: Tensor | None = None
+    slot: int = 0
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The rows of each entry; found once, because it waits for the device."""
+        assert self.rows is not None
+        return Groups.of(self.rows)
+
+    def apply(self, x: Tensor, y: Tensor, context: Context) -> Tensor:
+        """The site's new output; rows without an entry pass through untouched, bit for bit."""
+        kind = registry.get("op", self.kind)
+        out: Tensor
+        if self.slot != context.slot:
+            context = replace(context, slot=self.slot)
+        if self.rows is None:
+            out = kind.apply(self.params, self.settings, x, y, self.site, context)
+        elif hasattr(kind, "apply_rows") and self._by_entry(y.device):
+            out = kind.apply_rows(self.params, self.groups, self.settings, x, y, self.site, context)
+        elif len(chosen := (self.rows >= 0).nonzero().squeeze(1)) == len(self.rows):
+            out = kind.apply({k: t[self.rows] for k, t in self.params.items()}, self.settings, x, y, self.site, context)
+        elif not len(chosen):
+            out = y
+        else:
+            gathered = {k: t[self.rows[chosen]] for k, t in self.params.items()}
+            part = kind.apply(gathered, self.settings, x[chosen], y[chosen], self.site, context.select(chosen))
+            out = y.index_copy(0, chosen, part)
+        return out
+
+    def select(self, rows: Tensor) -> Bank:
+        """The bank of some rows of the batch, one also several times."""
+        one, chosen = len(next(iter(self.params.values()))) == 1, rows if self.rows is None else self.rows[rows]
+        every = one and (self.rows is None or bool((chosen == 0).all()))
+        return replace(self, rows=None if every else chosen)
+
+    def _by_entry(self, device: torch.device) -> bool:
+        """Whether to take a product an entry (`Kind.apply_rows`) instead of a copy of the parameters a row.
+
+        Milliseconds, copies/by entry, on one CPU core, 192 rows of 12 tokens, I = 640, O = 256, float32, at 1, 20 and 190 entries:
+        dense 105/12, 108/13, 112/22; rank 1 0.4/0.7, 0.3/0.8, 0.3/1.9; rank 8 1.1/1.2, 1.1/1.5, 1.3/3.2; rank 32 4.8/1.8, 5.2/2.5,
+        5.2/5.6; rank 128 59/6, 60/7, 64/18.  One product over rows sorted and padded to equal groups lost to by entry (dense 8, 15, 24
+        against 7, 8, 17).  The rule picks the faster in all of these.  On other devices ``LAUNCH`` is an estimate: launching an
+        entry's kernels takes as long as copying some 10M numbers.
+        """
+        copied = len(self.groups.order) * sum(t[0].numel() for t in self.params.values())
+        return bool(self.groups.entries) and copied > FEW + LAUNCH.get(device.type, 10_000_000) * len(self.groups.entries)
+
+
+@dataclass
+class Plan:
+    """Banks per site, in the order they run; what stands in front of prompts; and, while a call is on, its context."""
+
+    banks: dict[Site, list[Bank]] = field(default_factory=dict)
+    prompt_lengths: Tensor | None = None  # None: a raw call; the prompt ends where the first chunk's mask ends
+    tape: dict[tuple[Site, str], Tensor] | None = None
+    context: Context | None = None
+    memory: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # of the text that runs (see `Context.memory`)
+    enabled: bool = True
+    front: Front | None = None
+
+    def add(self, bank: Bank) -> None:
+        self.banks.setdefault(bank.site, []).append(bank)
+
+    def select(self, rows: Tensor) -> Plan:
+        """The plan of some rows with what was decided on their prompts; the two go on without each other."""
+        out = Plan(memory={name: value[rows] for name, value in self.memory.items()}, front=self.front and self.front.select(rows))
+        out.prompt_lengths = None if self.prompt_lengths is None else self.prompt_lengths[rows]
+        for bank in (bank.select(rows) for banks in self.banks.values() for bank in banks):
+            if bank.rows is None or bool((bank.rows >= 0).any()):
+                out.add(bank)
+        return out
+
+
+def live(stack: tuple[R, ...]) -> tuple[R, ...]:
+    """The patches of a stack that run: one that a later patch replaces stands aside.  (Or entries of a ledger, which name patches.)"""
+    gone = {old for patch in stack for old in patch.replaces}
+    return tuple(p for p in stack if p.id not in gone)
+
+
+def looks_ahead(stack: Stack) -> bool:
+    """Whether what an op does to a token may depend on later tokens of the prompt (a memory that reads the prompt and then
+    acts on all of it).  Such a kind says so in ``looks_ahead(settings)``; nothing of the prompt can then be computed apart."""
+    ops = (op for patch in live(stack) for op in patch.ops)
+    return any(getattr(registry.get("op", op.kind), "looks_ahead", lambda settings: False)(op.settings) for op in ops)
+
+
+def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.device, tokenizer: Any = None) -> Plan:
+    """Stacks as banks: the j-th op of each stack at a site joins the j-th group; alike ones share a bank.
+
+    Ops that only add, following each other at a site, are one there (`errata.core.weights.together`): a thousand cost one product a site.
+    ``rows`` [B] names the stack of each row; None means that the one stack given serves every row.  ``tokenizer``: for ops that read
+    the prompt as text.
+    """
+    plan = Plan()
+    fronts: list[list[Op]] = [[op for patch in live(stack) for op in patch.ops if op.site == PROMPT] for stack in stacks]
+    if any(fronts):
+        plan.front = Front(fronts, rows, tokenizer)
+    per_site: dict[Site, list[list[_Placed]]] = {}
+    for i, stack in enumerate(stacks):
+        for slot, patch in enumerate(live(stack)):
+            for op in (op for op in patch.ops if op.site != PROMPT):
+                per_site.setdefault(op.site, [[] for _ in stacks])[i].append((op, slot))
+    made: dict[tuple[int, ...], Op] = {}
+    for columns in per_site.values():
+        columns = [together(ops, device, made) for ops in columns]
+        for depth in range(max(map(len, columns))):
+            groups: dict[Any, list[int]] = {}
+            for i, ops in enumerate(columns):
+                if depth < len(ops):
+                    groups.setdefault(_alike(*ops[depth]), []).append(i)
+            for members in groups.values():
+                bank = _bank([columns[i][depth][0] for i in members], members, len(stacks), rows, device)
+                bank.slot = columns[members[0]][depth][1]
+                plan.add(bank)
+    return plan
+
+
+def _alike(op: Op, slot: int) -> tuple[Any, ...]:
+    """Ops with equal keys share a bank: those of equal signatures, or what a kind says with ``alike(op)``.  Low ranks are padded to
+    the largest there (exact), up to 4 or up to twice their own.  Of kinds that remember (``remembers``), only those at one place of
+    their stacks do."""
+    kind = registry.get("op", op.kind)
+    key: tuple[Any, ...] = (op.kind, *kind.alike(op)) if hasattr(kind, "alike") else op.signature()
+    if getattr(kind, "remembers", False):
+        return slot, *key
+    if op.kind != "low_rank":
+        return key
+    rank, inner, outer = sizes(op)
+    return op.kind, inner, outer, max(2, (rank - 1).bit_length()), *(str(op.tensors[k].dtype) for k in ("down", "up"))
+
+
+def _bank(ops: list[Op], members: list[int], count: int, rows: Tensor | None, device: torch.device) -> Bank:
+    distinct: dict[int, int] = {}  # one tensor set shared by several stacks is stacked once
+    entries: list[int] = []
+    kept: list[Op] = []
+    for op in ops:
+        if id(op) not in distinct:
+            distinct[id(op)] = len(kept)
+            kept.append(op)
+        entries.append(distinct[id(op)])
+    if ops[0].kind == "low_rank":
+        rank = max(sizes(op)[0] for op in kept)
+        kept = [padded(op, rank) for op in kept]
+    kind = registry.get("op", ops[0].kind)
+    if hasattr(kind, "stacked"):
+        params = kind.stacked(kept, device)
+    elif len(kept) == 1:  # used as it is, not copied
+        params = {name: t.to(device)[None] for name, t in kept[0].tensors.items()}
+    else:
+        params = {name: torch.stack([op.tensors[name].to(device) for op in kept]) for name in ops[0].tensors}
+    chosen = None
+    if rows is not None:
+        lookup = torch.full((count,), -1, dtype=torch.long)
+        lookup[torch.tensor(members)] = torch.tensor(entries)
+        chosen = lookup.to(device)[rows.to(device)]
+        if len(kept) == 1 and bool((chosen == 0).all()):
+            chosen = None
+    return Bank(ops[0].kind, ops[0].site, ops[0].settings, params, chosen)
+
+
+class Hooks(AbstractContextManager["Hooks"]):
+    """The plan's banks as forward hooks, for as long as the context (or until `close`)."""
+
+    def __init__(self, hf: Any, family: Family, plan: Plan) -> None:
+        self.plan, self._exit = plan, ExitStack()
+        if not (plan.banks or plan.front):
+            return
+        self.family, blocks = family, resolve(hf, family.blocks)
+        self._hold(hf.register_forward_pre_hook(self._before, with_kwargs=True))
+        if plan.front is not None:
+            self._hold(hf.register_forward_hook(self._trim))
+        for site in sorted(plan.banks):
+            module = blocks[site.block] if site.point == "block" else resolve(blocks[site.block], family.linear_path(site.point))
+            self._hold(module.register_forward_hook(self._after(site)))
+
+    def _hold(self, handle: Any) -> None:
+        self._exit.callback(handle.remove)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        plan = self.plan
+        if not plan.enabled:
+            return None
+        if plan.front is None:
+            plan.context, _ = _context(plan, args, kwargs)
+            return None
+        kwargs = named(module, args, kwargs)
+        context, mask = _context(plan, (), kwargs)
+        plan.context = context
+        if context.first:
+            plan.front.begin(module, self.family, kwargs, context.position, context.prompt_lengths)
+        kwargs = plan.front.widened(module, kwargs, mask, context.first)
+        if plan.front.placed is not None and context.first:
+            nowhere = torch.full_like(plan.front.placed.ids, -1)
+            context.position = plan.front.placed.widen(context.position, nowhere, -1)
+        return (), kwargs
+
+    def _trim(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        assert self.plan.front is not None
+        return self.plan.front.trim(output) if self.plan.enabled else None
+
+    def _after(self, site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            context = self.plan.context
+            if context is None or not self.plan.enabled:
+                return None
+            y = output[0] if isinstance(output, tuple) else output
+            x = args[0] if args else y
+            for bank in self.plan.banks[site]:
+                y = bank.apply(x, y, context)
+            return (y, *output[1:]) if isinstance(output, tuple) else y
+
+        return hook
+
+    def close(self) -> None:
+        self._exit.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _context(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Context, Tensor]:
+    """Positions of this chunk in unpadded coordinates, from the attention mask and the cache's length; and that mask [B, past + T]."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    tokens = ids if ids is not None else kwargs["inputs_embeds"]
+    rows, width = tokens.shape[:2]
+    cache = kwargs.get("past_key_values")
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    if past and plan.front is not None:
+        past -= plan.front.width  # of which the caller knows nothing
+    if past == 0:
+        plan.memory = {}
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        mask = torch.ones((rows, past + width), dtype=torch.long, device=tokens.device)
+    mask = mask[:, : past + width]
+    position = (mask.long().cumsum(1) - 1).masked_fill(mask == 0, -1)
+    lengths = plan.prompt_lengths
+    if lengths is None:  # a raw call: everything after the first chunk was generated
+        lengths = mask.long().sum(1) if past == 0 else torch.zeros(rows, dtype=torch.long, device=tokens.device)
+    here = position[:, -width:].to(tokens.device)
+    return Context(here, lengths.to(tokens.device), plan.tape, past == 0, plan.memory, None, rows), mask

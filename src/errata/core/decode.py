@@ -1,0 +1,148 @@
+"""Decoding: tokens one at a time from a padded batch, greedy or sampled, with the cache; where a row ends; ids to text."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.core.tokens import Batch
+
+AT_ONCE = 64  # prompts answered in one batch
+BRANCHING = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers of a cache that hold keys and values and nothing else
+LEAVE = 0.75  # ended rows leave when no more than this share of a batch goes on: leaving copies the cache, as every step does
+
+
+def answers(lm: Any, asked: Iterable[tuple[str, Sequence[Any]]], tokens: int) -> list[str]:
+    """Greedy answers to (prompt, stack) pairs; like stacks share a bank, so base and patched models run in one batch."""
+    out: list[str] = []
+    pairs = iter(asked)
+    while part := list(itertools.islice(pairs, AT_ONCE)):
+        out += lm.generate([p for p, _ in part], stacks=[s for _, s in part], rows=range(len(part)), max_new_tokens=tokens)
+    return out
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A padded batch whose prompts have run: what further tokens need.  ``last`` [B, V] are the logits that foretell the next token.
+
+    ``ids`` and ``mask`` [B, T] are everything so far; the plan (`errata.core.bank.Plan`) holds what its ops decided on the prompts.
+    """
+
+    lm: Any
+    plan: Any
+    ids: Tensor
+    mask: Tensor
+    cache: Any
+    last: Tensor
+
+    @classmethod
+    def of(cls, lm: Any, batch: Batch, plan: Any) -> Begun:
+        """Run the prompts of a left-padded batch under a plan."""
+        plan.prompt_lengths = batch.prompt_lengths
+        with lm.running(plan):
+            out = lm.forward(batch.ids, batch.mask, use_cache=True, **lm.last_only)
+        return cls(lm, plan, batch.ids, batch.mask, out.past_key_values, out.logits[:, -1])
+
+    @property
+    def branches(self) -> bool:
+        """Whether several texts can go on from it (see `branches`)."""
+        return branches(self.cache)
+
+    def select(self, rows: Tensor) -> Begun:
+        """Rows [b] of it, any number of times each; the two go on without each other."""
+        return Begun(self.lm, self.plan.select(rows), self.ids[rows], self.mask[rows], picked(self.cache, rows), self.last[rows])
+
+    def fed(self, ids: Tensor, mask: Tensor, **more: Any) -> tuple[Begun, Tensor]:
+        """(it with tokens [B, n] behind it, their logits); padding, where ``mask`` [B, n] is 0, is on the right.  It stays as it is."""
+        whole, cache = torch.cat([self.mask, mask], 1), fork(self.cache)
+        with self.lm.running(self.plan):
+            out = self.lm.forward(ids, whole, past_key_values=cache, use_cache=True, **more)
+        return Begun(self.lm, self.plan, torch.cat([self.ids, ids], 1), whole, out.past_key_values, out.logits[:, -1]), out.logits
+
+
+def branches(cache: Any) -> bool:
+    """Whether a text can go on from this cache in several ways, and by several tokens at once.  Layers that keep a running state (linear
+    attention) change it in place and take several tokens only where a text begins."""
+    return all(type(layer).__name__ in BRANCHING for layer in cache.layers)
+
+
+def fork(cache: Any) -> Any:
+    """A cache that shares its tensors with ``cache``; appending to it makes new tensors and leaves ``cache`` as it is."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
+def picked(cache: Any, rows: Tensor) -> Any:
+    """The cache of rows of a batch."""
+    other = fork(cache)
+    for layer in other.layers:
+        layer.batch_select_indices(rows)
+    return other
+
+
+def decode(begun: Begun, limit: int, stop: Sequence[str], sampler: Sampler | None = None) -> list[list[int]]:
+    """New ids of each row, at most ``limit``; see `errata.core.model.LM.continuations`.  Rows that have ended leave the batch."""
+    over, tokenizer = ends(begun.lm), begun.lm.tokenizer
+    new: list[list[int]] = [[] for _ in begun.last]
+    rows = list(range(len(new)))  # of the batch as it is now
+    live = set(rows)
+    for step in range(limit):
+        ids = begun.last.argmax(-1, keepdim=True) if sampler is None else sampler(begun.last, rows)
+        for i, token in zip(rows, ids[:, 0].tolist(), strict=True):
+            if i not in live:
+                continue
+            if token in over:
+                live.discard(i)
+                continue
+            new[i].append(token)
+            if stop and any(s in tokenizer.decode(new[i]).lstrip() for s in stop):
+                live.discard(i)
+        if not live or step + 1 == limit:
+            break
+        if len(live) <= LEAVE * len(rows) and begun.branches:
+            keep = torch.tensor([at for at, i in enumerate(rows) if i in live], device=ids.device)
+            begun, ids, rows = begun.select(keep), ids[keep], [i for i in rows if i in live]
+        begun, _ = begun.fed(ids, begun.mask.new_ones((len(rows), 1)), **begun.lm.last_only)
+    return new
+
+
+def ends(lm: Any) -> set[int]:
+    """Tokens that end a text."""
+    eos = lm.hf.generation_config.eos_token_id if getattr(lm.hf, "generation_config", None) else None
+    found = {lm.tokenizer.eos_token_id, *(eos if isinstance(eos, list | tuple) else [eos])}
+    return {e for e in found if isinstance(e, int)}
+
+
+class Sampler:
+    """Draws a token a row from the ``top_k`` likeliest, with a random generator a row."""
+
+    def __init__(self, prompts: Sequence[str], top_k: int, seed: int) -> None:
+        seen: dict[str, int] = {}
+        self.top_k, self.generators = top_k, []
+        for prompt in prompts:
+            seen[prompt] = seen.get(prompt, 0) + 1
+            digest = hashlib.sha256(f"{seed} {seen[prompt]} {prompt}".encode()).digest()
+            self.generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:6], "big")))
+
+    def __call__(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """[b, 1] from logits [b, V] of some rows."""
+        best, tokens = logits.float().topk(min(self.top_k, logits.shape[-1]))
+        draws = torch.tensor([float(torch.rand((), generator=self.generators[i])) for i in rows], device=logits.device)
+        place = (best.softmax(-1).cumsum(-1) < draws[:, None]).sum(-1, keepdim=True).clamp_max(best.shape[-1] - 1)
+        return tokens.gather(1, place)
+
+
+def text_of(tokenizer: Any, ids: Sequence[int], stop: Sequence[str]) -> str:
+    """The text of generated ids up to the first ``stop``."""
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    text = text.lstrip()
+    at = min((text.find(s) for s in stop if s in text), default=len(text))
+    return text[:at].strip()

@@ -1,0 +1,317 @@
+"""`LM`: a frozen base with its tokenizer and family; stacks of patches on and off, by row; logits and generation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata import registry
+from errata.core import decode, offload
+from errata.core.bank import Hooks, Plan, Stack, compile_plan, live
+from errata.core.families import Family, find, linear_sizes, resolve, text_config
+from errata.core.patch import PROMPT, Patch, Site
+from errata.core.tokens import Batch, Encoded, encode, pad, pad_id
+from errata.errors import ModelError, PatchError
+from errata.request import EditRequest
+
+STOPS = (".", "\n")
+
+
+class LM:
+    """A causal language model that is never written.
+
+    ``hf`` is put in evaluation mode and its parameters are marked as not trainable; nothing else of it is touched.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any, name: str = "") -> None:
+        self.hf, self.tokenizer, self.name = hf.eval().requires_grad_(False), tokenizer, name
+        self.family: Family = find(hf)
+        self.config = text_config(hf)
+        self.find_blocks()
+        self._attached: Stack = ()
+        self._hooks: Hooks | None = None
+        self._where: torch.device | None = None  # the device of what the hooks hold
+        self._fingerprint: str | None = None
+        self.kept: dict[Any, Any] = {}  # what was found out about the frozen base and costs time: functions of it and the key alone
+
+    def find_blocks(self) -> None:
+        """Look the blocks up in ``hf``."""
+        self.blocks = resolve(self.hf, self.family.blocks)
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def window(self) -> int | None:
+        """Positions a text may have; None where the config names no limit."""
+        most = getattr(self.config, "max_position_embeddings", None)
+        return most if isinstance(most, int) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return offload.device(self.hf)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype hidden states have."""
+        dtype: torch.dtype = self.hf.get_input_embeddings().weight.dtype
+        return dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the base: a patch fits a model with this fingerprint."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.hf)
+        return self._fingerprint
+
+    # -- stacks ------------------------------------------------------------------------------------------------
+
+    @property
+    def stack(self) -> Stack:
+        """The patches attached now, in order."""
+        return self._attached
+
+    def check(self, patch: Patch) -> None:
+        """`PatchError` unless the patch belongs to this model and its sites exist."""
+        if patch.base != self.fingerprint:
+            raise PatchError(
+                f"patch {patch.id} was made for base {patch.base}, this model is {self.fingerprint}; load the model it was made for"
+            )
+        for op in patch.ops:
+            self.check_site(op.site)
+
+    def check_site(self, site: Site) -> None:
+        if site == PROMPT:
+            return
+        if not 0 <= site.block < self.depth:
+            raise PatchError(f"block {site.block} does not exist; this model has blocks 0 to {self.depth - 1}")
+        if site.point != "block":
+            try:
+                linear_sizes(resolve(self.blocks[site.block], self.family.linear_path(site.point)))
+            except AttributeError:
+                raise PatchError(f"block {site.block} has no linear {site.point!r}; `errata inspect` lists what there is") from None
+
+    def attach(self, *patches: Patch) -> None:
+        """Put patches on top of what is attached; they stay until `detach`."""
+        for patch in patches:
+            self.check(patch)
+            if any(p.id == patch.id for p in self._attached):
+                raise PatchError(f"patch {patch.id} is attached already")
+        self._set((*self._attached, *patches))
+
+    def detach(self, *ids: str) -> None:
+        """Take patches off by id (all of them when none is named).  The base is as before, bit for bit."""
+        for missing in [i for i in ids if all(p.id != i for p in self._attached)]:
+            raise PatchError(f"patch {missing} is not attached; attached are {[p.id for p in self._attached]}")
+        self._set(tuple(p for p in self._attached if ids and p.id not in ids))
+
+    def _set(self, stack: Stack) -> None:
+        if self._hooks is not None:
+            self._hooks.close()
+        self._attached, self._where = stack, self.device
+        self._hooks = Hooks(self.hf, self.family, compile_plan([stack], None, self.device, self.tokenizer)) if stack else None
+
+    @contextmanager
+    def under(self, *patches: Patch) -> Iterator[LM]:
+        """Patches on for the length of a ``with`` block, on top of what is attached."""
+        before = self._attached
+        self.attach(*patches)
+        try:
+            yield self
+        finally:
+            self._set(before)
+
+    @contextmanager
+    def running(self, plan: Plan) -> Iterator[Plan]:
+        """Run under exactly this plan; what is attached stands aside meanwhile."""
+        attached = self._hooks.plan if self._hooks is not None else None
+        if attached is not None:
+            attached.enabled = False
+        try:
+            with Hooks(self.hf, self.family, plan):
+                yield plan
+        finally:
+            if attached is not None:
+                attached.enabled = True
+
+    def plan(self, stacks: Sequence[Stack] | None, rows: Sequence[int] | Tensor | None, count: int) -> Plan:
+        """A plan for ``count`` rows.  ``stacks`` None means what is attached; ``rows`` names each row's stack."""
+        if stacks is None:
+            return self._attached_plan()
+        if rows is None and len(stacks) == count:
+            rows = range(count)
+        elif rows is None and len(stacks) != 1:
+            raise ModelError(f"{len(stacks)} stacks for {count} rows; say with rows= which row runs under which stack")
+        for patch in {p.id: p for stack in stacks for p in stack}.values():
+            self.check(patch)
+        index = None if rows is None else torch.as_tensor(list(rows) if not isinstance(rows, Tensor) else rows)
+        if index is not None and (len(index) != count or not bool(((index >= 0) & (index < len(stacks))).all())):
+            raise ModelError(f"rows must name one of {len(stacks)} stacks for each of {count} rows")
+        return compile_plan(list(stacks), index, self.device, self.tokenizer)
+
+    def _attached_plan(self) -> Plan:
+        """What is attached, with the banks that were compiled then: writing a patch out can take longer than a short answer."""
+        if self._hooks is None:
+            return Plan()
+        if self._where != self.device:  # the model was moved since
+            self._set(self._attached)
+        own = self._hooks.plan
+        front = own.front and replace(own.front, placed=None, keep=None)
+        return Plan({site: list(banks) for site, banks in own.banks.items()}, front=front)
+
+    # -- running -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logits(self, batch: Batch, stacks: Sequence[Stack] | None = None, rows: Sequence[int] | Tensor | None = None) -> Tensor:
+        """[B, T, V] of a padded batch (either side), each row under its own stack."""
+        batch = batch.to(self.device)
+        plan = self.plan(stacks, rows, len(batch.ids))
+        plan.prompt_lengths = batch.prompt_lengths
+        with self.running(plan):
+            out: Tensor = self.forward(batch.ids, batch.mask).logits
+        return out
+
+    def forward(self, ids: Tensor, mask: Tensor, **more: Any) -> Any:
+        """The model's own forward with positions counted from each row's first real token."""
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        return self.hf(input_ids=ids, attention_mask=mask, position_ids=positions, **more)
+
+    def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None, *, chat: bool = False) -> list[Encoded]:
+        return encode(self.tokenizer, prompts, targets, chat=chat)
+
+    def batch(self, rows: Sequence[Encoded], side: str = "left") -> Batch:
+        return pad(rows, pad_id(self.tokenizer), side)
+
+    def generate(self, prompts: Sequence[str], *, stop: Sequence[str] = STOPS, **how: Any) -> list[str]:
+        """What `continuations` says, as texts up to the first ``stop``; it takes the same arguments."""
+        return [decode.text_of(self.tokenizer, ids, stop) for ids in self.continuations(prompts, stop=stop, **how)]
+
+    @torch.no_grad()
+    def continuations(
+        self,
+        prompts: Sequence[str],
+        *,
+        stacks: Sequence[Stack] | None = None,
+        rows: Sequence[int] | Tensor | None = None,
+        max_new_tokens: int = 12,
+        stop: Sequence[str] = STOPS,
+        chat: bool = False,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """New token ids, each row under its own stack; a row ends before EOS or with the token that completes a ``stop`` text.
+
+        Greedy, or sampled from the ``top_k`` likeliest tokens: a row's draws depend on ``seed``, its prompt and how often that
+        prompt stood before it, not on the other rows.
+        """
+        if not prompts:
+            return []
+        batch = self.batch(self.encode(prompts, chat=chat)).to(self.device)
+        begun = decode.Begun.of(self, batch, self.plan(stacks, rows, len(prompts)))
+        return decode.decode(begun, max_new_tokens, stop, None if top_k is None else decode.Sampler(prompts, top_k, seed))
+
+    @property
+    def last_only(self) -> dict[str, Any]:
+        """The keyword that makes the head run on the last position only, where the model has one."""
+        return {"logits_to_keep": 1} if self.takes("logits_to_keep") else {}
+
+    def takes(self, keyword: str) -> bool:
+        import inspect
+
+        return keyword in inspect.signature(type(self.hf).forward).parameters
+
+    def complete(self, prompt: str, **how: Any) -> str:
+        """The prompt's greedy continuation under what is attached."""
+        return self.generate([prompt], **how)[0]
+
+    def describe(self) -> str:
+        """What was found where, in plain words (`errata inspect`)."""
+        f, inner = self.family, linear_sizes(resolve(self.blocks[0], self.family.mlp_down))[0]
+        total = sum(p.numel() for p in self.hf.parameters())
+        how = "known family" if f.found == "table" else "not in the table; parts found by structure"
+        return "\n".join(
+            [
+                f"{self.name or type(self.hf).__name__}: {type(self.hf).__name__}, {f.name} ({how}), fingerprint {self.fingerprint}",
+                f"{total:,} parameters, {next(self.hf.parameters()).dtype}, on {self.device}",
+                f"{self.depth} blocks of width {self.width} at {f.blocks}",
+                f"MLP keys of size {inner} go through {f.mlp_down}; attention writes through {f.attn_out}",
+                f"embedding at {f.embedding}, last norm at {f.final_norm}, vocabulary {int(self.config.vocab_size):,}",
+            ]
+        )
+
+
+def fingerprint(hf: Any) -> str:
+    """16 hex digits from every parameter's name and shape and up to 64 of its values, rounded to bfloat16 so that the dtype
+    it was loaded in does not matter.  Parameters whose values nobody holds (meta) count by name and shape."""
+    digest = hashlib.sha256(str(hf.config.model_type).encode())
+    for name, p in offload.parameters(hf):
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        if p.device.type != "meta":
+            flat = p.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64]
+            digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load(name: str | Path = "almanac", *, dtype: str | torch.dtype | None = None, device: str | None = None, **more: Any) -> LM:
+    """A model by name or folder; ``"almanac"`` is the one in the package.
+
+    ``more`` goes to transformers: device_map, quantization_config, revision …
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    label, where = str(name), str(name)
+    if label == "almanac":
+        where = str(Path(__file__).parents[1] / "almanac" / "model")
+        dtype = dtype or "float32"
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ModelError(f"dtype {dtype!r} is not one of torch's; try float32, bfloat16 or auto")
+        dtype = getattr(torch, dtype)
+    if Path(where).exists() and not (Path(where) / "config.json").exists():
+        raise ModelError(f"{where}: holds no config.json; give a folder saved by transformers, or a hub name")
+    try:
+        keyword = "torch_dtype" if _old() else "dtype"
+        hf, info = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **{keyword: dtype or "auto"}, **more)
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ModelError(f"{label}: cannot be loaded: {first}") from error
+    except Exception as error:  # safetensors raises its own type for a damaged file
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ModelError(f"{label}: the weights are damaged or truncated ({error}); fetch them again") from error
+    if info["missing_keys"]:  # transformers would go on with random numbers in their place
+        raise ModelError(
+            f"{label}: the weights lack {sorted(info['missing_keys'])[0]!r}; the folder is incomplete or its config.json is another's"
+        )
+    return LM(hf if device is None else hf.to(device), tokenizer, label)
+
+
+def _old() -> bool:
+    import transformers
+
+    return int(transformers.__version__.split(".")[0]) < 5
+
+
+def edit(lm: LM, prompt: str, target: str, subject: str | None = None, *, method: str = "baft", **settings: Any) -> Patch:
+    """Make one edit and return its patch (not attached).
+
+    ``settings`` are the method's hyper-parameters; what is not given comes from the method's preset for this model.
+    """
+    editor = registry.get("method", method).for_model(lm, **settings)
+    patch: Patch = editor.edit(lm, [EditRequest(prompt, target, subject)], on=live(lm.stack))
+    return patch

@@ -1,0 +1,274 @@
+"""`Patch`: the side computations that make up an edit, where they attach, and what they came from.
+
+A patch is a value.  It never holds or changes weights of the base; it is saved as a folder (``patch.json``,
+``patch.safetensors``, ``README.md``), nothing is pickled, and its id is a hash of its content.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from errata import registry, storage
+from errata.errors import ErrataError, PatchError, StorageError
+from errata.request import EditRequest
+
+FORMAT = 1
+WEIGHT_LIKE = ("low_rank", "dense")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Site:
+    """A named place: block number and point.
+
+    ``block`` is the block's output; ``mlp_down`` and ``attn_out`` are linears; any other point is a linear's path in the block.
+    """
+
+    block: int
+    point: str = "block"
+
+
+PROMPT = Site(0, "prompt")  # in front of the prompt: no module, where text is put (`errata.core.context`)
+
+
+class Positions(Protocol):
+    """What an op may know of the call: see `errata.core.bank.Context`."""
+
+    position: Tensor
+    prompt_lengths: Tensor
+    first: bool
+
+    def active(self, last: int) -> Tensor: ...
+    def note(self, site: Site, name: str, value: Tensor) -> None: ...
+    def remember(self, name: str, value: Tensor) -> None: ...
+    def recall(self, name: str) -> Tensor: ...
+
+
+class Kind(Protocol):
+    """How one kind of op computes.  ``p`` holds its parameters with a leading axis of 1 or B.
+
+    A kind may also have ``apply_rows(p, groups, settings, x, y, site, context)``: ``p`` with the bank's own leading axis, ``groups``
+    (`errata.core.weights.Groups`) names the rows of each entry.  It is used where a copy of an entry for each row would be large.
+
+    A kind that decides on the prompt and acts on it, or later, by that decision sets ``remembers = True``, uses ``context.remember`` and
+    ``recall``, and says with ``looks_ahead(settings)`` whether what it does to a token can depend on tokens after it.
+
+    A kind that reads x alone and adds to y may say ``adds = True``; ops of it that follow each other and have equal ``joins(op)`` are then
+    put together by ``joined(ops, device)``, as weight-like ones are.
+
+    A kind whose tensors are not what it computes with, or need not have equal shapes in one bank, has ``alike(op)``, what ops of one
+    bank have in common, and ``stacked(ops, device)``, the bank's parameters [P, …].
+    """
+
+    @staticmethod
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Op:
+    """One side computation: a registered kind at a site, with its tensors and settings."""
+
+    kind: str
+    site: Site
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.kind == "context") != (self.site == PROMPT):
+            raise PatchError(f"a {self.kind!r} op cannot stand at {self.site}; make the edit again")
+
+    def signature(self) -> tuple[Any, ...]:
+        """Ops with equal signatures can share a bank."""
+        shapes = tuple(sorted((k, tuple(t.shape), str(t.dtype)) for k, t in self.tensors.items()))
+        return self.kind, json.dumps(self.settings, sort_keys=True), shapes
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Ops plus where they came from.
+
+    base      fingerprint of the model it belongs to (`errata.core.model.fingerprint`)
+    state     running values a later edit goes on from (for example BaFT's load-balancing sums)
+    replaces  ids of the patches this one went on from (`chain`): on a stack it stands in their place
+    notes     facts about the making (loss, steps, seconds); not part of the id
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    base: str
+    requests: tuple[EditRequest, ...]
+    ops: tuple[Op, ...]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    replaces: tuple[str, ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Content hash: same inputs, same seed, same id."""
+        cached = self.__dict__.get("_id")
+        if cached is None:
+            digest = hashlib.sha256(json.dumps(self._head(), sort_keys=True).encode())
+            for name, tensor in sorted(self._tensors().items()):
+                digest.update(name.encode())
+                digest.update(_bytes(tensor))
+            cached = digest.hexdigest()[:16]
+            object.__setattr__(self, "_id", cached)
+        return str(cached)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored in the ops."""
+        return sum(t.numel() for op in self.ops for t in op.tensors.values())
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "method": self.method,
+            "settings": dict(self.settings),
+            "base": self.base,
+            "requests": [r.to_dict() for r in self.requests],
+            "ops": [
+                {
+                    "kind": op.kind,
+                    "block": op.site.block,
+                    "point": op.site.point,
+                    "settings": dict(op.settings),
+                    "tensors": sorted(op.tensors),
+                }
+                for op in self.ops
+            ],
+            "replaces": list(self.replaces),
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        out = {f"{i}.{name}": t for i, op in enumerate(self.ops) for name, t in op.tensors.items()}
+        return out | {f"state.{name}": t for name, t in self.state.items()}
+
+    def describe(self) -> str:
+        """A few plain lines."""
+        lines = [f"patch {self.id}  method {self.method}  {len(self.requests)} edit(s)  {self.parameters:,} numbers  base {self.base}"]
+        places = ["in front of the prompt" if op.site == PROMPT else f"at block {op.site.block} ({op.site.point})" for op in self.ops]
+        lines += [f"  {op.kind} {place}" for op, place in zip(self.ops, places, strict=True)] or ["  changes nothing"]
+        lines += [f"  {r.prompt!r} -> {r.target!r}" for r in self.requests[:10]]
+        return "\n".join(lines + ([f"  … {len(self.requests) - 10} more"] if len(self.requests) > 10 else []))
+
+    def save(self, folder: str | Path, *, overwrite: bool = False, sync: bool = True) -> Path:
+        """Write beside, then rename: a full disk or a stop leaves what was there before.
+
+        ``sync=False`` leaves it to the caller to make many patches durable at once (`errata.storage.flush`).
+        """
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        if folder.exists() and not overwrite:
+            raise StorageError(f"{folder} exists already; give another name, or overwrite=True (--force)")
+        if folder.exists() and not (folder / "patch.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise StorageError(f"{folder} exists and is not a patch; it is left alone, give another name")
+        blob = save({k: t.detach().cpu().contiguous() for k, t in self._tensors().items()})
+        head = {**self._head(), "id": self.id, "sha256": hashlib.sha256(blob).hexdigest(), "notes": dict(self.notes)}
+        files = {
+            "patch.safetensors": blob,
+            "patch.json": json.dumps(head, ensure_ascii=False, indent=1).encode(),
+            "README.md": self._readme().encode(),
+        }
+        with storage.replacing(folder) as temporary:
+            for name, content in files.items():
+                storage.write(temporary / name, content, sync)
+        return folder
+
+    def _readme(self) -> str:
+        facts = "\n".join(f"- {r.prompt} **{r.target}**" for r in self.requests)
+        return (
+            f"# errata patch `{self.id}`\n\nMade with `{self.method}` for the model with fingerprint `{self.base}`.\n\n"
+            f'Use: `errata ask MODEL "…" --patch THIS_FOLDER`, or `lm.attach(errata.Patch.load("THIS_FOLDER"))`.\n\n## Edits\n\n{facts}\n'
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Patch:
+        """Read a patch folder; `PatchError` says what is broken."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        folder = Path(folder)
+        try:
+            head = json.loads((folder / "patch.json").read_text(encoding="utf-8"))
+            blob = (folder / "patch.safetensors").read_bytes()
+        except FileNotFoundError as error:
+            raise PatchError(
+                f"{folder}: {Path(error.filename).name} is missing; a patch is a folder with patch.json and patch.safetensors"
+            ) from None
+        except OSError as error:
+            raise PatchError(f"{folder}: cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number with more digits than Python reads
+            raise PatchError(f"{folder / 'patch.json'}: not valid JSON ({error}); copy the patch again from where it was made") from None
+        if not isinstance(head, dict) or head.get("format") != FORMAT:
+            found = head.get("format") if isinstance(head, dict) else type(head).__name__
+            raise PatchError(f"{folder / 'patch.json'}: format {found!r}, this errata reads format {FORMAT}")
+        if hashlib.sha256(blob).hexdigest() != head.get("sha256"):
+            raise PatchError(
+                f"{folder / 'patch.safetensors'}: damaged or truncated ({len(blob)} bytes); copy the patch again from where it was made"
+            )
+        try:
+            return cls._from(head, load(blob))
+        except ErrataError as error:
+            raise PatchError(f"{folder / 'patch.json'}: {error}") from None
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, SafetensorError) as error:
+            raise PatchError(f"{folder / 'patch.json'}: incomplete or edited by hand ({type(error).__name__}: {error})") from None
+
+    @classmethod
+    def _from(cls, head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Patch:
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise PatchError(f"tensor {name!r} holds NaN or infinity; make the edit again")
+        ops = []
+        for i, raw in enumerate(head["ops"]):
+            registry.get("op", raw["kind"])
+            own = {name: tensors[f"{i}.{name}"] for name in raw["tensors"]}
+            ops.append(Op(raw["kind"], Site(int(raw["block"]), str(raw["point"])), own, dict(raw["settings"])))
+        state = {k.removeprefix("state."): t for k, t in tensors.items() if k.startswith("state.")}
+        requests = tuple(EditRequest.from_dict(r) for r in head["requests"])
+        patch = cls(
+            str(head["method"]), dict(head["settings"]), str(head["base"]), requests, tuple(ops), state,
+            tuple(map(str, head["replaces"])), dict(head["notes"]),
+        )  # fmt: skip
+        if patch.id != head["id"]:
+            raise PatchError(f"content does not match its id {head['id']!r}; the files of two patches were mixed, or edited by hand")
+        return patch
+
+    def scale(self, factor: float) -> Patch:
+        """A weight-like patch times a number; -1 negates it.  Its settings say so (``scaled``): its state is of the patch as it was."""
+        settings = {**self.settings, "scaled": self.settings.get("scaled", 1.0) * factor}
+        return dataclasses.replace(self, settings=settings, ops=tuple(_scaled(op, factor) for op in weight_like(self)), notes={})
+
+
+def chain(before: Patch | None) -> tuple[str, ...]:
+    """What a patch that goes on from ``before`` replaces: all that it holds, so that taking off one between brings no older one back."""
+    return () if before is None else (*before.replaces, before.id)
+
+
+def weight_like(patch: Patch) -> tuple[Op, ...]:
+    """Its ops, all of them changes of weights; `PatchError` otherwise."""
+    for op in patch.ops:
+        if op.kind not in WEIGHT_LIKE:
+            raise PatchError(
+                f"patch {patch.id} ({patch.method}) holds a {op.kind!r} op, not a change of weights; only {WEIGHT_LIKE} add and scale"
+            )
+    return patch.ops
+
+
+def _scaled(op: Op, factor: float) -> Op:
+    name = "weight" if op.kind == "dense" else "up"
+    return dataclasses.replace(op, tensors={**op.tensors, name: op.tensors[name] * factor})
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous()
+    return str((tuple(flat.shape), str(flat.dtype))).encode() + flat.flatten().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,48 @@
+"""Rows that belong to independent problems: which still run, and figures per problem from figures per row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.core.fit import token_nll
+
+
+class Owned:
+    """The rows of a runner (`errata.core.tail`), row b belonging to problem ``owner[b]`` of ``count``."""
+
+    def __init__(self, runner: Any, owner: Tensor, count: int) -> None:
+        self.runner, self.owner, self.count = runner, owner, count
+        self._view: tuple[int, Any, Tensor, Tensor] = (count, runner, owner, torch.arange(len(owner), device=owner.device))
+
+    def of(self, alive: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """(runner, owner as a place in ``alive``, original row numbers) of the rows whose problems still run.
+
+        ``alive`` only ever shrinks during a fit, so rows are cut anew when its length has changed.
+        """
+        if self._view[0] != len(alive):
+            position = torch.full((self.count,), -1, device=alive.device)
+            position[alive] = torch.arange(len(alive), device=alive.device)
+            kept = (position[self.owner] >= 0).nonzero().squeeze(1)
+            self._view = (len(alive), self.runner.select(kept), position[self.owner[kept]], kept)
+        return self._view[1], self._view[2], self._view[3]
+
+
+def per_problem(values: Tensor, owner: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+    """Sum of row values [B, …] over each problem's rows, divided by the sum of ``weights`` (1 a row without), [e, …]."""
+    weights = torch.ones_like(values) if weights is None else weights
+    total = torch.zeros((count, *values.shape[1:]), device=values.device, dtype=values.dtype).index_add(0, owner, values)
+    norm = torch.zeros((count, *weights.shape[1:]), device=values.device, dtype=values.dtype).index_add(0, owner, weights)
+    return total / norm
+
+
+def row_nll(logits: Tensor, labels: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """(summed negative log-likelihood of each row's labels [B], how many labels it has [B]).
+
+    logits [M, V] at the M places where ``where`` [B, A] holds, row by row; labels [B, A].
+    """
+    nll = token_nll(logits.to(torch.promote_types(torch.float32, logits.dtype)), labels[where])
+    summed = torch.zeros(len(where), device=nll.device, dtype=nll.dtype).index_add(0, where.nonzero()[:, 0], nll)
+    return summed, where.sum(1)

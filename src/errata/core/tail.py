@@ -1,0 +1,263 @@
+"""`Tail`: run the frozen part of a batch once, the part an edit can change many times.
+
+Causal attention means that no position before the first intervened one, and no block below the first intervened one,
+can change.  So once per batch: the prefix through all blocks (its keys and values are kept), and the active tokens
+through the lower blocks (the hidden states that enter the first touched block are kept).  Then each optimisation step
+runs only the active tokens through the upper blocks.  The logits are those of the full forward pass.
+
+`Whole` has the same interface and runs everything every time: it is what the tail is tested and timed against.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from errata.core.bank import Bank, Plan, Stack, looks_ahead
+from errata.core.decode import branches, fork, picked
+from errata.core.model import LM
+from errata.core.tokens import IGNORED, Encoded
+
+
+@dataclass
+class Rows:
+    """Rows cut at their first active token.
+
+    prefix [B, S] padded on the left, active [B, A] padded on the right, mask [B, S + A]; labels [B, A] hold at each
+    position the target token it should predict, else IGNORED.
+    """
+
+    prefix: Tensor
+    active: Tensor
+    mask: Tensor
+    labels: Tensor
+    prompt_lengths: Tensor
+
+    @property
+    def labelled(self) -> Tensor:
+        """[B, A]: positions that should predict a target token."""
+        return self.labels != IGNORED
+
+    @property
+    def valid(self) -> Tensor:
+        """[B, A]: active tokens that are not padding."""
+        return self.mask[:, self.prefix.shape[1] :].bool()
+
+    def select(self, rows: Tensor) -> Rows:
+        return Rows(self.prefix[rows], self.active[rows], self.mask[rows], self.labels[rows], self.prompt_lengths[rows])
+
+
+def cut(encoded: Sequence[Encoded], last: int, fill: int, device: torch.device, final: bool = True) -> Rows:
+    """Cut each row ``last`` tokens before the end of its prompt (fewer where the prompt is shorter)."""
+    return cut_at(encoded, [max(0, e.prompt_length - last) for e in encoded], fill, device, final)
+
+
+def cut_at(encoded: Sequence[Encoded], starts: Sequence[int], fill: int, device: torch.device, final: bool = True) -> Rows:
+    """Cut row i at its token ``starts[i]``, the first that an edit may change.
+
+    ``final``: keep the target's last token, which predicts nothing; only a loss that looks at states there needs it.
+    """
+    width = [len(e.ids) - (not final and bool(e.target)) for e in encoded]
+    wide, long = max(starts), max(w - s for w, s in zip(width, starts, strict=True))
+    prefix, active = torch.full((len(encoded), wide), fill), torch.full((len(encoded), long), fill)
+    mask, labels = torch.zeros((len(encoded), wide + long), dtype=torch.long), torch.full((len(encoded), long), IGNORED)
+    for i, (e, s) in enumerate(zip(encoded, starts, strict=True)):
+        prefix[i, wide - s :] = torch.tensor(e.ids[:s], dtype=torch.long)
+        n = width[i] - s
+        active[i, :n] = torch.tensor(e.ids[s : width[i]])
+        mask[i, wide - s : wide + n] = 1
+        labels[i, e.prompt_length - s - 1 : len(e.ids) - s - 1] = torch.tensor(e.target, dtype=torch.long)
+    lengths = torch.tensor([e.prompt_length for e in encoded])
+    return Rows(*(t.to(device) for t in (prefix, active, mask, labels, lengths)))
+
+
+class Runner(Protocol):
+    """Logits [M, V] at the M labelled positions of the active tokens (row by row) under given banks."""
+
+    rows: Rows
+
+    def logits(self, banks: Sequence[Bank], tape: dict[Any, Tensor] | None = None) -> Tensor: ...
+    def select(self, rows: Tensor) -> Runner: ...
+
+
+def _under(lm: LM, on: Stack, rows: Rows) -> Plan:
+    """The frozen stack, compiled once."""
+    return lm.plan([on], None, len(rows.active))
+
+
+def _plan(under: Plan, rows: Rows, banks: Sequence[Bank], tape: dict[Any, Tensor] | None) -> Plan:
+    plan = Plan({site: list(own) for site, own in under.banks.items()}, rows.prompt_lengths, tape, front=under.front)
+    for bank in banks:
+        plan.add(bank)
+    return plan
+
+
+class Whole:
+    """Everything, every time."""
+
+    def __init__(self, lm: LM, rows: Rows, first_block: int = 0, on: Stack = ()) -> None:
+        self.lm, self.rows, self.on = lm, rows, on
+        self.under = _under(lm, on, rows)
+
+    def logits(self, banks: Sequence[Bank], tape: dict[Any, Tensor] | None = None) -> Tensor:
+        """[M, V]; gradients flow to the banks' parameters."""
+        ids, wide = torch.cat([self.rows.prefix, self.rows.active], 1), self.rows.prefix.shape[1]
+        with self.lm.running(_plan(self.under, self.rows, banks, tape)):
+            out: Tensor = self.lm.forward(ids, self.rows.mask, use_cache=False).logits[:, wide:]
+        for key, noted in (tape or {}).items():
+            tape[key] = noted[:, -self.rows.active.shape[1] :]  # type: ignore[index]  # counted from the end: context may stand in front
+        return out[self.rows.labelled]
+
+    def select(self, rows: Tensor) -> Whole:
+        return Whole(self.lm, self.rows.select(rows), 0, self.on)
+
+
+class Tail:
+    """The frozen part once (in the constructor), the active part in `logits`.
+
+    ``first_block``: the first block that has to compute; banks given to `logits` touch it, blocks above, or the *output* of the
+    block before it.  ``on``: patches that run underneath, frozen.  Kept are the prefix's keys and values and one hidden state a token.
+    Under a patch that `looks_ahead` the prefix is not frozen, and what a model keeps as a running state (`errata.core.decode.branches`)
+    cannot be gone on from again and again: then everything runs every time (`Whole`).
+    """
+
+    def __init__(self, lm: LM, rows: Rows, first_block: int = 0, on: Stack = ()) -> None:
+        self.lm, self.rows, self.on, self.first = lm, rows, on, first_block
+        self.cache: Any = None
+        self.whole = Whole(lm, rows, 0, on) if looks_ahead(on) else None
+        if self.whole is not None:
+            return
+        self.under = _under(lm, on, rows)
+        with torch.no_grad(), lm.running(_plan(self.under, rows, (), None)):
+            wide = rows.prefix.shape[1]
+            if wide:
+                # a row without a prefix has an all-masked left part, which its active tokens never attend to
+                out = lm.forward(rows.prefix, rows.mask[:, :wide], use_cache=True, **lm.last_only)
+                self.cache = out.past_key_values
+                if not branches(self.cache):
+                    self.whole = Whole(lm, rows, 0, on)
+                    return
+            self.hidden, self.tuple = self._enter()
+
+    def _enter(self) -> tuple[Tensor, bool]:
+        """The hidden states [B, A, D] that leave the last frozen block, before any op at its output, and whether blocks return tuples."""
+        seen: dict[str, Any] = {}
+
+        def enters(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen["hidden"] = args[0] if args else kwargs["hidden_states"]
+            raise _Reached
+
+        def leaves(_: Any, __: Any, output: Any) -> None:
+            seen["tuple"], seen["hidden"] = isinstance(output, tuple), output[0] if isinstance(output, tuple) else output
+            raise _Reached
+
+        blocks = self.lm.blocks
+        if self.first == 0:
+            handle = blocks[0].register_forward_pre_hook(enters, with_kwargs=True)
+        else:
+            handle = blocks[self.first - 1].register_forward_hook(
+                leaves, prepend=True
+            )  # the frozen stack's ops at this block run later, again
+        try:
+            self._forward()
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return seen["hidden"].detach(), bool(seen.get("tuple", False))
+
+    def _forward(self) -> Any:
+        more: dict[str, Any] = {"use_cache": False}
+        if self.cache is not None:
+            more = {"past_key_values": fork(self.cache), "use_cache": True}
+        return self.lm.forward(self.rows.active, self.rows.mask, **more)
+
+    def logits(self, banks: Sequence[Bank], tape: dict[Any, Tensor] | None = None) -> Tensor:
+        """[M, V]; gradients flow to the banks' parameters."""
+        if self.whole is not None:
+            return self.whole.logits(banks, tape)
+        where = self.rows.labelled
+
+        def pick(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            # what comes after the head (soft caps, scales) acts on each number alone, so it may see the picked positions only
+            return (args[0][where].unsqueeze(0), *args[1:])
+
+        head = self.lm.hf.get_output_embeddings().register_forward_pre_hook(pick)
+        try:
+            frozen = self.lm.blocks[: self.first]
+            with self.lm.running(_plan(self.under, self.rows, banks, tape)), skipping(frozen, self.hidden, self.tuple):
+                out: Tensor = self._forward().logits.flatten(0, 1)  # a view; taking [0] would cost a zeroed copy on the way back
+        finally:
+            head.remove()
+        return out
+
+    def select(self, rows: Tensor) -> Tail:
+        """The tail of some rows only."""
+        other = copy.copy(self)
+        other.rows = self.rows.select(rows)
+        if self.whole is not None:
+            other.whole = self.whole.select(rows)
+            return other
+        other.hidden = self.hidden[rows]
+        if self.cache is not None:
+            other.cache = picked(self.cache, rows)
+        return other
+
+
+class _Reached(Exception):
+    """Stops the forward pass once the hidden states are known."""
+
+
+@contextmanager
+def skipping(blocks: Sequence[Any], hidden: Tensor, as_tuple: bool) -> Iterator[None]:
+    """These first blocks compute nothing: the last of them returns ``hidden`` (its hooks still run)."""
+
+    def returns(stored: Tensor | None) -> Any:
+        def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+            out = hidden_states if stored is None else stored
+            return (out,) if as_tuple else out
+
+        return forward
+
+    own = [b.__dict__.get("forward") for b in blocks]  # device_map keeps its wrapper in the instance
+    try:
+        for i, block in enumerate(blocks, 1):
+            block.__dict__["forward"] = returns(hidden if i == len(blocks) else None)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.__dict__["forward"]
+            else:
+                block.__dict__["forward"] = forward
+
+
+def capture(lm: LM, encoded: Sequence[Encoded], blocks: Sequence[int], on: Stack = ()) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+    """Block outputs {block: [B, T, D]}, position [B, T] (-1: padding) and prompt lengths [B] of rows under ``on``."""
+    batch = lm.batch(encoded).to(lm.device)
+    seen: dict[int, Tensor] = {}
+
+    def keep(block: int) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            out = (output[0] if isinstance(output, tuple) else output).detach()
+            seen[block] = out[:, -batch.ids.shape[1] :]  # context may stand in front
+
+        return hook
+
+    plan = lm.plan([on], None, len(encoded))
+    plan.prompt_lengths = batch.prompt_lengths
+    with torch.no_grad(), lm.running(plan):  # the plan's hooks run first, so what is kept is under ``on``
+        handles = [lm.blocks[b].register_forward_hook(keep(b)) for b in blocks]
+        try:
+            lm.forward(batch.ids, batch.mask, use_cache=False, **lm.last_only)
+        finally:
+            for handle in handles:
+                handle.remove()
+    position = (batch.mask.cumsum(1) - 1).masked_fill(batch.mask == 0, -1)
+    return seen, position, batch.prompt_lengths

@@ -1,0 +1,140 @@
+"""How LoRA and AdaLoRA are trained: one batch over all independent edits, every token of a row active.
+
+A *problem* is one patch to make: one request (`edit_each`), or several that share one patch (`edit`).  Parameters of all linears of one
+shape are one tensor [E, S, …], so that an update is a few calls however many linears there are.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.config import to_dict
+from errata.core.bank import Bank, Stack
+from errata.core.fit import AdamW, Fitted, fit
+from errata.core.lanes import Progress
+from errata.core.model import LM
+from errata.core.patch import Op, Patch, Site, chain
+from errata.core.problems import Owned, per_problem, row_nll
+from errata.core.tail import cut_at
+from errata.core.tokens import pad_id
+from errata.errors import ConfigError
+from errata.methods.adapters.op import Drop
+from errata.request import EditRequest
+
+
+@dataclass
+class Training:
+    """One run of the optimiser over E problems."""
+
+    editor: Any
+    lm: LM
+    problems: list[list[EditRequest]]
+    on: Stack
+    before: Patch | None
+    runner_class: Any
+    evaluations: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if not all(self.problems):
+            raise ConfigError(f"{self.editor.name}: nothing to edit; give at least one request")
+        self.groups: dict[tuple[int, int], list[Site]] = {}
+        for site, sizes in self.editor.shapes(self.lm).items():
+            self.groups.setdefault(sizes, []).append(site)
+        sites = [site for own in self.groups.values() for site in own]
+        texts = [[(text, r.target) for r in rs for text in (r.prompt, *r.paraphrases)] for rs in self.problems]
+        rows = [row for own in texts for row in own]
+        device = self.lm.device
+        encoded = self.lm.encode([text for text, _ in rows], [target + self.editor.end for _, target in rows])
+        cut_rows = cut_at(encoded, [0] * len(rows), pad_id(self.lm.tokenizer), device, final=False)
+        owner = torch.tensor([i for i, own in enumerate(texts) for _ in own], device=device)
+        self.place = torch.tensor([j for own in texts for j in range(len(own))], device=device)
+        self.even, self.most = len({len(own) for own in texts}) == 1, max(map(len, texts))
+        runner = self.runner_class(self.lm, cut_rows, min(site.block for site in sites), self.on)
+        self.owned = Owned(runner, owner, len(self.problems))
+        self.sites = len(sites)
+
+    def run(self, progress: Progress | None = None) -> list[Patch]:
+        """Train and pack."""
+        began, e = time.perf_counter(), self.editor
+        fitted = fit(
+            self._start(), self._loss, steps=e.steps, rule=AdamW(e.lr), stop=e.stop or None, progress=progress, after=e.after(self.sites)
+        )
+        return self._pack(fitted, (time.perf_counter() - began) / len(self.problems))
+
+    def _start(self) -> dict[str, Tensor]:
+        """Parameters ``name.group`` [E, S, …]: those of the patch gone on from, else fresh ones, the same for every problem."""
+        precision = torch.promote_types(torch.float32, self.lm.dtype)  # float32, or wider where the model is
+        out = {}
+        for g, (sizes, sites) in enumerate(self.groups.items()):
+            if self.before is None:
+                each = [self.editor.initial(*sizes, generator_of(self.editor.seed, site)) for site in sites]
+                own = {k: torch.stack([one[k] for one in each]) for k in each[0]}
+            else:
+                own = self.editor.resumed(g, sites, self.before)
+            out |= {f"{k}.{g}": t.to(self.lm.device, precision).expand(len(self.problems), *t.shape) for k, t in own.items()}
+        return out
+
+    def per_group(self, p: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The parameters of each shape, {"A": [E, S, R, I], "B": [E, S, O, R], …}."""
+        out: list[dict[str, Tensor]] = [{} for _ in self.groups]
+        for name, t in p.items():
+            k, _, g = name.partition(".")
+            out[int(g)][k] = t
+        return out
+
+    def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
+        e, count = self.editor, len(alive)
+        self.evaluations += 1
+        runner, owner, kept = self.owned.of(alive)
+        drop = Drop(e.dropout, e.seed, self.evaluations, self.place[kept], self.most) if e.dropout else None
+        groups = self.per_group(p)
+        banks = []
+        for own, sites in zip(groups, self.groups.values(), strict=True):
+            parts = {"down": own["A"].unbind(1), "up": own["B"].unbind(1), "gain": e.gain(own).unbind(1)}
+            for i, site in enumerate(sites):
+                here = {k: t[i] for k, t in parts.items()}
+                banks.append(Bank("adapter", site, {"drop": drop}, here, None if self.even else owner))
+        summed, number = row_nll(runner.logits(banks), runner.rows.labels, runner.rows.labelled)
+        nll = per_problem(summed, owner, count, number.to(summed.dtype))
+        compared = nll.detach()
+        if e.held(self.evaluations - 1):
+            compared = compared.clamp_min(e.stop)
+        return nll + e.penalty(groups), compared
+
+    def _pack(self, fitted: Fitted, seconds: float) -> list[Patch]:
+        e, old, patches = self.editor, self.before, []
+        settings = to_dict(e) | e.resolved(self.lm)
+        for i, requests in enumerate(self.problems):
+            groups = self.per_group({k: t[i] for k, t in fitted.params.items()})
+            state = {f"{k}.{g}": t.clone() for g, own in enumerate(groups) for k, t in e.state(own).items()}
+            notes = {"steps": int(fitted.steps[i]), "loss": round(float(fitted.loss[i]), 6), "seconds": round(seconds, 4)}
+            every = (*(old.requests if old else ()), *requests)
+            ops = self._ops(groups)
+            patches.append(Patch(e.name, settings, self.lm.fingerprint, every, ops, state, chain(old), notes))
+        return patches
+
+    def _ops(self, groups: list[dict[str, Tensor]]) -> tuple[Op, ...]:
+        """One problem's change, scale and gain folded into ``up``.  Factors with gain 0 add nothing and are left out, all but one."""
+        ops = []
+        for own, sites in zip(groups, self.groups.values(), strict=True):
+            gain = self.editor.gain({k: t[None] for k, t in own.items()})[0]
+            for s, site in enumerate(sites):
+                on = gain[s].nonzero()[:, 0]
+                ops.append(Op("low_rank", site, {"down": own["A"][s][on], "up": own["B"][s][:, on] * gain[s, on]}))
+        kept = [op for op in ops if len(op.tensors["down"])]
+        if not kept:  # nothing was trained: the answer was known
+            site, own = next(iter(self.groups.values()))[0], groups[0]
+            kept = [Op("low_rank", site, {"down": own["A"][0, :1].clone(), "up": torch.zeros_like(own["B"][0, :, :1])})]
+        return tuple(sorted(kept, key=lambda op: op.site))
+
+
+def generator_of(seed: int, site: Site) -> torch.Generator:
+    """Of a site's first values: neither the other sites nor the other problems play a part."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{site.block}/{site.point}".encode()))  # it reads 32 bits

@@ -1,0 +1,171 @@
+"""GRACE: a codebook beside one linear.  A prompt whose key is near a stored one gets that entry's value as the linear's output.
+
+    j = argmin ‖q − κ_j‖;   if ‖q − κ_j‖ ≤ ε_j:  output ← ν_j   at the replaced positions
+
+Keys and radii follow from rules (`errata.methods.codebook.lookup`); only values are trained, and a row of a batch hits one entry at
+most, so the values of one patch are independent problems: all of them, and those of all patches, train in one batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from errata.config import to_dict
+from errata.core.bank import Stack, live
+from errata.core.lanes import Progress
+from errata.core.model import LM
+from errata.core.patch import Op, Patch, Positions, Site, chain
+from errata.core.weights import Groups
+from errata.errors import ConfigError
+from errata.methods.codebook.grace_training import Filled, train
+from errata.methods.codebook.lookup import KeyedEditor, ask, check_site, decide, entries_of, hit, pack, remembered, rounding_of
+from errata.request import EditRequest
+
+
+class Codebook:
+    """Registered as ``codebook``: keys [N, I], values [N, O], radii [N]; settings ``replace`` and ``rounding``."""
+
+    remembers = True
+
+    @staticmethod
+    def looks_ahead(settings: Mapping[str, Any]) -> bool:
+        return settings["replace"] != "last"
+
+    @staticmethod
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+        return Codebook._run(p, None, settings, x, y, site, context)
+
+    @staticmethod
+    def apply_rows(
+        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    ) -> Tensor:
+        return Codebook._run(p, groups, settings, x, y, site, context)
+
+    @staticmethod
+    def _run(
+        p: Mapping[str, Tensor], groups: Groups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    ) -> Tensor:
+        own = entries_of(p["values"], groups, len(x))
+        index = {k: p[k] for k in ("keys", "radii")}
+        entry = decide(index, own, groups is not None, x, context, lambda b, q: hit(b["keys"], b["radii"], q, settings["rounding"]))
+        end = context.prompt_lengths[:, None] - 1
+        if settings["replace"] == "all":
+            entry, where = remembered("entry", entry, own, context), context.position >= 0
+        else:
+            where = context.position == end if settings["replace"] == "last" else context.position < end
+        where = where & (context.position >= 0) & (entry >= 0)[:, None]
+        context.note(site, "entry", torch.where(where, entry[:, None], -1))
+        rows, at = where.nonzero().unbind(1)
+        return y.index_put((rows, at), p["values"][own[rows], entry[rows]].to(y.dtype))
+
+
+@dataclass(frozen=True)
+class GRACE(KeyedEditor):
+    """Hyper-parameters (EasyEdit ``hparams/GRACE``):
+
+    layer, point  block and linear; None: by depth, 27/32 of it as for LLaMA-7B, but never the last block, which writes the answer's
+                  first token only
+    eps           radius of a new key; ``unit`` "norm": as a share of the key's own norm; "absolute": the published unit.  At the published
+                  1.0 hardly anything but the edited prompt itself is hit, which is why published generality is near 0
+    replace       "last": at the last prompt token (EasyEdit, the default: nothing else is touched, so decoding needs no memory);
+                  "prompt": at the tokens before it (the authors' code); "all": at every token of the text, the answer's too
+    expand        a key of the same label beyond its neighbour's radius: "coverage" widens the radius to it, "moving_average" also moves
+                  the old key half-way to the new one
+    value         start of a new value: "cold" uniform in [0, 1), "warm" what the linear gave
+    lr, steps     Adam's; ``stop`` ends an entry below that mean loss a token (0: never, as published)
+    end           text trained after the target
+    rounding      what a comparison with a radius allows for last bits, as a share of the query's norm; None: by the model's dtype
+    seed          of new values
+
+    The query is always what the linear reads at the last *prompt* token, so cached, uncached and teacher-forced answers agree.  The
+    released codes take the last token of the first text fed after an edit and keep its number: fed prompt and target together, they look
+    up another token.  Labels are lists of the target's token ids, compared exactly (released: the mean id).  Paraphrases of a
+    request are put in after its prompt, with its label.  A text trains the entry it hits in the finished codebook if that has its label;
+    one whose place a later text of the same patch took trains nothing (``notes["lost"]``).
+
+    On a stack whose last live patch is a codebook of this method with the same site, positions and rounding, the edit goes on from it
+    and replaces it: one growing codebook.  Taking the patch back leaves the older one.
+    """
+
+    name: ClassVar[str] = "grace"
+    paper: ClassVar[str] = "Hartvigsen et al., NeurIPS 2023 (GRACE)"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        **{key: {"layer": 27, "steps": 50} for key in ("llama-7b", "llama-2-7b", "llama-3.2-3b", "llama3.2-3b")},
+        **{key: {"layer": 18, "steps": 50} for key in ("qwen2-7b", "qwen2.5-7b")},
+        "qwen3.5-9b": {"layer": 18, "steps": 50, "eps": 5.0},
+        "gpt2-xl": {"layer": 35, "point": "mlp.c_fc", "steps": 200},
+        "gpt-j-6b": {"layer": 25, "steps": 200},
+        "llama-3-8b": {"layer": 27, "steps": 250},  # as BaFT's paper ran it
+        "gemma-1.1-7b": {"layer": 24, "steps": 100},  # as BaFT's paper ran it
+        # chosen on dev: what the MLP's first linear reads tells rephrases from neighbours far better than what its last one reads
+        "almanac": {"layer": 5, "point": "mlp.gate_proj", "eps": 0.65, "unit": "norm", "replace": "all", "end": "."},
+    }
+
+    layer: int | None = None
+    point: str = "mlp_down"
+    eps: float = 1.0
+    unit: Literal["absolute", "norm"] = "absolute"
+    replace: Literal["last", "prompt", "all"] = "last"
+    expand: Literal["coverage", "moving_average"] = "coverage"
+    value: Literal["cold", "warm"] = "cold"
+    lr: float = 1.0
+    steps: int = 100
+    stop: float = 0.0
+    rounding: float | None = None
+    end: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.eps < 0 or (self.rounding or 0) < 0:
+            raise ConfigError("grace: eps and rounding must not be negative")
+        if self.lr <= 0 or self.steps < 1:
+            raise ConfigError("grace: lr must be positive and steps at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"grace: seed must be from 0 to 4294967295, not {self.seed}")
+
+    def at(self, lm: LM) -> Site:
+        """The linear to stand beside; `ConfigError` where there is none or where it could not matter."""
+        block = self.layer if self.layer is not None else max(0, min(lm.depth - 2, int(lm.depth * 27 / 32 + 0.5)))
+        site = check_site(lm, self.name, block, self.point)
+        if self.replace == "prompt" and block == lm.depth - 1:
+            raise ConfigError(f"grace: nothing reads earlier tokens of the last block ({block}); choose a lower layer or replace=last")
+        return site
+
+    def _make(self, lm: LM, problems: Sequence[list[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
+        if not all(problems):
+            raise ConfigError("grace: nothing to edit; give at least one request")
+        began, on, site = time.perf_counter(), live(tuple(on)), self.at(lm)
+        rounding = rounding_of(lm.dtype) if self.rounding is None else self.rounding
+        settings = {"replace": self.replace, "rounding": rounding}
+        before = on[-1] if on and self._goes_on(on[-1], site, settings) else None
+        under = on[:-1] if before else on
+        books = [Filled(self, before, texts, rounding) for texts in ask(lm, problems, self.end, site, under)]
+        train(self, lm, books, site, under, runner, progress)
+        seconds = (time.perf_counter() - began) / max(1, len(problems))
+        return [self._pack(lm, book, requests, site, settings, before, seconds) for book, requests in zip(books, problems, strict=True)]
+
+    def _goes_on(self, patch: Patch, site: Site, settings: Mapping[str, Any]) -> bool:
+        return patch.method == self.name and all(op.site == site and dict(op.settings) == settings for op in patch.ops)
+
+    def _pack(
+        self,
+        lm: LM,
+        book: Filled,
+        requests: Sequence[EditRequest],
+        site: Site,
+        settings: Mapping[str, Any],
+        before: Patch | None,
+        seconds: float,
+    ) -> Patch:
+        op = Op("codebook", site, {"keys": book.book.keys.clone(), "values": torch.stack(book.values), "radii": book.radii}, settings)
+        own = {f.name: to_dict(self)[f.name] for f in fields(self)} | {"layer": site.block}
+        every, state = (*(before.requests if before else ()), *requests), {"labels": pack(book.book.labels)}
+        notes = book.notes() | {"seconds": round(seconds, 4)}
+        return Patch(self.name, own, lm.fingerprint, every, (op,), state, chain(before), notes)

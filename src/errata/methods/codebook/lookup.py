@@ -1,0 +1,258 @@
+"""What GRACE and MELO share: keys with radii and labels, the rule for a new key, and the look-up in a batch.
+
+    query q = what a linear reads at the last prompt token;   j = nearest key (Euclidean);   hit where ‖q − κ_j‖ ≤ ε_j + r ‖q‖
+
+The small term with r (`rounding`) is ours: the same prompt in another batch gives a query that differs in its last bits, and the edge of a
+radius often lies exactly on one (a key that was added by rule, a radius that was widened to it).  r = 0 is the published comparison.
+
+Source: GRACE (Hartvigsen et al., NeurIPS 2023) §3, MELO (Yu et al., AAAI 2024), and their released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from errata.core.bank import Stack
+from errata.core.lanes import Progress
+from errata.core.model import LM
+from errata.core.patch import Patch, Positions, Site
+from errata.core.read import read
+from errata.core.tail import Tail
+from errata.core.tokens import Encoded
+from errata.core.weights import Groups
+from errata.errors import ConfigError, PatchError
+from errata.methods.presets import for_model
+from errata.request import EditRequest
+
+SEAM = 1e-5  # by which the older of two keys that part at a split keeps less than half their distance
+FEW = 64  # keys that are compared one by one
+CANDIDATES = 8  # of a coarse look-up
+
+K = TypeVar("K", bound="KeyedEditor")
+Look = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """How far rounding may move a query, as a share of its norm.  Between a prompt alone and in a padded batch 16 eps were seen
+    in float32 and 1 eps in bfloat16 (almanac, block 6 of 8, and twelve tiny families); four times that."""
+    return torch.finfo(dtype).eps * (4 if torch.finfo(dtype).bits < 32 else 64)
+
+
+def nearest(keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """(distance [B], number [B]) of the key nearest to each query [B, I]; infinity and -1 where there is none.
+
+    keys [N, I], or [B, N, I] where each query has its own.
+    """
+    if keys.shape[-2] == 0:
+        return query.new_full((len(query),), torch.inf), torch.full((len(query),), -1, dtype=torch.long, device=query.device)
+    if keys.ndim == 3:
+        distance, number = torch.linalg.vector_norm(query[:, None] - keys, dim=-1).min(1)
+        return distance, number
+    return _coarse(keys, query) if len(keys) > FEW and len(query) > 1 else _all(keys, query)
+
+
+def _all(keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """By differences, never by ‖q‖² − 2 q·κ + ‖κ‖²: at norms of 1,000 that leaves nothing of a distance of 1 in float32."""
+    distance, number = torch.cdist(query, keys, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    return distance, number
+
+
+def _coarse(keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """The same answer, ten times as fast for many rows: a product finds candidates, differences decide between them.
+
+    score = ½‖κ‖² − q·κ = ½ρ² − ½‖q‖².  A row is done when the last candidate's score, less what rounding can have done to a score
+    (γ (½‖κ‖² + ‖q‖‖κ‖), γ = I·eps), is still above the best candidate's; the others are compared with every key.
+    """
+    half, size = torch.linalg.vector_norm(keys, dim=1).square() / 2, torch.linalg.vector_norm(query, dim=1)
+    last, number = (half - query @ keys.T).topk(min(CANDIDATES, len(keys)), 1, largest=False)
+    number = number.sort(1)[0]  # of equal distances the first key counts
+    distance, place = torch.linalg.vector_norm(query[:, None] - keys[number], dim=-1).min(1)
+    number = number.gather(1, place[:, None])[:, 0]
+    most = half.max()
+    error = keys.shape[1] * torch.finfo(keys.dtype).eps * (2 * most + size * (2 * most).sqrt() + size.square())
+    unsure = (last[:, -1] - error <= (distance.square() - size.square()) / 2).nonzero()[:, 0]
+    if len(unsure):
+        again = _all(keys, query[unsure])
+        distance, number = distance.index_copy(0, unsure, again[0]), number.index_copy(0, unsure, again[1])
+    return distance, number
+
+
+def hit(keys: Tensor, radii: Tensor, query: Tensor, rounding: float) -> Tensor:
+    """[B]: number of the nearest key where the query is within its radius, else -1; shapes as in `nearest`."""
+    distance, number = nearest(keys, query)
+    if not keys.shape[-2]:
+        return number
+    at = number.clamp_min(0)
+    reach = radii[at] if radii.ndim == 1 else radii.gather(1, at[:, None])[:, 0]
+    reach = reach + rounding * torch.linalg.vector_norm(query, dim=1)
+    return torch.where(distance <= reach, number, -1)
+
+
+def entries_of(p: Tensor, groups: Groups | None, rows: int) -> Tensor:
+    """[rows]: the bank entry of each row, -1 where it has none.  ``p``: any parameter, with the leading axis of 1, B or (with groups) P."""
+    if groups is None:
+        return torch.zeros(rows, dtype=torch.long, device=p.device) if len(p) == 1 else torch.arange(rows, device=p.device)
+    own = torch.full((rows,), -1, dtype=torch.long, device=p.device)
+    number = torch.tensor(groups.entries, device=p.device).repeat_interleave(torch.tensor(groups.counts, device=p.device))
+    return own.index_copy(0, groups.order, number)
+
+
+@torch.no_grad()
+def decide(p: Mapping[str, Tensor], own: Tensor, grouped: bool, read_from: Tensor, context: Positions, look: Look) -> Tensor:
+    """[B]: what ``look`` finds for the rows whose prompt ends in this chunk, -1 for the others.
+
+    p: the parameters the look-up needs; own: `entries_of`; read_from [B, T, I]: where queries are read.  All queries of one book are looked
+    up together; ``grouped`` books are shared by several rows each, others are given to ``look`` with an axis for the row.
+    """
+    found = torch.full((len(read_from),), -1, dtype=torch.long, device=read_from.device)
+    end = (context.position >= 0) & (context.position == context.prompt_lengths[:, None] - 1) & (own >= 0)[:, None]
+    rows, at = end.nonzero().unbind(1)
+    if not len(rows):
+        return found
+    some = next(t for t in p.values() if t.is_floating_point())
+    query = read_from[rows, at].to(some.dtype)
+    if grouped or len(some) == 1:
+        for entry in own[rows].unique().tolist() if grouped else [0]:
+            mine = own[rows] == entry
+            found[rows[mine]] = look({k: t[entry] for k, t in p.items()}, query[mine])
+    else:
+        found[rows] = look({k: t[own[rows]] for k, t in p.items()}, query)
+    return found
+
+
+def remembered(name: str, found: Tensor, own: Tensor, context: Positions) -> Tensor:
+    """[B]: the decision of this text: ``found``, kept for later sites and chunks, where the text begins here; else what was kept."""
+    mine = (own >= 0).nonzero()[:, 0]
+    part = context if len(mine) == len(own) else context.select(mine)
+    if context.first:
+        part.remember(name, found[mine])
+        return found
+    return torch.full_like(found, -1).index_copy(0, mine, part.recall(name))
+
+
+class Placed(NamedTuple):
+    """What `Book.place` did: the number of the key that is now the text's, of the one that was nearest, and its distance."""
+
+    how: str
+    number: int
+    near: int
+    rho: float
+
+
+class Book:
+    """Keys [N, I], radii and labels while edits are put in one after another.  Numbers of keys never change."""
+
+    def __init__(self, keys: Tensor, radii: Sequence[float], labels: Sequence[tuple[int, ...]], more: int) -> None:
+        self._keys = torch.cat([keys, keys.new_empty((more, keys.shape[1]))])
+        self.radii, self.labels = list(radii), list(labels)
+
+    @property
+    def keys(self) -> Tensor:
+        return self._keys[: len(self.radii)]
+
+    def add(self, query: Tensor, radius: float, label: tuple[int, ...]) -> int:
+        self._keys[len(self.radii)] = query
+        self.radii.append(radius)
+        self.labels.append(label)
+        return len(self.radii) - 1
+
+    def place(self, query: Tensor, label: tuple[int, ...], radius: float, rounding: float, above: float) -> Placed:
+        """Put ``query`` in; what can be done, with ρ its distance from the nearest key j:
+
+        added   nothing near: ρ > radius + ε_j
+        split   near, another label: a new key; the two share the distance, ε_j ← ρ/2 − 1e-5, ε_new ← ρ/2 + ``above``
+        taken   the same key (ρ within rounding) with another label: the entry is the new edit's, its radius stays.  Ours: as published
+                the old radius would be −1e-5 and the new one 0, and neither would be hit again
+        near    the same label: what happens is the method's
+        """
+        distance, number = nearest(self.keys, query[None])
+        rho, j = float(distance), int(number)
+        if j < 0 or rho > radius + self.radii[j]:
+            return Placed("added", self.add(query, radius, label), j, rho)
+        if self.labels[j] == label:
+            return Placed("near", j, j, rho)
+        if rounding and rho <= rounding * float(torch.linalg.vector_norm(query)):
+            self.labels[j] = label
+            return Placed("taken", j, j, rho)
+        self.radii[j] = rho / 2 - SEAM
+        return Placed("split", self.add(query, rho / 2 + above, label), j, rho)
+
+
+def pack(labels: Iterable[tuple[int, ...]]) -> Tensor:
+    """Lists of token ids as [N, longest], filled up with -1."""
+    rows = list(labels)
+    out = torch.full((len(rows), max(map(len, rows), default=0)), -1)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row)
+    return out
+
+
+def unpack(labels: Tensor) -> list[tuple[int, ...]]:
+    return [tuple(i for i in row if i >= 0) for row in labels.tolist()]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One text to write: its request's number in the patch, its tokens, what the key site read and gave at the last prompt token."""
+
+    request: int
+    row: Encoded
+    read: Tensor
+    gave: Tensor
+
+
+def ask(lm: LM, problems: Sequence[Sequence[EditRequest]], end: str, site: Site, on: Stack) -> list[list[Asked]]:
+    """Prompts and paraphrases of each patch's requests, in order, with their keys under ``on``; one pass over all."""
+    texts = [[(i, text, r.target + end) for i, r in enumerate(rs) for text in (r.prompt, *r.paraphrases)] for rs in problems]
+    flat = [text for own in texts for text in own]
+    if not flat:
+        return []
+    rows = lm.encode([text for _, text, _ in flat], [target for _, _, target in flat])
+    x, y = read(lm, rows, [site], at=[row.prompt_length - 1 for row in rows], on=on)[site]
+    asked = iter([Asked(i, row, key, value) for (i, _, _), row, key, value in zip(flat, rows, x, y, strict=True)])
+    return [[next(asked) for _ in own] for own in texts]
+
+
+def check_site(lm: LM, name: str, block: int, point: str) -> Site:
+    """The site on this model; `ConfigError` where there is none."""
+    if point == "block":
+        raise ConfigError(
+            f"{name}: a key is what a linear reads, so the point must be a linear (mlp_down, attn_out or a path), not 'block'"
+        )
+    try:
+        lm.check_site(Site(block, point))
+    except PatchError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    return Site(block, point)
+
+
+class KeyedEditor:
+    """What GRACE and MELO share as editors: one patch or many, made by the method's ``_make``."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def for_model(cls: type[K], lm: LM, **settings: Any) -> K:
+        """The preset for this model, with ``settings`` on top."""
+        return for_model(cls, lm, settings)
+
+    def edit(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> Patch:
+        """One patch with all requests, put in one after another; what they train, they train at once."""
+        return self._make(lm, [list(requests)], on, runner, progress)[0]
+
+    def edit_each(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> list[Patch]:
+        """A patch a request, as if it were made alone on ``on``."""
+        return self._make(lm, [[r] for r in requests], on, runner, progress)
+
+    def _make(self, lm: LM, problems: Sequence[list[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
+        """A patch for each list of requests."""
+        raise NotImplementedError

@@ -1,0 +1,115 @@
+"""MELO's two ops: a router that chooses a block of a row on its prompt, and low-rank changes that follow the choice.
+
+    router   c = nearest centre;  none where ‖q − centre_c‖ > radius_c;  else the block of the point of cluster c nearest to q
+    routed   y + s up_b (s down_b x)  at every token of a row with block b;  y, bit for bit, where the router chose none
+
+The ops of one patch find each other by the patch's place in the stack (`Context.remember`), so patches do not read each other's choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.core.patch import Positions, Site
+from errata.core.weights import Groups
+from errata.methods.codebook.lookup import decide, entries_of, hit, remembered
+
+AT_ONCE = 1 << 24  # numbers of points that are compared at once
+INDEX = ("centres", "radii", "points", "cluster", "block")
+
+
+def route(book: Mapping[str, Tensor], query: Tensor, rounding: float) -> Tensor:
+    """[B]: the block for each query [B, I], -1 for none; the book's tensors with or without an axis for the row.  A cluster may have
+    lost all its points (they were outside when it shrank): its queries get none."""
+    chosen = hit(book["centres"], book["radii"], query, rounding)
+    out = torch.full_like(chosen, -1)
+    if book["points"].ndim == 3:
+        apart = torch.linalg.vector_norm(query[:, None] - book["points"], dim=-1)
+        apart = apart.masked_fill(book["cluster"] != chosen[:, None], torch.inf)
+        if apart.shape[1]:
+            distance, point = apart.min(1)
+            out = torch.where(distance.isinf(), out, book["block"].gather(1, point[:, None])[:, 0])
+        return out
+    first, end = (torch.searchsorted(book["cluster"], chosen, right=side) for side in (False, True))  # points lie cluster by cluster
+    rows = (end > first).nonzero()[:, 0]
+    if not len(rows):
+        return out
+    widest = int((end - first).max())
+    for part in rows.split(max(1, AT_ONCE // (widest * query.shape[1]))):
+        index = first[part, None] + torch.arange(widest, device=query.device)
+        apart = torch.linalg.vector_norm(query[part, None] - book["points"][index.clamp_max(len(book["points"]) - 1)], dim=-1)
+        apart = apart.masked_fill(index >= end[part, None], torch.inf)
+        out[part] = book["block"][index.gather(1, apart.argmin(1)[:, None])[:, 0]]
+    return out
+
+
+class Router:
+    """Registered as ``router``: centres [C, I], radii [C], points [M, I], cluster [M] and block [M] of each point; changes nothing itself.
+
+    Settings: ``reads`` "input" or "output" of the linear, ``rounding``.
+    """
+
+    remembers = True
+
+    @staticmethod
+    def looks_ahead(settings: Mapping[str, Any]) -> bool:
+        return True
+
+    @staticmethod
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+        return Router._run(p, None, settings, x, y, site, context)
+
+    @staticmethod
+    def apply_rows(
+        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    ) -> Tensor:
+        return Router._run(p, groups, settings, x, y, site, context)
+
+    @staticmethod
+    def _run(
+        p: Mapping[str, Tensor], groups: Groups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    ) -> Tensor:
+        own = entries_of(p["radii"], groups, len(x))
+        book = {k: p[k] for k in INDEX}
+        read_from = x if settings["reads"] == "input" else y
+        found = decide(book, own, groups is not None, read_from, context, lambda b, q: route(b, q, settings["rounding"]))
+        block = remembered("block", found, own, context)
+        context.note(site, "block", torch.where(context.position >= 0, block[:, None], -1))
+        return y
+
+
+class Routed:
+    """Registered as ``routed``: blocks down [N, R, I] and up [N, O, R]; setting ``scale``: s, by which both are multiplied."""
+
+    remembers = True
+
+    @staticmethod
+    def looks_ahead(settings: Mapping[str, Any]) -> bool:
+        return True
+
+    @staticmethod
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+        return Routed._run(p, None, settings, x, y, context)
+
+    @staticmethod
+    def apply_rows(
+        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    ) -> Tensor:
+        return Routed._run(p, groups, settings, x, y, context)
+
+    @staticmethod
+    def _run(
+        p: Mapping[str, Tensor], groups: Groups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, context: Positions
+    ) -> Tensor:
+        own = entries_of(p["up"], groups, len(x))
+        block = context.recall("block")
+        rows = ((block >= 0) & (own >= 0)).nonzero()[:, 0]
+        if not len(rows):
+            return y
+        down, up = (settings["scale"] * p[k][own[rows], block[rows]] for k in ("down", "up"))
+        added = (x[rows].to(down.dtype) @ down.mT) @ up.mT
+        return y.index_add(0, rows, added.to(y.dtype))

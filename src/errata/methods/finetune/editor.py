@@ -1,0 +1,119 @@
+"""What fine-tuning editors share: hyper-parameters, the rule for the matrix, one patch or many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from errata.core.bank import Stack, live
+from errata.core.families import linear_sizes
+from errata.core.lanes import MOST_ROWS, Progress, in_lanes
+from errata.core.model import LM
+from errata.core.patch import Patch, Site
+from errata.core.read import module_at
+from errata.core.tail import Tail
+from errata.core.tokens import Encoded
+from errata.errors import ConfigError
+from errata.methods.finetune.training import POINT, DenseTraining, Objective, TargetNew
+from errata.methods.presets import for_model
+from errata.request import EditRequest
+
+F = TypeVar("F", bound="FineTuneEditor")
+NUMBERS_AT_ONCE = 2**25  # entries of ΔW trained in one batch; each takes five: itself, its gradient, two moments, the result
+
+
+@dataclass(frozen=True)
+class FineTuneEditor:
+    """Hyper-parameters that fine-tuning editors share.
+
+    layers           0-based blocks whose MLP's last matrix is trained; None: the one at the relative depth ``DEPTH``
+    lr, steps        Adam, without weight decay; passes over the requests (EasyEdit's num_steps, epochs)
+    stop             a mini-batch whose loss is below it makes no update; a pass whose mean loss is, is the last
+    batch_size       rows of a mini-batch; ``shuffle``: in an order drawn anew for each pass (EasyEdit keeps that of the requests)
+    norm_constraint  |ΔW_ij| ≤ this after each update, from the weights at the start of this edit
+    rank             keep the first terms of ΔW's SVD only, as a `low_rank` op; the patch's notes say what that lost
+    seed             of the order, where it is drawn
+
+    A request's paraphrases, where it brings any, are rows of their own (EasyEdit trains on the prompt alone).  A new edit on a stack starts
+    from the weights the stack makes and is a patch of its own on top: weights add, so this is training on, with a new optimiser.
+    ΔW is float32 or wider and runs beside the base; the released code changes the weights in their own dtype.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    DEPTH: ClassVar[float] = 21 / 32  # LLaMA's block 21
+
+    layers: tuple[int, ...] | None = None
+    lr: float = 5e-4
+    steps: int = 25
+    stop: float = 1e-2
+    batch_size: int = 1
+    shuffle: bool = False
+    norm_constraint: float | None = None
+    rank: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1 or (self.rank is not None and self.rank < 1):
+            raise ConfigError(f"{self.name}: steps, batch_size and rank must be at least 1")
+        if self.lr <= 0 or (self.norm_constraint is not None and self.norm_constraint <= 0):
+            raise ConfigError(f"{self.name}: lr and norm_constraint must be positive")
+        if self.stop < 0:
+            raise ConfigError(f"{self.name}: stop must not be negative")
+        if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
+            raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"{self.name}: seed must be from 0 to 4294967295, not {self.seed}")
+
+    @classmethod
+    def for_model(cls: type[F], lm: LM, **settings: Any) -> F:
+        """The preset for this model, with ``settings`` on top."""
+        return for_model(cls, lm, settings)
+
+    def at(self, lm: LM) -> tuple[int, ...]:
+        """The blocks to train on this model; `ConfigError` for one that does not exist or a rank that its matrix does not have."""
+        chosen = (min(lm.depth - 1, int(lm.depth * self.DEPTH + 0.5)),) if self.layers is None else self.layers
+        wrong = [b for b in chosen if not 0 <= b < lm.depth]
+        if wrong:
+            raise ConfigError(f"{self.name}: block {wrong[0]} does not exist (0 to {lm.depth - 1}); set layers for this model")
+        if self.rank is not None and self.rank > self.sizes(lm)[1]:
+            raise ConfigError(f"{self.name}: rank {self.rank} exceeds that of the matrix, {self.sizes(lm)[1]}; lower it or leave it off")
+        return chosen
+
+    def sizes(self, lm: LM) -> tuple[int, int]:
+        """(entries, full rank) of one trained matrix."""
+        inner, outer = linear_sizes(module_at(lm, Site(0, POINT)))
+        return inner * outer, min(inner, outer)
+
+    def count(self, lm: LM) -> int:
+        """Trainable numbers on this model (BaFT Table 3)."""
+        return len(self.at(lm)) * self.sizes(lm)[0]
+
+    def encode(self, lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Encoded]:
+        """Prompt and target as they are trained."""
+        return lm.encode(prompts, targets)
+
+    def objective(self, lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> Objective:
+        """The rows of all problems and their loss: cross-entropy of the target."""
+        return TargetNew(lm, self.encode(lm, prompts, targets))
+
+    def edit(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> Patch:
+        """One patch for all requests, on top of ``on``."""
+        return DenseTraining(self, lm, [list(requests)], live(tuple(on)), runner).run(progress)[0]
+
+    def edit_each(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> list[Patch]:
+        """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length, a batch a core."""
+        on = live(tuple(on))
+        encoded = self.encode(lm, [r.prompt for r in requests], [r.target for r in requests])
+
+        def train(model: LM, members: list[int], told: Progress) -> list[Patch]:
+            return DenseTraining(self, model, [[requests[i]] for i in members], on, runner).run(told)
+
+        lengths = [len(e.ids) * (1 + len(r.paraphrases)) for e, r in zip(encoded, requests, strict=True)]
+        return in_lanes(lm, lengths, train, progress, most=max(1, min(MOST_ROWS, NUMBERS_AT_ONCE // self.count(lm))))

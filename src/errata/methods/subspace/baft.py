@@ -1,0 +1,134 @@
+"""BaFT: basis-level representation fine-tuning (Liu et al., ICLR 2025); first public implementation, from the paper's text.
+
+    Φ(h) = h + Rᵀ W(h) (A h + b − R h),   W(h) = diag(w_1(h) … w_r(h)),   loss = L_task + R_bal + R_loc
+
+Where the paper is silent the choice made here is a field of `BaFT`, described there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from errata.errors import ConfigError
+from errata.methods.subspace.editor import SubspaceEditor
+from errata.methods.subspace.training import Training, gate_on
+
+_LLAMA2 = {"layers": [9, 18, 24, 28], "alpha": 0.01, "beta": 0.05, "gamma": 0.02}
+# chosen on dev (docs/results): its states are large, so the normalised gate; the loss counts its full stop; without a decay A grows
+# with each further edit, for the less a gate opens the longer the step behind it
+_ALMANAC = {"gate": "rmsnorm", "rescale": "margin", "stop_on": "total", "lr": 1e-3, "batched_lr": 1e-3, "weight_decay": 2.0, "end": "."}
+CLAMP = 1e-8  # below which a mean weight is not divided by
+
+
+@dataclass(frozen=True)
+class BaFT(SubspaceEditor):
+    """Fields beside those of `SubspaceEditor`:
+
+    gate        which logistic regression (see `errata.methods.subspace.op`); "subspace" is the ablation ss-w
+    balance     incremental load balancing R_bal = Σ_k (w̄_k − w̄)² / ((r − 1) w̄), averaged over blocks; w̄_k runs over this and all
+                past edits (their sums are kept in the patch).  ``squared_cv``: divide by w̄² (what the text calls it) instead
+    locality    use R_loc where requests bring ``unrelated`` texts: w ≤ alpha there, w ≥ beta on the edit, largest weights gamma apart
+    alpha, beta, gamma
+                the three margins of R_loc
+    rescale     "max": each active hinge is scaled to the largest one (stop-gradient); "margin": divided by its margin; "none"
+    """
+
+    name: ClassVar[str] = "baft"
+    paper: ClassVar[str] = "Liu et al., ICLR 2025 (BaFT)"
+    needs: ClassVar[frozenset[str]] = frozenset({"unrelated?"})  # used where given
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "llama-2-7b": _LLAMA2,
+        "llama-2-7b-all-layers": {**_LLAMA2, "layers": list(range(32)), "rank": 16},  # appendix D.3
+        "llama-3-8b": {"layers": [9, 18, 24, 28], "alpha": 0.01, "beta": 0.1, "gamma": 0.05},
+        "gemma-1.1-7b": {"layers": [18, 20, 22, 24], "alpha": 0.01, "beta": 0.1, "gamma": 0.05},
+        "almanac": _ALMANAC,
+    }
+
+    gate: Literal["shared_logit", "rmsnorm", "subspace"] = "shared_logit"
+    balance: bool = True
+    squared_cv: bool = False
+    locality: bool = True
+    alpha: float = 0.01
+    beta: float = 0.05
+    gamma: float = 0.02
+    rescale: Literal["max", "margin", "none"] = "max"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.alpha, self.beta, self.gamma) < 0:
+            raise ConfigError("baft: alpha, beta and gamma must not be negative")
+
+    @property
+    def gate_kind(self) -> str:  # type: ignore[override]
+        return self.gate
+
+    def regularise(self, training: Training, p: Mapping[int, Mapping[str, Tensor]], gates: Mapping[int, Tensor], alive: Tensor) -> Tensor:  # type: ignore[override]
+        """R_bal + R_loc of each running problem, [e], averaged over blocks."""
+        total = torch.zeros(len(alive), device=alive.device)
+        blocks = list(gates)
+        if self.balance and self.gate != "subspace":
+            total = total + sum(self._balance(training, b) for b in blocks) / len(blocks)
+        states = training.irrelevant_states(self.last) if self.locality else None
+        if states is not None:
+            total = total + sum(self._locality(training, p[b], b, gates[b], states, alive) for b in blocks) / len(blocks)
+        return total
+
+    def _balance(self, training: Training, block: int) -> Tensor:
+        means = (training.past_weights(block) + training.current_means[block]) / (training.past_edits + 1)
+        centre = means.mean(-1, keepdim=True)
+        scale = centre.squeeze(-1).clamp_min(CLAMP) ** (2 if self.squared_cv else 1)
+        return (means - centre).square().sum(-1) / (max(1, self.rank - 1) * scale)
+
+    def _locality(
+        self,
+        training: Training,
+        p: Mapping[str, Tensor],
+        block: int,
+        w: Tensor,
+        states: tuple[dict[int, Tensor], Tensor, Tensor],
+        alive: Tensor,
+    ) -> Tensor:
+        """The three hinges.  Unrelated states are those of the model without this edit, computed once: an edit that keeps its
+        gates shut on them leaves them as they are at every block (reading them through the edit would double each step's cost)."""
+        runner, owner, _ = training.owned.of(alive)
+        count, valid = len(alive), runner.rows.valid.unsqueeze(-1)
+        position = torch.full((len(training.problems),), -1, device=alive.device)
+        position[alive] = torch.arange(count, device=alive.device)
+        kept = (position[states[2]] >= 0).nonzero().squeeze(1)
+        where, theirs = states[1][kept], position[states[2][kept]]
+        ir = gate_on(p, self.gate, states[0][block][kept], theirs)
+        hinges = [
+            _positive_mean((ir - self.alpha).clamp_min(0) * where, theirs, count),
+            _positive_mean((self.beta - w).clamp_min(0) * valid, owner, count),
+            (self.gamma - _top(w, valid, owner, count) + _top(ir, where, theirs, count)).clamp_min(0),
+        ]
+        has = torch.zeros(count, device=alive.device).index_add(0, theirs, torch.ones_like(theirs, dtype=torch.float)) > 0
+        stacked = torch.stack(hinges) * has
+        if self.rescale == "max":
+            size = stacked.detach()
+            stacked = stacked * torch.where(size > 0, size.amax(0) / size.clamp_min(CLAMP), 0.0)
+        elif self.rescale == "margin":
+            stacked = stacked / torch.tensor([self.alpha, self.beta, self.gamma], device=alive.device).clamp_min(CLAMP)[:, None]
+        return stacked.sum(0)
+
+
+def _positive_mean(values: Tensor, owner: Tensor, count: int) -> Tensor:
+    """Mean over the positive entries of each problem's rows, [e]; 0 where there is none."""
+    flat = values.flatten(1)
+    total = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, owner, flat.sum(1))
+    number = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, owner, (flat > 0).sum(1).to(values.dtype))
+    return total / number.clamp_min(1)
+
+
+def _top(w: Tensor, where: Tensor, owner: Tensor, count: int) -> Tensor:
+    """Largest weight over bases at each position, averaged over a problem's positions, [e]."""
+    largest = (w.amax(-1) * where.squeeze(-1)).sum(1)
+    number = where.squeeze(-1).sum(1).to(w.dtype)
+    total = torch.zeros(count, device=w.device, dtype=w.dtype).index_add(0, owner, largest)
+    norm = torch.zeros(count, device=w.device, dtype=w.dtype).index_add(0, owner, number)
+    return total / norm.clamp_min(1)

@@ -1,0 +1,130 @@
+"""What ReFT and BaFT share as editors: hyper-parameters, presets, the rule for layers, one patch or many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from errata.core.bank import Stack, live
+from errata.core.lanes import Progress, in_lanes
+from errata.core.model import LM
+from errata.core.patch import Patch
+from errata.core.tail import Tail
+from errata.errors import ConfigError
+from errata.methods.presets import for_model
+from errata.methods.subspace.op import start
+from errata.methods.subspace.training import Training
+from errata.request import EditRequest
+
+S = TypeVar("S", bound="SubspaceEditor")
+RELATIVE_DEPTHS = (9 / 32, 18 / 32, 24 / 32, 28 / 32)  # the paper's LLaMA layers
+
+
+def layers_for(depth: int) -> tuple[int, ...]:
+    """The rule for a model without a preset: blocks at LLaMA's relative depths."""
+    return tuple(sorted({min(depth - 1, int(depth * f + 0.5)) for f in RELATIVE_DEPTHS}))
+
+
+@dataclass(frozen=True)
+class SubspaceEditor:
+    """Hyper-parameters that ReFT and BaFT share (BaFT Table 5).
+
+    rank        r, dimensions of the edited subspace a block
+    layers      0-based block numbers (the paper does not say from what it counts; pyreft counts from 0); None: by `layers_for`
+    last        how many last prompt tokens are edited, besides every output token
+    lr, steps   for one request; ``batched_lr``, ``batched_steps`` for several in one patch
+    stop        early stop when the "training loss" is below it: ``stop_on`` says whether that is the task loss as mean or as sum
+                over target tokens, or the total with the regularisers (mean task loss + R_bal + R_loc); the paper does not say
+    loss        the task loss is the printed sum over target tokens, or the mean
+    weight_decay   of AdamW; the paper does not say
+    init        "pyreft" (A, b random) or "identity" (A ← R, b ← 0: Φ(h) = h at the start)
+    end         text trained after the target ("." or an EOS), so that a free answer ends there; the paper does not say whether y holds one
+    seed        of the start
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    gate_kind: ClassVar[str] = "none"
+
+    rank: int = 12
+    layers: tuple[int, ...] | None = None
+    last: int = 3
+    lr: float = 3e-4
+    steps: int = 40
+    batched_lr: float = 1e-4
+    batched_steps: int = 70
+    stop: float = 0.01
+    stop_on: Literal["mean", "sum", "total"] = "mean"
+    loss: Literal["sum", "mean"] = "sum"
+    weight_decay: float = 0.0
+    init: Literal["pyreft", "identity"] = "pyreft"
+    end: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.last < 1 or self.steps < 1 or self.batched_steps < 1:
+            raise ConfigError(f"{self.name}: rank, last and steps must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"{self.name}: seed must be from 0 to 4294967295, not {self.seed}")
+        if self.lr <= 0 or self.batched_lr <= 0:
+            raise ConfigError(f"{self.name}: a learning rate must be positive")
+        if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
+            raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
+
+    @classmethod
+    def for_model(cls: type[S], lm: LM, **settings: Any) -> S:
+        """The preset for this model (see ``PRESETS`` in the method's file), with ``settings`` on top."""
+        return for_model(cls, lm, settings)
+
+    def at(self, lm: LM) -> tuple[int, ...]:
+        """The blocks to edit on this model; `ConfigError` for one that does not exist."""
+        chosen = layers_for(lm.depth) if self.layers is None else self.layers
+        wrong = [b for b in chosen if not 0 <= b < lm.depth]
+        if wrong or self.rank > lm.width:
+            what = f"block {wrong[0]} does not exist (0 to {lm.depth - 1})" if wrong else f"rank {self.rank} exceeds the width {lm.width}"
+            raise ConfigError(f"{self.name}: {what}; set layers and rank for this model")
+        return chosen
+
+    def count(self, lm: LM) -> int:
+        """Trainable numbers on this model, counted as the paper does (Table 3): every stored entry, R as r·d."""
+        one = start(self.rank, lm.width, self.gate_kind, self.init, self.seed, torch.device("cpu"))
+        return len(self.at(lm)) * sum(t.numel() for t in one.values())
+
+    def edit(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> Patch:
+        """One patch for all requests.  If the last patch of ``on`` came from this method with these layers, rank and gate, the edit
+        goes on from its parameters and replaces it (BaFT §2.4, continual editing); the optimiser starts anew."""
+        on = live(tuple(on))
+        before = on[-1] if on and self._goes_on(lm, on[-1]) else None
+        return Training(self, lm, [list(requests)], on[:-1] if before else on, before, runner).run(progress)[0]
+
+    def edit_each(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> list[Patch]:
+        """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length, a batch a core."""
+        on = live(tuple(on))
+        before = on[-1] if on and self._goes_on(lm, on[-1]) else None
+        under = on[:-1] if before else on
+        encoded = lm.encode([r.prompt for r in requests], [r.target + self.end for r in requests])
+
+        def train(model: LM, members: list[int], told: Progress) -> list[Patch]:
+            return Training(self, model, [[requests[i]] for i in members], under, before, runner).run(told)
+
+        return in_lanes(lm, [len(e.target) + self.last for e in encoded], train, progress)
+
+    def _goes_on(self, lm: LM, patch: Patch) -> bool:
+        blocks = tuple(op.site.block for op in patch.ops)
+        if patch.method != self.name or blocks != self.at(lm):
+            return False
+        same = {"gate": self.gate_kind, "last": self.last}  # another gate has other parameters
+        return all(op.settings == same and op.tensors["R"].shape[0] == self.rank for op in patch.ops)
+
+    def regularise(self, training: Training, p: Mapping[str, Tensor], gates: Mapping[int, Tensor], alive: Tensor) -> Tensor:
+        """Terms added to the task loss, [e]; none for ReFT."""
+        return torch.zeros(len(alive), device=alive.device)

@@ -1,0 +1,84 @@
+"""The op behind ReFT and BaFT: an edit of the residual stream inside a learned subspace, with or without gates.
+
+    Φ(h) = h + Rᵀ W(h) (A h + b − R h)          R [r, d] with orthonormal rows, A [r, d], b [r], W(h) = diag(w_1 … w_r)
+
+Source: Wu et al. 2024 (ReFT, W = I) and BaFT eq. (2), (3).  Gates (the published parameter counts
+fit both of the first two and cannot tell them apart):
+
+    none           w = 1                                                     ReFT
+    shared_logit   w_k = σ(v_k·h + v_0·h),        V [r+1, d], no bias        (S), the default
+    rmsnorm        w_k = σ(v_k·(g ⊙ h / rms(h))), V [r, d], g [d] = 1        (N), free of the scale of h
+    subspace       w_k = σ(v·h) for every k,      V [1, d]                   the ablation "ss-w"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.core.patch import Positions, Site
+
+GATES = ("none", "shared_logit", "rmsnorm", "subspace")
+RMS_EPS = 1e-6  # as in LLaMA's norms
+
+
+def gate(p: Mapping[str, Tensor], kind: str, h: Tensor) -> Tensor:
+    """Weights w(h) in [0, 1], [..., T, r] (or 1 in place of r), from hidden states h [..., T, d]."""
+    if kind == "shared_logit":
+        return torch.sigmoid(h @ (p["V"][..., :-1, :] + p["V"][..., -1:, :]).mT)
+    if kind == "rmsnorm":
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + RMS_EPS) * p["g"].unsqueeze(-2)
+    return torch.sigmoid(h @ p["V"].mT)
+
+
+class Subspace:
+    """Registered as ``subspace``; acts on the last ``last`` prompt tokens and every later token."""
+
+    @staticmethod
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+        """Computed in the parameters' float32 (or wider) whatever the base's dtype; the update is cast back, h itself is not rounded."""
+        h = y.to(torch.promote_types(p["R"].dtype, y.dtype))
+        update = h @ (p["A"] - p["R"]).mT + p["b"].unsqueeze(-2)
+        if settings["gate"] != "none":
+            w = gate(p, settings["gate"], h)
+            context.note(site, "gate", w)
+            update = w * update
+        context.note(site, "update", update)
+        moved = y + (update @ p["R"]).to(y.dtype)
+        return torch.where(context.active(settings["last"]), moved, y)
+
+
+def orthonormal(x: Tensor) -> Tensor:
+    """Orthonormal rows spanning those of ``x`` [..., r, d]: the transposed Q of the thin QR of xᵀ, signs fixed by diag(R) > 0.
+
+    Computed from the r×r Gram matrix (Cholesky QR): all problems of a bank in three batched calls and no d×d buffer.  The
+    map has the entries of ``x`` as free parameters, so counts agree with the published ones, and weight decay cannot break it.
+    """
+    lower = torch.linalg.cholesky(x @ x.mT)
+    eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device).expand_as(lower)
+    return torch.linalg.solve_triangular(lower, eye, upper=False) @ x  # the inverse of r×r is small; a solve against d columns is not
+
+
+def start(rank: int, width: int, kind: str, init: str, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """Parameters at the start of an edit, without the bank axis; ``X`` is the free matrix behind R.
+
+    A, b and V are U(±1/√d), torch's default for a linear layer (what pyreft does); ``init="identity"`` sets A ← R, b ← 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bound = width**-0.5
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+    x = orthonormal(torch.randn(rank, width, generator=generator))
+    p = {"X": x, "A": uniform(rank, width), "b": uniform(rank)}
+    if init == "identity":
+        p["A"], p["b"] = x.clone(), torch.zeros(rank)
+    if kind != "none":
+        p["V"] = uniform({"shared_logit": rank + 1, "rmsnorm": rank, "subspace": 1}[kind], width)
+    if kind == "rmsnorm":
+        p["g"] = torch.ones(width)
+    return {k: t.to(device) for k, t in p.items()}

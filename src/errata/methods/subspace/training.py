@@ -1,0 +1,167 @@
+"""How ReFT and BaFT are trained: one batch over all independent edits, through the tail.
+
+A *problem* is one patch to make: one request (`edit_each`), or several that share one patch (`edit`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.config import to_dict
+from errata.core.bank import Bank, Stack
+from errata.core.fit import AdamW, Fitted, fit
+from errata.core.lanes import Progress
+from errata.core.model import LM
+from errata.core.patch import Op, Patch, Site, chain
+from errata.core.problems import Owned, per_problem, row_nll
+from errata.core.tail import capture, cut
+from errata.core.tokens import pad_id
+from errata.errors import ConfigError
+from errata.methods.subspace.op import gate, orthonormal, start
+from errata.request import EditRequest
+
+
+@dataclass
+class Training:
+    """One run of the optimiser over E problems."""
+
+    editor: Any
+    lm: LM
+    problems: list[list[EditRequest]]
+    on: Stack
+    before: Patch | None
+    runner_class: Any
+    owner: Tensor = field(init=False)  # [B] the problem of each row
+    irrelevant: tuple[dict[int, Tensor], Tensor, Tensor] | None = field(init=False, default=None)
+    gate_means: dict[int, Tensor] = field(init=False, default_factory=dict)  # of every problem [E, r], detached
+    current_means: dict[int, Tensor] = field(init=False, default_factory=dict)  # of those that run [e, r], with this step's gradient
+
+    def __post_init__(self) -> None:
+        if not all(self.problems):
+            raise ConfigError(f"{self.editor.name}: nothing to edit; give at least one request")
+        self.blocks = self.editor.at(self.lm)
+        rows = [(i, text, r.target) for i, rs in enumerate(self.problems) for r in rs for text in (r.prompt, *r.paraphrases)]
+        device = self.lm.device
+        self.owner = torch.tensor([i for i, _, _ in rows], device=device)
+        encoded = self.lm.encode([text for _, text, _ in rows], [target + self.editor.end for _, _, target in rows])
+        gated = self.editor.gate_kind != "none"  # gates are looked at on every output token, also on the last, which predicts nothing
+        cut_rows = cut(encoded, self.editor.last, pad_id(self.lm.tokenizer), device, final=gated)
+        self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks) + 1, self.on) if self.problems else None
+        self.owned = Owned(self.runner, self.owner, len(self.problems))
+
+    def run(self, progress: Progress | None = None) -> list[Patch]:
+        """Train and pack; an empty list of problems is an empty list of patches."""
+        if not self.problems:
+            return []
+        began, e = time.perf_counter(), self.editor
+        joint = max(map(len, self.problems)) > 1
+        rule = AdamW(e.batched_lr if joint else e.lr, e.weight_decay)
+        steps = e.batched_steps if joint else e.steps
+        fitted = fit(self._start(), self._loss, steps=steps, rule=rule, stop=e.stop or None, progress=progress)
+        return self._pack(fitted, (time.perf_counter() - began) / len(self.problems))
+
+    def _start(self) -> dict[str, Tensor]:
+        """Parameters [E, blocks, …]: those of the patch gone on from, else fresh ones (the same for every problem)."""
+        e, blocks = self.editor, []
+        precision = torch.promote_types(torch.float32, self.lm.dtype)  # float32, or wider where the model is
+        for i, block in enumerate(self.blocks):
+            if self.before is None:
+                blocks.append(start(e.rank, self.lm.width, e.gate_kind, e.init, e.seed * 1000 + block, self.lm.device))
+            else:
+                blocks.append({("X" if k == "R" else k): t.to(self.lm.device) for k, t in self.before.ops[i].tensors.items()})
+        stacked = {k: torch.stack([own[k] for own in blocks]).to(precision) for k in blocks[0]}
+        return {k: t.expand(len(self.problems), *t.shape) for k, t in stacked.items()}
+
+    def per_block(self, p: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """{block: the op's parameters [E, …]}, with R made orthonormal; all blocks in one call."""
+        own = {("R" if k == "X" else k): (orthonormal(t) if k == "X" else t).unbind(1) for k, t in p.items()}
+        return {b: {k: t[i] for k, t in own.items()} for i, b in enumerate(self.blocks)}
+
+    def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
+        e = self.editor
+        runner, owner, _ = self.owned.of(alive)
+        tape: dict[Any, Tensor] = {}
+        straight = len(owner) == len(alive)  # a row a problem, in order: no gathering
+        per_block = self.per_block(p)
+        settings = {"gate": e.gate_kind, "last": e.last}
+        banks = [Bank("subspace", Site(b), settings, per_block[b], None if straight else owner) for b in self.blocks]
+        logits = runner.logits(banks, tape)
+        summed, number = row_nll(logits, runner.rows.labels, runner.rows.labelled)
+        mean = summed / number
+        task = per_problem(summed if e.loss == "sum" else mean, owner, len(alive))
+        compared = per_problem(summed if e.stop_on == "sum" else mean, owner, len(alive))
+        gates = {}
+        if e.gate_kind != "none":
+            valid = runner.rows.valid.unsqueeze(-1).to(summed.dtype)
+            for b in self.blocks:
+                w = tape[Site(b), "gate"]
+                gates[b] = w
+                self.note_means(b, per_problem((w * valid).sum(1), owner, len(alive), valid.sum(1)), alive)
+        extra = e.regularise(self, per_block, gates, alive)
+        return task + extra, (compared + extra if e.stop_on == "total" else compared).detach()
+
+    def note_means(self, block: int, means: Tensor, alive: Tensor) -> None:
+        """Keep each problem's mean gate weights [e, r], with their gradient for this step."""
+        self.current_means[block] = means
+        if block not in self.gate_means:
+            self.gate_means[block] = torch.zeros(len(self.problems), means.shape[1], device=means.device, dtype=means.dtype)
+        self.gate_means[block][alive] = means.detach()
+
+    def irrelevant_states(self, last: int) -> tuple[dict[int, Tensor], Tensor, Tensor] | None:
+        """States of the requests' ``unrelated`` texts under ``on``: ({block: [U, T, d]}, where [U, T, 1], owner [U]); None without any."""
+        if self.irrelevant is None:
+            pairs = [(i, *pair) for i, rs in enumerate(self.problems) for r in rs for pair in r.unrelated]
+            if not pairs:
+                return None
+            encoded = self.lm.encode([p for _, p, _ in pairs], [a for _, _, a in pairs])
+            states, position, lengths = capture(self.lm, encoded, self.blocks, self.on)
+            where = (position >= 0) & (position >= lengths[:, None] - last)
+            keep = where.any(0)  # columns that hold a position of some row
+            owner = torch.tensor([i for i, _, _ in pairs], device=position.device)
+            self.irrelevant = (
+                {b: h[:, keep].to(torch.promote_types(torch.float32, h.dtype)) for b, h in states.items()},
+                where[:, keep].unsqueeze(-1),
+                owner,
+            )
+        return self.irrelevant
+
+    def _pack(self, fitted: Fitted, seconds: float) -> list[Patch]:
+        e, patches = self.editor, []
+        with torch.no_grad():
+            blocks = self.per_block(fitted.params)
+        old = self.before
+        for i, requests in enumerate(self.problems):
+            ops = tuple(
+                Op("subspace", Site(b), {k: t[i].clone() for k, t in blocks[b].items()}, {"gate": e.gate_kind, "last": e.last})
+                for b in self.blocks
+            )
+            state = {}
+            for b, means in self.gate_means.items():
+                past = old.state[f"weights.{b}"].to(means.device) if old else torch.zeros_like(means[i])
+                state[f"weights.{b}"] = past + means[i]
+                state["edits"] = torch.tensor([self.past_edits + 1.0])
+            notes = {"steps": int(fitted.steps[i]), "loss": round(float(fitted.loss[i]), 6), "seconds": round(seconds, 4)}
+            settings = {f.name: to_dict(e)[f.name] for f in fields(e)} | {"layers": list(self.blocks)}
+            every = (*(old.requests if old else ()), *requests)
+            patches.append(Patch(e.name, settings, self.lm.fingerprint, every, ops, state, chain(old), notes))
+        return patches
+
+    @property
+    def past_edits(self) -> float:
+        """Edits already counted in the running gate means."""
+        return float(self.before.state["edits"][0]) if self.before and "edits" in self.before.state else 0.0
+
+    def past_weights(self, block: int) -> Tensor | float:
+        """Running sum over past edits of their mean gate weights [r]."""
+        return self.before.state[f"weights.{block}"].to(self.lm.device) if self.before else 0.0
+
+
+def gate_on(p: Mapping[str, Tensor], kind: str, states: Tensor, owner: Tensor) -> Tensor:
+    """Gate weights of problem ``owner[u]`` at the given states [U, T, d]."""
+    return gate({k: p[k][owner] for k in ("V", "g") if k in p}, kind, states)

@@ -1,0 +1,150 @@
+"""WISE's side memories as an op: changes ΔW_i = W'_i − W of a linear, of which one or none acts on a row, by what each does to its prompt.
+
+    o = y,   o'_i = y + ΔW_i x,   Δ_i = mean over the prompt's tokens of ‖σ(o) − σ(o'_i)‖₂
+    memory i is open where Δ_i ≥ act_ratio · least_i;  of the open ones the one with the largest Δ_i acts, on every token of the text
+
+σ is the model's hidden activation (the released code), or the identity: then Δ is the paper's ‖A(x)(W' − W)‖₂.  In a prompt of more than
+``long`` tokens the largest token stands for the mean (released code).  No weight is read.
+
+The released code asks anew at every call, of whatever text comes in: the whole prompt with a forced answer, or one token with a
+cache.  A row can then change its mind in the middle of an answer, and a cached call differs from an uncached one.  Here the prompt
+decides, once, so all of these agree.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.core.patch import Op, Positions, Site
+from errata.core.weights import Groups
+
+LONG = 100  # tokens of a prompt above which its largest token decides
+
+
+def activation(name: str) -> Any:
+    """An activation by its name in a model's config; "linear" is the identity."""
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]
+
+
+def pack(where: Tensor, values: Tensor, size: int) -> dict[str, Tensor]:
+    """Entries ``where`` [n] (rising) of ``size`` as ``values`` and int32 ``index`` or a bit mask ``bits``, whichever is smaller."""
+    if 32 * len(where) <= size:
+        return {"values": values, "index": where.to(torch.int32)}
+    mask = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8, device=where.device)
+    mask[where] = 1
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=where.device)
+    return {"values": values, "bits": (mask.view(-1, 8) * powers).sum(1, dtype=torch.uint8)}
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> Tensor:
+    """``where`` [n] of what `pack` made."""
+    if "index" in tensors:
+        return tensors["index"].long()
+    shifts = torch.arange(8, dtype=torch.uint8, device=tensors["bits"].device)
+    return ((tensors["bits"][:, None] >> shifts) & 1).flatten().nonzero().squeeze(1)
+
+
+def packed(op: Op, i: int) -> dict[str, Tensor]:
+    """What `pack` made of memory ``i`` of an op."""
+    return {name.rpartition(".")[0]: t for name, t in op.tensors.items() if name.endswith(f".{i}")}
+
+
+class SideMemory:
+    """Registered as ``side_memory``.  An op's tensors: ``least`` [M], and ``values.i`` with ``index.i`` or ``bits.i`` of memory i (`pack`);
+    settings: ``shape`` [O, I], ``act`` (a name), ``act_ratio``, ``long``.  A bank's: ``delta`` [P, M, O, I], ``least`` [P, M]."""
+
+    remembers = True
+
+    @staticmethod
+    def looks_ahead(settings: Mapping[str, Any]) -> bool:
+        return True
+
+    @staticmethod
+    def alike(op: Op) -> tuple[Any, ...]:
+        return json.dumps(op.settings, sort_keys=True), str(op.tensors["least"].dtype)
+
+    @staticmethod
+    def stacked(ops: Sequence[Op], device: torch.device) -> dict[str, Tensor]:
+        """The changes written out; an op of fewer memories gets ones that never open."""
+        most = max(len(op.tensors["least"]) for op in ops)
+        outer, inner = ops[0].settings["shape"]
+        dtype = ops[0].tensors["least"].dtype
+        delta = torch.zeros((len(ops), most, outer * inner), dtype=dtype, device=device)
+        least = torch.full((len(ops), most), torch.inf, dtype=dtype, device=device)
+        for p, op in enumerate(ops):
+            own = op.tensors["least"]
+            least[p, : len(own)] = own.to(device)
+            for i in range(len(own)):
+                tensors = {name: t.to(device) for name, t in packed(op, i).items()}
+                delta[p, i, unpack(tensors)] = tensors["values"]
+        return {"delta": delta.view(len(ops), most, outer, inner), "least": least}
+
+    @staticmethod
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+        name, delta = f"memory {site.block} {site.point}", p["delta"]
+
+        def moved(i: int) -> Tensor:
+            own = delta[0, i] if len(delta) == 1 else delta[:, i]
+            return x.to(delta.dtype) @ own.mT
+
+        if context.first:
+            out, chosen = _routed(p["least"], settings, moved, y, context)
+            context.remember(name, chosen)
+            return out
+        chosen, out = context.recall(name), y
+        for i in chosen.unique().tolist():
+            if i >= 0:
+                out = torch.where((chosen == i)[:, None, None], y + moved(int(i)).to(y.dtype), out)
+        return out
+
+    @staticmethod
+    def apply_rows(
+        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    ) -> Tensor:
+        parts = [
+            SideMemory.apply({k: t[e : e + 1] for k, t in p.items()}, settings, x[rows], y[rows], site, context.select(rows))
+            for e, rows in zip(groups.entries, torch.split(groups.order, list(groups.counts)), strict=True)
+        ]
+        return y.index_copy(0, groups.order, torch.cat(parts))
+
+
+def _routed(least: Tensor, settings: Mapping[str, Any], moved: Any, y: Tensor, context: Positions) -> tuple[Tensor, Tensor]:
+    """(the site's output, the number of the memory that acts on each row or -1 [B])."""
+    sigma, wide = activation(settings["act"]), torch.promote_types(least.dtype, y.dtype)
+    prompt = (context.position >= 0) & (context.position < context.prompt_lengths[:, None])
+    before, o = sigma(y.to(wide)), y.to(wide)
+    top = torch.full((len(y),), -torch.inf, dtype=wide, device=y.device)
+    out, chosen, text = y, torch.full_like(top, -1), (context.position >= 0).unsqueeze(-1)  # not what stands in front
+    for i in range(least.shape[1]):
+        added = moved(i)
+        size = torch.linalg.vector_norm(sigma(o + added) - before, dim=-1) * prompt
+        delta = torch.where(prompt.sum(1) > settings["long"], size.amax(1), size.sum(1) / prompt.sum(1).clamp_min(1))
+        best = (delta >= least[:, i] * settings["act_ratio"]) & (delta > top)
+        out = torch.where(best[:, None, None] & text, y + added.to(y.dtype), out)
+        chosen, top = torch.where(best, i, chosen), torch.where(best, delta, top)
+    return out, chosen
+
+
+class Moved:
+    """Registered as ``moved``: adds ``by`` [B, A, O] to the last A tokens.  What a side memory in training does, computed outside.
+
+    With ``start`` [B] the A tokens from that position on, as the caller counts: where context stands in front, BOS is not beside the rest.
+    """
+
+    @staticmethod
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+        by = p["by"].to(y.dtype)
+        if "start" in p:
+            number = context.position - p["start"][:, None]
+            here = (context.position >= 0) & (number >= 0) & (number < by.shape[1])
+            own = by.gather(1, number.clamp(0, by.shape[1] - 1).unsqueeze(-1).expand(-1, -1, by.shape[2]))
+            return y + own * here.unsqueeze(-1)
+        rest = y.shape[1] - by.shape[1]
+        return y + by if rest == 0 else torch.cat([y[:, :rest], y[:, rest:] + by], 1)

@@ -1,0 +1,46 @@
+"""The texts WISE trains on: the prompt behind contexts with its target, and texts whose answers should stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from errata.core.model import LM
+from errata.core.tokens import Encoded
+from errata.request import EditRequest
+
+STARTERS = ("I", "You", "Because", "Yes", "Q: ")  # of EasyEdit's contexts
+
+
+def contexts(lm: LM, lengths: Sequence[tuple[int, ...]]) -> list[str]:
+    """ "" and then, for each (tokens, count), ``count`` greedy continuations of the starters in turn by the unedited model; none twice."""
+    key = ("contexts", tuple(map(tuple, lengths)))
+    if key not in lm.kept:
+        found = [""]
+        for tokens, count in lengths:
+            starts = [STARTERS[i % len(STARTERS)] for i in range(count)]
+            texts = lm.generate(starts, stacks=[()], max_new_tokens=tokens, stop=())
+            found += [f"{start.strip()} {text}".strip() for start, text in zip(starts, texts, strict=True)]
+        lm.kept[key] = list(dict.fromkeys(found))
+    out: list[str] = lm.kept[key]
+    return out
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokenised texts of one edit: the prompt behind each context with its target, and what should not be touched."""
+
+    edit: list[Encoded]
+    unrelated: list[Encoded]
+
+    @classmethod
+    def of(cls, lm: LM, request: EditRequest, before: Sequence[str], end: str) -> Texts:
+        prompts = [f"{context} {request.prompt}".strip() for context in before]
+        edit = lm.encode(prompts, [request.target + end] * len(prompts))
+        if request.unrelated:
+            return cls(edit, lm.encode([p for p, _ in request.unrelated], [a for _, a in request.unrelated]))
+        return cls(edit, lm.encode([context for context in before if context]))
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.ids) for row in (*self.edit, *self.unrelated))
