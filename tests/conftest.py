@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,7 +13,6 @@ os.environ["ERRATA_CACHE"] = tempfile.mkdtemp(prefix="errata-tests-")  # statist
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "scripts")]  # for `families`, and for `house`
 
 from browser import chromium, view  # noqa: F401
 from desk import desk, running, server  # noqa: F401

@@ -9,18 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from pages import ROOT, blocks, run
-
-from errata import registry
-from errata.core.patch import WEIGHT_LIKE
-
-sys.path.insert(0, str(ROOT / "scripts"))
 import docs_choice
 import docs_methods
 import docs_results
 import make_docs
+import pytest
 from docs_fields import described
+from pages import ROOT, blocks, run
+
+from errata import registry
+from errata.core.patch import WEIGHT_LIKE
 
 METHODS = registry.names("method")
 LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*(?:src|href)=[\"']?(https?:)?//", re.I)
