@@ -1,8 +1,9 @@
 """The ledger: which edits are on, by whom, when and why; every change durable, every edit undoable.
 
-`record` is the database, `shelf` the patch folders, `stacks` what runs, `book` the `Ledger` itself; the other files are its verbs.
+`record` is the database, `shelf` the patch folders, `stacks` what runs, `state` all of them with the model; `apply`, `undo`, `blame` … are
+the verbs, which work on a state, and `ledger` offers them as methods of `Ledger`.
 """
 
-from errata.ledger.book import Ledger
+from errata.ledger.ledger import Ledger
 
 __all__ = ["Ledger"]

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from errata.core import decode
 from errata.core.bank import Stack, live
+from errata.core.model import LM
 from errata.ledger.stacks import Entries, unmerged, without
-
-if TYPE_CHECKING:
-    from errata.core.model import LM
-    from errata.ledger.book import Ledger
+from errata.ledger.state import State
 
 TIE = 1e-3  # nats: effects that differ by less are called equal
 
@@ -58,7 +55,7 @@ class _Switch:
     alone: Stack | None
 
 
-def blame(ledger: Ledger, prompt: str, tokens: int) -> Blame:
+def blame(ledger: State, prompt: str, tokens: int) -> Blame:
     lm, now = ledger.lm, ledger.stack()
     switches = _switches(ledger, unmerged(ledger.entries()))
     asked: list[Stack] = [now, (), *(s.off for s in switches), *(s.alone for s in switches if s.alone is not None)]
@@ -73,7 +70,7 @@ def blame(ledger: Ledger, prompt: str, tokens: int) -> Blame:
     return Blame(prompt, base, given, tuple(parts), _verdict(base, given, parts))
 
 
-def _switches(ledger: Ledger, entries: Entries) -> list[_Switch]:
+def _switches(ledger: State, entries: Entries) -> list[_Switch]:
     """What can be switched off: each running patch with all edits in it, and of a chain also its last edit."""
     out, running = [], live(entries)
     for own in running:

@@ -7,7 +7,7 @@ first one found with which a right answer turns wrong.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from errata.core import decode
 from errata.core.bank import live
@@ -15,11 +15,9 @@ from errata.errors import LedgerError, PatchError
 from errata.ledger.making import Alone, Maker, Progress
 from errata.ledger.record import Edit, Writer
 from errata.ledger.stacks import Entries, Entry, holders, of_edit, unmerged
+from errata.ledger.state import State
 from errata.request import EditRequest
 from errata.score.match import exact_match
-
-if TYPE_CHECKING:
-    from errata.ledger.book import Ledger
 
 MORE = 4  # tokens of an answer beyond the target's
 
@@ -57,7 +55,7 @@ class Checked:
         return {"sound": self.sound, "edits": rows, "repaired": [{"edit": n, "exact": exact} for n, exact in self.repaired]}
 
 
-def check(ledger: Ledger, repair: bool, progress: Progress | None) -> Checked:
+def check(ledger: State, repair: bool, progress: Progress | None) -> Checked:
     repaired = _repair(ledger, progress) if repair else ()
     with ledger.record.reading() as view:
         entries, edits = view.entries(), view.edits()
@@ -82,7 +80,7 @@ def check(ledger: Ledger, repair: bool, progress: Progress | None) -> Checked:
     return Checked(tuple(held), repaired)
 
 
-def _since(ledger: Ledger, entries: Entries, edit: Edit, request: EditRequest, tokens: int) -> tuple[str, int | None]:
+def _since(ledger: State, entries: Entries, edit: Edit, request: EditRequest, tokens: int) -> tuple[str, int | None]:
     """(status, the edit that broke it) of a request that is wrong now."""
     places = [e for e in entries if e.edit is not None]
     low = next(i for i, e in enumerate(places) if e.edit == edit.number)
@@ -104,7 +102,7 @@ def _since(ledger: Ledger, entries: Entries, edit: Edit, request: EditRequest, t
     return "broken", places[high].edit
 
 
-def _repair(ledger: Ledger, progress: Progress | None) -> tuple[tuple[int, bool], ...]:
+def _repair(ledger: State, progress: Progress | None) -> tuple[tuple[int, bool], ...]:
     """Damaged folders made again from the record: how, on what and from what requests is all there."""
     out = []
     with ledger.changing() as writer:
@@ -122,7 +120,7 @@ def _repair(ledger: Ledger, progress: Progress | None) -> tuple[tuple[int, bool]
     return tuple(out)
 
 
-def _made_again(ledger: Ledger, writer: Writer, entry: Entry, event: int, alone: Alone) -> bool:
+def _made_again(ledger: State, writer: Writer, entry: Entry, event: int, alone: Alone) -> bool:
     """Whether it is the same patch, bit for bit.  Another (another machine, other threads) takes its place if no patch holds it."""
     edit = writer.edit(entry.edit or 0)
     if edit.alone:

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from errata.core.bank import live
 from errata.core.patch import WEIGHT_LIKE, Patch
 from errata.core.weights import merge as merged
 from errata.ledger.stacks import Entries, Entry, unmerged
-
-if TYPE_CHECKING:
-    from errata.ledger.book import Ledger
+from errata.ledger.state import State
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Compacted:
     freed: int
 
 
-def compact(ledger: Ledger, merge: bool, lean: bool, reason: str) -> Compacted:
+def compact(ledger: State, merge: bool, lean: bool, reason: str) -> Compacted:
     with ledger.changing() as writer:
         entries, made = writer.entries(), []
         event = writer.note("compact", ledger.author, reason, {})
@@ -56,7 +53,7 @@ def compact(ledger: Ledger, merge: bool, lean: bool, reason: str) -> Compacted:
     return Compacted(tuple(made), tuple(dropped), freed)
 
 
-def _runs(ledger: Ledger, entries: Entries) -> list[tuple[list[Entry], tuple[Patch, ...]]]:
+def _runs(ledger: State, entries: Entries) -> list[tuple[list[Entry], tuple[Patch, ...]]]:
     """Running patches that follow each other and only change weights, two or more."""
     running = ledger.running(entries)
     pairs = list(zip(running, ledger.load(running), strict=True))

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from errata.core.bank import Stack
 from errata.errors import ConfigError
+from errata.ledger.state import State
 from errata.score.compare import compare
-
-if TYPE_CHECKING:
-    from errata.ledger.book import Ledger
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Difference:
         return self.before != self.after
 
 
-def state(ledger: Ledger, name: str | int) -> Stack:
+def state(ledger: State, name: str | int) -> Stack:
     """ "base", "live", or the number of an event."""
     if name == "base":
         return ()
@@ -39,6 +36,6 @@ def state(ledger: Ledger, name: str | int) -> Stack:
     return ledger.stack(int(name))
 
 
-def diff(ledger: Ledger, prompts: Sequence[str], before: str | int, after: str | int, tokens: int) -> list[Difference]:
+def diff(ledger: State, prompts: Sequence[str], before: str | int, after: str | int, tokens: int) -> list[Difference]:
     found = compare(ledger.lm, prompts, (state(ledger, before), state(ledger, after)), tokens)
     return [Difference(c.prompt, c.before.text, c.after.text, c.moved) for c in found]

@@ -6,14 +6,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from errata import storage
 from errata.errors import ErrataError, LedgerError, StorageError
+from errata.ledger.state import State
 from errata.request import as_lines
-
-if TYPE_CHECKING:
-    from errata.ledger.book import Ledger
 
 REQUESTS, ADAPTER, CHECKPOINT = "requests.jsonl", "lora", "checkpoint"
 
@@ -34,7 +31,7 @@ class Exported:
     checkpoint: Path | None = None
 
 
-def export(ledger: Ledger, out: Path, rank: int | None, every_block: bool, checkpoint: bool) -> Exported:
+def export(ledger: State, out: Path, rank: int | None, every_block: bool, checkpoint: bool) -> Exported:
     """With ``checkpoint``, `PatchError` where an edit is no change of weights; without it the adapter is left out and the reason told."""
     from errata.export import bake, export_lora
     from errata.export.engines import objections

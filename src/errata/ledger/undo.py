@@ -12,16 +12,13 @@ made anew, which is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from errata.core.bank import live
 from errata.errors import LedgerError
 from errata.ledger.making import Alone, Maker, Progress
 from errata.ledger.record import Edit, Writer
 from errata.ledger.stacks import Entries, Entry, chained, holders, of_edit, unmerged, without
-
-if TYPE_CHECKING:
-    from errata.ledger.book import Ledger
+from errata.ledger.state import State
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Undone:
     on_top: tuple[int, ...]
 
 
-def undo(ledger: Ledger, number: int, remake: bool, reason: str, progress: Progress | None) -> Undone:
+def undo(ledger: State, number: int, remake: bool, reason: str, progress: Progress | None) -> Undone:
     with ledger.changing() as writer:
         edit, entries = writer.edit(number), writer.entries()
         own = of_edit(entries, number)
@@ -68,7 +65,7 @@ def _refuse_inside(entries: Entries, edit: Edit) -> None:
 
 
 def _remake(
-    ledger: Ledger, writer: Writer, entries: Entries, own: Entry, event: int, progress: Progress | None
+    ledger: State, writer: Writer, entries: Entries, own: Entry, event: int, progress: Progress | None
 ) -> list[tuple[int, str, str]]:
     """The later edits again, in their places.  The stack is rebuilt from the first place where something changes."""
     plain = unmerged(entries)
