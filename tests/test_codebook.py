@@ -7,8 +7,8 @@ import torch
 
 from errata.core.tokens import Encoded
 from errata.methods.codebook.grace import GRACE
-from errata.methods.codebook.grace_training import Filled
-from errata.methods.codebook.lookup import Asked, hit, nearest, pack, rounding_of, unpack
+from errata.methods.codebook.lookup import hit, nearest, rounding_of
+from errata.methods.codebook.store import Asked, Filled, pack, unpack
 
 
 def text(key: torch.Tensor, *label: int, request: int = 0) -> Asked:

@@ -11,9 +11,9 @@ from errata.core.patch import Op, Patch, Site
 from errata.core.tail import Whole
 from errata.core.tokens import Encoded
 from errata.errors import ConfigError, PatchError
-from errata.methods.codebook.grace import GRACE, Codebook
-from errata.methods.codebook.grace_training import Filled
-from errata.methods.codebook.lookup import Asked, pack
+from errata.methods.codebook.grace import GRACE
+from errata.methods.codebook.op import Codebook
+from errata.methods.codebook.store import Asked, Filled, pack
 from errata.request import EditRequest
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France")

@@ -12,10 +12,10 @@ from errata.core.patch import Patch, Site
 from errata.core.tail import Whole
 from errata.core.tokens import Encoded
 from errata.errors import ConfigError
-from errata.methods.codebook.lookup import Asked
 from errata.methods.codebook.melo import MELO
-from errata.methods.codebook.melo_training import Clusters, fresh
 from errata.methods.codebook.op import Routed, Router, route
+from errata.methods.codebook.store import Asked, Clusters
+from errata.methods.codebook.training import fresh
 from errata.request import EditRequest
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France")

@@ -20,7 +20,7 @@ from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.core.tail import Tail, Whole, cut
 from errata.errors import ConfigError, ErrataError
-from errata.methods.presets import preset
+from errata.methods.base import preset
 from errata.methods.wise.memory import Memories, Memory, entries, ties
 from errata.methods.wise.op import SideMemory, activation, pack, packed, unpack
 from errata.methods.wise.texts import Texts, contexts

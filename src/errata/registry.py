@@ -60,7 +60,7 @@ ENTRIES: dict[str, dict[str, str]] = {
         "subspace": "errata.methods.subspace.op:Subspace",
         "shift": "errata.methods.locate.values:Shift",
         "adapter": "errata.methods.adapters.op:Adapter",
-        "codebook": "errata.methods.codebook.grace:Codebook",
+        "codebook": "errata.methods.codebook.op:Codebook",
         "router": "errata.methods.codebook.op:Router",
         "routed": "errata.methods.codebook.op:Routed",
         "side_memory": "errata.methods.wise.op:SideMemory",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,6 +109,25 @@ class Patch:
     state: Mapping[str, Tensor] = field(default_factory=dict)
     replaces: tuple[str, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def following(
+        cls,
+        before: Patch | None,
+        method: str,
+        settings: Mapping[str, Any],
+        base: str,
+        requests: Iterable[EditRequest],
+        ops: Iterable[Op],
+        state: Mapping[str, Tensor] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Patch:
+        """A patch that goes on from ``before`` (None: from nothing).
+
+        Its requests come behind those of ``before``, which it replaces (`chain`).
+        """
+        every = (*(before.requests if before else ()), *requests)
+        return cls(method, settings, base, every, tuple(ops), state or {}, chain(before), notes or {})
 
     @property
     def id(self) -> str:

@@ -11,30 +11,23 @@ from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.core.tail import Tail
-from errata.errors import ConfigError
-from errata.methods.presets import for_model
+from errata.methods.base import Editor
 from errata.request import EditRequest
 
 
 @dataclass(frozen=True)
-class Nothing:
+class Nothing(Editor):
     """A patch that names its requests and holds no op: under it the model is the base, bit for bit.  It stands on its own on a stack."""
 
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = "the unedited model"
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    @classmethod
-    def for_model(cls, lm: LM, **settings: Any) -> Nothing:
-        """There is nothing to set; a setting raises `ConfigError`."""
-        return for_model(cls, lm, settings)
-
     def edit(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> Patch:
         """One patch for all requests."""
-        if not requests:
-            raise ConfigError("none: nothing to edit; give at least one request")
+        self.require_requests([requests])
         if progress is not None:
             progress(1, 0, 0.0)
         return Patch(self.name, {}, lm.fingerprint, tuple(requests), ())

@@ -31,7 +31,7 @@ from errata import registry
 from errata.benchmarks.files import open_benchmark
 from errata.config import build, parse_sets, read_yaml, to_dict
 from errata.errors import ConfigError, UnknownName
-from errata.methods.presets import preset
+from errata.methods.base import preset
 from errata.run.guard import Limits
 
 CASES = 100  # where the run file does not say

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +21,14 @@ from errata.core.tail import Tail
 from errata.errors import ConfigError
 from errata.methods.adapters.op import find_sites
 from errata.methods.adapters.training import Training
-from errata.methods.presets import for_model
+from errata.methods.base import Editor
 from errata.request import EditRequest
 
-A = TypeVar("A", bound="AdapterEditor")
 NUMBERS_AT_ONCE = 100_000_000  # trainable numbers of one batch; training holds some six times as many
 
 
 @dataclass(frozen=True)
-class AdapterEditor:
+class AdapterEditor(Editor):
     """Hyper-parameters that LoRA and AdaLoRA share.  Adam without decay on all rows at once; the loss is the mean NLL of the target
     tokens of all rows (what Hugging Face computes for a batch).
 
@@ -44,10 +43,6 @@ class AdapterEditor:
     end           text trained after the target ("." or an EOS), so that a free answer ends there; EasyEdit trains none
     seed          of the factors' start and of dropout
     """
-
-    name: ClassVar[str]
-    paper: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     rank: int = 8
     alpha: float = 32.0
@@ -69,16 +64,10 @@ class AdapterEditor:
             raise ConfigError(f"{self.name}: dropout must be at least 0 and below 1, not {self.dropout:g}")
         if self.stop < 0:
             raise ConfigError(f"{self.name}: stop must not be negative; 0 turns the early stop off")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"{self.name}: seed must be from 0 to 4294967295, not {self.seed}")
+        self.require_seed(self.seed)
         for what, chosen in (("layers", self.layers), ("targets", self.targets)):
             if chosen is not None and (not chosen or len(set(chosen)) != len(chosen)):
                 raise ConfigError(f"{self.name}: {what} must name at least one, none twice; got {list(chosen)}")
-
-    @classmethod
-    def for_model(cls: type[A], lm: LM, **settings: Any) -> A:
-        """The preset for this model (see ``PRESETS`` in the method's file), with ``settings`` on top."""
-        return for_model(cls, lm, settings)
 
     # -- what a method says ------------------------------------------------------------------------------------
 

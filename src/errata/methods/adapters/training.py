@@ -20,11 +20,10 @@ from errata.core.bank import Bank, Stack
 from errata.core.fit import AdamW, Fitted, fit
 from errata.core.lanes import Progress
 from errata.core.model import LM
-from errata.core.patch import Op, Patch, Site, chain
+from errata.core.patch import Op, Patch, Site
 from errata.core.problems import Owned, per_problem, row_nll
 from errata.core.tail import cut_at
 from errata.core.tokens import pad_id
-from errata.errors import ConfigError
 from errata.methods.adapters.op import Drop
 from errata.request import EditRequest
 
@@ -42,8 +41,7 @@ class Training:
     evaluations: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        if not all(self.problems):
-            raise ConfigError(f"{self.editor.name}: nothing to edit; give at least one request")
+        self.editor.require_requests(self.problems)
         self.groups: dict[tuple[int, int], list[Site]] = {}
         for site, sizes in self.editor.shapes(self.lm).items():
             self.groups.setdefault(sizes, []).append(site)
@@ -115,9 +113,7 @@ class Training:
             groups = self.per_group({k: t[i] for k, t in fitted.params.items()})
             state = {f"{k}.{g}": t.clone() for g, own in enumerate(groups) for k, t in e.state(own).items()}
             notes = {"steps": int(fitted.steps[i]), "loss": round(float(fitted.loss[i]), 6), "seconds": round(seconds, 4)}
-            every = (*(old.requests if old else ()), *requests)
-            ops = self._ops(groups)
-            patches.append(Patch(e.name, settings, self.lm.fingerprint, every, ops, state, chain(old), notes))
+            patches.append(Patch.following(old, e.name, settings, self.lm.fingerprint, requests, self._ops(groups), state, notes))
         return patches
 
     def _ops(self, groups: list[dict[str, Tensor]]) -> tuple[Op, ...]:

@@ -9,60 +9,21 @@ most, so the values of one patch are independent problems: all of them, and thos
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from errata.config import to_dict
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack
 from errata.core.lanes import Progress
 from errata.core.model import LM
-from errata.core.patch import Op, Patch, Positions, Site, chain
-from errata.core.weights import Groups
+from errata.core.patch import Op, Patch, Site
 from errata.errors import ConfigError
-from errata.methods.codebook.grace_training import Filled, train
-from errata.methods.codebook.lookup import KeyedEditor, ask, check_site, decide, entries_of, hit, pack, remembered, rounding_of
+from errata.methods.codebook.editor import KeyedEditor, ask, check_site
+from errata.methods.codebook.store import Filled
+from errata.methods.codebook.training import train_values
 from errata.request import EditRequest
-
-
-class Codebook:
-    """Registered as ``codebook``: keys [N, I], values [N, O], radii [N]; settings ``replace`` and ``rounding``."""
-
-    remembers = True
-
-    @staticmethod
-    def looks_ahead(settings: Mapping[str, Any]) -> bool:
-        return settings["replace"] != "last"
-
-    @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
-        return Codebook._run(p, None, settings, x, y, site, context)
-
-    @staticmethod
-    def apply_rows(
-        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
-    ) -> Tensor:
-        return Codebook._run(p, groups, settings, x, y, site, context)
-
-    @staticmethod
-    def _run(
-        p: Mapping[str, Tensor], groups: Groups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
-    ) -> Tensor:
-        own = entries_of(p["values"], groups, len(x))
-        index = {k: p[k] for k in ("keys", "radii")}
-        entry = decide(index, own, groups is not None, x, context, lambda b, q: hit(b["keys"], b["radii"], q, settings["rounding"]))
-        end = context.prompt_lengths[:, None] - 1
-        if settings["replace"] == "all":
-            entry, where = remembered("entry", entry, own, context), context.position >= 0
-        else:
-            where = context.position == end if settings["replace"] == "last" else context.position < end
-        where = where & (context.position >= 0) & (entry >= 0)[:, None]
-        context.note(site, "entry", torch.where(where, entry[:, None], -1))
-        rows, at = where.nonzero().unbind(1)
-        return y.index_put((rows, at), p["values"][own[rows], entry[rows]].to(y.dtype))
 
 
 @dataclass(frozen=True)
@@ -127,8 +88,7 @@ class GRACE(KeyedEditor):
             raise ConfigError("grace: eps and rounding must not be negative")
         if self.lr <= 0 or self.steps < 1:
             raise ConfigError("grace: lr must be positive and steps at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"grace: seed must be from 0 to 4294967295, not {self.seed}")
+        self.require_seed(self.seed)
 
     def at(self, lm: LM) -> Site:
         """The linear to stand beside; `ConfigError` where there is none or where it could not matter."""
@@ -139,33 +99,15 @@ class GRACE(KeyedEditor):
         return site
 
     def _make(self, lm: LM, problems: Sequence[list[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
-        if not all(problems):
-            raise ConfigError("grace: nothing to edit; give at least one request")
-        began, on, site = time.perf_counter(), live(tuple(on)), self.at(lm)
-        rounding = rounding_of(lm.dtype) if self.rounding is None else self.rounding
+        self.require_requests(problems)
+        began, site, rounding = time.perf_counter(), self.at(lm), self.tolerance(lm)
         settings = {"replace": self.replace, "rounding": rounding}
-        before = on[-1] if on and self._goes_on(on[-1], site, settings) else None
-        under = on[:-1] if before else on
+        before, under = self.gone_on_from(on, [site], settings)
         books = [Filled(self, before, texts, rounding) for texts in ask(lm, problems, self.end, site, under)]
-        train(self, lm, books, site, under, runner, progress)
-        seconds = (time.perf_counter() - began) / max(1, len(problems))
-        return [self._pack(lm, book, requests, site, settings, before, seconds) for book, requests in zip(books, problems, strict=True)]
-
-    def _goes_on(self, patch: Patch, site: Site, settings: Mapping[str, Any]) -> bool:
-        return patch.method == self.name and all(op.site == site and dict(op.settings) == settings for op in patch.ops)
-
-    def _pack(
-        self,
-        lm: LM,
-        book: Filled,
-        requests: Sequence[EditRequest],
-        site: Site,
-        settings: Mapping[str, Any],
-        before: Patch | None,
-        seconds: float,
-    ) -> Patch:
-        op = Op("codebook", site, {"keys": book.book.keys.clone(), "values": torch.stack(book.values), "radii": book.radii}, settings)
-        own = {f.name: to_dict(self)[f.name] for f in fields(self)} | {"layer": site.block}
-        every, state = (*(before.requests if before else ()), *requests), {"labels": pack(book.book.labels)}
-        notes = book.notes() | {"seconds": round(seconds, 4)}
-        return Patch(self.name, own, lm.fingerprint, every, (op,), state, chain(before), notes)
+        train_values(self, lm, books, site, under, runner, progress)
+        seconds, out = (time.perf_counter() - began) / max(1, len(problems)), []
+        for book, requests in zip(books, problems, strict=True):
+            op = Op("codebook", site, {"keys": book.book.keys.clone(), "values": torch.stack(book.values), "radii": book.radii}, settings)
+            notes = book.notes() | {"seconds": round(seconds, 4)}
+            out.append(self.packed(lm, before, requests, [op], book.book.labels, {"layer": site.block}, notes))
+        return out

@@ -1,4 +1,4 @@
-"""What GRACE and MELO share: keys with radii and labels, the rule for a new key, and the look-up in a batch.
+"""The look-up that GRACE and MELO share: the nearest of N keys with radii, for all rows of a batch, and what it found kept for the text.
 
     query q = what a linear reads at the last prompt token;   j = nearest key (Euclidean);   hit where ‖q − κ_j‖ ≤ ε_j + r ‖q‖
 
@@ -10,30 +10,17 @@ Source: GRACE (Hartvigsen et al., NeurIPS 2023) §3, MELO (Yu et al., AAAI 2024)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from errata.core.bank import Stack
-from errata.core.lanes import Progress
-from errata.core.model import LM
-from errata.core.patch import Patch, Positions, Site
-from errata.core.read import read
-from errata.core.tail import Tail
-from errata.core.tokens import Encoded
+from errata.core.patch import Positions
 from errata.core.weights import Groups
-from errata.errors import ConfigError, PatchError
-from errata.methods.presets import for_model
-from errata.request import EditRequest
 
-SEAM = 1e-5  # by which the older of two keys that part at a split keeps less than half their distance
 FEW = 64  # keys that are compared one by one
 CANDIDATES = 8  # of a coarse look-up
 
-K = TypeVar("K", bound="KeyedEditor")
 Look = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
@@ -133,126 +120,3 @@ def remembered(name: str, found: Tensor, own: Tensor, context: Positions) -> Ten
         part.remember(name, found[mine])
         return found
     return torch.full_like(found, -1).index_copy(0, mine, part.recall(name))
-
-
-class Placed(NamedTuple):
-    """What `Book.place` did: the number of the key that is now the text's, of the one that was nearest, and its distance."""
-
-    how: str
-    number: int
-    near: int
-    rho: float
-
-
-class Book:
-    """Keys [N, I], radii and labels while edits are put in one after another.  Numbers of keys never change."""
-
-    def __init__(self, keys: Tensor, radii: Sequence[float], labels: Sequence[tuple[int, ...]], more: int) -> None:
-        self._keys = torch.cat([keys, keys.new_empty((more, keys.shape[1]))])
-        self.radii, self.labels = list(radii), list(labels)
-
-    @property
-    def keys(self) -> Tensor:
-        return self._keys[: len(self.radii)]
-
-    def add(self, query: Tensor, radius: float, label: tuple[int, ...]) -> int:
-        self._keys[len(self.radii)] = query
-        self.radii.append(radius)
-        self.labels.append(label)
-        return len(self.radii) - 1
-
-    def place(self, query: Tensor, label: tuple[int, ...], radius: float, rounding: float, above: float) -> Placed:
-        """Put ``query`` in; what can be done, with ρ its distance from the nearest key j:
-
-        added   nothing near: ρ > radius + ε_j
-        split   near, another label: a new key; the two share the distance, ε_j ← ρ/2 − 1e-5, ε_new ← ρ/2 + ``above``
-        taken   the same key (ρ within rounding) with another label: the entry is the new edit's, its radius stays.  Ours: as published
-                the old radius would be −1e-5 and the new one 0, and neither would be hit again
-        near    the same label: what happens is the method's
-        """
-        distance, number = nearest(self.keys, query[None])
-        rho, j = float(distance), int(number)
-        if j < 0 or rho > radius + self.radii[j]:
-            return Placed("added", self.add(query, radius, label), j, rho)
-        if self.labels[j] == label:
-            return Placed("near", j, j, rho)
-        if rounding and rho <= rounding * float(torch.linalg.vector_norm(query)):
-            self.labels[j] = label
-            return Placed("taken", j, j, rho)
-        self.radii[j] = rho / 2 - SEAM
-        return Placed("split", self.add(query, rho / 2 + above, label), j, rho)
-
-
-def pack(labels: Iterable[tuple[int, ...]]) -> Tensor:
-    """Lists of token ids as [N, longest], filled up with -1."""
-    rows = list(labels)
-    out = torch.full((len(rows), max(map(len, rows), default=0)), -1)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.tensor(row)
-    return out
-
-
-def unpack(labels: Tensor) -> list[tuple[int, ...]]:
-    return [tuple(i for i in row if i >= 0) for row in labels.tolist()]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One text to write: its request's number in the patch, its tokens, what the key site read and gave at the last prompt token."""
-
-    request: int
-    row: Encoded
-    read: Tensor
-    gave: Tensor
-
-
-def ask(lm: LM, problems: Sequence[Sequence[EditRequest]], end: str, site: Site, on: Stack) -> list[list[Asked]]:
-    """Prompts and paraphrases of each patch's requests, in order, with their keys under ``on``; one pass over all."""
-    texts = [[(i, text, r.target + end) for i, r in enumerate(rs) for text in (r.prompt, *r.paraphrases)] for rs in problems]
-    flat = [text for own in texts for text in own]
-    if not flat:
-        return []
-    rows = lm.encode([text for _, text, _ in flat], [target for _, _, target in flat])
-    x, y = read(lm, rows, [site], at=[row.prompt_length - 1 for row in rows], on=on)[site]
-    asked = iter([Asked(i, row, key, value) for (i, _, _), row, key, value in zip(flat, rows, x, y, strict=True)])
-    return [[next(asked) for _ in own] for own in texts]
-
-
-def check_site(lm: LM, name: str, block: int, point: str) -> Site:
-    """The site on this model; `ConfigError` where there is none."""
-    if point == "block":
-        raise ConfigError(
-            f"{name}: a key is what a linear reads, so the point must be a linear (mlp_down, attn_out or a path), not 'block'"
-        )
-    try:
-        lm.check_site(Site(block, point))
-    except PatchError as error:
-        raise ConfigError(f"{name}: {error}") from None
-    return Site(block, point)
-
-
-class KeyedEditor:
-    """What GRACE and MELO share as editors: one patch or many, made by the method's ``_make``."""
-
-    name: ClassVar[str]
-
-    @classmethod
-    def for_model(cls: type[K], lm: LM, **settings: Any) -> K:
-        """The preset for this model, with ``settings`` on top."""
-        return for_model(cls, lm, settings)
-
-    def edit(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> Patch:
-        """One patch with all requests, put in one after another; what they train, they train at once."""
-        return self._make(lm, [list(requests)], on, runner, progress)[0]
-
-    def edit_each(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> list[Patch]:
-        """A patch a request, as if it were made alone on ``on``."""
-        return self._make(lm, [[r] for r in requests], on, runner, progress)
-
-    def _make(self, lm: LM, problems: Sequence[list[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
-        """A patch for each list of requests."""
-        raise NotImplementedError

@@ -1,9 +1,10 @@
 """MELO: low-rank blocks that are switched on by where a prompt's key falls.
 
     vector store: clusters (centre, radius, label) of points (key, block);   edit batch i trains block i:  ΔW = s² B_i A_i,  s² = blocks
-    in use: the last prompt token's key picks a block (`melo_ops.route`), which acts on every token of the row; the base where none
+    in use: the last prompt token's key picks a block (`errata.methods.codebook.op`), which acts on every token of the row; the base
+            where none
 
-The rule for a new key is GRACE's (`errata.methods.codebook.lookup.Book.place`); a key near one of its own label joins that cluster:
+The rule for a new key is GRACE's (`errata.methods.codebook.store.Book.place`); a key near one of its own label joins that cluster:
 centre ← mean of the points, radius ← the farthest of them, at least a new one's; a split drops what is outside the older cluster's
 new radius.
 """
@@ -11,20 +12,18 @@ new radius.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
-
-from errata.config import to_dict
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack
 from errata.core.lanes import Progress
 from errata.core.model import LM
-from errata.core.patch import Op, Patch, Site, chain
+from errata.core.patch import Op, Patch, Site
 from errata.errors import ConfigError
-from errata.methods.codebook.lookup import KeyedEditor, ask, check_site, pack, rounding_of
-from errata.methods.codebook.melo_training import Clusters, Trained, train
+from errata.methods.codebook.editor import KeyedEditor, ask, check_site
+from errata.methods.codebook.store import Clusters
+from errata.methods.codebook.training import routed, train_blocks
 from errata.request import EditRequest
 
 Sites = tuple[Site, tuple[Site, ...]]
@@ -98,8 +97,7 @@ class MELO(KeyedEditor):
             raise ConfigError("melo: blocks, rank, edits_per_block, steps and decay_every must be at least 1")
         if self.lr <= 0 or not 0 < self.decay <= 1:
             raise ConfigError("melo: lr must be positive and decay above 0 and at most 1")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"melo: seed must be from 0 to 4294967295, not {self.seed}")
+        self.require_seed(self.seed)
         if self.lora_layers is not None and (not self.lora_layers or len(set(self.lora_layers)) != len(self.lora_layers)):
             raise ConfigError(f"melo: lora_layers must name at least one block, none twice; got {list(self.lora_layers)}")
 
@@ -116,43 +114,31 @@ class MELO(KeyedEditor):
             raise ConfigError(f"melo: blocks are chosen at layer {key}, so lora_layers must lie above it; got {list(lora)}")
         return check_site(lm, self.name, key, self.point), tuple(check_site(lm, self.name, b, self.lora_point) for b in sorted(lora))
 
+    def goes_on(self, last: Patch) -> bool:
+        return all(op.tensors["down"].shape[1] == self.rank and op.settings["scale"] == self.scale for op in last.ops[1:])
+
     def _make(self, lm: LM, problems: Sequence[list[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
-        if not all(problems):
-            raise ConfigError("melo: nothing to edit; give at least one request")
-        began, on, (site, sites) = time.perf_counter(), live(tuple(on)), self.at(lm)
-        rounding = rounding_of(lm.dtype) if self.rounding is None else self.rounding
+        self.require_requests(problems)
+        began, (site, sites), rounding = time.perf_counter(), self.at(lm), self.tolerance(lm)
         settings = {"reads": self.reads, "rounding": rounding}
-        before = on[-1] if on and self._goes_on(on[-1], (site, *sites), settings) else None
-        under = on[:-1] if before else on
+        before, under = self.gone_on_from(on, (site, *sites), settings)
         used = len(before.ops[1].tensors["up"]) if before else 0
         most = used + max((-(-len(requests) // self.edits_per_block) for requests in problems), default=0)
         if most > self.blocks:
             raise ConfigError(f"melo: {most} blocks are needed and there are {self.blocks}; set blocks higher from the first edit on")
         stores = [Clusters(self, before, texts, rounding) for texts in ask(lm, problems, self.end, site, under)]
-        made = train(self, lm, stores, sites, under, runner, progress)
-        seconds = (time.perf_counter() - began) / max(1, len(problems))
-        return [
-            self._pack(lm, store, blocks, requests, (site, sites), settings, before, seconds)
-            for store, blocks, requests in zip(stores, made, problems, strict=True)
-        ]
-
-    def _goes_on(self, patch: Patch, sites: Sequence[Site], settings: Mapping[str, Any]) -> bool:
-        if patch.method != self.name or tuple(op.site for op in patch.ops) != tuple(sites) or dict(patch.ops[0].settings) != settings:
-            return False
-        return all(op.tensors["down"].shape[1] == self.rank and op.settings["scale"] == self.scale for op in patch.ops[1:])
-
-    def _pack(
-        self, lm: LM, store: Clusters, made: Sequence[Trained], requests: Sequence[EditRequest], at: Sites, settings: Mapping[str, Any],
-        before: Patch | None, seconds: float,
-    ) -> Patch:  # fmt: skip
-        ops = [Op("router", at[0], store.tensors(), settings)]
-        for i, site in enumerate(at[1]):
-            new = {k: torch.stack([factors[f"{k}.{i}"] for factors, _, _ in made]) for k in ("down", "up")}
-            if before:
-                new = {k: torch.cat([before.ops[i + 1].tensors[k].to(t), t]) for k, t in new.items()}
-            ops.append(Op("routed", site, new, {"scale": self.scale}))
-        own = {f.name: to_dict(self)[f.name] for f in fields(self)} | {"layer": at[0].block, "lora_layers": [s.block for s in at[1]]}
-        every, state = (*(before.requests if before else ()), *requests), {"labels": pack(store.book.labels)}
-        loss, steps = (sum(m[i] for m in made) / len(made) for i in (1, 2))
-        notes = {"steps": steps, "loss": round(loss, 6), "seconds": round(seconds, 4), "clusters": len(store.book.radii), **store.counts}
-        return Patch(self.name, own, lm.fingerprint, every, tuple(ops), state, chain(before), notes)
+        made = train_blocks(self, lm, stores, sites, under, runner, progress)
+        seconds, out = (time.perf_counter() - began) / max(1, len(problems)), []
+        resolved = {"layer": site.block, "lora_layers": [s.block for s in sites]}
+        for store, blocks, requests in zip(stores, made, problems, strict=True):
+            ops = [Op("router", site, store.tensors(), settings), *routed(sites, blocks, before, self.scale)]
+            loss, steps = (sum(m[i] for m in blocks) / len(blocks) for i in (1, 2))
+            notes = {
+                "steps": steps,
+                "loss": round(loss, 6),
+                "seconds": round(seconds, 4),
+                "clusters": len(store.book.radii),
+                **store.counts,
+            }
+            out.append(self.packed(lm, before, requests, ops, store.book.labels, resolved, notes))
+        return out

@@ -1,7 +1,8 @@
-"""MELO's two ops: a router that chooses a block of a row on its prompt, and low-rank changes that follow the choice.
+"""The ops of GRACE and MELO: what is stored answers where the prompt's key is near, and is silent elsewhere.
 
-    router   c = nearest centre;  none where ‖q − centre_c‖ > radius_c;  else the block of the point of cluster c nearest to q
-    routed   y + s up_b (s down_b x)  at every token of a row with block b;  y, bit for bit, where the router chose none
+    codebook   j = nearest key;  where ‖q − κ_j‖ ≤ ε_j the linear's output is ν_j at the replaced positions;  else y, bit for bit (GRACE)
+    router     c = nearest centre;  none where ‖q − centre_c‖ > radius_c;  else the block of the point of cluster c nearest to q (MELO)
+    routed     y + s up_b (s down_b x)  at every token of a row with block b;  y, bit for bit, where the router chose none (MELO)
 
 The ops of one patch find each other by the patch's place in the stack (`Context.remember`), so patches do not read each other's choice.
 """
@@ -45,6 +46,43 @@ def route(book: Mapping[str, Tensor], query: Tensor, rounding: float) -> Tensor:
         apart = apart.masked_fill(index >= end[part, None], torch.inf)
         out[part] = book["block"][index.gather(1, apart.argmin(1)[:, None])[:, 0]]
     return out
+
+
+class Codebook:
+    """Registered as ``codebook``: keys [N, I], values [N, O], radii [N]; settings ``replace`` and ``rounding``."""
+
+    remembers = True
+
+    @staticmethod
+    def looks_ahead(settings: Mapping[str, Any]) -> bool:
+        return settings["replace"] != "last"
+
+    @staticmethod
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+        return Codebook._run(p, None, settings, x, y, site, context)
+
+    @staticmethod
+    def apply_rows(
+        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    ) -> Tensor:
+        return Codebook._run(p, groups, settings, x, y, site, context)
+
+    @staticmethod
+    def _run(
+        p: Mapping[str, Tensor], groups: Groups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    ) -> Tensor:
+        own = entries_of(p["values"], groups, len(x))
+        index = {k: p[k] for k in ("keys", "radii")}
+        entry = decide(index, own, groups is not None, x, context, lambda b, q: hit(b["keys"], b["radii"], q, settings["rounding"]))
+        end = context.prompt_lengths[:, None] - 1
+        if settings["replace"] == "all":
+            entry, where = remembered("entry", entry, own, context), context.position >= 0
+        else:
+            where = context.position == end if settings["replace"] == "last" else context.position < end
+        where = where & (context.position >= 0) & (entry >= 0)[:, None]
+        context.note(site, "entry", torch.where(where, entry[:, None], -1))
+        rows, at = where.nonzero().unbind(1)
+        return y.index_put((rows, at), p["values"][own[rows], entry[rows]].to(y.dtype))
 
 
 class Router:

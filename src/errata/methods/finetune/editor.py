@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from errata.core.bank import Stack, live
 from errata.core.families import linear_sizes
@@ -15,16 +15,15 @@ from errata.core.read import module_at
 from errata.core.tail import Tail
 from errata.core.tokens import Encoded
 from errata.errors import ConfigError
+from errata.methods.base import Editor
 from errata.methods.finetune.training import POINT, DenseTraining, Objective, TargetNew
-from errata.methods.presets import for_model
 from errata.request import EditRequest
 
-F = TypeVar("F", bound="FineTuneEditor")
 NUMBERS_AT_ONCE = 2**25  # entries of ΔW trained in one batch; each takes five: itself, its gradient, two moments, the result
 
 
 @dataclass(frozen=True)
-class FineTuneEditor:
+class FineTuneEditor(Editor):
     """Hyper-parameters that fine-tuning editors share.
 
     layers           0-based blocks whose MLP's last matrix is trained; None: the one at the relative depth ``DEPTH``
@@ -40,9 +39,6 @@ class FineTuneEditor:
     ΔW is float32 or wider and runs beside the base; the released code changes the weights in their own dtype.
     """
 
-    name: ClassVar[str]
-    paper: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
     DEPTH: ClassVar[float] = 21 / 32  # LLaMA's block 21
 
     layers: tuple[int, ...] | None = None
@@ -64,13 +60,7 @@ class FineTuneEditor:
             raise ConfigError(f"{self.name}: stop must not be negative")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"{self.name}: seed must be from 0 to 4294967295, not {self.seed}")
-
-    @classmethod
-    def for_model(cls: type[F], lm: LM, **settings: Any) -> F:
-        """The preset for this model, with ``settings`` on top."""
-        return for_model(cls, lm, settings)
+        self.require_seed(self.seed)
 
     def at(self, lm: LM) -> tuple[int, ...]:
         """The blocks to train on this model; `ConfigError` for one that does not exist or a rank that its matrix does not have."""

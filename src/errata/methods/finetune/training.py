@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +28,6 @@ from errata.core.read import module_at
 from errata.core.tail import Rows, cut_at
 from errata.core.tokens import Encoded, pad_id
 from errata.core.weights import low_rank, spectrum
-from errata.errors import ConfigError
 from errata.request import EditRequest
 
 POINT = "mlp_down"
@@ -100,8 +99,7 @@ class DenseTraining:
     batches: int = field(init=False, default=0)  # of a pass
 
     def __post_init__(self) -> None:
-        if not all(self.problems):
-            raise ConfigError(f"{self.editor.name}: nothing to edit; give at least one request")
+        self.editor.require_requests(self.problems)
         self.blocks = self.editor.at(self.lm)
         pairs = [(i, text, r.target) for i, rs in enumerate(self.problems) for r in rs for text in (r.prompt, *r.paraphrases)]
         self.sizes = [sum(1 for j, _, _ in pairs if j == i) for i in range(len(self.problems))]
@@ -175,7 +173,7 @@ class DenseTraining:
 
     def _pack(self, fitted: Fitted, seconds: float) -> list[Patch]:
         e, patches = self.editor, []
-        settings = {f.name: to_dict(e)[f.name] for f in fields(e)} | {"layers": list(self.blocks)}
+        settings = to_dict(e) | {"layers": list(self.blocks)}
         for i, requests in enumerate(self.problems):
             ops = [Op("dense", Site(b, POINT), {"weight": fitted.params[str(b)][i].clone()}) for b in self.blocks]
             notes = {"steps": int(fitted.steps[i]), "loss": round(float(fitted.loss[i]), 6), "seconds": round(seconds, 4)}

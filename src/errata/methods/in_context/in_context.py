@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from errata.config import to_dict
 from errata.core.bank import Stack, live
@@ -17,16 +17,14 @@ from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.core.tail import Tail
 from errata.errors import ConfigError
+from errata.methods.base import Editor
 from errata.methods.in_context.demonstrations import choose
 from errata.methods.in_context.text import blank, block_for, context_op
-from errata.methods.presets import for_model
 from errata.request import EditRequest
-
-C = TypeVar("C", bound="InContextEditor")
 
 
 @dataclass(frozen=True)
-class InContextEditor:
+class InContextEditor(Editor):
     """Hyper-parameters of editors that put text in front of the prompt.
 
     fact     a fact as text, from {prompt} and {target}
@@ -34,10 +32,6 @@ class InContextEditor:
     budget   tokens of context at most, of the whole stack; None: half of the model's positions.  The newest facts that fit are
              shown, then demonstrations; a fact that no longer fits is without effect
     """
-
-    name: ClassVar[str]
-    paper: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     fact: str = "New Fact: {prompt} {target}\n"
     cue: str = "Prompt: "
@@ -47,11 +41,6 @@ class InContextEditor:
         blank(self.name, "fact", self.fact, ("prompt", "target"))
         if self.budget is not None and self.budget < 1:
             raise ConfigError(f"{self.name}: budget must be at least 1 token, not {self.budget}")
-
-    @classmethod
-    def for_model(cls: type[C], lm: LM, **settings: Any) -> C:
-        """The preset for this model (see ``PRESETS``), with ``settings`` on top."""
-        return for_model(cls, lm, settings)
 
     def room(self, lm: LM) -> int:
         """The budget on this model."""
@@ -64,8 +53,7 @@ class InContextEditor:
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> Patch:
         """One patch of all facts."""
-        if not requests:
-            raise ConfigError(f"{self.name}: nothing to edit; give at least one request")
+        self.require_requests([requests])
         patch = self._patches(lm, [list(requests)], live(tuple(on)))[0]
         if progress is not None:
             progress(1, 0, 0.0)
@@ -98,8 +86,7 @@ class ICE(InContextEditor):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"almanac": {"fact": "{prompt} {target}.", "cue": ""}}  # dev; see IKE
 
     def _patches(self, lm: LM, problems: Sequence[Sequence[EditRequest]], on: Stack) -> list[Patch]:
-        if not all(problems):
-            raise ConfigError(f"{self.name}: nothing to edit; give at least one request")
+        self.require_requests(problems)
         out = []
         for requests, shown in zip(problems, self.shown(lm, problems, on), strict=True):
             op = context_op(lm, self, shown, self.facts(requests))

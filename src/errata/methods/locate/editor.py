@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,14 +29,13 @@ from errata.core.read import adds_directly, read
 from errata.core.tail import Tail
 from errata.core.weights import compact, sizes
 from errata.errors import ConfigError, FitError
+from errata.methods.base import Editor
 from errata.methods.locate.conditioning import Conditioning
 from errata.methods.locate.text import Placed, place, place_kl, prefixes
 from errata.methods.locate.values import Found, Objective, Wanted, optimise
-from errata.methods.presets import for_model
 from errata.request import EditRequest
 from errata.text.statistics import TOKENS, Moments, moments
 
-E = TypeVar("E", bound="LocateEditor")
 POINT = "mlp_down"
 # Chosen on dev (docs/results): its states are large, so are Adam's steps; C is of the text it was trained on, facts included.
 ALMANAC: dict[str, Any] = {"v_lr": 20.0, "v_steps": 25, "prefixes": [[5, 3], [10, 2]], "stats": "almanac"}
@@ -44,7 +43,7 @@ FIVE = tuple(i / 32 for i in range(4, 9))  # LLaMA's blocks 4 to 8
 
 
 @dataclass(frozen=True)
-class LocateEditor:
+class LocateEditor(Editor):
     """Hyper-parameters that the family shares.
 
     layers           0-based blocks, edited in this order; the value is optimised at the last.  None: at the relative depths of ``DEPTHS``
@@ -62,8 +61,6 @@ class LocateEditor:
     seed             of the sampled prefixes
     """
 
-    name: ClassVar[str]
-    paper: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset({"subject", "stats"})
     DEPTHS: ClassVar[tuple[float, ...]] = (5 / 32,)  # LLaMA's block 5
     VALUE_AT: ClassVar[str] = "block"  # where δ is added: the block's output, or the MLP's ("mlp")
@@ -99,13 +96,7 @@ class LocateEditor:
             raise ConfigError(f"{self.name}: prefixes are pairs [tokens, count] of at least 1; got {[list(p) for p in self.prefixes]}")
         if self.layers is not None and (not self.layers or sorted(set(self.layers)) != list(self.layers)):
             raise ConfigError(f"{self.name}: layers must name at least one block and rise; got {list(self.layers)}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"{self.name}: seed must be from 0 to 4294967295, not {self.seed}")
-
-    @classmethod
-    def for_model(cls: type[E], lm: LM, **settings: Any) -> E:
-        """The preset for this model, with ``settings`` on top."""
-        return for_model(cls, lm, settings)
+        self.require_seed(self.seed)
 
     def at(self, lm: LM) -> tuple[int, ...]:
         """The blocks to edit on this model.
@@ -195,8 +186,7 @@ class Locating:
     goal: Tensor = field(init=False)  # [N, D] the value
 
     def __post_init__(self) -> None:
-        if not all(self.problems):
-            raise ConfigError(f"{self.editor.name}: nothing to edit; give at least one request")
+        self.editor.require_requests(self.problems)
         self.on = live(tuple(self.on))
         self.requests = [r for rs in self.problems for r in rs]
         self.owner = torch.tensor([i for i, rs in enumerate(self.problems) for _ in rs], device=self.lm.device)
@@ -309,7 +299,7 @@ class Locating:
 
     def _pack(self, ops: Sequence[list[Op]], state: Sequence[dict[str, Tensor]], found: Sequence[Found], seconds: float) -> list[Patch]:
         e = self.editor
-        settings = {f.name: to_dict(e)[f.name] for f in fields(e)} | {"layers": list(self.blocks)}
+        settings = to_dict(e) | {"layers": list(self.blocks)}
         patches = []
         for requests, group, own, kept in zip(self.problems, self.groups, ops, state, strict=True):
             losses, steps = [found[i].loss for i in group], [found[i].steps for i in group]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from errata.core.bank import Stack
 from errata.core.embed import bare
 from errata.core.lanes import Progress
 from errata.core.model import LM
-from errata.core.patch import Op, Patch, Site, chain
+from errata.core.patch import Op, Patch, Site
 from errata.core.read import module_at
 from errata.core.weights import delta, total
-from errata.errors import ConfigError
 from errata.methods.locate.editor import POINT, Locating
 from errata.methods.locate.solve import whitened
 from errata.methods.locate.text import Placed
@@ -65,8 +64,7 @@ class Adapting:
         """A patch a problem; ``made``: the wrapped method's, where they are there already."""
         if not problems:
             return []
-        if not all(problems):
-            raise ConfigError("rep: nothing to edit; give at least one request")
+        self.editor.require_requests(problems)
         began, e, lm = time.perf_counter(), self.editor, self.lm
         inner, under = e.inner(lm), tuple(q for p in self.on for q in apart(p))
         self.before = self._goes_on(inner.at(lm))
@@ -167,7 +165,7 @@ class Adapting:
 
     def _settings(self, blocks: Sequence[int]) -> dict[str, Any]:
         e = self.editor
-        return {f.name: to_dict(e)[f.name] for f in fields(e)} | {"layers": list(blocks)}
+        return to_dict(e) | {"layers": list(blocks)}
 
     def _pack(self, made: Sequence[Patch], loss: Tensor, seconds: float) -> list[Patch]:
         out, old = [], self.before
@@ -179,7 +177,6 @@ class Adapting:
                 weights = [op for op in (*old.ops, *ops) if op.kind != "key_adaptor"]
                 ops = [*(total([w for w in weights if w.site == a.site]) for a in adaptors), *adaptors]
                 state = {k: torch.cat([old.state[k].cpu(), t.cpu()]) for k, t in state.items()}
-            requests = (*(old.requests if old else ()), *patch.requests)
-            settings = self._settings(self.job.blocks)
-            out.append(Patch(self.editor.name, settings, self.lm.fingerprint, requests, tuple(ops), state | kept, chain(old), notes))
+            how = (self.editor.name, self._settings(self.job.blocks), self.lm.fingerprint)
+            out.append(Patch.following(old, *how, patch.requests, ops, state | kept, notes))
         return out

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from errata import registry
 from errata.core.bank import Stack, live
@@ -19,17 +19,15 @@ from errata.core.model import LM
 from errata.core.patch import Patch, Site
 from errata.core.tail import Tail
 from errata.errors import ConfigError
+from errata.methods.base import Editor
 from errata.methods.locate.editor import LocateEditor
-from errata.methods.presets import for_model
 from errata.methods.rep.adapting import Adapting
 from errata.methods.rep.surfaces import KINDS
 from errata.request import EditRequest
 
-R = TypeVar("R", bound="REP")
-
 
 @dataclass(frozen=True)
-class REP:
+class REP(Editor):
     """wraps, wrapped   the method whose patch is made robust (rome, r-rome, memit, pmet, emmet, alphaedit) and settings for it
     scope        "edit": an adaptor set an edit (the paper); of those at one linear the one whose gate is most open acts, also across the
                  patches of a stack.  "shared": one set for all edits of a patch, each row with its own edit's target; an edit on top of
@@ -102,11 +100,6 @@ class REP:
             raise ConfigError("rep: aggregation, consistency, match and closing must not be negative")
         if self.closing and self.gate and not self.away:
             raise ConfigError("rep: closing needs places at which the gate should be shut; set away above 0")
-
-    @classmethod
-    def for_model(cls: type[R], lm: LM, **settings: Any) -> R:
-        """The preset for this model, with ``settings`` on top."""
-        return for_model(cls, lm, settings)
 
     def inner(self, lm: LM) -> LocateEditor:
         """The wrapped editor, with its own preset for this model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,12 +15,11 @@ from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.core.tail import Tail
 from errata.errors import ConfigError
-from errata.methods.presets import for_model
+from errata.methods.base import Editor
 from errata.methods.subspace.op import start
 from errata.methods.subspace.training import Training
 from errata.request import EditRequest
 
-S = TypeVar("S", bound="SubspaceEditor")
 RELATIVE_DEPTHS = (9 / 32, 18 / 32, 24 / 32, 28 / 32)  # the paper's LLaMA layers
 
 
@@ -30,7 +29,7 @@ def layers_for(depth: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class SubspaceEditor:
+class SubspaceEditor(Editor):
     """Hyper-parameters that ReFT and BaFT share (BaFT Table 5).
 
     rank        r, dimensions of the edited subspace a block
@@ -46,9 +45,6 @@ class SubspaceEditor:
     seed        of the start
     """
 
-    name: ClassVar[str]
-    paper: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
     gate_kind: ClassVar[str] = "none"
 
     rank: int = 12
@@ -69,17 +65,11 @@ class SubspaceEditor:
     def __post_init__(self) -> None:
         if self.rank < 1 or self.last < 1 or self.steps < 1 or self.batched_steps < 1:
             raise ConfigError(f"{self.name}: rank, last and steps must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"{self.name}: seed must be from 0 to 4294967295, not {self.seed}")
+        self.require_seed(self.seed)
         if self.lr <= 0 or self.batched_lr <= 0:
             raise ConfigError(f"{self.name}: a learning rate must be positive")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
-
-    @classmethod
-    def for_model(cls: type[S], lm: LM, **settings: Any) -> S:
-        """The preset for this model (see ``PRESETS`` in the method's file), with ``settings`` on top."""
-        return for_model(cls, lm, settings)
 
     def at(self, lm: LM) -> tuple[int, ...]:
         """The blocks to edit on this model; `ConfigError` for one that does not exist."""

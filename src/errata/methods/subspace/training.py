@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,11 +18,10 @@ from errata.core.bank import Bank, Stack
 from errata.core.fit import AdamW, Fitted, fit
 from errata.core.lanes import Progress
 from errata.core.model import LM
-from errata.core.patch import Op, Patch, Site, chain
+from errata.core.patch import Op, Patch, Site
 from errata.core.problems import Owned, per_problem, row_nll
 from errata.core.tail import capture, cut
 from errata.core.tokens import pad_id
-from errata.errors import ConfigError
 from errata.methods.subspace.op import gate, orthonormal, start
 from errata.request import EditRequest
 
@@ -43,8 +42,7 @@ class Training:
     current_means: dict[int, Tensor] = field(init=False, default_factory=dict)  # of those that run [e, r], with this step's gradient
 
     def __post_init__(self) -> None:
-        if not all(self.problems):
-            raise ConfigError(f"{self.editor.name}: nothing to edit; give at least one request")
+        self.editor.require_requests(self.problems)
         self.blocks = self.editor.at(self.lm)
         rows = [(i, text, r.target) for i, rs in enumerate(self.problems) for r in rs for text in (r.prompt, *r.paraphrases)]
         device = self.lm.device
@@ -147,9 +145,8 @@ class Training:
                 state[f"weights.{b}"] = past + means[i]
                 state["edits"] = torch.tensor([self.past_edits + 1.0])
             notes = {"steps": int(fitted.steps[i]), "loss": round(float(fitted.loss[i]), 6), "seconds": round(seconds, 4)}
-            settings = {f.name: to_dict(e)[f.name] for f in fields(e)} | {"layers": list(self.blocks)}
-            every = (*(old.requests if old else ()), *requests)
-            patches.append(Patch(e.name, settings, self.lm.fingerprint, every, ops, state, chain(old), notes))
+            settings = to_dict(e) | {"layers": list(self.blocks)}
+            patches.append(Patch.following(old, e.name, settings, self.lm.fingerprint, requests, ops, state, notes))
         return patches
 
     @property

@@ -11,7 +11,7 @@ token reads what a token's MLP wrote, so there only the tokens that predict the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from errata.core.families import linear_sizes
 from errata.core.fit import SGD, fit
 from errata.core.lanes import Progress
 from errata.core.model import LM
-from errata.core.patch import Patch, Site, chain
+from errata.core.patch import Patch, Site
 from errata.core.problems import Owned, per_problem, row_nll
 from errata.core.read import adds_to_block, module_at, watching
 from errata.core.tail import cut_at
@@ -185,7 +185,7 @@ class Job:
         self.editor, self.lm, self.runner, self.site = editor, lm, runner, editor.at(lm)
         inner, outer = linear_sizes(module_at(lm, self.site))
         self.shape, self.act = (outer, inner), editor.act(lm)
-        self.settings = {f.name: to_dict(editor)[f.name] for f in fields(editor)} | {"layer": self.site.block}
+        self.settings = to_dict(editor) | {"layer": self.site.block}
         mine = [p for p in on if p.method == editor.name and p.settings == self.settings]
         self.before = mine[-1] if mine else None
         self.under = tuple(p for p in on if p is not self.before)
@@ -201,12 +201,10 @@ class Job:
         return Training(self.editor, lm, texts, memories, self.site, self.shape, self.act, self.under, self.runner).run(told)
 
     def patch(self, requests: Sequence[EditRequest], memories: Memories, notes: dict[str, Any], seconds: float) -> Patch:
-        old = self.before
-        every = (*(old.requests if old else ()), *requests)
         op = memories.op(self.site, self.shape, self.act)
         state = {"edits": torch.tensor([memories.edits])}
         notes = {**notes, "seconds": round(seconds, 4)}
-        return Patch(self.editor.name, self.settings, self.lm.fingerprint, every, (op,), state, chain(old), notes)
+        return Patch.following(self.before, self.editor.name, self.settings, self.lm.fingerprint, requests, [op], state, notes)
 
 
 def _table(lists: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:

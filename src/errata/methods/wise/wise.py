@@ -20,7 +20,7 @@ from errata.core.model import LM
 from errata.core.patch import Patch, Site
 from errata.core.tail import Tail
 from errata.errors import ConfigError
-from errata.methods.presets import for_model
+from errata.methods.base import Editor
 from errata.methods.wise.memory import Memories
 from errata.methods.wise.op import activation
 from errata.methods.wise.training import Job
@@ -50,7 +50,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class WISE:
+class WISE(Editor):
     """Where paper and released code differ, or ours differs from both:
 
     layer, point      the linear: block (None: at LLaMA's relative depth 27/32) and its place in it
@@ -130,11 +130,6 @@ class WISE:
         need(all(len(c) == 2 and min(c) >= 1 for c in self.contexts), "contexts are pairs (tokens, count), both at least 1")
         need(0 <= self.seed < 2**32, f"seed must be from 0 to 4294967295, not {self.seed}")
 
-    @classmethod
-    def for_model(cls, lm: LM, **settings: Any) -> WISE:
-        """The preset for this model with ``settings`` on top."""
-        return for_model(cls, lm, settings)
-
     def at(self, lm: LM) -> Site:
         """The linear to edit on this model; `ConfigError` for one that does not exist."""
         layer = min(lm.depth - 1, int(lm.depth * DEPTH + 0.5)) if self.layer is None else self.layer
@@ -159,8 +154,7 @@ class WISE:
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> Patch:
         """One patch; requests are written one after the other."""
-        if not requests:
-            raise ConfigError(f"{self.name}: nothing to edit; give at least one request")
+        self.require_requests([requests])
         began, job = time.perf_counter(), Job(self, lm, live(tuple(on)), runner)
         memories, notes = job.memories, []
         for request in requests:

@@ -1,0 +1,52 @@
+"""What every editor is: hyper-parameters with a preset by the model's name, and the words in which wrong ones are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+from errata.config import build
+from errata.core.model import LM
+from errata.errors import ConfigError
+
+E = TypeVar("E", bound="Editor")
+SEEDS = 2**32
+
+
+def preset(cls: type, name: str) -> dict[str, Any]:
+    """The entry of ``cls.PRESETS`` whose key occurs in the model's name (longest key first); {} when none does."""
+    table: dict[str, dict[str, Any]] = getattr(cls, "PRESETS", {})
+    plain = name.lower().replace("_", "-")
+    return next((dict(table[k]) for k in sorted(table, key=len, reverse=True) if k in plain), {})
+
+
+class Editor:
+    """The base of all methods; each is a frozen dataclass whose fields are its hyper-parameters.
+
+    name, paper  the registered name, and where the method was published
+    needs        what a request must bring, or may ("subject", "stats", "paraphrases?", "unrelated?")
+    PRESETS      {part of a model's name: settings that differ from the defaults there}
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @classmethod
+    def for_model(cls: type[E], lm: LM, **settings: Any) -> E:
+        """The preset for this model (see ``PRESETS``) with ``settings`` on top; an unknown or ill-typed one raises `ConfigError`."""
+        return build(cls, {**preset(cls, lm.name), **settings})
+
+    def require(self, true: bool, what: str) -> None:
+        """`ConfigError` that says ``what`` must be, unless it is."""
+        if not true:
+            raise ConfigError(f"{self.name}: {what}")
+
+    def require_seed(self, seed: int) -> None:
+        """`ConfigError` for a seed that a generator does not take."""
+        self.require(0 <= seed < SEEDS, f"seed must be from 0 to {SEEDS - 1}, not {seed}")
+
+    def require_requests(self, problems: Sequence[Any]) -> None:
+        """`ConfigError` where one of ``problems``, the requests of a patch each, holds none."""
+        self.require(all(problems), "nothing to edit; give at least one request")
