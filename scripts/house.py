@@ -61,13 +61,15 @@ def imports(source: Path = SOURCE, package: str = PACKAGE) -> dict[str, dict[str
 
 def _targets(node: ast.AST, known: Mapping[str, Path], face: Mapping[str, str], package: str, path: Path) -> Iterable[str]:
     if isinstance(node, ast.Import):
-        names = [alias.name for alias in node.names]
+        names = asked = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
         if node.level:
             raise SystemExit(f"{path}:{node.lineno}: a relative import; write the whole name")
-        names = [f"{node.module}.{alias.name}" for alias in node.names]
+        names, asked = [f"{node.module}.{alias.name}" for alias in node.names], [node.module or ""]
     else:
         return
+    if gone := [name for name in asked if name.split(".")[0] == package and name not in known]:
+        raise SystemExit(f"{path}:{node.lineno}: there is no module {gone[0]}")
     for name in (n for n in names if n.split(".")[0] == package):
         if name.startswith(f"{package}.") and (own := face.get(name.removeprefix(f"{package}."))):
             yield own

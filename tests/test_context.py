@@ -16,7 +16,7 @@ from errata.core.read import read
 from errata.core.tail import Tail, Whole, capture, cut
 from errata.core.tokens import Encoded, pieces
 from errata.errors import ModelError
-from errata.methods.in_context.in_context import ICE
+from errata.methods.in_context.ice import ICE
 from errata.methods.in_context.retrieval import Retrieval
 from errata.methods.none import Nothing
 from errata.methods.subspace.baft import BaFT

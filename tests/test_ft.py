@@ -19,8 +19,8 @@ from errata.core.tail import Tail
 from errata.core.tokens import Encoded
 from errata.core.weights import delta
 from errata.errors import ConfigError
-from errata.methods.finetune import editor as dense_editor
-from errata.methods.finetune import training as dense_training
+from errata.methods.finetune import editor as finetune_editor
+from errata.methods.finetune import training as finetune_training
 from errata.methods.finetune.editor import FineTuneEditor
 from errata.methods.finetune.ft import FTL, FTM, LocFT
 from errata.methods.finetune.training import DenseTraining
@@ -186,7 +186,7 @@ def test_states_made_anew_give_the_same_patch(monkeypatch: pytest.MonkeyPatch) -
             made.append(len(rows.active))  # type: ignore[attr-defined]
             super().__init__(model, rows, *more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(dense_training, "TOKENS_KEPT", 1)
+    monkeypatch.setattr(finetune_training, "TOKENS_KEPT", 1)
     anew = editor.edit(base("llama"), REQUESTS, runner=Counting)
     assert made == [2, 2, 1] * editor.steps
     torch.testing.assert_close(anew.ops[0].tensors["weight"], kept.ops[0].tensors["weight"], **TIGHT)
@@ -206,7 +206,7 @@ def test_the_number_trained_at_once_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(DenseTraining, "run", watched)
     for limit, largest in ((2 * entries + 1, 2), (1, 1)):
         seen.clear()
-        monkeypatch.setattr(dense_editor, "NUMBERS_AT_ONCE", limit)
+        monkeypatch.setattr(finetune_editor, "NUMBERS_AT_ONCE", limit)
         parts = editor.edit_each(model, REQUESTS)
         assert max(seen) == largest and sum(seen) == len(REQUESTS)
         for a, b in zip(whole, parts, strict=True):

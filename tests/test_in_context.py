@@ -22,7 +22,8 @@ from errata.core.weights import merge
 from errata.errors import ConfigError, InputError, ModelError, PatchError
 from errata.export.changes import changes
 from errata.methods.in_context.demonstrations import requests_of
-from errata.methods.in_context.in_context import ICE, IKE
+from errata.methods.in_context.ice import ICE
+from errata.methods.in_context.ike import IKE
 from errata.methods.in_context.retrieval import Retrieval
 from errata.methods.none import Nothing
 from errata.request import EditRequest, write_requests

@@ -22,7 +22,7 @@ from errata.core.patch import Op, Patch, Site
 from errata.core.tail import Tail, Whole, capture, cut
 from errata.core.tokens import IGNORED
 from errata.core.weights import merge
-from errata.methods.in_context.in_context import InContextEditor
+from errata.methods.in_context.editor import InContextEditor
 from errata.methods.locate.editor import LocateEditor
 from errata.methods.subspace.op import Subspace, orthonormal, start
 from errata.request import EditRequest

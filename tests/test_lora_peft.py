@@ -14,7 +14,7 @@ from torch import Tensor
 
 from errata.core.patch import Site
 from errata.core.tail import Tail
-from errata.methods.adapters.adalora import Allocation
+from errata.methods.adapters.allocation import Allocation
 from errata.methods.adapters.op import Drop
 from errata.methods.adapters.training import Training, generator_of
 from errata.request import EditRequest

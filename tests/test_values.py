@@ -9,7 +9,8 @@ from test_locate import REQUESTS, SHARED
 
 from errata.config import build
 from errata.core.tail import Tail, Whole
-from errata.methods.locate.editor import Locating, values
+from errata.methods.locate import values
+from errata.methods.locate.editor import Locating
 from errata.methods.locate.memit import PMET
 from errata.methods.locate.rome import ROME
 

@@ -78,8 +78,8 @@ def _tokens(out: argparse.ArgumentParser) -> None:
 def _open(args: argparse.Namespace, model: bool = True) -> Ledger:
     """The ledger, with the model that was named or that it was begun with."""
     from errata.ledger import Ledger
-    from errata.ledger.book import as_text
     from errata.ledger.record import Record
+    from errata.ledger.state import as_text
 
     for name in ("author", "reason"):
         as_text(name, getattr(args, name, None) or "")

@@ -19,7 +19,7 @@ from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, chain
 from errata.errors import ConfigError
-from errata.methods.in_context.in_context import InContextEditor
+from errata.methods.in_context.editor import InContextEditor
 from errata.methods.in_context.text import block_for, context_op, padded, vectors
 from errata.request import EditRequest
 

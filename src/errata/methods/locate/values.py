@@ -20,7 +20,7 @@ from errata.core.bank import Bank, Stack, looks_ahead
 from errata.core.fit import AdamW, fit
 from errata.core.lanes import FIXED_TOKENS_ALONE, Progress, in_lanes
 from errata.core.model import LM
-from errata.core.patch import Positions, Site
+from errata.core.patch import Site
 from errata.core.problems import Owned, per_problem, row_nll
 from errata.core.read import adds_to_block
 from errata.core.tail import cut_at
@@ -28,15 +28,6 @@ from errata.core.tokens import Encoded, pad_id
 from errata.methods.locate.text import Placed
 
 ROWS_AT_ONCE = 2_048  # of one batch; each holds its labelled tokens' logits
-
-
-class Shift:
-    """Registered as ``shift``: adds ``delta`` [B, D] to the output at the one position ``at`` [B] of each row."""
-
-    @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
-        here = context.position == p["at"][:, None]
-        return y + here.unsqueeze(-1) * p["delta"].unsqueeze(1).to(y.dtype)
 
 
 @dataclass(frozen=True)

@@ -9,25 +9,10 @@ last ones are TIES-merged.  Source: Wang et al., NeurIPS 2024, and EasyEdit's co
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from errata.core.bank import Stack, live
-from errata.core.lanes import Progress, in_lanes
-from errata.core.model import LM
-from errata.core.patch import Patch, Site
-from errata.core.tail import Tail
-from errata.errors import ConfigError
-from errata.methods.base import Editor
-from errata.methods.wise.memory import Memories
-from errata.methods.wise.op import activation
-from errata.methods.wise.training import Job
-from errata.request import EditRequest
-
-DEPTH = 27 / 32  # LLaMA's block 27
-NUMBERS, TOKENS = 1 << 28, 1 << 13  # of one batch: written-out ΔW and its gradient; tokens of all texts
+from errata.methods.wise.editor import WISEEditor
 
 _LLAMA, _QWEN = {"layer": 27}, {"layer": 23}
 # Chosen on dev: its states are large (a step of L_a would be thousands), its W small (a memory holds few edits).  Δ/least at the median
@@ -50,7 +35,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class WISE(Editor):
+class WISE(WISEEditor):
     """Where paper and released code differ, or ours differs from both:
 
     layer, point      the linear: block (None: at LLaMA's relative depth 27/32) and its place in it
@@ -115,10 +100,7 @@ class WISE(Editor):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def need(true: bool, what: str) -> None:
-            if not true:
-                raise ConfigError(f"{self.name}: {what}")
-
+        need = self.require
         need(self.steps >= 1 and self.lr > 0, "steps must be at least 1 and lr positive")
         need(min(self.weight_decay, self.stop, self.settled, self.alpha, self.beta, self.gamma) >= 0, "decay, stops, margins: not negative")
         need(0 < self.mask_ratio <= 1 and 0 < self.pool <= 1 and 0 < self.densities <= 1, "mask_ratio, pool, densities lie in (0, 1]")
@@ -128,58 +110,7 @@ class WISE(Editor):
         need(self.save_freq >= 1 and self.merge_freq >= 1, "save_freq and merge_freq must be at least 1")
         need(self.merge_freq % self.save_freq == 0, f"merge_freq ({self.merge_freq}) must be a multiple of save_freq ({self.save_freq})")
         need(all(len(c) == 2 and min(c) >= 1 for c in self.contexts), "contexts are pairs (tokens, count), both at least 1")
-        need(0 <= self.seed < 2**32, f"seed must be from 0 to 4294967295, not {self.seed}")
-
-    def at(self, lm: LM) -> Site:
-        """The linear to edit on this model; `ConfigError` for one that does not exist."""
-        layer = min(lm.depth - 1, int(lm.depth * DEPTH + 0.5)) if self.layer is None else self.layer
-        if not 0 <= layer < lm.depth or self.point == "block":
-            raise ConfigError(f"{self.name}: no linear {self.point!r} at block {layer}; blocks are 0 to {lm.depth - 1}")
-        lm.check_site(Site(layer, self.point))
-        return Site(layer, self.point)
-
-    def act(self, lm: LM) -> str:
-        """The name of σ."""
-        if self.activation == "input":
-            return "linear"
-        names = (getattr(lm.config, key, None) for key in ("hidden_activation", "hidden_act", "activation_function"))
-        name = next((n for n in names if isinstance(n, str)), "")
-        try:
-            activation(name)
-        except KeyError:
-            raise ConfigError(f"{self.name}: this model's config names no hidden activation; set activation=input") from None
-        return name
-
-    def edit(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> Patch:
-        """One patch; requests are written one after the other."""
-        self.require_requests([requests])
-        began, job = time.perf_counter(), Job(self, lm, live(tuple(on)), runner)
-        memories, notes = job.memories, []
-        for request in requests:
-            [(memories, facts)] = job.train(lm, [job.texts(request)], memories, progress)
-            notes.append(facts)
-        mean = {k: round(sum(n[k] for n in notes) / len(notes), 6) for k in ("loss", "act")}
-        return job.patch(requests, memories, {"steps": max(n["steps"] for n in notes), **mean}, time.perf_counter() - began)
-
-    def edit_each(
-        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
-    ) -> list[Patch]:
-        """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length."""
-        if not requests:
-            return []
-        began, job = time.perf_counter(), Job(self, lm, live(tuple(on)), runner)
-        texts = [job.texts(r) for r in requests]
-        tokens = [t.tokens for t in texts]
-        most = max(1, min(NUMBERS // (2 * job.memories.size), TOKENS // max(tokens)))
-
-        def work(model: LM, members: list[int], told: Progress) -> list[tuple[Memories, dict[str, Any]]]:
-            return job.train(model, [texts[i] for i in members], job.memories, told)
-
-        made = in_lanes(lm, tokens, work, progress, most=most)
-        seconds = (time.perf_counter() - began) / len(requests)
-        return [job.patch([r], memories, facts, seconds) for r, (memories, facts) in zip(requests, made, strict=True)]
+        self.require_seed(self.seed)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,67 @@
+"""What the editors that put text in front of the prompt share: facts as text, the room there is for them, one patch or many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from errata.core.bank import Stack, live
+from errata.core.lanes import Progress
+from errata.core.model import LM
+from errata.core.patch import Patch
+from errata.core.tail import Tail
+from errata.errors import ConfigError
+from errata.methods.base import Editor
+from errata.methods.in_context.text import blank
+from errata.request import EditRequest
+
+
+@dataclass(frozen=True)
+class InContextEditor(Editor):
+    """Hyper-parameters of editors that put text in front of the prompt.
+
+    fact     a fact as text, from {prompt} and {target}
+    cue      text between the facts and the prompt
+    budget   tokens of context at most, of the whole stack; None: half of the model's positions.  The newest facts that fit are
+             shown, then demonstrations; a fact that no longer fits is without effect
+    """
+
+    fact: str = "New Fact: {prompt} {target}\n"
+    cue: str = "Prompt: "
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        blank(self.name, "fact", self.fact, ("prompt", "target"))
+        if self.budget is not None and self.budget < 1:
+            raise ConfigError(f"{self.name}: budget must be at least 1 token, not {self.budget}")
+
+    def room(self, lm: LM) -> int:
+        """The budget on this model."""
+        return self.budget or (1024 if lm.window is None else lm.window // 2)
+
+    def facts(self, requests: Sequence[EditRequest]) -> list[str]:
+        return [self.fact.format(prompt=r.prompt.rstrip(), target=r.target.strip()) for r in requests]
+
+    def edit(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> Patch:
+        """One patch of all facts."""
+        self.require_requests([requests])
+        patch = self._patches(lm, [list(requests)], live(tuple(on)))[0]
+        if progress is not None:
+            progress(1, 0, 0.0)
+        return patch
+
+    def edit_each(
+        self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
+    ) -> list[Patch]:
+        """A patch for each request, as if it were made alone on ``on``."""
+        patches = self._patches(lm, [[r] for r in requests], live(tuple(on)))
+        if progress is not None and requests:
+            progress(1, 0, 0.0)
+        return patches
+
+    def _patches(self, lm: LM, problems: Sequence[Sequence[EditRequest]], on: Stack) -> list[Patch]:
+        """A patch for each list of requests."""
+        raise NotImplementedError
