@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -166,8 +165,7 @@ def place(lm: LM, folder: Path, force: bool, what: str, names: str, head: str) -
     base = base_folder(lm)
     if base is not None and folder.exists() and folder.resolve() == base.resolve():
         raise StorageError(f"{folder} is the base model itself, which is never written; give another name")
-    if folder.is_symlink() and not folder.exists():
-        raise StorageError(f"{folder} is a link to nowhere; remove it or give another name")
+    storage.no_dangling_link(folder)
     if folder.exists():
         entries = list(folder.iterdir()) if folder.is_dir() else []
         ours = (folder / head).is_file() and all(e.is_file() and re.fullmatch(names, e.name) for e in entries)
@@ -175,9 +173,7 @@ def place(lm: LM, folder: Path, force: bool, what: str, names: str, head: str) -
             raise StorageError(f"{folder} exists and is not {what}; it is left alone, give another name")
         if entries and not force:
             raise StorageError(f"{folder} exists already; give another name, or force=True (--force) to replace it")
-    above = next(p for p in folder.absolute().parents if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise StorageError(f"{folder}: {above} is not a folder that can be written; choose another place")
+    storage.within_reach(folder)
 
 
 def mark(lm: LM, stack: Stack, folder: Path, use: str, written: Sequence[Written], dtype: str) -> None:
