@@ -39,8 +39,10 @@ def ours(folder: Path) -> bool:
     )
 
 
-def check(out: Path, force: bool) -> None:
-    """`StorageError` now rather than after an hour of work: the place is taken, or cannot be written."""
+def check(out: Path | None, force: bool) -> None:
+    """`StorageError` now rather than after an hour of work: the place is taken, or cannot be written.  None: nothing will be saved."""
+    if out is None:
+        return
     storage.no_dangling_link(out)
     if out.exists():
         if not ours(out):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ class Change:
 
 def _wide(t: Tensor) -> Tensor:
     return t.detach().cpu().double()
+
+
+def share(error: float, size: float) -> float:
+    """‖lost‖ / ‖whole‖ of two sums of squares."""
+    return math.sqrt(error / size) if size else 0.0
 
 
 def slice_of(numbers: int) -> int:
@@ -137,9 +143,13 @@ def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return known[str(dtype)]
 
 
+def _source(lm: LM) -> str:
+    return str(getattr(lm.hf.config, "_name_or_path", "") or "")
+
+
 def base_folder(lm: LM) -> Path | None:
     """The folder that the model was loaded from, where it is one."""
-    name = str(getattr(lm.hf.config, "_name_or_path", "") or "")
+    name = _source(lm)
     return Path(name) if name and Path(name).is_dir() else None
 
 
@@ -150,7 +160,7 @@ def base_file(lm: LM, name: str) -> Path | None:
         return folder / name if (folder / name).is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
-    where = str(getattr(lm.hf.config, "_name_or_path", "") or "")
+    where = _source(lm)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where):
         return None
     found = try_to_load_from_cache(where, name)

@@ -31,7 +31,7 @@ def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell, source: Any = None) ->
     if not spec.score.robustness:
         return found
     editors = [grid.editor(other) for other in grid.cells(spec) if other.model == cell.model]
-    return robustness.widen(lm, found, room=max(e.room(lm) if hasattr(e, "room") else 0 for e in editors))
+    return robustness.widen(lm, found, room=robustness.room_of(lm, editors))
 
 
 def ask(lm: LM, cases: Sequence[Case], folder: Path, chunk: int, progress: Progress | None = None) -> Answers:
