@@ -124,6 +124,11 @@ def benchmark_facts(args: argparse.Namespace, benchmark: Any, count: int) -> dic
     return out
 
 
+def tens(count: int) -> list[int]:
+    """Where continual editing is looked at: the powers of ten below ``count``, and ``count``."""
+    return [*(t for t in (10**i for i in range(8)) if t < count), count]
+
+
 def batch_size(args: argparse.Namespace) -> int:
     if args.batch_size is not None and args.mode != "batched":
         raise ConfigError(f"--batch-size has no meaning in {args.mode} mode; add --mode batched")

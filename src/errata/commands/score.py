@@ -52,7 +52,7 @@ def add(commands: common.Subparsers) -> None:
 def marks(args: argparse.Namespace) -> list[int]:
     """When continual mode scores; rising, from 1 to the number of cases."""
     if args.marks is None:
-        return sorted({t for t in (10**i for i in range(8)) if t < args.n} | {args.n})
+        return common.tens(args.n)
     if args.mode != "continual":
         raise ConfigError(f"--marks has no meaning in {args.mode} mode; add --mode continual")
     try:
