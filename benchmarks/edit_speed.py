@@ -14,7 +14,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,20 @@ def flops_of(editor: Any, lm: LM, requests: list[EditRequest]) -> int:
     return int(counter.get_total_flops())
 
 
+def interleaved(
+    ways: Mapping[str, Callable[[], Any]], repeat: int, device: torch.device, count: int, what: str
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """(seconds of each way, ``repeat`` times in turn so that a busy moment hits all alike; what each made last)."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    made: dict[str, Any] = {}
+    for _ in range(repeat):
+        for name, way in ways.items():
+            taken, made[name] = timed(way, device)
+            seconds[name].append(round(taken, 4))
+            print(f"{name:32} {taken:8.3f} s  {count / taken:8.2f} {what}/s", flush=True)
+    return seconds, made
+
+
 def compare(lm: LM, editor: Any, requests: list[EditRequest], repeat: int) -> dict[str, Any]:
     """The three ways, best of ``repeat``, interleaved so that a busy moment hits all alike."""
     ways: dict[str, Callable[[], Any]] = {
@@ -97,13 +111,7 @@ def compare(lm: LM, editor: Any, requests: list[EditRequest], repeat: int) -> di
         "c_one_batch_tail": lambda: editor.edit_each(lm, requests, runner=Tail),
     }
     editor.edit_each(lm, requests[:2])  # warm up
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    patches: dict[str, Any] = {}
-    for _ in range(repeat):
-        for name, way in ways.items():
-            taken, patches[name] = timed(way, lm.device)
-            seconds[name].append(round(taken, 4))
-            print(f"{name:32} {taken:8.3f} s  {len(requests) / taken:8.2f} edits/s", flush=True)
+    seconds, patches = interleaved(ways, repeat, lm.device, len(requests), "edits")
     best = {name: min(values) for name, values in seconds.items()}
     a, b, c = best.values()
     flops, rate = flops_of(editor, lm, requests), peak_rate(lm, 8 * len(requests))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from edit_speed import begin, end, options, timed
+from edit_speed import begin, end, interleaved, options, timed
 
 from errata import registry
 from errata.core.model import LM
@@ -37,13 +37,7 @@ def compare(lm: LM, editor: Any, requests: list[EditRequest], repeat: int) -> di
         "c_one_batch_tail": lambda: values(lm, editor, requests, Tail),
     }
     values(lm, editor, requests[:2], Tail)  # warm up: prefixes are sampled once
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    found: dict[str, torch.Tensor] = {}
-    for _ in range(repeat):
-        for name, way in ways.items():
-            taken, found[name] = timed(way, lm.device)
-            seconds[name].append(round(taken, 4))
-            print(f"{name:32} {taken:8.3f} s  {len(requests) / taken:8.2f} values/s", flush=True)
+    seconds, found = interleaved(ways, repeat, lm.device, len(requests), "values")
     a, b, c = (min(s) for s in seconds.values())
     exact = found["a_one_at_a_time_full_forward"]
     apart = torch.linalg.vector_norm(exact - found["c_one_batch_tail"], dim=1) / torch.linalg.vector_norm(exact, dim=1)

@@ -13,22 +13,25 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from docs_results import RESULTS as OUT
 
 import errata
 from errata import registry, run
+from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.report import curves, page, tables
 from errata.request import Case
 from errata.score.metrics import difference, summarise
+from errata.score.perplexity import perplexity
 from errata.score.queries import Answers
+from errata.text.corpora import bundled
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "results"
 SHOWN = ("reliability", "generality", "portability", "locality_agreement", "locality_correct")
+TOKENS = 8_000  # of held-out text a stack
 PLAIN = {"weight_decay": 0.0}  # of which the papers say nothing; the almanac's presets have one (docs/results, "Weight decay")
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # rows of the paper's Table 4
     "reft": ("reft", PLAIN),
@@ -50,8 +53,28 @@ def cases(split: str, n: int) -> list[Case]:
     return list(registry.get("benchmark", "almanac")().load(split, n))
 
 
-def rows_of(records: Sequence[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
-    return [{**row, **more} for row in summarise(records) if row["metric"] in SHOWN]
+def rows_of(records: Sequence[dict[str, Any]], shown: Sequence[str] = SHOWN, **more: Any) -> list[dict[str, Any]]:
+    return [{**row, **more} for row in summarise(records) if row["metric"] in shown]
+
+
+def held_out(lm: LM, stacks: Sequence[Stack]) -> list[float]:
+    """Perplexity of each stack on text the almanac was not trained on."""
+    return [round(p.value, 2) for p in perplexity(lm, bundled("heldout"), stacks=stacks, tokens=TOKENS)]
+
+
+def there(names: Iterable[str]) -> list[dict[str, Any]]:
+    """What `write` left under these names, as far as it is there."""
+    paths = [OUT / f"{name}.json" for name in names]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def arguments(about: str | None, what: Sequence[str], n: int | None = None) -> argparse.ArgumentParser:
+    """The command line that the evidence scripts share."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=what)
+    parser.add_argument("--n", type=int, default=n)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
 
 
 def write(name: str, payload: dict[str, Any]) -> None:
@@ -150,8 +173,7 @@ def continual(lm: LM, n: int, only: str | None = None) -> None:
     marks = [m for m in (1, 10, 100, 1000) if m <= n]
     for label in [only] if only else CONTINUAL:
         write(f"continual-{label}", {"n": n, "marks": marks, **_continual(lm, cases("test", n), label, marks, Answers())})
-    paths = [OUT / f"continual-{label}.json" for label in CONTINUAL]
-    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    found = there(f"continual-{label}" for label in CONTINUAL)
     rows = [row for f in found for row in f["rows"]]
     immediate = [{**row, "T": "right after"} for f in found for row in f["immediate"]]
     (OUT / "continual.md").write_text(table([*rows, *immediate], "T"))
@@ -166,11 +188,8 @@ def ablation(lm: LM, n: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sweep", "plots", "single", "continual", "ablation"])
-    parser.add_argument("--n", type=int)
+    parser = arguments(__doc__, ["sweep", "plots", "single", "continual", "ablation"])
     parser.add_argument("--only", choices=CONTINUAL, help="continual: one of the three, to run them side by side")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     default = {"sweep": 64, "plots": 0, "single": 300, "continual": 1000, "ablation": 100}[args.what]

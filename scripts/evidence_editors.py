@@ -14,7 +14,6 @@ go seconds an edit, numbers and bytes of a saved patch, and decoding time agains
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from docs_results import continual_file, slug
-from evidence import OUT, cases, editor, table, write
+from evidence import OUT, arguments, cases, editor, held_out, rows_of, table, write
 
 import errata
 from errata import run
@@ -33,10 +32,7 @@ from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.report import curves
 from errata.score.cost import latency, size_on_disk
-from errata.score.metrics import summarise
-from errata.score.perplexity import perplexity
 from errata.score.queries import Answers, score
-from errata.text.corpora import bundled
 
 SHOWN = ("reliability", "generality", "portability", "locality_agreement", "ES", "PS", "NS", "S")
 EDITORS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -67,7 +63,6 @@ ONE_BY_ONE: dict[str, dict[str, Any]] = {"melo": {"blocks": 1000}}  # continual:
 MARKS = (1, 10, 100, 1000)
 SIZES = (10, 50)
 TIMED = 8  # times the edited prompt is decoded in one turn
-TOKENS = 8_000  # of held-out text a stack
 FOLDER = "editors"
 DRAWN = ("ft-m", "adalora", "grace", "melo", "wise", "memit", "reft", "baft")  # a plot of twenty lines says nothing
 
@@ -77,19 +72,10 @@ def made(lm: LM, label: str, **more: Any) -> Any:
     return editor(lm, method, **{**values, **more})
 
 
-def rows_of(records: Sequence[dict[str, Any]], label: str, **more: Any) -> list[dict[str, Any]]:
-    return [{**row, "method": label, **more} for row in summarise(records) if row["metric"] in SHOWN]
-
-
 def sizes(patches: Sequence[Patch]) -> dict[str, Any]:
     """Of the patches as saved, means."""
     few = patches[:20]
     return {"parameters": statistics.mean(p.parameters for p in few), "bytes": statistics.mean(size_on_disk(p) for p in few)}
-
-
-def held_out(lm: LM, stacks: Sequence[Stack]) -> list[float]:
-    """Perplexity on text the almanac was not trained on."""
-    return [round(p.value, 2) for p in perplexity(lm, bundled("heldout"), stacks=stacks, tokens=TOKENS)]
 
 
 def keep(scenario: str, label: str, payload: dict[str, Any]) -> None:
@@ -115,7 +101,7 @@ def single(lm: LM, n: int, label: str, answers: Answers) -> None:
         edit.edit(lm, [case.request])
         alone.append(time.perf_counter() - began)
     stacks: list[Stack] = [(p,) for p in patches]
-    rows = rows_of(score(lm, chosen, stacks, label, None, answers), label)
+    rows = rows_of(score(lm, chosen, stacks, label, None, answers), SHOWN, method=label)
     out = {"n": n, "rows": rows, "seconds_per_edit": seconds, "seconds_alone": statistics.median(alone), "threads": torch.get_num_threads()}
     out |= sizes(patches)
     out["perplexity"] = statistics.mean(held_out(lm, stacks[:10]))
@@ -134,7 +120,7 @@ def batched(lm: LM, n: int, label: str, answers: Answers) -> None:
             ends.append(time.perf_counter() - began) if stage == "editing" else None
         )
         stack, records = run.batched(lm, edit, chosen, size, progress, answers, label)
-        rows = rows_of(records, label, T=size)
+        rows = rows_of(records, SHOWN, method=label, T=size)
         out["rows"] += rows
         out["seconds_per_edit"][size] = ends[-1] / n
         out["perplexity"][size] = held_out(lm, [stack])[0]
@@ -152,8 +138,13 @@ def continual(lm: LM, n: int, label: str, answers: Answers) -> None:
         else None
     )
     stack, at, immediate = run.continual(lm, made(lm, label, **ONE_BY_ONE.get(label, {})), chosen, marks, progress, answers, label, stacks)
-    rows = [row for mark, records in at.items() for row in rows_of(records, label, T=mark)]
-    out = {"n": n, "rows": rows, "immediate": rows_of(immediate, label, T="right after"), "seconds": time.perf_counter() - began}
+    rows = [row for mark, records in at.items() for row in rows_of(records, SHOWN, method=label, T=mark)]
+    out = {
+        "n": n,
+        "rows": rows,
+        "immediate": rows_of(immediate, SHOWN, method=label, T="right after"),
+        "seconds": time.perf_counter() - began,
+    }
     out |= sizes(stack[-1:])
     out["patches"] = len(stack)
     out["perplexity"] = {str(m): held_out(lm, [stacks[m]])[0] for m in marks}
@@ -242,12 +233,9 @@ def tables(out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["single", "batched", "continual", "latency", "runs", "tables"])
+    parser = arguments(__doc__, ["single", "batched", "continual", "latency", "runs", "tables"])
     parser.add_argument("folders", nargs="*", type=Path, help="of `runs`")
-    parser.add_argument("--n", type=int)
     parser.add_argument("--only", metavar="LABEL,LABEL", help=f"of {', '.join(EDITORS)}")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.what in ("tables", "runs"):

@@ -12,14 +12,13 @@ perplexity on held-out text, before and after.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from evidence import OUT, cases, editor, table, write
+from evidence import OUT, arguments, cases, editor, held_out, rows_of, table, there, write
 
 import errata
 from errata import registry, run
@@ -29,21 +28,13 @@ from errata.core.weights import delta, merge
 from errata.report import curves, page, tables
 from errata.score import generation
 from errata.score.match import exact_match
-from errata.score.metrics import summarise
-from errata.score.perplexity import perplexity
 from errata.score.queries import Answers, score
-from errata.text.corpora import bundled
 
 SHOWN = ("reliability", "generality", "portability", "locality_agreement", "ES", "PS", "NS", "S", "GE", "RS")
 SINGLE = ("rome", "r-rome", "memit", "pmet", "emmet", "alphaedit", "baft")
 JOINT = ("memit", "emmet", "alphaedit")
 CONTINUAL = ("rome", "memit", "alphaedit")  # BaFT's row comes from `evidence.py continual`
 FLUENT = 100  # cases whose texts are generated
-TOKENS = 8_000  # of held-out text a stack
-
-
-def rows_of(records: Sequence[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
-    return [{**row, **more} for row in summarise(records) if row["metric"] in SHOWN]
 
 
 def show(label: str, rows: Sequence[dict[str, Any]], *more: Any) -> None:
@@ -55,11 +46,6 @@ def fluency(lm: LM, chosen: Sequence[Any], stacks: Sequence[Stack], label: str, 
     """GE and RS records of the first `FLUENT` cases."""
     source = registry.get("benchmark", "almanac")()
     return generation.score(lm, chosen[:FLUENT], stacks[:FLUENT], label, source, texts=texts)
-
-
-def held_out(lm: LM, stacks: Sequence[Stack]) -> list[float]:
-    """Perplexity of each stack on text the almanac was not trained on."""
-    return [round(p.value, 2) for p in perplexity(lm, bundled("heldout"), stacks=stacks, tokens=TOKENS)]
 
 
 def single(lm: LM, n: int, only: str | None) -> None:
@@ -74,7 +60,7 @@ def single(lm: LM, n: int, only: str | None) -> None:
         records = score(lm, chosen, [(p,) for p in patches], label, None, answers)
         every[label] = records
         records = [*records, *fluency(lm, chosen, [(p,) for p in patches], label, texts)]
-        rows = rows_of(records)
+        rows = rows_of(records, SHOWN)
         out["rows"] += rows
         out["perplexity"][label] = held_out(lm, [(p,) for p in patches[:20]])
         show(label, rows, f"{out['seconds_per_edit'][label]:.3f} s", out["perplexity"][label][:3])
@@ -102,7 +88,7 @@ def batch(lm: LM, n: int, only: str | None) -> None:
             seconds = (time.perf_counter() - began) / size
             records = score(lm, chosen, [stack] * size, label, None, answers)
             records += fluency(lm, chosen, [stack] * size, label, texts)
-            rows = rows_of(records, T=size)
+            rows = rows_of(records, SHOWN, T=size)
             out["rows"] += rows
             out["seconds_per_edit"][f"{label} {size}"] = seconds
             out["perplexity"][f"{label} {size}"] = held_out(lm, [stack])
@@ -126,8 +112,8 @@ def continual(lm: LM, n: int, only: str | None) -> None:
         rows = []
         for mark, records in at.items():
             more = fluency(lm, chosen[:mark], [stacks[mark]] * mark, label, texts)
-            rows += rows_of([*records, *more], T=mark)
-        out = {"n": n, "rows": rows, "immediate": rows_of(immediate, T="right after"), "seconds": time.perf_counter() - began}
+            rows += rows_of([*records, *more], SHOWN, T=mark)
+        out = {"n": n, "rows": rows, "immediate": rows_of(immediate, SHOWN, T="right after"), "seconds": time.perf_counter() - began}
         out["perplexity"] = {"unedited": held_out(lm, [()]), **{str(m): held_out(lm, [stacks[m]]) for m in marks}}
         show(label, [r for r in rows if r["T"] == marks[-1]], out["perplexity"], f"{out['seconds']:.0f} s")
         write(f"locate-continual-{label}", out)
@@ -162,8 +148,7 @@ def ridge(lm: LM, n: int, only: str | None) -> None:
 
 def gathered(name: str, labels: Sequence[str], by: str) -> None:
     """The tables and the plot of what is there: each label is on its own file, so that they can run side by side."""
-    paths = [OUT / f"{name}-{label}.json" for label in labels] + ([OUT / "continual-baft.json"] if by == "T" else [])
-    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    found = there([*(f"{name}-{label}" for label in labels), *(["continual-baft"] if by == "T" else [])])
     rows = [row for f in found for row in [*f["rows"], *({"T": "right after", **r} for r in f.get("immediate", ()))]]
     (OUT / f"{name}.md").write_text(table(rows, "T", SHOWN, by))
     drawn = [r for r in rows if r["T"] != "right after" and r["protocol"] == "teacher_forced" and r["metric"] in SHOWN[:2] + SHOWN[3:4]]
@@ -188,7 +173,7 @@ def sweep(lm: LM, n: int, only: str | None) -> None:
         edit = editor(lm, method, **values)
         requests = [c.request for c in chosen]
         stacks = [(p,) for p in edit.edit_each(lm, requests)] if method == "rome" else [(edit.edit(lm, requests),)] * n
-        found = rows_of(score(lm, chosen, stacks, method, None, answers), knob=knob, x=x, setting=values)
+        found = rows_of(score(lm, chosen, stacks, method, None, answers), SHOWN, knob=knob, x=x, setting=values)
         rows += found
         show(method, found, values)
         write(f"locate-sweep{'-' + only if only else ''}", {"n": n, "rows": rows})
@@ -200,11 +185,8 @@ def sweep(lm: LM, n: int, only: str | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sweep", "single", "batch", "continual", "ridge"])
-    parser.add_argument("--n", type=int)
+    parser = arguments(__doc__, ["sweep", "single", "batch", "continual", "ridge"])
     parser.add_argument("--only", help="one method, so that several can run side by side")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     default = {"sweep": 24, "single": 150, "batch": 1000, "continual": 1000, "ridge": 250}[args.what]

@@ -11,7 +11,6 @@ words a case (the suite asks behind seen ones and 512 tokens too; they take most
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,8 +18,8 @@ from typing import Any
 
 import torch
 from docs_results import slug
-from evidence import OUT, cases, editor, write
-from evidence_editors import held_out, lines
+from evidence import OUT, arguments, cases, editor, held_out, write
+from evidence_editors import lines
 
 import errata
 from errata import run
@@ -56,10 +55,10 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 
 
-def widened(lm: LM, n: int) -> list[Case]:
+def widened(lm: LM, n: int, left_out: Sequence[str] = LEFT_OUT) -> list[Case]:
     """Test cases with the probes of the suite that are asked here."""
     wide = robustness.widen(lm, cases("test", n), long_seen=0)
-    return [replace(c, probes=tuple(p for p in c.probes if p.kind not in LEFT_OUT)) for c in wide]
+    return [replace(c, probes=tuple(p for p in c.probes if p.kind not in left_out)) for c in wide]
 
 
 def keep(what: str, label: str, lm: LM, records: Sequence[dict[str, Any]], stacks: Sequence[Any], seconds: float, **more: Any) -> None:
@@ -105,8 +104,7 @@ def suite(lm: LM, n: int, only: Sequence[str]) -> None:
 
 
 def ablation(lm: LM, n: int, only: Sequence[str]) -> None:
-    chosen, answers = widened(lm, n), Answers()
-    chosen = [replace(c, probes=tuple(p for p in c.probes if p.kind != "long_unseen")) for c in chosen]
+    chosen, answers = widened(lm, n, (*LEFT_OUT, "long_unseen")), Answers()
     patches = editor(lm, "rome").edit_each(lm, [c.request for c in chosen])
     for label in only or ABLATION:
         began = time.perf_counter()
@@ -118,8 +116,7 @@ def ablation(lm: LM, n: int, only: Sequence[str]) -> None:
 
 def scope(lm: LM, n: int, only: Sequence[str]) -> None:
     """MEMIT in joint patches of 10 and one of 100, ROME one after another to T = 30: without REP, with a set an edit, with a shared one."""
-    chosen, answers = widened(lm, n), Answers()
-    chosen = [replace(c, probes=tuple(p for p in c.probes if p.kind != "long_unseen")) for c in chosen]
+    chosen, answers = widened(lm, n, (*LEFT_OUT, "long_unseen")), Answers()
     plain = {
         "none": lambda m: editor(lm, m),
         "edit": lambda m: editor(lm, "rep", wraps=m),
@@ -184,11 +181,8 @@ def _full(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["suite", "ablation", "scope", "tables"])
-    parser.add_argument("--n", type=int, default=100)
+    parser = arguments(__doc__, ["suite", "ablation", "scope", "tables"], 100)
     parser.add_argument("--only", metavar="LABEL,LABEL", default="")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.what == "tables":

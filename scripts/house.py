@@ -158,5 +158,5 @@ def faults(source: Path = SOURCE, package: str = PACKAGE) -> list[str]:
 
 
 def _wing(source: Path, package: str, name: str) -> bool:
-    """A folder of methods; ``methods/presets.py`` is one file that all share."""
+    """A folder of methods; ``methods/base.py`` is one file that all share."""
     return (source / package / name).is_dir()

@@ -11,12 +11,11 @@ Children are forked from a process that has loaded the model, so that moments fa
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 
-from killing import begin
+from killing import begin, end
 
 
 def killed(argv: list[str], after: float) -> tuple[int, bool]:
@@ -79,8 +78,7 @@ def main() -> None:
         if count == len(wanted):
             books += 1
             folder, count = args.out / f"book-{books}", 0
-    print(json.dumps({"seconds": round(length, 2), "kills": done, "wrong": wrong, "committed_unread": unread, "ledgers": books + 1}))
-    raise SystemExit(bool(wrong))
+    end(trial, done, wrong, unread, books + 1)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ import http.client
 import json
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from killing import begin
+from killing import begin, end
 
 TOKEN = "kill-me-if-you-can"
 HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
@@ -172,9 +171,7 @@ def main() -> None:
         done += hit
         if not hit:
             child.stop()
-    print(json.dumps({"seconds": round(length, 2), "kills": done, "wrong": wrong, "committed_unread": unread, "ledgers": books + 1}))
-    sys.stdout.flush()
-    raise SystemExit(bool(wrong))
+    end(trial, done, wrong, unread, books + 1)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""What `kill_ledger.py` and `kill_serve.py` share: the command line, and the states that must be found after a kill."""
+"""What `kill_ledger.py` and `kill_serve.py` share: the command line, the states that must be found after a kill, and what is told."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 @dataclass
@@ -54,3 +55,10 @@ def begin(about: str | None) -> Trial:
     length = time.monotonic() - began
     states = [lm.logits(encoded, [whole.stack(at=n)]) for n in range(len(wanted) + 1)]
     return Trial(args, lm, settings, wanted, encoded, states, length, random.Random(args.seed))
+
+
+def end(trial: Trial, kills: int, wrong: list[dict[str, Any]], unread: int, ledgers: int) -> NoReturn:
+    """What was found, as JSON; the exit code says whether anything was wrong."""
+    said = {"seconds": round(trial.length, 2), "kills": kills, "wrong": wrong, "committed_unread": unread, "ledgers": ledgers}
+    print(json.dumps(said), flush=True)
+    raise SystemExit(bool(wrong))

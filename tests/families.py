@@ -123,3 +123,8 @@ def lm(family: str, dtype: torch.dtype = torch.float32) -> LM:
     model = build(family)
     model.load_state_dict(_trained(family))
     return LM(model.to(dtype), tokenizer(), family)
+
+
+def dtype_of(family: str) -> torch.dtype:
+    """float64 for identities; Gemma-2's eager attention makes NaN of its lowest mask value there."""
+    return torch.float32 if family == "gemma2" else torch.float64

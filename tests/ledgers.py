@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,3 +28,13 @@ def logits(lm: LM, stack: Any = ()) -> torch.Tensor:
 def same(ledger: Ledger, stack: Any) -> bool:
     """What is live gives the logits of ``stack``, bit for bit."""
     return torch.equal(logits(ledger.lm, ledger.stack()), logits(ledger.lm, stack))
+
+
+def names(ledger: Ledger) -> list[str]:
+    """The patch folders that are there."""
+    return sorted(p.name for p in ledger.shelf.folder.iterdir())
+
+
+def copied(folder: Path, lm: LM, to: Path) -> Ledger:
+    """A ledger of one's own with what another holds."""
+    return Ledger.open(shutil.copytree(folder, to / "book"), lm)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from codebooks import text
 
-from errata.core.tokens import Encoded
 from errata.methods.codebook.grace import GRACE
 from errata.methods.codebook.lookup import hit, nearest, rounding_of
-from errata.methods.codebook.store import Asked, Filled, pack, unpack
-
-
-def text(key: torch.Tensor, *label: int, request: int = 0) -> Asked:
-    return Asked(request, Encoded((1, 2, *label), 2), key, 10 * key[:3])
+from errata.methods.codebook.store import Filled, pack, unpack
 
 
 @pytest.mark.parametrize("far", [0.0, 30.0, 1000.0])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from errata import registry
-from errata.config import build, parse_sets, read_yaml, to_dict
+from errata.config import build, digest, parse_sets, read_yaml, to_dict
 from errata.errors import ConfigError, UnknownName
 
 
@@ -24,6 +25,7 @@ class Settings:
     kind: Literal["left", "right"] = "left"
     limit: float | None = None
     span: int | tuple[int, ...] = 1
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
@@ -46,6 +48,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"kind": ["left"]}, r"Settings\.kind must be one of left, right"),
     ({"limit": "x"}, r"Settings\.limit must be float, not 'x'"),
     ({"span": "x"}, r"Settings\.span must be int, not 'x'"),
+    ({"more": 3}, r"Settings\.more must map settings to values, not 3; write \{key: value\}"),
+    ({"more": {3: 4}}, r"Settings\.more must map settings to values, not \{3: 4\}"),
 ]
 
 
@@ -63,6 +67,12 @@ def test_build_converts_and_goes_back() -> None:
     assert to_dict(built)["layers"] == [3]
     assert build(Settings, to_dict(built)) == built
     assert build(Settings, {"limit": None}).limit is None
+    assert build(Settings, {"more": {"a": 1}}).more == {"a": 1}
+
+
+def test_equal_values_have_equal_hashes() -> None:
+    assert digest({"a": 1, "b": (2, 3)}) == digest({"b": [2, 3], "a": 1}) == "fd28b17488e0d3ec"
+    assert digest({"a": 1}) != digest({"a": 2})
 
 
 def test_sets_are_read_as_yaml() -> None:

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from families import FAMILIES, SENTENCES, lm
+from families import FAMILIES, SENTENCES, dtype_of, lm
 
 from errata import registry
 from errata.core.bank import looks_ahead
@@ -27,11 +27,6 @@ PLAIN = {"fact": "{prompt} {target}.", "cue": ""}
 ROME = EditRequest("The capital of France is", "Rome", "France")
 PARIS = EditRequest("In Rome people speak", "French", "Rome")
 PROMPTS = [p for p, _ in SENTENCES]
-
-
-def dtype_of(family: str) -> torch.dtype:
-    """float64 for identities; Gemma-2's eager attention makes NaN of its lowest mask value there."""
-    return torch.float32 if family == "gemma2" else torch.float64
 
 
 @functools.cache

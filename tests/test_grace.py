@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from codebooks import text
 from families import lm
 
 from errata.core.bank import Bank, Context, live
@@ -20,10 +21,6 @@ FRANCE = EditRequest("The capital of France is", "Rome", "France")
 ITALY = EditRequest("The language of Italy is", "Spanish", "Italy")
 SPAIN = EditRequest("The capital of Spain is", "Paris", "Spain")
 QUICK = {"layer": 1, "eps": 0.1, "unit": "norm", "lr": 0.3, "steps": 30, "end": "."}
-
-
-def text(key: torch.Tensor, *label: int, request: int = 0) -> Asked:
-    return Asked(request, Encoded((1, 2, *label), 2), key, 10 * key[:3])
 
 
 def plain(texts: list[Asked], eps: float, norm: bool, moving: bool, rounding: float) -> tuple[list, list, list]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import build, tokenizer
 from families import lm as trained
-from ledgers import PROMPTS, REQUESTS, SETTINGS, logits, same
+from ledgers import PROMPTS, REQUESTS, SETTINGS, copied, logits, names, same
 from tiny import FRANCE
 
 from errata.core.model import LM
@@ -31,10 +31,6 @@ def lm() -> LM:
 @pytest.fixture
 def book(lm: LM, tmp_path: Path) -> Ledger:
     return Ledger.open(tmp_path / "book", lm, author="ada")
-
-
-def names(ledger: Ledger) -> list[str]:
-    return sorted(p.name for p in ledger.shelf.folder.iterdir())
 
 
 # -- apply and undo --------------------------------------------------------------------------------------------
@@ -90,12 +86,6 @@ def chain(lm: LM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ledger = Ledger.open(tmp_path_factory.mktemp("chain") / "book", lm)
     ledger.apply(REQUESTS, mode="continual", **HOW)
     return ledger.folder
-
-
-def copied(chain: Path, lm: LM, to: Path) -> Ledger:
-    import shutil
-
-    return Ledger.open(shutil.copytree(chain, to / "book"), lm)
 
 
 def test_the_last_of_a_chain_leaves_exactly(chain: Path, lm: LM, tmp_path: Path) -> None:

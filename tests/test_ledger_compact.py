@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import lm as trained
-from ledgers import REQUESTS, SETTINGS, WEIGHTS, logits, same
+from ledgers import REQUESTS, SETTINGS, WEIGHTS, logits, names, same
 
 from errata.core.model import LM
 from errata.errors import LedgerError
@@ -26,10 +26,6 @@ def book(lm: LM, tmp_path: Path) -> Ledger:
     ledger.apply(REQUESTS[:2], method="lora", settings={"steps": 3, "rank": 2}, force=True)
     ledger.apply(REQUESTS[2:], settings=SETTINGS, force=True)
     return ledger
-
-
-def names(ledger: Ledger) -> list[str]:
-    return sorted(p.name for p in ledger.shelf.folder.iterdir())
 
 
 def test_merged_edits_give_the_same_logits_and_can_be_undone(book: Ledger, lm: LM) -> None:

@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 from families import lm as trained
-from ledgers import REQUESTS, SETTINGS, WEIGHTS, logits, same
+from ledgers import REQUESTS, SETTINGS, WEIGHTS, copied, logits, names, same
+from processes import ROOT, own
 from tiny import fill_disk
 
 import errata
@@ -30,7 +29,6 @@ from errata.ledger import Ledger, shelf
 from errata.ledger.making import Maker
 
 HOW = {"settings": SETTINGS, "force": True}
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +49,7 @@ def one(lm: LM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ledger.folder
 
 
-def copied(folder: Path, lm: LM, to: Path) -> Ledger:
-    return Ledger.open(shutil.copytree(folder, to / "book"), lm)
-
-
-def names(ledger: Ledger) -> list[str]:
-    return sorted(p.name for p in ledger.shelf.folder.iterdir())
-
-
 # -- kill ------------------------------------------------------------------------------------------------------
-
-
-def own(argv: list[str]) -> subprocess.Popen[str]:
-    """A process of this source."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    return subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def test_kills_at_random_moments_of_continual_editing(tiny: str, tmp_path: Path) -> None:

@@ -5,27 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import pytest
+from processes import ROOT, own
 from tiny import FRANCE
 
 from errata.cli import main
-
-ROOT = Path(__file__).parents[1]
-
-
-def own(argv: list[str], **more: str) -> subprocess.Popen[str]:
-    """A process of this source."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), **more}
-    return subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def test_kills_at_random_moments_of_continual_editing(tiny: str, tmp_path: Path) -> None:

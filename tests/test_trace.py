@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from families import FAMILIES, build, lm, tokenizer
+from families import FAMILIES, build, dtype_of, lm, tokenizer
 from tiny import FRANCE
 from torch import Tensor
 
@@ -23,18 +23,14 @@ FACTS = [
 FEW = Settings(samples=3, rows=16, window=2, noise=2.0)
 
 
-def double(family: str) -> torch.dtype:
-    return torch.float32 if family == "gemma2" else torch.float64  # its eager attention overflows in float64: see test_laws
-
-
 def close(family: str) -> dict[str, float]:
-    return {"atol": 1e-5, "rtol": 1e-5} if double(family) == torch.float32 else {"atol": 1e-9, "rtol": 0}
+    return {"atol": 1e-5, "rtol": 1e-5} if dtype_of(family) == torch.float32 else {"atol": 1e-9, "rtol": 0}
 
 
 @functools.cache
 def loud(family: str) -> LM:
     """An untrained model with larger weights, so that states differ and the answer is no near tie."""
-    model = build(family, double(family))
+    model = build(family, dtype_of(family))
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:

@@ -17,7 +17,7 @@ from typing import NoReturn
 from errata import __version__
 from errata.commands import about, analyse, ask, demo, edit, ledger, report, reproduce, run, score, serve, stats, surfaces, trace
 from errata.commands.screen import Screen, clean, write
-from errata.errors import ErrataError
+from errata.errors import ErrataError, first_line, out_of_memory
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
@@ -62,10 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 6, args.debug)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        if out_of_memory(error):
             return _fail("out of memory; use fewer cases, a smaller model or --dtype bfloat16", 3, args.debug)
-        first = (str(error).splitlines() or [""])[0]
-        return _fail(f"not foreseen: {type(error).__name__}: {first}; run again with --debug and report it", 1, args.debug)
+        return _fail(f"not foreseen: {type(error).__name__}: {first_line(error)}; run again with --debug and report it", 1, args.debug)
 
 
 def _fail(message: str, code: int, debug: bool, kind: str = "error: ") -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
+import hashlib
+import json
 import math
 import types
 import typing
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from errata.errors import ConfigError
+from errata.errors import ConfigError, near
 
 C = TypeVar("C")
 
@@ -40,9 +41,7 @@ def build(cls: type[C], values: Mapping[str, Any], name: str | None = None) -> C
     out = {}
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-            raise ConfigError(f"{called} has no setting {key!r}; {hint}")
+            raise ConfigError(f"{called} has no setting {key!r}; {near(str(key), fields, 'known keys:')}")
         out[key] = _convert(f"{called}.{key}", value, hints[key])
     missing = [
         f.name
@@ -82,10 +81,6 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} must be a mapping of setting to value, not {value!r}")
         return build(typing.cast("type[Any]", hint), value, name)
-    if origin is Mapping:
-        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-            raise ConfigError(f"{name} must be a mapping of setting to value, not {value!r}")
-        return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             value = float(value)
@@ -96,6 +91,11 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} must be a finite number, not {value!r}")
     return value
+
+
+def digest(value: Any) -> str:
+    """A short hash of plain values: equal ones have equal hashes on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
 def parse_sets(sets: Iterable[str]) -> dict[str, Any]:

@@ -15,6 +15,9 @@ ErrataError                exit code 1
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 
 class ErrataError(Exception):
     """Base of every error errata raises on purpose."""
@@ -78,3 +81,19 @@ class LedgerError(ErrataError):
     """A ledger that does not do what was asked; its state is as before."""
 
     exit_code = 7
+
+
+def near(name: str, known: Collection[str], words: str) -> str:
+    """What to say of a name that is not known: the one it comes nearest to, or ``words`` and all of them."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {found[0]!r}?" if found else f"{words} {', '.join(known)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, which may be nothing."""
+    return (str(error).splitlines() or [""])[0]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, the machine's or (told by its name, so that torch need not be loaded) the device's."""
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import Any
 
-from errata.errors import UnknownName
+from errata.errors import UnknownName, near
 
 # kind -> name -> "module:attribute".  Nothing is imported before it is asked for.
 ENTRIES: dict[str, dict[str, str]] = {
@@ -80,8 +79,11 @@ def get(kind: str, name: str) -> Any:
     try:
         target = ENTRIES[kind][name]
     except KeyError:
-        near = difflib.get_close_matches(str(name).lower(), ENTRIES[kind], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names(kind))}"
-        raise UnknownName(f"no {kind} named {name!r}; {hint}") from None
+        raise UnknownName(f"no {kind} named {name!r}; {near(str(name).lower(), names(kind), 'there are')}") from None
+    return load(target)
+
+
+def load(target: str) -> Any:
+    """What stands behind "module:attribute", imported now."""
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)

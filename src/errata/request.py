@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from errata.config import digest
 from errata.errors import InputError
 
 PROBE_KINDS = (
@@ -93,7 +94,7 @@ class EditRequest:
     @property
     def id(self) -> str:
         """Hash of the content: equal requests have equal ids on every machine."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        return digest(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; absent fields left out."""

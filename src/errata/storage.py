@@ -35,8 +35,7 @@ def replacing(out: Path) -> Iterator[Path]:
     except StorageError as error:  # something in it that could not be saved names the folder in passing; the user knows ``out``
         raise type(error)(str(error).replace(str(temporary), str(out))) from None
     except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise DiskError(f"{out}: nothing was written ({why}); free space or choose another place, then try again") from None
+        raise DiskError(f"{out}: nothing was written ({_why(error)}); free space or choose another place, then try again") from None
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -70,16 +69,34 @@ def write(path: Path, content: bytes, sync: bool = True) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """One file, all of it or nothing: written beside, put on the disk, renamed.  `DiskError` when the disk is full."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """`put`, with `DiskError` when the disk is full."""
     with complaining(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(temporary, content)
-            os.replace(temporary, path)
-            _sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        put(path, content)
+
+
+def put(path: Path, content: bytes) -> None:
+    """One file, all of it or nothing: written beside, put on the disk, renamed.  The system's errors as they are."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary, content)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def no_dangling_link(out: Path) -> None:
+    """`StorageError` where something is to be written at a link whose end is gone."""
+    if out.is_symlink() and not out.exists():
+        raise StorageError(f"{out} is a link to nowhere; remove it or give another name")
+
+
+def within_reach(out: Path) -> None:
+    """`StorageError` where the folder that ``out`` would be made in cannot be written."""
+    above = next(p for p in out.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise StorageError(f"{out}: {above} is not a folder that can be written; choose another place")
 
 
 def read_document(path: Path, kind: type[ErrataError] = StorageError, advice: str = "") -> dict[str, Any]:
@@ -131,8 +148,11 @@ def complaining(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise DiskError(f"{path}: could not be written ({why}); what was saved before is whole; free space, then go on") from None
+        raise DiskError(f"{path}: could not be written ({_why(error)}); what was saved before is whole; free space, then go on") from None
+
+
+def _why(error: OSError) -> str:
+    return "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
 
 
 def _sync(path: Path) -> None:

@@ -13,8 +13,9 @@ from errata.core.bank import Stack, live
 from errata.core.model import LM
 from errata.errors import ConfigError
 from errata.request import Case
+from errata.run.scenarios import scorer
 from errata.score.metrics import summarise
-from errata.score.queries import Answers, score
+from errata.score.queries import Answers
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the learning rate: what a reliability-locality curve goes along
 METRICS = ("reliability", "locality_agreement")
@@ -50,8 +51,8 @@ def grow(
 
 def records(lm: LM, grown: Grown, cases: Sequence[Case], method: str, answers: Answers, progress: Progress | None = None) -> dict[int, Any]:
     """{T: records of cases 1..T on the stack after T edits}."""
-    told = (lambda done, total: progress("scoring", done, total)) if progress else None
-    return {t: score(lm, cases[:t], [stack] * t, method, told, answers) for t, stack in grown.stacks.items()}
+    score = scorer(lm, method, progress, answers)
+    return {t: score(cases[:t], [stack] * t) for t, stack in grown.stacks.items()}
 
 
 def curve(grown: Grown, variant: str) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from errata.analyse import gate_statistics as statistics
 from errata.core.bank import Stack, live
 from errata.core.model import LM
 from errata.core.patch import Op
-from errata.core.tokens import Encoded
+from errata.core.tokens import Encoded, positions
 from errata.errors import InputError, PatchError
 from errata.request import LOCAL_KINDS, Case, EditRequest
 from errata.score.metrics import difference
@@ -126,7 +126,7 @@ def _batch(lm: LM, rows: Sequence[Encoded], stacks: Sequence[Stack], ops: Mappin
     plan.tape = {}
     with torch.no_grad(), lm.running(plan):
         lm.forward(batch.ids, batch.mask, use_cache=False, **lm.last_only)
-    position = (batch.mask.cumsum(1) - 1).masked_fill(batch.mask == 0, -1)
+    position = positions(batch.mask)
     out = {}
     for block, op in ops.items():
         w = plan.tape[op.site, what][:, -position.shape[1] :].double().abs()  # context may stand in front

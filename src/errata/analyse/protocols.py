@@ -62,6 +62,10 @@ class Job:
     into: Measured = field(default_factory=Measured)
     answers: Answers = field(default_factory=Answers)
 
+    def score(self, cases: Sequence[Case], stacks: Sequence[Stack], method: str) -> list[Row]:
+        """Records of each case on its stack."""
+        return score(self.lm, cases, stacks, method, lambda done, of: self.progress(f"{method}: scoring", done, of), self.answers)
+
     def keep(self, found: Sequence[Row], wanted: Mapping[str, tuple[str, str]], by_kind: bool = False, **row: Any) -> None:
         """A row of figures from records.  ``by_kind``: see `errata.score.metrics.case_values`."""
         means = {column: case_values(found, *which, by_kind) for column, which in wanted.items()}
@@ -119,13 +123,12 @@ def windows(
         job.progress(f"{method}: editing, T = {t}", done, total)
 
     if size == 1 and all(not c.more for c in cases):
-        patches = editor.edit_each(job.lm, [c.request for c in cases])
-        stacks: list[Stack] = [(p,) for p in patches]
+        stacks = _each(job.lm, editor, cases)
     else:
         stacks = [stack_of(job.lm, editor, part, batch, told) for part in parts]
     asked = [c for part in parts for c in part]
     on = [stack for part, stack in zip(parts, stacks, strict=True) for _ in part]
-    found = score(job.lm, asked, on, method, lambda done, of: job.progress(f"{method}: scoring", done, of), job.answers)
+    found = job.score(asked, on, method)
     job.keep(found, SEQUENTIAL, method=method, T=t, windows=len(parts), **({"batch": batch} if batch > 1 else {}), **row)
     return list(zip(parts, stacks, strict=True))
 
@@ -144,16 +147,15 @@ def sequential(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], mark
 def single(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], sentiment: bool, **row: Any) -> None:
     """Each case alone."""
     for name, editor in editors.items():
-        stacks = [(p,) for p in _each(job.lm, editor, cases)]
-        found = score(job.lm, cases, stacks, name, lambda done, of, name=name: job.progress(f"{name}: scoring", done, of), job.answers)
+        found = job.score(cases, _each(job.lm, editor, cases), name)
         job.keep(found, SENTIMENT if sentiment else SINGLE, by_kind=True, method=name, **row)
 
 
-def _each(lm: LM, editor: Any, cases: Sequence[Case]) -> list[Any]:
+def _each(lm: LM, editor: Any, cases: Sequence[Case]) -> list[Stack]:
+    """A stack a case, of the one patch that makes its change."""
     if any(c.more for c in cases):
-        return [editor.edit(lm, list(c.requests)) for c in cases]
-    patches: list[Any] = editor.edit_each(lm, [c.request for c in cases])
-    return patches
+        return [(editor.edit(lm, list(c.requests)),) for c in cases]
+    return [(patch,) for patch in editor.edit_each(lm, [c.request for c in cases])]
 
 
 def choosing(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], items: Sequence[Choice], **row: Any) -> None:
@@ -191,8 +193,7 @@ def robust(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], **row: A
     kinds = {"rewrite", *robustness.PAPER.values()}
     asked = [Case(c.request, tuple(p for p in c.probes if p.kind in kinds), c.more) for c in wide]
     for name, editor in editors.items():
-        stacks = [(p,) for p in _each(job.lm, editor, asked)]
-        found = score(job.lm, asked, stacks, name, lambda done, of, name=name: job.progress(f"{name}: scoring", done, of), job.answers)
+        found = job.score(asked, _each(job.lm, editor, asked), name)
         at = {a["score"]: a["value"] for a in robustness.micro_averages(found)}
         figures = {c: {"value": at[s], "low": None, "high": None} for c, s in REP.items() if s in at}
         job.into.rows.append({**row, "method": name, "n": len(cases), "figures": figures})
@@ -203,7 +204,7 @@ def redundancy(job: Job, editors: Mapping[str, Any], cases: Sequence[Case]) -> N
     """Of each edit's r dimensions, how many have an update below M times the largest: |w ∘ (A h + b − R h)| on the edited prompt and its
     answer, mean over the tokens acted on; mean and standard deviation over edits, a row a method, block and M."""
     for name, editor in editors.items():
-        stacks = [(p,) for p in _each(job.lm, editor, cases)]
+        stacks = _each(job.lm, editor, cases)
         inputs = [gates.Inputs(c.id, (("edited", c.request.prompt, c.request.target),), s) for c, s in zip(cases, stacks, strict=True)]
         found = gates.read(job.lm, inputs, None, "update")
         for block in sorted({f.block for f in found}):

@@ -12,7 +12,7 @@ use them.
 
 from __future__ import annotations
 
-from errata.benchmarks.drafts import Draft
+from errata.benchmarks.drafts import Draft, through
 from errata.benchmarks.files import FileBenchmark, Form
 from errata.benchmarks.records import Record
 from errata.request import Case
@@ -25,6 +25,11 @@ def filled(record: Record, template: str, subject: str) -> str:
     return template.replace("{}", subject)
 
 
+def requested(record: Record) -> Record:
+    """The ``requested_rewrite`` of CounterFact's records and PEAK's."""
+    return record.inner("requested_rewrite").only("prompt", "relation_id", "target_new", "target_true", "subject")
+
+
 def rewrite(record: Record) -> Draft:
     """The edit of a ``requested_rewrite`` object, CounterFact's and MQuAKE's."""
     new, true = record.inner("target_new").only("str", "id"), record.inner("target_true").only("str", "id")
@@ -33,7 +38,7 @@ def rewrite(record: Record) -> Draft:
 
 
 def _original(record: Record) -> Draft:
-    edit = record.inner("requested_rewrite").only("prompt", "relation_id", "target_new", "target_true", "subject")
+    edit = requested(record)
     draft = rewrite(edit)
     true = edit.inner("target_true").text("str")
     for prompt in record.texts("paraphrase_prompts"):
@@ -41,9 +46,7 @@ def _original(record: Record) -> Draft:
     for prompt in record.texts("neighborhood_prompts"):
         draft.ask("neighbour", prompt, true)
     draft.openings = record.texts("generation_prompts")
-    if "portability" in record:
-        hop = record.inner("portability").only("Recalled Relation", "New Question", "New Answer")
-        draft.ask("two_hop", hop.text("New Question"), *hop.answers("New Answer"))
+    through(draft, record)
     if "alternative_subject" in record:
         draft.ask("alias", filled(edit, edit.text("prompt"), record.text("alternative_subject")), draft.target)
     if "unrelated_relation" in record:

@@ -39,6 +39,13 @@ class Draft:
         self.probes.append((kind, prompt, answers))
 
 
+def through(draft: Draft, record: Record) -> None:
+    """EasyEdit's ``portability``, where the record has it: a question through the new answer."""
+    if "portability" in record:
+        hop = record.inner("portability").only("Recalled Relation", "New Question", "New Answer")
+        draft.ask("two_hop", hop.text("New Question"), *hop.answers("New Answer"))
+
+
 @dataclass(slots=True)
 class Report:
     """What became of the records of a file.

@@ -6,14 +6,14 @@
 
 from __future__ import annotations
 
-from errata.benchmarks.counterfact import filled
+from errata.benchmarks.counterfact import filled, requested
 from errata.benchmarks.drafts import Draft
 from errata.benchmarks.files import FileBenchmark, Form
 from errata.benchmarks.records import Record
 
 
 def _appended(record: Record) -> Draft:
-    edit = record.inner("requested_rewrite").only("prompt", "relation_id", "target_new", "target_true", "subject")
+    edit = requested(record)
     subject = edit.text("subject")
     draft = Draft(filled(edit, edit.text("prompt"), subject), edit.inner("target_new").text("str"), subject)
     for prompt in record.texts("para_add_prompts"):

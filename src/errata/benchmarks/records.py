@@ -5,14 +5,13 @@ Every error names the file and the number of the record (from 1), whichever way 
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from errata.errors import InputError
+from errata.errors import InputError, near
 from errata.request import no_constant, read_bytes
 
 HUB: Final = "hub:"
@@ -52,10 +51,8 @@ class Record:
 
     def answers(self, key: str) -> tuple[str, ...]:
         """A field of accepted answers, best first: a text, a list, or (KnowEdit) a list of lists of spellings."""
-        if key not in self.values:
-            raise self.fail(f"field {key!r} is missing")
         out: list[str] = []
-        self._flatten(key, self.values[key], out)
+        self._flatten(key, self._typed(key, object, "anything"), out)
         return tuple(dict.fromkeys(text for text in out if text.strip()))
 
     def inner(self, key: str) -> Record:
@@ -93,8 +90,7 @@ class Record:
 
 
 def unknown_field(key: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown field {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known fields are {', '.join(sorted(known))}")
+    return f"unknown field {key!r}; {near(key, sorted(known), 'known fields are')}"
 
 
 def read_records(path: str | Path) -> list[Record]:

@@ -10,7 +10,7 @@ KnowEdit form (Zhang et al. 2024): see `errata.benchmarks.knowedit`.
 
 from __future__ import annotations
 
-from errata.benchmarks.drafts import Draft
+from errata.benchmarks.drafts import Draft, through
 from errata.benchmarks.files import FileBenchmark, Form
 from errata.benchmarks.knowedit import ZSRE_FORM
 from errata.benchmarks.records import Record
@@ -21,9 +21,7 @@ def _mend(record: Record) -> Draft:
     draft.ask("rephrase", record.text("rephrase"), draft.target)
     if "loc" in record:
         draft.ask("unrelated", record.text("loc"), *record.answers("loc_ans"))
-    if "portability" in record:
-        hop = record.inner("portability").only("Recalled Relation", "New Question", "New Answer")
-        draft.ask("two_hop", hop.text("New Question"), *hop.answers("New Answer"))
+    through(draft, record)
     if "alter_subject_question" in record:
         draft.ask("alias", record.text("alter_subject_question"), draft.target)
     if "inverse question" in record:

@@ -32,8 +32,7 @@ def add(commands: common.Subparsers) -> None:
 
 
 def _group(commands: common.Subparsers, name: str, about: str) -> common.Subparsers:
-    out = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False)
-    inner: common.Subparsers = out.add_subparsers(metavar="COMMAND", required=True, dest=f"{name}_command")
+    inner: common.Subparsers = common.bare(commands, name, about).add_subparsers(metavar="COMMAND", required=True, dest=f"{name}_command")
     return inner
 
 

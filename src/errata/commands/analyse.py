@@ -26,8 +26,7 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--benchmark", default="almanac", metavar="NAME", help="almanac")
     out.add_argument("--split", default="dev", help="of the benchmark (dev)")
     out.add_argument("--n", type=common.positive, default=CASES, help=f"facts of the benchmark ({CASES})")
-    out.add_argument("--set", action="append", default=[], metavar="K=V", help="a setting of REP; may be repeated")
-    out.add_argument("--config", metavar="FILE.yaml", help="settings from a file; --set goes on top")
+    common.set_options(out, "a setting of REP")
     common.out_options(out)
     gates.add(inner)
 
@@ -44,8 +43,7 @@ def wanted(args: argparse.Namespace) -> list[EditRequest]:
 def run(args: argparse.Namespace, screen: Screen) -> None:
     values, requests = common.settings(args), wanted(args)
     registry.get("method", args.method)
-    if args.out is not None:
-        files.check(args.out, args.force)
+    files.check(args.out, args.force)
     lm = common.load(args)
     from errata.analyse import keys
 

@@ -33,17 +33,27 @@ def positive(text: str) -> int:
     return value
 
 
+def bare(commands: Subparsers, name: str, about: str) -> argparse.ArgumentParser:
+    """A subcommand's parser without arguments."""
+    out: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False)
+    return out
+
+
 def parser(commands: Subparsers, name: str, run: Any, about: str, *, model: bool = True, json: bool = True) -> argparse.ArgumentParser:
     """A subcommand's parser with the arguments all have."""
-    out: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False)
+    out = bare(commands, name, about)
     if model:
-        out.add_argument("model", metavar="MODEL", help="a folder saved by transformers, a hub name, or 'almanac' (in the package)")
-        model_options(out)
+        model_argument(out)
     if json:
         out.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     out.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks, and what libraries log")
     out.set_defaults(run=run)
     return out
+
+
+def model_argument(out: argparse.ArgumentParser) -> None:
+    out.add_argument("model", metavar="MODEL", help="a folder saved by transformers, a hub name, or 'almanac' (in the package)")
+    model_options(out)
 
 
 def model_options(out: argparse.ArgumentParser) -> None:
@@ -60,6 +70,12 @@ def mode_options(out: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="K=V", help="a hyper-parameter of the method; may be repeated (see `errata methods`)"
     )
     out.add_argument("--config", metavar="FILE.yaml", help="hyper-parameters from a file; --set goes on top")
+
+
+def set_options(out: argparse.ArgumentParser, what: str) -> None:
+    """``what``: that --set sets."""
+    out.add_argument("--set", action="append", default=[], metavar="K=V", help=f"{what}; may be repeated")
+    out.add_argument("--config", metavar="FILE.yaml", help="settings from a file; --set goes on top")
 
 
 def out_options(out: argparse.ArgumentParser) -> None:
@@ -84,6 +100,12 @@ def benchmark_options(out: argparse.ArgumentParser, default: str | None, cases: 
     out.add_argument("--n", type=positive, help=f"cases ({cases}, or as many as there are)")
 
 
+def case_options(out: argparse.ArgumentParser, cases: int) -> None:
+    """`benchmark_options` on the almanac, and the order of the cases."""
+    benchmark_options(out, "almanac", cases)
+    out.add_argument("--seed", type=seed_or_file, default=0, help="of the order of the cases (0); file: the file's own order")
+
+
 def items(args: argparse.Namespace, most: int, packaged: str, seed: int | None) -> tuple[Any, list[Any]]:
     """(the benchmark, its first items): --n of them, else up to ``most``.  ``packaged``: the split of a benchmark in the package."""
     benchmark = open_benchmark(args.benchmark, args.data)
@@ -102,6 +124,11 @@ def benchmark_facts(args: argparse.Namespace, benchmark: Any, count: int) -> dic
     return out
 
 
+def tens(count: int) -> list[int]:
+    """Where continual editing is looked at: the powers of ten below ``count``, and ``count``."""
+    return [*(t for t in (10**i for i in range(8)) if t < count), count]
+
+
 def batch_size(args: argparse.Namespace) -> int:
     if args.batch_size is not None and args.mode != "batched":
         raise ConfigError(f"--batch-size has no meaning in {args.mode} mode; add --mode batched")
@@ -112,19 +139,21 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Hyper-parameters of --config with those of --set on top."""
     values: dict[str, Any] = {}
     if args.config is not None:
-        try:
-            values |= read_yaml(args.config)
-        except OSError as error:
-            raise ConfigError(f"{args.config}: cannot be read ({error.strerror}); give a YAML file") from None
+        values |= read_yaml(args.config)
     values |= parse_sets(args.set)
     if odd := [k for k in values if not isinstance(k, str)]:
         raise ConfigError(f"{args.config}: the setting {odd[0]!r} is not a name")
     return values
 
 
+def listed(text: str) -> list[str]:
+    """The parts of a text with commas; empty ones do not count."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def editors(names: str) -> list[str]:
     """The methods of a comma-separated list; `UnknownName` for one that does not exist."""
-    out = [name.strip() for name in names.split(",") if name.strip()]
+    out = listed(names)
     if not out:
         raise ConfigError(f"--method {names!r} names no method; there are {', '.join(registry.names('method'))}")
     for name in out:

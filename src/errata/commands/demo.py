@@ -42,8 +42,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from errata.score.metrics import summarise
     from errata.score.queries import Answers
 
-    if args.out is not None:
-        files.check(args.out, args.force)
+    files.check(args.out, args.force)
     if args.what == "theorem":
         return _theorem(args, screen)
     benchmark = registry.get("benchmark", "almanac")()

@@ -87,8 +87,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     wanted, size, chosen = requests(args), common.batch_size(args), settings(args)
     method = args.method
     kind = registry.get("method", method)
-    if args.out is not None:
-        files.check(args.out, args.force)
+    files.check(args.out, args.force)
     lm = common.load(args)
     editor = kind.for_model(lm, **chosen)
     began = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,18 +39,17 @@ def ours(folder: Path) -> bool:
     )
 
 
-def check(out: Path, force: bool) -> None:
-    """`StorageError` now rather than after an hour of work: the place is taken, or cannot be written."""
-    if out.is_symlink() and not out.exists():
-        raise StorageError(f"{out} is a link to nowhere; remove it or give another name")
+def check(out: Path | None, force: bool) -> None:
+    """`StorageError` now rather than after an hour of work: the place is taken, or cannot be written.  None: nothing will be saved."""
+    if out is None:
+        return
+    storage.no_dangling_link(out)
     if out.exists():
         if not ours(out):
             raise StorageError(f"{out} exists and is not a result of errata; it is left alone, give another name")
         if not force and any(out.iterdir()):
             raise StorageError(f"{out} exists already; give another name, or --force to replace it")
-    above = next(p for p in out.absolute().parents if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise StorageError(f"{out}: {above} is not a folder that can be written; choose another place")
+    storage.within_reach(out)
 
 
 @contextlib.contextmanager

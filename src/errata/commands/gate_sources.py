@@ -124,7 +124,7 @@ def _from_model(args: argparse.Namespace, values: dict[str, Any], progress: Prog
     from errata.score.queries import Answers
 
     editor = registry.get("method", "baft").for_model(lm, **values)
-    marks = sorted({t for t in (10**i for i in range(8)) if t < len(cases)} | {len(cases)})
+    marks = common.tens(len(cases))
     grown = gate_training.grow(lm, editor, cases, marks, progress)
     by_mark = gate_training.records(lm, grown, cases, "baft", Answers(), progress)
     stack = grown.stacks[len(cases)]

@@ -24,23 +24,20 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--model", metavar="MODEL", help="the model of RUN, where its folder does not name it")
     out.add_argument("--cell", metavar="CELL", help="which cell of a run, or the method's label; needed where several have gates")
     common.model_options(out)
-    common.benchmark_options(out, "almanac", CASES)
-    out.add_argument("--seed", type=common.seed_or_file, default=0, help="of the order of the cases (0); file: the file's own order")
+    common.case_options(out, CASES)
     out.add_argument(
         "--compare", default="", metavar="WHAT,…", help="also edit without the balance loss, or the locality term: balance,locality"
     )
-    out.add_argument("--set", action="append", default=[], metavar="K=V", help="a setting of BaFT; may be repeated")
-    out.add_argument("--config", metavar="FILE.yaml", help="settings from a file; --set goes on top")
+    common.set_options(out, "a setting of BaFT")
     common.out_options(out)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     values = common.settings(args)
-    compared = [part.strip() for part in args.compare.split(",") if part.strip()]
+    compared = common.listed(args.compare)
     if odd := [part for part in compared if part not in COMPARE]:
         raise ConfigError(f"--compare {odd[0]!r}: there are {' and '.join(COMPARE)}")
-    if args.out is not None:
-        files.check(args.out, args.force)
+    files.check(args.out, args.force)
     with screen.progress() as progress:
         lm, found = gate_sources.read(args, values, bool(compared), progress)
         document = _document(args, lm, found, compared, progress)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from errata import storage
 from errata.commands import common, results
@@ -46,7 +47,7 @@ def formats(args: argparse.Namespace) -> list[str]:
         return ["terminal"] if args.out is None else [ENDINGS[ending]] if ending in ENDINGS else list(FORMATS)
     if args.json and args.out is None:
         raise ConfigError("--json prints a document of its own; leave out --format, or give --out")
-    asked = [name.strip() for name in args.format.split(",") if name.strip()]
+    asked = common.listed(args.format)
     asked = list(FORMATS) if asked == ["all"] else asked
     if odd := [name for name in asked if name not in FORMATS] or (not asked and [args.format]):
         raise UnknownName(f"no format {odd[0]!r}; there are {', '.join(FORMATS)} and all")
@@ -102,7 +103,7 @@ def _only(sections: Sequence[Section], names: str | None) -> None:
     """Rows of other protocols are left out."""
     if names is None:
         return
-    asked = [name.strip() for name in names.split(",") if name.strip()]
+    asked = common.listed(names)
     there = protocols([row for section in sections for row in section.rows])
     if odd := [name for name in asked if name not in there]:
         raise UnknownName(f"--protocol {odd[0]!r}: these runs have {', '.join(there)}")
@@ -134,8 +135,7 @@ def _written(name: str, title: str, sections: Sequence[Section], folders: Sequen
         from errata.report.page import whole
 
         manifests = {str(f.path): f.manifest for f in folders if f.manifest}
-        gated = [document for folder in folders for document in folder.gates]
-        return whole(title, sections, documents.notes(folders), manifests, gated, cases)
+        return whole(title, sections, documents.notes(folders), manifests, _gated(folders), cases)
     write_one = {"terminal": documents.terminal, "markdown": documents.markdown, "latex": documents.latex}[name]
     return write_one(title, sections, documents.notes(folders), _gates(folders))
 
@@ -150,19 +150,25 @@ def _show(screen: Screen, title: str, sections: Sequence[Section], folders: Sequ
         for k, v in documents.about(section, i, len(sections) > 1):
             screen.say(f"{k}: {v}")
         for table in documents.fitted(contents.tables(section)):
-            screen.say(f"\n{table.title}")
-            screen.table(table.headings, table.lines, right=range(table.words, len(table.headings)))
-            screen.say(table.note)
+            _table(screen, table)
     for table in _gates(folders):
-        screen.say(f"\n{table.title}")
-        screen.table(table.headings, table.lines, right=range(table.words, len(table.headings)))
-        screen.say(table.note)
+        _table(screen, table)
+
+
+def _table(screen: Screen, table: Table) -> None:
+    screen.say(f"\n{table.title}")
+    screen.table(table.headings, table.lines, right=range(table.words, len(table.headings)))
+    screen.say(table.note)
+
+
+def _gated(folders: Sequence[Folder]) -> list[Mapping[str, Any]]:
+    """All documents of `errata analyse gates`."""
+    return [document for folder in folders for document in folder.gates]
 
 
 def _gates(folders: Sequence[Folder]) -> list[Table]:
-    """Of all documents of `errata analyse gates`, each table named after what was looked at."""
-    documents = [document for folder in folders for document in folder.gates]
-    return [replace(t, title=f"{t.title} ({gate_maps.name(d)})") for d in documents for t in gate_maps.tables(d)]
+    """Their tables, each named after what was looked at."""
+    return [replace(t, title=f"{t.title} ({gate_maps.name(d)})") for d in _gated(folders) for t in gate_maps.tables(d)]
 
 
 def _tell(screen: Screen, sections: Sequence[Section], folders: Sequence[Folder]) -> None:

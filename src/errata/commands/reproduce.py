@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from errata import published, registry
 from errata.commands import common, files
 from errata.commands.score import settings_of
-from errata.commands.screen import Screen, as_json
+from errata.commands.screen import Screen, as_json, json_lines
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ CASES = 100
 def add(commands: common.Subparsers) -> None:
     out = common.parser(commands, "reproduce", run, "measure a published table again, the paper's figures beside it", model=False)
     out.add_argument("name", metavar="NAME", help=", ".join(published.names()))
-    out.add_argument("model", metavar="MODEL", help="a folder saved by transformers, a hub name, or 'almanac' (in the package)")
-    common.model_options(out)
+    common.model_argument(out)
     out.add_argument(
         "--method", metavar="NAME[,NAME]", help="methods to run (reft,baft; baft-table4, baft-fig2 and rep-main have their own)"
     )
@@ -36,8 +35,7 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--n", type=common.positive, help=f"cases of each benchmark ({CASES}, or as many as there are)")
     out.add_argument("--split", metavar="NAME", help="of the almanac (test)")
     out.add_argument("--seed", type=int, default=0, help="of the almanac's order (0); a file is taken in its own order")
-    out.add_argument("--set", action="append", default=[], metavar="K=V", help="a setting, or METHOD.K=V for one method; may be repeated")
-    out.add_argument("--config", metavar="FILE.yaml", help="settings from a file; --set goes on top")
+    common.set_options(out, "a setting, or METHOD.K=V for one method")
     common.out_options(out)
 
 
@@ -64,8 +62,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
     asked = asked_of(args)
     table = reproduce.check(asked)
-    if args.out is not None:
-        files.check(args.out, args.force)
+    files.check(args.out, args.force)
     for benchmark in dict.fromkeys([*asked.data]):
         if registry.get("benchmark", benchmark).kind == "edits":
             reproduce.cases_of(asked, benchmark)  # a wrong file is found before the model is loaded
@@ -103,7 +100,7 @@ def _save(args: argparse.Namespace, document: dict[str, Any], records: Sequence[
         files.write(folder / "reproduce.json", as_json(document) + "\n")
         files.write(folder / "reproduce.md", reproduce.markdown(document))
         if records:
-            files.write(folder / "records.jsonl", "".join(as_json(r, indent=None) + "\n" for r in records))
+            files.write(folder / "records.jsonl", json_lines(records))
         if len({r.get("T") for r in document["rows"]}) > 1:
             reproduce.marks(document["rows"], [folder / f"reproduce-marks.{e}" for e in endings])
         if document["weights"]:
@@ -119,8 +116,7 @@ def _show(screen: Screen, document: dict[str, Any]) -> None:
     if document["rows"]:
         screen.table(reproduce.HEADINGS, reproduce.lines(document["rows"]))
     if document["redundancy"]:
-        shares = list(dict.fromkeys(r["M"] for r in document["redundancy"]))
-        screen.table(("method", "block", *(f"< {m:g} max" for m in shares)), reproduce.redundancy_lines(document["redundancy"]))
+        screen.table(*reproduce.redundancy_table(document["redundancy"]))
     for line in reproduce.footers(document):
         screen.say(line)
     for title, items in (("Not as in the paper", document["differences"]), ("Not measured", document["left_out"])):

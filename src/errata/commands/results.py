@@ -10,7 +10,7 @@ from typing import Any
 
 import errata
 from errata.commands import files
-from errata.commands.screen import Screen, as_json
+from errata.commands.screen import Screen, as_json, json_lines
 from errata.errors import InputError, UnknownName
 from errata.report import contents, documents, tables
 from errata.report.folders import RIGHT_AFTER
@@ -103,7 +103,7 @@ def save(
         said=of(final),
         soon=of([r for r in every if r.get("edits") == RIGHT_AFTER]),
     )
-    files.write(folder / "records.jsonl", "".join(as_json(r, indent=None) + "\n" for r in every))
+    files.write(folder / "records.jsonl", json_lines(every))
     files.write(folder / "summary.json", as_json(document) + "\n")
     files.write(folder / "report.html", whole(title, [section], notes))
     files.write(folder / "report.md", documents.markdown(title, [section], notes))

@@ -35,8 +35,7 @@ class Scored:
 def add(commands: common.Subparsers) -> None:
     out = common.parser(commands, "score", run, "score editing methods on a benchmark")
     out.add_argument("--method", metavar="NAME[,NAME]", help=f"methods to compare ({METHOD})")
-    common.benchmark_options(out, "almanac", CASES)
-    out.add_argument("--seed", type=common.seed_or_file, default=0, help="of the order of the cases (0); file: the file's own order")
+    common.case_options(out, CASES)
     out.add_argument("--patch", nargs="+", action="extend", default=[], metavar="DIR", help="benchmarks without edits: score under these")
     out.add_argument("--marks", metavar="T,T,…", help="continual mode: score after so many edits (powers of ten and the last)")
     out.add_argument("--free-tokens", action="store_true", help="also the token agreement of free answers, by which GRACE was published")
@@ -53,7 +52,7 @@ def add(commands: common.Subparsers) -> None:
 def marks(args: argparse.Namespace) -> list[int]:
     """When continual mode scores; rising, from 1 to the number of cases."""
     if args.marks is None:
-        return sorted({t for t in (10**i for i in range(8)) if t < args.n} | {args.n})
+        return common.tens(args.n)
     if args.mode != "continual":
         raise ConfigError(f"--marks has no meaning in {args.mode} mode; add --mode continual")
     try:
@@ -133,8 +132,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
     common.batch_size(args)
     values, methods = common.settings(args), common.editors(args.method or METHOD)
-    if args.out is not None:
-        files.check(args.out, args.force)
+    files.check(args.out, args.force)
     benchmark, cases = common.items(args, CASES, "test", args.seed)
     if args.robustness and benchmark.kind != "edits":
         raise ConfigError(f"--robustness: {benchmark.name} makes no edits; leave it out")
@@ -175,7 +173,7 @@ def _widened(lm: LM, editors: list[Any], cases: list[Case], screen: Screen) -> l
     """With robustness probes, the same for all methods: those that fit behind the longest context an editor may put in front."""
     from errata.score import robustness
 
-    out = robustness.widen(lm, cases, room=max(editor.room(lm) if hasattr(editor, "room") else 0 for editor in editors))
+    out = robustness.widen(lm, cases, room=robustness.room_of(lm, editors))
     if missing := robustness.unasked(out):
         screen.say(
             f"Not asked, since the model's window is too short (an in-context method may get a smaller budget): {', '.join(missing)}."

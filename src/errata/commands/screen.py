@@ -11,7 +11,7 @@ import math
 import sys
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -57,6 +57,11 @@ def as_json(value: Any, encoding: str = "utf-8", indent: int | None = 1) -> str:
     except UnicodeEncodeError:
         return json.dumps(finite(value), indent=indent, allow_nan=False)
     return text
+
+
+def json_lines(values: Iterable[Any]) -> str:
+    """One document a line."""
+    return "".join(as_json(value, indent=None) + "\n" for value in values)
 
 
 @dataclass

@@ -81,11 +81,10 @@ def _of_benchmark(args: argparse.Namespace) -> list[Any]:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     wanted = facts(args)
-    if args.out is not None:
-        files.check(args.out, args.force)
+    files.check(args.out, args.force)
     from errata.trace import Settings, trace
 
-    kinds = tuple(k.strip() for k in args.kinds.split(",") if k.strip())
+    kinds = tuple(common.listed(args.kinds))
     settings = Settings(kinds, args.samples, args.noise, args.window, args.seed, args.rows)
     asked = wanted()
     lm = common.load(args)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from errata import registry
 from errata.core.context import Front, named
-from errata.core.families import Family, resolve
+from errata.core.families import Family, hidden_of, resolve
 from errata.core.patch import PROMPT, Op, Patch, Site
+from errata.core.tokens import positions
 from errata.core.weights import Groups, padded, sizes, together
 from errata.errors import PatchError
 
@@ -311,7 +312,7 @@ class Hooks(AbstractContextManager["Hooks"]):
             context = self.plan.context
             if context is None or not self.plan.enabled:
                 return None
-            y = output[0] if isinstance(output, tuple) else output
+            y = hidden_of(output)
             x = args[0] if args else y
             for bank in self.plan.banks[site]:
                 y = bank.apply(x, y, context)
@@ -341,9 +342,8 @@ def _context(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tu
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         mask = torch.ones((rows, past + width), dtype=torch.long, device=tokens.device)
     mask = mask[:, : past + width]
-    position = (mask.long().cumsum(1) - 1).masked_fill(mask == 0, -1)
+    position = positions(mask)
     lengths = plan.prompt_lengths
     if lengths is None:  # a raw call: everything after the first chunk was generated
         lengths = mask.long().sum(1) if past == 0 else torch.zeros(rows, dtype=torch.long, device=tokens.device)
-    here = position[:, -width:].to(tokens.device)
-    return Context(here, lengths.to(tokens.device), plan.tape, past == 0, plan.memory, None, rows), mask
+    return Context(position[:, -width:].to(tokens.device), lengths.to(tokens.device), plan.tape, past == 0, plan.memory, None, rows), mask

@@ -195,7 +195,7 @@ class Front:
         return out
 
     def _check(self, hf: Any, placed: Placed, mask: Tensor, at: Tensor) -> None:
-        limit = getattr(text_config(hf), "max_position_embeddings", None)
+        limit = getattr(text_config(hf.config), "max_position_embeddings", None)
         if not isinstance(limit, int) or mask.shape[1] <= limit or int(at.max()) < limit:
             return
         row = int(at.max(1).values.argmax())

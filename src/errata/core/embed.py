@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.core.families import Family, resolve
+from errata.core.families import Family, hidden_of, resolve
 from errata.errors import ConfigError, ModelError
 
 
@@ -47,7 +47,7 @@ def states(hf: Any, family: Family, ids: Tensor, position: Tensor, blocks: Seque
 
     def keep(block: int) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
-            seen[block] = (output[0] if isinstance(output, tuple) else output).detach()
+            seen[block] = hidden_of(output).detach()
             left.discard(block)
             if not left:
                 raise _Reached

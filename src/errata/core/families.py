@@ -55,9 +55,13 @@ def resolve(root: Any, path: str) -> Any:
     return root
 
 
-def text_config(hf: Any) -> Any:
+def hidden_of(output: Any) -> Any:
+    """The hidden states in what a module gives back; blocks of some families give a tuple that begins with them."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def text_config(config: Any) -> Any:
     """The language part of a (possibly multi-modal) config."""
-    config = hf.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -78,7 +82,7 @@ def find(hf: nn.Module) -> Family:
 
 def search(hf: nn.Module, name: str) -> Family:
     """Find the parts by shape: the one list of blocks, the linears in it that write ``hidden_size``."""
-    config = text_config(hf)
+    config = text_config(hf.config)
     depth, width = config.num_hidden_layers, config.hidden_size
     lists = [(path, m) for path, m in hf.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if len(lists) != 1:

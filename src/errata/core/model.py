@@ -33,7 +33,7 @@ class LM:
     def __init__(self, hf: Any, tokenizer: Any, name: str = "") -> None:
         self.hf, self.tokenizer, self.name = hf.eval().requires_grad_(False), tokenizer, name
         self.family: Family = find(hf)
-        self.config = text_config(hf)
+        self.config = text_config(hf.config)
         self.find_blocks()
         self._attached: Stack = ()
         self._hooks: Hooks | None = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from errata.core.bank import Bank, Stack, live, looks_ahead
-from errata.core.families import resolve
+from errata.core.families import hidden_of, resolve
 from errata.core.model import LM
 from errata.core.patch import WEIGHT_LIKE, Site
 from errata.core.tokens import Encoded
@@ -48,7 +48,7 @@ def watching(lm: LM, sites: Sequence[Site], seen: Callable[[Site, Tensor, Tensor
     def watch(site: Site) -> Callable[..., None]:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = args[0] if args else kwargs["hidden_states"]
-            seen(site, x, output[0] if isinstance(output, tuple) else output)
+            seen(site, x, hidden_of(output))
             left.discard(site)
             if stop and not left:
                 raise Reached

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from errata.core.bank import Bank, Plan, Stack, looks_ahead
 from errata.core.decode import branches, fork, picked
+from errata.core.families import hidden_of
 from errata.core.model import LM
-from errata.core.tokens import IGNORED, Encoded
+from errata.core.tokens import IGNORED, Encoded, positions
 
 
 @dataclass
@@ -154,7 +155,7 @@ class Tail:
             raise _Reached
 
         def leaves(_: Any, __: Any, output: Any) -> None:
-            seen["tuple"], seen["hidden"] = isinstance(output, tuple), output[0] if isinstance(output, tuple) else output
+            seen["tuple"], seen["hidden"] = isinstance(output, tuple), hidden_of(output)
             raise _Reached
 
         blocks = self.lm.blocks
@@ -245,7 +246,7 @@ def capture(lm: LM, encoded: Sequence[Encoded], blocks: Sequence[int], on: Stack
 
     def keep(block: int) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
-            out = (output[0] if isinstance(output, tuple) else output).detach()
+            out = hidden_of(output).detach()
             seen[block] = out[:, -batch.ids.shape[1] :]  # context may stand in front
 
         return hook
@@ -259,5 +260,4 @@ def capture(lm: LM, encoded: Sequence[Encoded], blocks: Sequence[int], on: Stack
         finally:
             for handle in handles:
                 handle.remove()
-    position = (batch.mask.cumsum(1) - 1).masked_fill(batch.mask == 0, -1)
-    return seen, position, batch.prompt_lengths
+    return seen, positions(batch.mask), batch.prompt_lengths

@@ -144,6 +144,11 @@ def pad_id(tokenizer: Any) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
 
 
+def positions(mask: Tensor) -> Tensor:
+    """[B, T] the place of each token in its row, -1 where the mask is zero."""
+    return (mask.long().cumsum(1) - 1).masked_fill(mask == 0, -1)
+
+
 def pad(rows: Sequence[Encoded], fill: int, side: str = "left") -> Batch:
     """Pad rows to the longest.  Masks come from lengths, never from ids: padding may equal EOS and EOS may be text."""
     width = max(len(r.ids) for r in rows)

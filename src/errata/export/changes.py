@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,6 +68,11 @@ class Change:
 
 def _wide(t: Tensor) -> Tensor:
     return t.detach().cpu().double()
+
+
+def share(error: float, size: float) -> float:
+    """‖lost‖ / ‖whole‖ of two sums of squares."""
+    return math.sqrt(error / size) if size else 0.0
 
 
 def slice_of(numbers: int) -> int:
@@ -138,9 +143,13 @@ def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return known[str(dtype)]
 
 
+def _source(lm: LM) -> str:
+    return str(getattr(lm.hf.config, "_name_or_path", "") or "")
+
+
 def base_folder(lm: LM) -> Path | None:
     """The folder that the model was loaded from, where it is one."""
-    name = str(getattr(lm.hf.config, "_name_or_path", "") or "")
+    name = _source(lm)
     return Path(name) if name and Path(name).is_dir() else None
 
 
@@ -151,7 +160,7 @@ def base_file(lm: LM, name: str) -> Path | None:
         return folder / name if (folder / name).is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
-    where = str(getattr(lm.hf.config, "_name_or_path", "") or "")
+    where = _source(lm)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where):
         return None
     found = try_to_load_from_cache(where, name)
@@ -166,8 +175,7 @@ def place(lm: LM, folder: Path, force: bool, what: str, names: str, head: str) -
     base = base_folder(lm)
     if base is not None and folder.exists() and folder.resolve() == base.resolve():
         raise StorageError(f"{folder} is the base model itself, which is never written; give another name")
-    if folder.is_symlink() and not folder.exists():
-        raise StorageError(f"{folder} is a link to nowhere; remove it or give another name")
+    storage.no_dangling_link(folder)
     if folder.exists():
         entries = list(folder.iterdir()) if folder.is_dir() else []
         ours = (folder / head).is_file() and all(e.is_file() and re.fullmatch(names, e.name) for e in entries)
@@ -175,9 +183,7 @@ def place(lm: LM, folder: Path, force: bool, what: str, names: str, head: str) -
             raise StorageError(f"{folder} exists and is not {what}; it is left alone, give another name")
         if entries and not force:
             raise StorageError(f"{folder} exists already; give another name, or force=True (--force) to replace it")
-    above = next(p for p in folder.absolute().parents if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise StorageError(f"{folder}: {above} is not a folder that can be written; choose another place")
+    storage.within_reach(folder)
 
 
 def mark(lm: LM, stack: Stack, folder: Path, use: str, written: Sequence[Written], dtype: str) -> None:

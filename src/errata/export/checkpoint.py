@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from errata import storage
 from errata.core import offload
 from errata.core.bank import Stack
+from errata.core.families import text_config
 from errata.core.model import LM
 from errata.errors import ModelError
 from errata.export import tensors
-from errata.export.changes import Change, Report, Written, base_file, base_folder, changes, dtype_named, mark, place, slice_of
+from errata.export.changes import Change, Report, Written, base_file, base_folder, changes, dtype_named, mark, place, share, slice_of
 from errata.export.tensors import Lazy
 
 INDEX = "model.safetensors.index.json"
@@ -58,13 +59,9 @@ def bake(lm: LM, stack: Stack, folder: str | Path, *, dtype: str | torch.dtype |
             index = {"metadata": total, "weight_map": dict(sorted((n, f) for f, names in files.items() for n in names))}
             storage.write(temporary / INDEX, json.dumps(index, indent=2).encode())
         _rest(lm, temporary, wanted)
-        written = tuple(Written(c.path, c.rank, _share(*lost[c.path])) for c in found)
+        written = tuple(Written(c.path, c.rank, share(*lost[c.path])) for c in found)
         mark(lm, stack, temporary, USE, written, stored)
     return Report(out, stored, written)
-
-
-def _share(error: float, size: float) -> float:
-    return math.sqrt(error / size) if size else 0.0
 
 
 def _checkpoint(lm: LM, found: list[Change], dtype: torch.dtype | None, lost: dict[str, tuple[float, float]]) -> dict[str, Lazy]:
@@ -176,7 +173,7 @@ def _rest(lm: LM, folder: Path, dtype: torch.dtype | None) -> None:
     """Config, generation config, tokenizer and, for a model with code of its own, that code."""
     config = copy.deepcopy(lm.hf.config)
     config.architectures = [type(lm.hf).__name__]
-    for part in {id(c): c for c in (config, config.get_text_config() if hasattr(config, "get_text_config") else config)}.values():
+    for part in {id(c): c for c in (config, text_config(config))}.values():
         setattr(part, "dtype" if hasattr(part, "dtype") else "torch_dtype", dtype or lm.dtype)
     try:
         config.save_pretrained(folder)

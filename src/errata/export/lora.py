@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from errata.core.patch import Op, Site
 from errata.core.weights import delta, low_rank, rank_of, spectrum
 from errata.errors import ConfigError, PatchError
 from errata.export import tensors
-from errata.export.changes import Change, Report, Written, base_folder, changes, dtype_named, mark, place
+from errata.export.changes import Change, Report, Written, base_folder, changes, dtype_named, mark, place, share
 from errata.export.tensors import Lazy
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -161,4 +160,4 @@ def _lost(change: Change, op: Op) -> float:
     for exact, got in zip(change.rows(), Change(change.path, change.module, (op,)).rows(), strict=True):
         error += float((exact - got).square().sum())
         size += float(exact.square().sum())
-    return math.sqrt(error / size) if size else 0.0
+    return share(error, size)

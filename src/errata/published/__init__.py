@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from errata.errors import UnknownName
+from errata.errors import UnknownName, near
 
 HERE: Final = Path(__file__).parent
 SPREAD: Final = 0.02  # the same row, printed in three places of the BaFT paper, differs by so much
@@ -73,8 +72,7 @@ def names() -> list[str]:
 def get(name: str) -> Published:
     """The table of that name; `UnknownName` otherwise."""
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        raise UnknownName(f"no published table {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names())}"))
+        raise UnknownName(f"no published table {name!r}; {near(name, names(), 'there are')}")
     held: dict[str, Any] = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
     for key in ("misprints", "remarks", "rows"):
         held[key] = tuple(held[key])

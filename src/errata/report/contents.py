@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from errata.report.layout import Table
 from errata.report.sections import Section
-from errata.report.tables import HEADINGS, cell, main, methods, metrics, percent, protocols, scores, title
+from errata.report.tables import HEADINGS, cell, main, methods, metrics, percent, protocols, scores, span, title
 
 Row = Mapping[str, Any]
 MICRO: Final = "As REP averages: percent of all items of all records, every token of the answer right, the answer being fed"
@@ -67,7 +67,7 @@ def differences(rows: Sequence[Row]) -> list[Table]:
         columns, pairs = metrics(mine), list(dict.fromkeys((row["method"], row["minus"]) for row in mine))
         lines = [[f"{a} − {b}", *(_gap(at.get((a, b, metric))) for metric in columns)] for a, b in pairs]
         counts = [int(row["n_cases"]) for row in mine]
-        note = f"Points, 95 % intervals over {_span(counts)} common cases, paired by case; {CLEAR} its interval leaves out 0."
+        note = f"Points, 95 % intervals over {span(counts)} common cases, paired by case; {CLEAR} its interval leaves out 0."
         out.append(
             Table(f"Paired differences. {title(protocol)}", ["methods", *(HEADINGS.get(m, m) for m in columns)], lines, note, key=protocol)
         )
@@ -76,10 +76,6 @@ def differences(rows: Sequence[Row]) -> list[Table]:
 
 def _gap(row: Row | None) -> str:
     return "–" if row is None else gap(row) + (f" {CLEAR}" if clear(row) else "")
-
-
-def _span(values: Sequence[int]) -> str:
-    return str(values[0]) if min(values) == max(values) else f"{min(values)}–{max(values)}"
 
 
 def after(retention: Sequence[Row], right_after: Sequence[Row]) -> list[Table]:

@@ -84,9 +84,7 @@ def _draw(rows: Sequence[Row], path: str | Path, x: str, label: str, log: bool) 
         axes.set_xlabel(_plain(label))
         axes.set_ylabel(LABELS.get(protocol, "share of probes"))
         axes.set_ylim(*_limits(mine))
-        axes.set_title(_plain(PROTOCOLS.get(protocol, protocol).partition(":")[0]), fontsize=10)
-        axes.grid(True, alpha=0.25)
-        axes.legend(fontsize=7)
+        figures.finish(axes, _plain(PROTOCOLS.get(protocol, protocol).partition(":")[0]))
     figures.save(figure, [path])
 
 

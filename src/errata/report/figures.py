@@ -26,6 +26,13 @@ def figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[A
     return made, list(made.subplots(1, panels, squeeze=False)[0])
 
 
+def finish(axes: Axes, title: str) -> None:
+    """Title, grid and legend of a panel."""
+    axes.set_title(title, fontsize=10)
+    axes.grid(True, alpha=0.25)
+    axes.legend(fontsize=7)
+
+
 def save(made: Figure, paths: Sequence[str | Path]) -> None:
     """Each path by its ending.  An SVG is the same file for the same numbers: text stays text, and no date is written."""
     import matplotlib

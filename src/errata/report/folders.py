@@ -126,8 +126,10 @@ def _document(path: Path) -> dict[str, Any]:
     return storage.read_document(path, InputError)
 
 
-def _checked(document: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`InputError` unless its rows can be shown."""
+def _summary(folder: Path) -> tuple[dict[str, Any], Records | None]:
+    """The folder's summary, and its records where it has any; `InputError` unless the summary's rows can be shown."""
+    path, records = folder / "summary.json", folder / "records.jsonl"
+    document = _document(path)
     for part in ("summary", "retention", "right_after"):
         rows = document.get(part, [])
         if part not in document and part == "summary":
@@ -135,7 +137,7 @@ def _checked(document: dict[str, Any], path: Path) -> dict[str, Any]:
         for i, row in enumerate(rows):
             if lacking := [k for k in ("method", "metric", "protocol", "value", "low", "high") if k not in row]:
                 raise InputError(f"{path}: row {i} of {part!r} has no {lacking[0]!r}; it is not a summary of errata")
-    return document
+    return document, Records(records) if records.is_file() else None
 
 
 def read(path: Path) -> Folder:
@@ -184,14 +186,13 @@ def _why(cell: Path) -> str:
 
 
 def _cell(path: Path, run: Path) -> Result:
-    document, begun = _checked(_document(path / "summary.json"), path / "summary.json"), _document(path / "cell.json")
+    (document, records), begun = _summary(path), _document(path / "cell.json")
     cell = begun.get("cell", {})
     try:
         method, model, benchmark, scenario = str(cell["method"]["label"]), str(cell["model"]["name"]), cell["benchmark"], cell["scenario"]
         kind = str(scenario["kind"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{path / 'cell.json'}: does not say its {error}; it was damaged or changed by hand") from None
-    records = Records(path / "records.jsonl") if (path / "records.jsonl").is_file() else None
     order = cell.get("seed") if benchmark.get("seed") is None else benchmark["seed"]
     return Result(
         path,
@@ -222,8 +223,7 @@ def _benchmark(name: object, version: object, where: object, n: object, order: o
 
 
 def _scored(path: Path) -> Folder:
-    document = _checked(_document(path / "summary.json"), path / "summary.json")
-    records = Records(path / "records.jsonl") if (path / "records.jsonl").is_file() else None
+    document, records = _summary(path)
     results = of_document(path, document, records)
     told = ("summary", "retention", "right_after", "differences", "micro_averages", "settings")
     return Folder(path, tuple(results), {k: v for k, v in document.items() if k not in told}, {}, _gates(path))

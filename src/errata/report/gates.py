@@ -10,7 +10,7 @@ from errata.errors import InputError
 from errata.report import figures
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 Row = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ def weights(rows: Sequence[Row], paths: Sequence[str | Path]) -> None:
         axes.set_ylabel("mean weight")
         axes.set_ylim(0, 1.2 * max(0.01, *(w for r in rows for w in r["bases"])))
         axes.set_xticks(range(1, len(first) + 1, max(1, len(first) // 6)))
-        _finish(axes, f"block {block}")
+        figures.finish(axes, f"block {block}")
     figures.save(made, paths)
 
 
@@ -66,7 +66,7 @@ def balance(rows: Sequence[Row], paths: Sequence[str | Path]) -> None:
         axes.set_xlabel("sequential edits")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
-        _finish(axes, "")
+        figures.finish(axes, "")
     figures.save(made, paths)
 
 
@@ -86,11 +86,5 @@ def locality(rows: Sequence[Row], paths: Sequence[str | Path]) -> None:
         axes.plot([x for x, _ in front], [y for _, y in front], color=colour, linestyle=style, label=f"{variant} the locality term")
     axes.set_xlabel("reliability (teacher-forced)")
     axes.set_ylabel("locality: agreement (teacher-forced)")
-    _finish(axes, "numbers: learning rate")
+    figures.finish(axes, "numbers: learning rate")
     figures.save(made, paths)
-
-
-def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize=10)
-    axes.grid(True, alpha=0.25)
-    axes.legend(fontsize=7)

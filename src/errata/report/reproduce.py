@@ -43,12 +43,13 @@ def footers(document: Document) -> list[str]:
     return out
 
 
-def redundancy_lines(rows: Sequence[Row]) -> list[list[str]]:
-    """(method, block, and for each M the mean count of dimensions below M times the largest)."""
+def redundancy_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """(headings, lines): method, block, and for each M the mean count of dimensions below M times the largest."""
+    headings = ["method", "block", *(f"< {m:g} max" for m in dict.fromkeys(r["M"] for r in rows))]
     out: dict[tuple[str, int], list[str]] = {}
     for r in rows:
         out.setdefault((r["method"], r["block"]), [r["method"], str(r["block"])]).append(f"{r['count']:.1f} of {r['rank']}")
-    return list(out.values())
+    return headings, list(out.values())
 
 
 def markdown(document: Document) -> str:
@@ -59,8 +60,7 @@ def markdown(document: Document) -> str:
         out += _table(HEADINGS, lines(document["rows"]))
         out += [*(f"{line}  " for line in footers(document)), ""]
     if document["redundancy"]:
-        shares = list(dict.fromkeys(r["M"] for r in document["redundancy"]))
-        out += _table(("method", "block", *(f"< {m:g} max" for m in shares)), redundancy_lines(document["redundancy"]))
+        out += _table(*redundancy_table(document["redundancy"]))
     for title, items in (
         ("Not as in the paper", document["differences"]),
         ("Not measured", document["left_out"]),
@@ -84,6 +84,10 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table), ""]
 
 
+def _style(i: int) -> dict[str, Any]:
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+
+
 def marks(rows: Sequence[Row], paths: Sequence[str | Path]) -> None:
     """A panel a figure and part: measured over T with intervals, published dashed."""
     panels = list(dict.fromkeys((r["part"], r["column"]) for r in rows))
@@ -92,7 +96,7 @@ def marks(rows: Sequence[Row], paths: Sequence[str | Path]) -> None:
     for axes, (part, column) in zip(all_axes, panels, strict=True):
         for i, method in enumerate(methods):
             mine = [r for r in rows if (r["part"], r["column"], r["method"]) == (part, column, method)]
-            style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+            style = _style(i)
             spread = [[max(0.0, r["measured"] - r["low"]) for r in mine], [max(0.0, r["high"] - r["measured"]) for r in mine]]
             axes.errorbar(
                 [r["T"] for r in mine], [r["measured"] for r in mine], yerr=spread, label=method, linewidth=1.2, capsize=2, **style
@@ -118,7 +122,7 @@ def redundancy(rows: Sequence[Row], paths: Sequence[str | Path]) -> None:
     for axes, method in zip(panels, methods, strict=True):
         for i, block in enumerate(sorted({r["block"] for r in rows if r["method"] == method})):
             mine = [r for r in rows if (r["method"], r["block"]) == (method, block)]
-            style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+            style = _style(i)
             at, spread = range(len(mine)), [r["sd"] for r in mine]
             axes.errorbar([x + 0.06 * i for x in at], [r["count"] for r in mine], yerr=spread, label=f"block {block}", capsize=2, **style)
             axes.set_xticks(at, [f"{r['M']:g}" for r in mine])

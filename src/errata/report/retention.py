@@ -40,7 +40,7 @@ def _panel(rows: Sequence[Row], metric: str, protocol: str, names: Sequence[str]
         return log(math.log(t))
 
     step = (end - start) / 5
-    parts = [*AREA.upright(_thinned(at), x, lambda t: f"{t:g}"), *AREA.level([start + i * step for i in range(6)], y, _percent)]
+    parts = [*AREA.upright(_thinned(at), x, lambda t: f"{t:g}"), *AREA.level([start + i * step for i in range(6)], y, svg.percent)]
     parts += AREA.frame("edits made (T)", f"{HEADINGS.get(metric, metric)}, %")
     ends, marks, spoken = [], [], []
     for i, name in enumerate(names):
@@ -61,10 +61,6 @@ def _thinned(at: Sequence[int]) -> list[int]:
         if math.log(out[-1] / t) >= 0.12 * math.log(at[-1] / at[0]):
             out.append(t)
     return out
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f}"
 
 
 def _line(rows: Sequence[Row], i: int, x: svg.Scale, y: svg.Scale) -> list[str]:

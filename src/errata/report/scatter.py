@@ -48,17 +48,13 @@ def _ticks(start: float) -> list[float]:
     return [1 - i * step for i in range(count, -1, -1)]
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f}"
-
-
 def _drawing(points: Sequence[Point], locality: str, protocol: str, names: Sequence[str]) -> str:
     x0 = _floor([float(across["low"]) for _, across, _ in points])
     y0 = _floor([float(up["low"]) for _, _, up in points])
     x, y = AREA.across(x0, 1), AREA.up(y0, 1)
     values = [(float(across["value"]), float(up["value"])) for _, across, up in points]
     best = front(values)
-    parts = [*AREA.upright(_ticks(x0), x, _percent), *AREA.level(_ticks(y0), y, _percent)]
+    parts = [*AREA.upright(_ticks(x0), x, svg.percent), *AREA.level(_ticks(y0), y, svg.percent)]
     parts += [*AREA.frame("reliability, %", f"{HEADINGS[locality]}, %"), _staircase([values[i] for i in best], x, y, x0, y0)]
     marks = [names.index(name) for name, _, _ in points]
     for mark, (_, across, up), (vx, vy) in zip(marks, points, values, strict=True):

@@ -72,6 +72,11 @@ class Area:
         return [part for v in at for part in (line(left, y(v), right, y(v), 'class="gridline"'), words(left - 6, y(v) + 4, said(v), "end"))]
 
 
+def percent(value: float) -> str:
+    """A share as an axis says it."""
+    return f"{100 * value:.0f}"
+
+
 def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {style}/>'
 

@@ -177,11 +177,12 @@ def counts(rows: Sequence[Row], protocol: str) -> str:
     for name in metrics(mine):
         here = [row for row in mine if row["metric"] == name]
         cases, probes = ([int(row[key]) for row in here] for key in ("n_cases", "n_probes"))
-        parts.append(f"{HEADINGS.get(name, name)} {_range(cases)} cases, {_range(probes)} probes")
+        parts.append(f"{HEADINGS.get(name, name)} {span(cases)} cases, {span(probes)} probes")
     return "; ".join(parts)
 
 
-def _range(values: Sequence[int]) -> str:
+def span(values: Sequence[int]) -> str:
+    """ "12" where all are 12, else "3–12"."""
     return str(values[0]) if min(values) == max(values) else f"{min(values)}–{max(values)}"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from errata.config import digest
 from errata.core.model import LM
 from errata.errors import ModelError, StorageError
 from errata.request import Case
@@ -30,7 +31,7 @@ def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell, source: Any = None) ->
     if not spec.score.robustness:
         return found
     editors = [grid.editor(other) for other in grid.cells(spec) if other.model == cell.model]
-    return robustness.widen(lm, found, room=max(e.room(lm) if hasattr(e, "room") else 0 for e in editors))
+    return robustness.widen(lm, found, room=robustness.room_of(lm, editors))
 
 
 def ask(lm: LM, cases: Sequence[Case], folder: Path, chunk: int, progress: Progress | None = None) -> Answers:
@@ -50,7 +51,7 @@ def ask(lm: LM, cases: Sequence[Case], folder: Path, chunk: int, progress: Progr
 def who(lm: LM, cases: Sequence[Case]) -> dict[str, str]:
     """Names the model and the cases: answers belong to both."""
     asked = [[[r.to_dict() for r in c.requests], [dataclasses.astuple(p) for p in c.probes]] for c in cases]
-    return {"fingerprint": lm.fingerprint, "cases": grid.digest(asked)}
+    return {"fingerprint": lm.fingerprint, "cases": digest(asked)}
 
 
 def same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

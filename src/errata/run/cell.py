@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from errata.config import to_dict
+from errata.config import digest, to_dict
 from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.errors import StorageError
@@ -87,7 +87,7 @@ class Work:
             return
         then = read_document(path)
         base.same(self.folder, then, now)
-        if grid.digest(then.get("settings")) != grid.digest(now["settings"]):
+        if digest(then.get("settings")) != digest(now["settings"]):
             raise StorageError(f"{self.folder}: the method's settings are not those it was begun with; give another --out")
 
     def _told(self, done: int, total: int) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from errata.core import model
-from errata.errors import ConfigError, DiskError, ErrataError, ModelError, StorageError
+from errata.errors import ConfigError, DiskError, ErrataError, ModelError, StorageError, first_line
 from errata.run import base, grid, manifest
 from errata.run.cell import Work
 from errata.run.folder import Journal, complete, locked, read_document
@@ -73,8 +73,7 @@ def attempt(root: str, name: str, base_only: bool = False, progress: Progress | 
     except (MemoryError, torch.cuda.OutOfMemoryError):
         return _failed(folder, name, "out of memory; use a smaller model, dtype bfloat16, or a smaller store.chunk", ModelError.exit_code)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        return _failed(folder, name, f"not foreseen: {type(error).__name__}: {first}; see error.txt in its folder", 1)
+        return _failed(folder, name, f"not foreseen: {type(error).__name__}: {first_line(error)}; see error.txt in its folder", 1)
 
 
 def _failed(folder: Path, name: str, message: str, code: int) -> Outcome:

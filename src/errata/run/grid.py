@@ -17,10 +17,7 @@ gpus: 1                              # that a cell takes on a Ray cluster; witho
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib
 import itertools
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +26,7 @@ from typing import Any, Literal
 
 from errata import registry
 from errata.benchmarks.files import open_benchmark
-from errata.config import build, parse_sets, read_yaml, to_dict
+from errata.config import build, digest, parse_sets, read_yaml, to_dict
 from errata.errors import ConfigError, UnknownName
 from errata.methods.base import preset
 from errata.run.guard import Limits
@@ -218,17 +215,12 @@ def benchmark(spec: BenchmarkSpec) -> Any:
 
 def _class(kind: str, name: str) -> Any:
     """A registered method or benchmark, or one's own as "module:Class"."""
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         return registry.get(kind, name)
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return registry.load(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{kind} {name!r} cannot be imported: {error}; put its folder on PYTHONPATH") from None
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
 def slug(*parts: str) -> str:

@@ -23,9 +23,9 @@ from errata.run.parts import Progress, Records, Score, alone
 from errata.score.queries import Answers, score
 
 
-def _scorer(lm: LM, editor: Any, progress: Progress | None, answers: Answers | None, label: str | None) -> Score:
-    """Scores with one memory of what was answered; ``label`` names the method in the records."""
-    kept, name = answers if answers is not None else Answers(), label or editor.name
+def scorer(lm: LM, name: str, progress: Progress | None, answers: Answers | None) -> Score:
+    """Scores with one memory of what was answered; ``name``: of the method in the records."""
+    kept = answers if answers is not None else Answers()
     told = (lambda done, total: progress("scoring", done, total)) if progress else None
     return lambda cases, stacks: score(lm, cases, stacks, name, told, kept)
 
@@ -36,7 +36,7 @@ def single(
     """A patch a case, and the records of each case under its own patch."""
     parts = alone(lm, editor, cases, lambda cases, stacks: [], progress=progress)
     patches = [patch for part in parts for _, patch in part.made]
-    return patches, _scorer(lm, editor, progress, answers, label)(cases, [(p,) for p in patches])
+    return patches, scorer(lm, label or editor.name, progress, answers)(cases, [(p,) for p in patches])
 
 
 def batched(
@@ -52,7 +52,7 @@ def batched(
     if size < 1:
         raise ConfigError(f"a batch holds at least one edit, not {size}")
     how = How(size, (len(cases),), chunk=len(cases), right_after=False)
-    *_, last = Growing(lm, editor, cases, _scorer(lm, editor, progress, answers, label), how, progress=progress).parts()
+    *_, last = Growing(lm, editor, cases, scorer(lm, label or editor.name, progress, answers), how, progress=progress).parts()
     return last.stack, last.records
 
 
@@ -74,7 +74,7 @@ def continual(
     at: dict[int, Records] = {}
     immediate: Records = []
     how = How(1, tuple(marks), chunk=len(cases))
-    for part in Growing(lm, editor, cases, _scorer(lm, editor, progress, answers, label), how, progress=progress).parts():
+    for part in Growing(lm, editor, cases, scorer(lm, label or editor.name, progress, answers), how, progress=progress).parts():
         stack = part.stack
         if part.mark is None:
             immediate += part.records

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import importlib
 import json
 import os
 import time
@@ -23,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from errata import storage
+from errata import registry, storage
 from errata.errors import ConfigError, JudgeError
 from errata.score import match
 
@@ -135,11 +134,10 @@ def make(name: str, cache: Path, endpoint: str | None = None, model: str | None 
         return None
     if name == "contains":
         return Function("contains@1", lambda question, wanted, answer: match.contains(answer, wanted))
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ConfigError(f"no judge named {name!r}; there are exact, contains, module:function, or give an endpoint")
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function = registry.load(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"judge {name!r} cannot be imported: {error}") from None
     if not callable(function):

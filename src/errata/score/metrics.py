@@ -37,7 +37,6 @@ Robustness metrics (`ROBUST`; probes by `errata.score.robustness`) have their li
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -45,7 +44,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from errata.errors import InputError, UnknownName
+from errata.errors import InputError, UnknownName, near
 from errata.score import sentiment
 from errata.score.metric_table import AFTER, METRICS, PROTOCOLS, Metric
 
@@ -60,8 +59,7 @@ CHUNK = 1 << 21  # resampled indices held at once: 16 MB
 def get_metric(name: str) -> Metric:
     """The metric of that name; `UnknownName` otherwise."""
     if name not in METRICS:
-        near = difflib.get_close_matches(name, METRICS, n=1)
-        raise UnknownName(f"no metric named {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METRICS)}"))
+        raise UnknownName(f"no metric named {name!r}; {near(name, METRICS, 'there are')}")
     return METRICS[name]
 
 
@@ -151,6 +149,11 @@ def _case_means(records: Iterable[Record], field: str) -> dict[str, float]:
     return {case: sum(values) / len(values) for case, values in sorted(found.items())}
 
 
+def _means_by_kind(records: Sequence[Record], which: Metric, field: str) -> list[dict[str, float]]:
+    """`_case_means` of each of the metric's kinds of probe alone."""
+    return [_case_means((r for r in records if r["kind"] == kind), field) for kind in which.kinds]
+
+
 def case_values(records: Iterable[Record], metric: str, protocol: str, by_kind: bool = False) -> dict[str, float]:
     """case -> mean over its probes, as `summarise` takes it; ``by_kind``: the mean over its kinds of probe of the mean over each kind's,
     as the papers' scripts average portability and locality.  Not for S, which no case has of its own."""
@@ -159,7 +162,7 @@ def case_values(records: Iterable[Record], metric: str, protocol: str, by_kind: 
     chosen, field = _chosen(records, which, protocol), which.after[protocol]
     if not by_kind:
         return _case_means(chosen, field)
-    columns = [_case_means((r for r in chosen if r["kind"] == kind), field) for kind in which.kinds]
+    columns = _means_by_kind(chosen, which, field)
     cases = sorted({case for means in columns for case in means})
     return {case: float(np.mean([means[case] for means in columns if case in means])) for case in cases}
 
@@ -168,7 +171,7 @@ def _columns(records: Sequence[Record], which: Metric, field: str) -> dict[str, 
     """case -> its means: one number, or for a harmonic metric one a kind (NaN where the case has no such probe)."""
     if not which.harmonic:
         return {case: [mean] for case, mean in _case_means(records, field).items()}
-    by_kind = [_case_means((r for r in records if r["kind"] == kind), field) for kind in which.kinds]
+    by_kind = _means_by_kind(records, which, field)
     return {case: [means.get(case, math.nan) for means in by_kind] for case in sorted({c for means in by_kind for c in means})}
 
 

@@ -52,6 +52,11 @@ PAPER: Final[dict[str, str]] = {
 }
 
 
+def room_of(lm: LM, editors: Iterable[Any]) -> int:
+    """The longest context that any of the editors may put in front."""
+    return max(editor.room(lm) if hasattr(editor, "room") else 0 for editor in editors)
+
+
 def widen(lm: LM, cases: Iterable[Case], seed: int = 0, long_seen: int = 1, room: int = 0) -> list[Case]:
     """The cases with robustness probes behind their own.
 

@@ -20,7 +20,7 @@ from errata.serve.cohorts import Cohort, prompts_that_fit
 from errata.serve.metrics import Metrics
 from errata.serve.options import Limits
 from errata.serve.plans import Plans
-from errata.serve.refusals import Refused
+from errata.serve.refusals import Refused, stopping
 from errata.serve.rows import Row
 
 LOG = logging.getLogger("errata.serve")
@@ -46,7 +46,7 @@ class Answering:
             row.begin(self.lm.tokenizer)
         with self._news:
             if self._closing:
-                raise Refused(503, "the server is stopping", "stopping")
+                raise stopping()
             if self.load + len(rows) > self.limits.queue:
                 raise Refused(
                     429,
@@ -154,7 +154,7 @@ class Answering:
             if row.cancelled:
                 row.finish = "cancelled"
             elif self._closing:
-                row.fail(Refused(503, "the server is stopping", "stopping"))
+                row.fail(stopping())
             elif now > row.until:
                 row.fail(Refused(504, f"not answered within {self.limits.seconds:g} seconds; ask for fewer tokens", "timeout"))
 

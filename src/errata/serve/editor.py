@@ -22,7 +22,7 @@ from errata.ledger.undo import Undone
 from errata.serve.jobs import Cancelled, Job, Plan, told
 from errata.serve.metrics import Metrics
 from errata.serve.options import Limits
-from errata.serve.refusals import Refused, as_refused
+from errata.serve.refusals import Refused, as_refused, stopping
 
 LOG = logging.getLogger("errata.serve")
 
@@ -77,7 +77,7 @@ class Editor:
     def _submit(self, job: Job) -> Job:
         with self._news:
             if self._closing:
-                raise Refused(503, "the server is stopping", "stopping")
+                raise stopping()
             if len(self._queue) >= self.limits.edits:
                 raise Refused(
                     429, f"{len(self._queue)} edits wait, no more may; try again later", "queue_full", headers={"Retry-After": "5"}

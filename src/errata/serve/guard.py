@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 
 from errata.errors import InputError
 from errata.request import no_constant
-from errata.serve.refusals import Refused, as_refused
+from errata.serve.refusals import Refused, as_refused, stopping
 from errata.serve.service import Service
 
 LOG = logging.getLogger("errata.serve")
@@ -97,7 +97,7 @@ class Guard:
         if hosts and host_of(header).lower() not in hosts:
             raise Refused(403, f"this server is not called {host_of(header)!r}; start it with --allow-host to let it be", "wrong_host")
         if self.service.stopping and scope["method"] == "POST":
-            raise Refused(503, "the server is stopping", "stopping")
+            raise stopping()
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """All of it, as far as it is not too much; `Refused` also for what is not JSON."""

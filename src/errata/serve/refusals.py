@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from errata.errors import ConfigError, ErrataError, FitError, InputError, LedgerError, ModelError, PatchError, StorageError, UnknownName
+from errata.errors import (
+    ConfigError,
+    ErrataError,
+    FitError,
+    InputError,
+    LedgerError,
+    ModelError,
+    PatchError,
+    StorageError,
+    UnknownName,
+    first_line,
+    out_of_memory,
+)
 
 TYPES = {
     400: "invalid_request_error",
@@ -62,10 +74,14 @@ def of(error: ErrataError) -> Refused:
 
 def unforeseen(error: BaseException) -> Refused:
     """Of an error that nobody foresaw: its kind and first line; the traceback is for the log."""
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    if out_of_memory(error):
         return Refused(503, "out of memory; ask for less at once", "out_of_memory")
-    first = (str(error).splitlines() or [""])[0]
-    return Refused(500, f"not foreseen: {type(error).__name__}: {first}", "internal")
+    return Refused(500, f"not foreseen: {type(error).__name__}: {first_line(error)}", "internal")
+
+
+def stopping() -> Refused:
+    """What is said to all that comes after the server was asked to end."""
+    return Refused(503, "the server is stopping", "stopping")
 
 
 def as_refused(error: BaseException) -> Refused:

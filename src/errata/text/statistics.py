@@ -6,20 +6,18 @@ another file, and a file is refused for any model but its own.  A computation th
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from errata import storage
+from errata.config import digest
 from errata.core.families import linear_sizes
 from errata.core.model import LM
 from errata.core.patch import Site
@@ -119,23 +117,19 @@ def moments(
     folder = (cache or cache_folder()) / "stats"
     precision = torch.promote_types(torch.float32, lm.dtype)
     job = {"base": lm.fingerprint, "corpus": corpus.digest, "tokens": tokens, "length": LENGTH, "seed": seed, "dtype": str(precision)}
-    name = _hash(job)
+    name = digest(job)
     paths = {site: folder / f"{lm.fingerprint}-{site.block}.{site.point}-{name}.safetensors" for site in sites}
     found = {site: load(path, lm, site) for site, path in paths.items() if path.exists()}
     missing = [site for site in dict.fromkeys(sites) if site not in found]
     if missing:
         pass_ = _Pass(lm, missing, corpus, tokens, batch_tokens, seed, precision)
-        partial = folder / f"partial-{_hash({**job, 'sites': [(s.block, s.point) for s in missing]})}.safetensors"
+        partial = folder / f"partial-{digest({**job, 'sites': [(s.block, s.point) for s in missing]})}.safetensors"
         for site, second in pass_.run(partial, progress).items():
             found[site] = Moments(site, second.cpu(), pass_.read, lm.fingerprint, corpus.digest)
             save(found[site], paths[site])
         partial.unlink(missing_ok=True)
     lm.kept |= {known[site]: each for site, each in found.items()}
     return found
-
-
-def _hash(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _Pass:
@@ -219,13 +213,7 @@ def _write(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None
 
     blob = pack({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {**meta, "errata": "moments"})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            storage.write(beside, blob)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        storage.put(path, blob)
     except OSError as error:
         raise DiskError(f"{path}: nothing was written ({error.strerror}); free space, or set ERRATA_CACHE to another place") from None
 

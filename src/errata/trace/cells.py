@@ -31,7 +31,7 @@ from torch import Tensor
 
 from errata.core.bank import Plan
 from errata.core.decode import fork
-from errata.core.families import resolve
+from errata.core.families import hidden_of, resolve
 from errata.core.model import LM
 from errata.core.tail import skipping
 from errata.core.tokens import Encoded, subject_span
@@ -153,7 +153,7 @@ class _Run:
             def hook(_: Any, __: Any, output: Any) -> None:
                 if kind == "hidden":
                     self.tuples = isinstance(output, tuple)
-                seen[kind, block] = output[0] if isinstance(output, tuple) else output
+                seen[kind, block] = hidden_of(output)
 
             return hook
 

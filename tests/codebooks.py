@@ -1,0 +1,13 @@
+"""What a book of keys is asked, made by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from errata.core.tokens import Encoded
+from errata.methods.codebook.store import Asked
+
+
+def text(key: torch.Tensor, *label: int, request: int = 0) -> Asked:
+    """A text of two tokens and its label, read at ``key``."""
+    return Asked(request, Encoded((1, 2, *label), 2), key, 10 * key[:3])
