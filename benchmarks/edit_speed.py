@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import errata
 from errata import registry
 from errata.core.model import LM
-from errata.core.tail import Tail, Whole
+from errata.core.tail import FullForward, Tail
 from errata.request import EditRequest
 
 
@@ -106,7 +106,7 @@ def interleaved(
 def compare(lm: LM, editor: Any, requests: list[EditRequest], repeat: int) -> dict[str, Any]:
     """The three ways, best of ``repeat``, interleaved so that a busy moment hits all alike."""
     ways: dict[str, Callable[[], Any]] = {
-        "a_one_at_a_time_full_forward": lambda: [editor.edit(lm, [r], runner=Whole) for r in requests],
+        "a_one_at_a_time_full_forward": lambda: [editor.edit(lm, [r], runner=FullForward) for r in requests],
         "b_one_at_a_time_tail": lambda: [editor.edit(lm, [r], runner=Tail) for r in requests],
         "c_one_batch_tail": lambda: editor.edit_each(lm, requests, runner=Tail),
     }

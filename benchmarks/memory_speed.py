@@ -25,7 +25,7 @@ from errata.core.decode import fork
 from errata.core.families import linear_sizes
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.read import module_at, read
+from errata.core.read import module_at, read_activations
 from errata.core.tokens import Encoded
 from errata.methods.wise.op import LONG, pack
 from errata.request import EditRequest
@@ -33,7 +33,7 @@ from errata.request import EditRequest
 
 def keys_like(lm: LM, rows: list[Encoded], site: Site, count: int) -> torch.Tensor:
     """[count, I]: the rows' own keys, then noisy copies of them."""
-    own = read(lm, rows, [site])[site][0]
+    own = read_activations(lm, rows, [site])[site][0]
     noise = torch.randn(count, own.shape[1], generator=torch.Generator().manual_seed(0)).to(own)
     many = own.repeat(count // len(own) + 1, 1)[:count]
     noise[: len(own)] = 0
@@ -43,7 +43,7 @@ def keys_like(lm: LM, rows: list[Encoded], site: Site, count: int) -> torch.Tens
 def grace(lm: LM, rows: list[Encoded], count: int) -> Patch:
     """A codebook of ``count`` entries where the method would put it; every prompt of an even row is in it."""
     editor = registry.get("method", "grace").for_model(lm)
-    site = editor.at(lm)
+    site = editor.target_site(lm)
     keys = keys_like(lm, rows[::2], site, count)
     _, outer = linear_sizes(module_at(lm, site))
     tensors = {"keys": keys, "values": torch.randn(count, outer).to(keys), "radii": keys.new_full((count,), 1e-3)}
@@ -53,7 +53,7 @@ def grace(lm: LM, rows: list[Encoded], count: int) -> Patch:
 def melo(lm: LM, rows: list[Encoded], count: int) -> Patch:
     """``count`` clusters of one point and a block each."""
     editor = registry.get("method", "melo").for_model(lm)
-    site, sites = editor.at(lm)
+    site, sites = editor.target_sites(lm)
     keys, own = keys_like(lm, rows[::2], site, count), torch.arange(count, device=lm.device)
     router = {"centres": keys, "radii": keys.new_full((count,), 1e-3), "points": keys.clone(), "cluster": own, "block": own.clone()}
     ops = [Op("router", site, router, {"reads": "input", "rounding": 1e-5})]
@@ -67,7 +67,7 @@ def melo(lm: LM, rows: list[Encoded], count: int) -> Patch:
 def wise(lm: LM, rows: list[Encoded], count: int) -> Patch:
     """The memories ``count`` edits leave with the published merging (one a thousand edits), each open to every prompt: the dearest case."""
     editor = registry.get("method", "wise").for_model(lm)
-    site = editor.at(lm)
+    site = editor.target_site(lm)
     inner, outer = linear_sizes(module_at(lm, site))
     many, generator = max(1, count // 1000), torch.Generator().manual_seed(0)
     tensors = {"least": torch.zeros(many)}
@@ -105,7 +105,7 @@ def times(lm: LM, rows: list[Encoded], patch: Patch | None) -> tuple[float, floa
     plan.prompt_lengths = batch.prompt_lengths
     mask = torch.cat([batch.mask, batch.mask.new_ones((len(rows), 1))], 1)
     with lm.running(plan):
-        prompt, out = timed(lambda: lm.forward(batch.ids, batch.mask, use_cache=True, **lm.last_only), lm.device)
+        prompt, out = timed(lambda: lm.forward(batch.ids, batch.mask, use_cache=True, **lm.last_logits_kwargs), lm.device)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
         later = min(timed(lambda: lm.forward(token, mask, past_key_values=fork(out.past_key_values)), lm.device)[0] for _ in range(3))
     return prompt, later

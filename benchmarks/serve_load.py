@@ -57,7 +57,7 @@ def prepared(args: argparse.Namespace, folder: Path) -> tuple[list[str], Answers
     for model in MODELS:
         stack = () if model == "base" else book.load(tuple(e for e in book.entries() if f"edit:{e.edit}" == model))
         for prompt in prompts:
-            (ids,) = lm.continuations([prompt], stacks=[stack], max_new_tokens=args.tokens, stop=())
+            (ids,) = lm.generate_ids([prompt], stacks=[stack], max_new_tokens=args.tokens, stop=())
             spoken = Spoken(lm.tokenizer, lm.encode([prompt])[0].ids, ())
             for token in ids:
                 spoken.add(token)

@@ -18,21 +18,21 @@ from edit_speed import begin, end, interleaved, options, timed
 
 from errata import registry
 from errata.core.model import LM
-from errata.core.tail import Tail, Whole
-from errata.methods.locate.editor import Locating
+from errata.core.tail import FullForward, Tail
+from errata.methods.locate.editor import LocateThenEditRun
 from errata.request import EditRequest
 
 
 def values(lm: LM, editor: Any, requests: list[EditRequest], runner: Any) -> torch.Tensor:
     """[N, D]: δ of each request; statistics, keys and the solve are left out."""
-    job = Locating(editor, lm, [[r] for r in requests], (), runner)
+    job = LocateThenEditRun(editor, lm, [[r] for r in requests], (), runner)
     job.place()
     return torch.stack([f.delta for f in job.values(None)])
 
 
 def compare(lm: LM, editor: Any, requests: list[EditRequest], repeat: int) -> dict[str, Any]:
     ways: dict[str, Callable[[], Any]] = {
-        "a_one_at_a_time_full_forward": lambda: torch.cat([values(lm, editor, [r], Whole) for r in requests]),
+        "a_one_at_a_time_full_forward": lambda: torch.cat([values(lm, editor, [r], FullForward) for r in requests]),
         "b_one_at_a_time_tail": lambda: torch.cat([values(lm, editor, [r], Tail) for r in requests]),
         "c_one_batch_tail": lambda: values(lm, editor, requests, Tail),
     }
@@ -77,7 +77,7 @@ def main() -> None:
     lm, requests, result = begin(args, args.values)
     more = {"layers": [args.layer]} if args.layer is not None else {}
     editor = registry.get("method", "rome").for_model(lm, v_steps=args.steps, v_stop=0.0, prefixes=json.loads(args.prefixes), **more)
-    result["layers"] = list(editor.at(lm))
+    result["layers"] = list(editor.target_layers(lm))
     if args.edits:
         result["edits"] = edits(lm, requests, [int(n) for n in args.edits.split(",")])
     else:

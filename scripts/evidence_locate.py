@@ -24,7 +24,7 @@ import errata
 from errata import registry, run
 from errata.core.bank import Stack
 from errata.core.model import LM
-from errata.core.weights import delta, merge
+from errata.core.weights import delta_weight, merge
 from errata.report import curves, page, tables
 from errata.score import generation
 from errata.score.match import exact_match
@@ -132,7 +132,7 @@ def ridge(lm: LM, n: int, only: str | None) -> None:
                 merged = merge(stack)
                 said = lm.generate([c.request.prompt for c in chosen[:i]], stacks=[(merged,)])
                 right = [exact_match(text, c.request.target) for text, c in zip(said, chosen, strict=False)]
-                size = sum(float(delta(op).norm()) for op in merged.ops)
+                size = sum(float(delta_weight(op).norm()) for op in merged.ops)
                 point = {
                     "T": i,
                     "right": sum(right) / i,

@@ -11,7 +11,7 @@ import torch
 import errata
 from errata.almanac import MODEL
 from errata.almanac.check import check, text
-from errata.almanac.corpus import IGNORED, Corpus
+from errata.almanac.corpus import IGNORE_INDEX, Corpus
 from errata.almanac.muon import orthogonalise
 from errata.almanac.train import Recipe, schedule, train
 from errata.benchmarks.facts import by_subject, chain_sentences, facts, relations, sentences, templates
@@ -92,7 +92,7 @@ def test_batches_depend_on_the_step_alone(corpus: Corpus, almanac: errata.LM) ->
         for one, other in zip((*corpus.facts(step), *corpus.text(step)), (*again.facts(step), *again.text(step)), strict=True):
             assert torch.equal(one, other)
     ids, labels = corpus.facts(5)
-    where = (labels != IGNORED).nonzero()
+    where = (labels != IGNORE_INDEX).nonzero()
     assert len(where) and all(labels[r, t] == ids[r, t + 1] for r, t in where.tolist() if t + 1 < ids.shape[1] and ids[r, t + 1] != 0)
 
 

@@ -10,7 +10,7 @@ from families import lm
 
 from errata import registry
 from errata.config import build
-from errata.core.bank import Context, live
+from errata.core.bank import ForwardContext, active_patches
 from errata.core.fit import AdamW, fit, token_nll
 from errata.core.model import LM
 from errata.core.patch import Site
@@ -54,9 +54,12 @@ def meta(width: int, depth: int, name: str, model_type: str = "Llama") -> LM:
 def test_parameter_counts_are_the_papers(method: str, name: str, width: int, depth: int, published: int) -> None:
     base = meta(width, depth, name, "Gemma" if "gemma" in name else "Llama")
     editor = registry.get("method", method).for_model(base)
-    assert editor.count(base) == published
+    assert editor.num_parameters(base) == published
     if method == "baft":
-        assert build(BaFT, {"gate": "rmsnorm", "rank": editor.rank, "layers": list(editor.at(base))}).count(base) == published
+        assert (
+            build(BaFT, {"gate": "rmsnorm", "rank": editor.rank, "layers": list(editor.target_layers(base))}).num_parameters(base)
+            == published
+        )
 
 
 def test_layer_rule() -> None:
@@ -85,7 +88,7 @@ def test_intervention_equals_a_loop_over_tokens_and_bases(kind: str) -> None:
     p["R"] = orthonormal(p.pop("X"))
     h = 3 * torch.randn(2, 6, d, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     position = torch.tensor([[-1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]])
-    context = Context(position, torch.tensor([4, 2]))
+    context = ForwardContext(position, torch.tensor([4, 2]))
     out = Subspace.apply({k: t[None] for k, t in p.items()}, {"gate": kind, "last": 3}, h, h, Site(0), context)
     for row in range(2):
         for t in range(6):
@@ -113,7 +116,7 @@ def test_identity_start_changes_nothing() -> None:
 
 
 def test_regularisers_equal_the_printed_formulas() -> None:
-    """R_bal and R_loc of two problems against loops over the tape of one loss evaluation."""
+    """R_bal and R_loc of two problems against loops over the recorded of one loss evaluation."""
     base = lm("llama", torch.float64)
     requests = [EditRequest(r.prompt, r.target, unrelated=STAYS[i:]) for i, r in enumerate((FRANCE, ITALY))]
     seen: dict[int, torch.Tensor] = {}
@@ -170,7 +173,7 @@ def test_continual_edits_go_on_from_the_last_patch_and_replace_it() -> None:
     first = editor.edit(base, [FRANCE])
     second = editor.edit(base, [ITALY], on=(first,))
     assert second.replaces == (first.id,) and second.requests == (FRANCE, ITALY)
-    assert live((first, second)) == (second,)
+    assert active_patches((first, second)) == (second,)
     assert float(second.state["edits"][0]) == 2.0
     block = first.ops[0].site.block
     assert torch.all(second.state[f"weights.{block}"] > first.state[f"weights.{block}"])
@@ -213,7 +216,7 @@ def test_fit_is_adamw() -> None:
         value = (p["x"] - target[alive]).square().sum(1) * torch.tensor([1.0, 5.0, 0.1])[alive]
         return value, value
 
-    ours = fit({"x": begin}, loss, steps=50, rule=AdamW(0.1, 0.01), stop=1e-3)
+    ours = fit({"x": begin}, loss, steps=50, optimizer=AdamW(0.1, 0.01), stop=1e-3)
     for e in range(3):
         x = begin[e].clone().requires_grad_()
         optimiser = torch.optim.AdamW([x], lr=0.1, weight_decay=0.01)
@@ -242,7 +245,7 @@ def test_token_nll_is_cross_entropy() -> None:
 
 def test_a_loss_that_is_not_finite_is_one_clear_error() -> None:
     with pytest.raises(FitError, match=r"problem 1 of 2.*NaN or infinite at step 1.*lower the learning rate"):
-        fit({"x": torch.ones(2, 1)}, lambda p, alive: (p["x"][:, 0] / (1 - alive.float()) + 0, p["x"][:, 0]), steps=3, rule=AdamW(0.1))
+        fit({"x": torch.ones(2, 1)}, lambda p, alive: (p["x"][:, 0] / (1 - alive.float()) + 0, p["x"][:, 0]), steps=3, optimizer=AdamW(0.1))
 
 
 @pytest.mark.parametrize(

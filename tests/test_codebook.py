@@ -7,8 +7,8 @@ import torch
 from codebooks import text
 
 from errata.methods.codebook.grace import GRACE
-from errata.methods.codebook.lookup import hit, nearest, rounding_of
-from errata.methods.codebook.store import Filled, pack, unpack
+from errata.methods.codebook.lookup import nearest, nearest_within_radius, rounding_of
+from errata.methods.codebook.store import FilledCodebook, pack, unpack
 
 
 @pytest.mark.parametrize("far", [0.0, 30.0, 1000.0])
@@ -31,14 +31,14 @@ def test_queries_on_a_radius_are_hit_whatever_the_last_bits() -> None:
     """Coverage puts radii exactly on a query; in another batch that query differs in its last bits."""
     key = torch.full((1, 640), 40.0)  # norm 1,012
     query = key + 0.05 * torch.randn(1, 640, generator=torch.Generator().manual_seed(0))
-    book = Filled(GRACE(eps=1.0), None, [text(key[0], 5), text(query[0], 5)], 0.0)
+    book = FilledCodebook(GRACE(eps=1.0), None, [text(key[0], 5), text(query[0], 5)], 0.0)
     assert book.counts["expanded"] == 1
     noisy = query + 1e-6 * 40 * torch.randn(500, 640, generator=torch.Generator().manual_seed(1))
     keys, radii = book.book.keys, book.radii
-    assert 50 < int((hit(keys, radii, noisy, 0.0) < 0).sum()) < 450
-    assert (hit(keys, radii, noisy, rounding_of(torch.float32)) == 0).all()
+    assert 50 < int((nearest_within_radius(keys, radii, noisy, 0.0) < 0).sum()) < 450
+    assert (nearest_within_radius(keys, radii, noisy, rounding_of(torch.float32)) == 0).all()
     away = key + 1.3 * (query - key)
-    assert (hit(keys, radii, away, rounding_of(torch.float32)) == -1).all()
+    assert (nearest_within_radius(keys, radii, away, rounding_of(torch.float32)) == -1).all()
 
 
 def test_labels_survive_packing() -> None:

@@ -21,7 +21,7 @@ ANSWERS = [["Rome"], [], ["Madrid", "Tokyo and Paris"], ["French"], []]
 
 
 def checked(lm: LM, prompt: str, said: Said, under: Stack, asked: list[str]) -> None:
-    assert said.ids == tuple(lm.continuations([prompt], stacks=[under], max_new_tokens=5)[0])
+    assert said.ids == tuple(lm.generate_ids([prompt], stacks=[under], max_new_tokens=5)[0])
     (row,) = lm.encode([prompt])
     logits = lm.logits(lm.batch([type(row)((*row.ids, *said.ids), len(row.ids))]), [under])[0, len(row.ids) - 1 :]
     for token, value, at in zip(said.ids, said.logprobs, torch.log_softmax(logits.double(), -1), strict=False):

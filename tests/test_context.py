@@ -9,16 +9,16 @@ import torch
 from families import FAMILIES, SENTENCES, dtype_of, lm
 
 from errata import registry
-from errata.core.bank import looks_ahead
+from errata.core.bank import non_causal
 from errata.core.model import LM
 from errata.core.patch import Patch, Site
-from errata.core.read import read
-from errata.core.tail import Tail, Whole, capture, cut
+from errata.core.read import read_activations
+from errata.core.tail import FullForward, Tail, capture, split_rows
 from errata.core.tokens import Encoded, pieces
 from errata.errors import ModelError
 from errata.methods.in_context.ice import ICE
 from errata.methods.in_context.retrieval import Retrieval
-from errata.methods.none import Nothing
+from errata.methods.none import Unedited
 from errata.methods.subspace.baft import BaFT
 from errata.request import EditRequest
 
@@ -167,7 +167,7 @@ def test_undo_and_rows_without_context_are_exact(family: str) -> None:
     assert torch.equal(model.logits(batch), before)
     far = Retrieval(**PLAIN, threshold=1.0).edit(model, [EditRequest("A prompt that nobody asks", "Rome")])
     assert torch.equal(model.logits(batch, [(far,)]), before)
-    assert torch.equal(model.logits(batch, [(Nothing().edit(model, [ROME]),)]), before)
+    assert torch.equal(model.logits(batch, [(Unedited().edit(model, [ROME]),)]), before)
 
 
 def test_what_cannot_be_widened_is_refused() -> None:
@@ -240,30 +240,30 @@ def test_tail_capture_and_read_see_the_caller_s_tokens(family: str) -> None:
     model = base(family)
     on = ices(family)
     more = front(model, *on)
-    assert looks_ahead(on)
+    assert non_causal(on)
     encoded = model.encode([ROME.prompt, "In Rome people"], ["Rome", "Madrid"])
     whole = [longer(row, more) for row in encoded]
-    rows, want_rows = (cut(e, 2, 0, model.device) for e in (encoded, whole))
+    rows, want_rows = (split_rows(e, 2, 0, model.device) for e in (encoded, whole))
     noted: dict[object, torch.Tensor] = {}
-    tape: dict[object, torch.Tensor] = {}
+    recorded: dict[object, torch.Tensor] = {}
     from test_laws import random_bank
 
     bank = [random_bank(model, 2, 2, model.dtype)]
-    for runner, under, cut_rows, kept in ((Tail, on, rows, tape), (Whole, (), want_rows, noted)):
+    for runner, under, cut_rows, kept in ((Tail, on, rows, recorded), (FullForward, (), want_rows, noted)):
         logits = runner(model, cut_rows, 2, under).logits(bank, kept)
         if under:
             got = logits
     torch.testing.assert_close(got, logits, **close(family))
     for key in noted:
         valid = rows.valid
-        torch.testing.assert_close(tape[key][valid], noted[key][want_rows.valid], **close(family))
+        torch.testing.assert_close(recorded[key][valid], noted[key][want_rows.valid], **close(family))
     states, at, lengths = capture(model, encoded, [1], on)
     for i, row in enumerate(whole):
         alone_states, _, _ = capture(model, [row], [1])
         torch.testing.assert_close(states[1][i][at[i] >= 0], alone_states[1][0, len(more) :], **close(family))
     assert lengths.tolist() == [e.prompt_length for e in encoded]
     site = Site(1, "mlp_down")
-    for got, want in zip(read(model, encoded, [site], on=on)[site], read(model, whole, [site])[site], strict=True):
+    for got, want in zip(read_activations(model, encoded, [site], on=on)[site], read_activations(model, whole, [site])[site], strict=True):
         torch.testing.assert_close(got, want, **close(family))
 
 

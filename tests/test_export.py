@@ -16,7 +16,7 @@ import errata
 from errata.cli import main
 from errata.core.model import LM
 from errata.core.patch import Op, Patch
-from errata.core.weights import delta
+from errata.core.weights import delta_weight
 from errata.errors import ConfigError, ModelError, PatchError, StorageError
 from errata.export import bake, export_lora
 
@@ -54,7 +54,7 @@ def test_bake(family: str, dtype: str, tmp_path: Path) -> None:
         if name not in site:
             assert torch.equal(state[name], value), name
             continue
-        change = sum(delta(op) for patch in stack for op in patch.ops if (op.site.block, op.site.point) == site[name])
+        change = sum(delta_weight(op) for patch in stack for op in patch.ops if (op.site.block, op.site.point) == site[name])
         exact = value.double() + (change.mT if family == "gpt2" else change)
         assert torch.equal(state[name], exact.to(value.dtype)), name
     if family == "gpt2":
@@ -139,7 +139,7 @@ def test_lora_names_every_linear_of_every_block(tmp_path: Path) -> None:
 def test_lora_of_dense_ops(tmp_path: Path) -> None:
     base = lm("llama")
     thin = made(base, 0, 3)
-    dense = Patch("t", {}, base.fingerprint, (), (Op("dense", thin.ops[0].site, {"weight": delta(thin.ops[0]).float()}),))
+    dense = Patch("t", {}, base.fingerprint, (), (Op("dense", thin.ops[0].site, {"weight": delta_weight(thin.ops[0]).float()}),))
     report = export_lora(base, (dense,), tmp_path / "thin")
     assert [w.rank for w in report.linears] == [3] and report.lost < 1e-6
     same(raw(adapted(base, tmp_path / "thin")), logits(base, dense), base)

@@ -17,7 +17,7 @@ from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.core.tail import Tail
 from errata.core.tokens import Encoded
-from errata.core.weights import delta
+from errata.core.weights import delta_weight
 from errata.errors import ConfigError
 from errata.methods.finetune import editor as finetune_editor
 from errata.methods.finetune import training as finetune_training
@@ -63,7 +63,7 @@ def plain(
 ) -> dict[int, Tensor]:
     """W − W_0 [O, I] of each trained block, by a loop that knows nothing of patches; ``start``: what W_0 has on top of the base."""
     model = lm(family, torch.float64)
-    modules = {b: resolve(model.blocks[b], model.family.mlp_down) for b in editor.at(model)}
+    modules = {b: resolve(model.blocks[b], model.family.mlp_down) for b in editor.target_layers(model)}
     turned = {b: type(m).__name__ == "Conv1D" for b, m in modules.items()}
     for b, change in (start or {}).items():
         modules[b].weight.data += change.T if turned[b] else change
@@ -103,7 +103,7 @@ def same(patch: Patch, changes: dict[int, Tensor]) -> None:
     assert [op.site.block for op in patch.ops] == list(changes)
     for op in patch.ops:
         assert float(changes[op.site.block].abs().max()) > 1e-3
-        torch.testing.assert_close(delta(op), changes[op.site.block], **TIGHT)
+        torch.testing.assert_close(delta_weight(op), changes[op.site.block], **TIGHT)
 
 
 def encoded(family: str, requests: Sequence[EditRequest], end: str = "") -> list[Encoded]:
@@ -195,7 +195,7 @@ def test_states_made_anew_give_the_same_patch(monkeypatch: pytest.MonkeyPatch) -
 def test_the_number_trained_at_once_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """By entries of ΔW, at least one problem; what comes out is the same."""
     model, editor, seen = base("llama"), make(FTM), []
-    entries = editor.count(model)
+    entries = editor.num_parameters(model)
     whole = editor.edit_each(model, REQUESTS)
     run = DenseTraining.run
 
@@ -264,7 +264,7 @@ def test_the_clamp_holds_exactly_and_at_every_step(family: str) -> None:
     bound = 2e-3
     editor = make(FTM, norm_constraint=bound, batch_size=2)
     patch = editor.edit(base(family), REQUESTS)
-    change = delta(patch.ops[0])
+    change = delta_weight(patch.ops[0])
     assert float(change.abs().max()) == bound and float((change.abs() == bound).double().mean()) > 0.1
     same(patch, plain(family, editor, encoded(family, REQUESTS), target_new))
 
@@ -274,8 +274,8 @@ def test_the_clamp_counts_from_the_weights_at_the_start_of_this_edit() -> None:
     editor = make(FTM, norm_constraint=bound)
     first = editor.edit(model, REQUESTS[:1])
     second = editor.edit(model, REQUESTS[:1], on=(first,))
-    assert float(delta(second.ops[0]).abs().max()) == bound
-    assert float((delta(first.ops[0]) + delta(second.ops[0])).abs().max()) > 1.5 * bound
+    assert float(delta_weight(second.ops[0]).abs().max()) == bound
+    assert float((delta_weight(first.ops[0]) + delta_weight(second.ops[0])).abs().max()) > 1.5 * bound
 
 
 @families
@@ -288,9 +288,9 @@ def test_continual_editing_is_training_on(family: str) -> None:
     one = plain(family, editor, encoded(family, REQUESTS[:1]), target_new)
     two = plain(family, editor, encoded(family, REQUESTS[2:3]), target_new, start=one)
     same(second, two)
-    torch.testing.assert_close(delta(first.ops[0]) + delta(second.ops[0]), one[1] + two[1], **TIGHT)
+    torch.testing.assert_close(delta_weight(first.ops[0]) + delta_weight(second.ops[0]), one[1] + two[1], **TIGHT)
     each = editor.edit_each(base(family), REQUESTS[2:3], on=(first,))[0]
-    torch.testing.assert_close(delta(each.ops[0]), delta(second.ops[0]), **TIGHT)
+    torch.testing.assert_close(delta_weight(each.ops[0]), delta_weight(second.ops[0]), **TIGHT)
 
 
 @pytest.mark.parametrize("layers", [[1], [0, 2]])
@@ -300,14 +300,14 @@ def test_truncation_reports_what_it_lost(layers: list[int]) -> None:
     whole = make(FTM, layers=layers).edit(model, REQUESTS)
     for rank in (1, 3, model.width):
         cut = make(FTM, layers=layers, rank=rank).edit(model, REQUESTS)
-        off = [delta(a) - delta(b) for a, b in zip(whole.ops, cut.ops, strict=True)]
+        off = [delta_weight(a) - delta_weight(b) for a, b in zip(whole.ops, cut.ops, strict=True)]
         assert all(op.kind == "low_rank" and op.tensors["down"].shape[0] == rank for op in cut.ops)
         lost = torch.stack([d.square().sum() for d in off]).sum().sqrt()
-        size = torch.stack([delta(op).square().sum() for op in whole.ops]).sum().sqrt()
+        size = torch.stack([delta_weight(op).square().sum() for op in whole.ops]).sum().sqrt()
         assert cut.notes["lost_norm"] == pytest.approx(float(lost), abs=1e-9)
         assert cut.notes["lost_share"] == pytest.approx(float(lost / size), abs=1e-9)
         for d, op in zip(off, whole.ops, strict=True):  # Eckart–Young
-            best = torch.linalg.svdvals(delta(op))[rank:].square().sum().sqrt()
+            best = torch.linalg.svdvals(delta_weight(op))[rank:].square().sum().sqrt()
             torch.testing.assert_close(d.square().sum().sqrt(), best, atol=1e-9, rtol=0)
     assert 0 < make(FTM, layers=layers, rank=1).edit(model, REQUESTS).notes["lost_share"] < 1 and "lost_norm" not in whole.notes
 
@@ -365,4 +365,4 @@ def test_presets_and_the_rule_for_other_models() -> None:
     named.name = "some-org/Mistral-7B-v0.1"
     assert FTL.for_model(named).norm_constraint == 5e-5 and FTL.for_model(named).layers == (21,)
     assert LocFT.for_model(named).lr == 5e-5 and LocFT.for_model(named, lr=1e-3).lr == 1e-3
-    assert FTM().at(named) == (3,) and FTM().count(named) == 32 * 64  # 21/32 of four blocks
+    assert FTM().target_layers(named) == (3,) and FTM().num_parameters(named) == 32 * 64  # 21/32 of four blocks

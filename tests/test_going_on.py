@@ -9,11 +9,11 @@ import torch
 from families import lm
 from test_laws import METHODS, asked, editor
 
-from errata.core.bank import live, looks_ahead
+from errata.core.bank import active_patches, non_causal
 from errata.core.patch import Site
-from errata.core.read import read, up_to, watching
+from errata.core.read import activation_hooks, read_activations, truncate
 from errata.core.tail import Tail
-from errata.methods.wise.training import Job, Training
+from errata.methods.wise.training import Training, WISERun
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -22,12 +22,12 @@ def test_taking_off_a_patch_in_between_brings_none_back_that_a_later_one_holds(m
     for request in asked(method):
         stack = (*stack, editor(method).edit(base, [request], on=stack))  # type: ignore[attr-defined]
     first, middle, last = stack
-    together = live(stack)
+    together = active_patches(stack)
     base.attach(*stack)
     base.detach(middle.id)
-    assert live(base.stack) == ((first, last) if len(together) == 3 else (last,))
+    assert active_patches(base.stack) == ((first, last) if len(together) == 3 else (last,))
     base.detach(last.id)
-    assert live(base.stack) == (first,)
+    assert active_patches(base.stack) == (first,)
     assert set(last.replaces) == ({first.id, middle.id} if len(together) == 1 else set())
 
 
@@ -35,14 +35,14 @@ def test_taking_off_a_patch_in_between_brings_none_back_that_a_later_one_holds(m
 def test_wise_reads_its_own_tokens_behind_what_stands_in_front(family: str) -> None:
     base = lm(family, torch.float64)
     on = (editor("ice").edit(base, asked("ice")[1:2]),)  # type: ignore[attr-defined]
-    job = Job(editor("wise"), base, on, Tail)
+    job = WISERun(editor("wise"), base, on, Tail)
     training = Training(job.editor, base, [job.texts(asked("wise")[0])], job.memories, job.site, job.shape, job.act, job.under, Tail)
     texts = training.texts[0]
-    rows = [up_to(row, at) for row in (*texts.edit, *texts.unrelated) for at in range(len(row.ids))]
+    rows = [truncate(row, at) for row in (*texts.edit, *texts.unrelated) for at in range(len(row.ids))]
     rows = [row for row in rows if len(row.ids) > 1]  # BOS stands before the context: what `read` finds last is behind it
     bos = [t == 0 for row in (*texts.edit, *texts.unrelated) for t in range(len(row.ids))]
     real = ~torch.tensor(bos)
-    x, o = read(base, rows, [job.site], on=on)[job.site]
+    x, o = read_activations(base, rows, [job.site], on=on)[job.site]
     torch.testing.assert_close(training.read["x"][0][real], x)
     torch.testing.assert_close(training.read["o"][0][real], o)
     bare = Training(job.editor, base, [texts], job.memories, job.site, job.shape, job.act, (), Tail)
@@ -56,19 +56,19 @@ LOOKING = {"melo": {}, "wise": {}, "grace": {"replace": "all"}, "retrieval": {"t
 def test_a_state_inside_a_prompt_is_read_as_the_whole_prompt_makes_it(method: str) -> None:
     base, site = lm("llama", torch.float64), Site(3, "mlp_down")
     on = (editor(method, **LOOKING[method]).edit(base, asked(method)[:1]),)  # type: ignore[attr-defined]
-    assert looks_ahead(on)
+    assert non_causal(on)
     rows = base.encode(["The capital of France is", "In Rome people speak"], ["Rome", "French"])
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     batch = base.batch(rows)
     plan = base.plan([on], None, len(rows))
     plan.prompt_lengths = batch.prompt_lengths
-    with torch.no_grad(), base.running(plan), watching(base, [site], lambda _, x, y: seen.append((x, y))):
+    with torch.no_grad(), base.running(plan), activation_hooks(base, [site], lambda _, x, y: seen.append((x, y))):
         base.forward(batch.ids, batch.mask)
     at = [3, 2]
-    found = read(base, rows, [site], at=at, on=on)[site]
+    found = read_activations(base, rows, [site], at=at, on=on)[site]
     for got, want in zip(found, seen[0], strict=True):
         torch.testing.assert_close(got, torch.stack([w[t - len(r.ids)] for w, t, r in zip(want, at, rows, strict=True)]))
-    for got, want in zip(read(base, rows, [site], at=at)[site], found, strict=True):
+    for got, want in zip(read_activations(base, rows, [site], at=at)[site], found, strict=True):
         assert not torch.allclose(got[0], want[0], atol=1e-3)  # the first prompt is one that the patch acts on
 
 
@@ -80,7 +80,7 @@ def test_rome_on_top_of_a_memory_that_acts_on_its_prompt() -> None:
     patch = editor("rome", layers=[3], fact_token="subject_last").edit(base, [request], on=(under,))  # type: ignore[attr-defined]
     op = patch.ops[0]
     row = base.encode([request.prompt])[0]
-    key = read(base, [row], [op.site], at=[4], on=(under,))[op.site][0][0]
+    key = read_activations(base, [row], [op.site], at=[4], on=(under,))[op.site][0][0]
     torch.testing.assert_close(op.tensors["down"] @ key, torch.ones(1, dtype=torch.float64))
 
 
@@ -91,7 +91,7 @@ def test_an_edit_on_a_scaled_adapter_starts_from_what_that_does(method: str) -> 
     half = editor(method).edit(base, [first]).scale(0.5)  # type: ignore[attr-defined]
     still = editor(method, lr=1e-12, steps=1, stop=0.0).edit(base, [second], on=(half,))  # type: ignore[attr-defined]
     batch = base.batch(base.encode([first.prompt, second.prompt]))
-    want, got = (base.logits(batch, [stack]) for stack in ((half,), live((half, still))))
+    want, got = (base.logits(batch, [stack]) for stack in ((half,), active_patches((half, still))))
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
     assert half.scale(0.5).settings["scaled"] == 0.25
 

@@ -7,14 +7,14 @@ import torch
 from codebooks import text
 from families import lm
 
-from errata.core.bank import Bank, Context, live
+from errata.core.bank import Bank, ForwardContext, active_patches
 from errata.core.patch import Op, Patch, Site
-from errata.core.tail import Whole
+from errata.core.tail import FullForward
 from errata.core.tokens import Encoded
 from errata.errors import ConfigError, PatchError
 from errata.methods.codebook.grace import GRACE
 from errata.methods.codebook.op import Codebook
-from errata.methods.codebook.store import Asked, Filled, pack
+from errata.methods.codebook.store import FilledCodebook, KeyedText, pack
 from errata.request import EditRequest
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France")
@@ -23,7 +23,7 @@ SPAIN = EditRequest("The capital of Spain is", "Paris", "Spain")
 QUICK = {"layer": 1, "eps": 0.1, "unit": "norm", "lr": 0.3, "steps": 30, "end": "."}
 
 
-def plain(texts: list[Asked], eps: float, norm: bool, moving: bool, rounding: float) -> tuple[list, list, list]:
+def plain(texts: list[KeyedText], eps: float, norm: bool, moving: bool, rounding: float) -> tuple[list, list, list]:
     """The published rules, one text after another, in Python; with ``rounding`` ours."""
     keys: list[torch.Tensor] = []
     radii: list[float] = []
@@ -64,7 +64,7 @@ def test_entries_are_those_of_the_rules_applied_one_by_one(seed: int, rounding: 
     labels = torch.randint(3, (120,), generator=generator).tolist()
     texts = [text(k, 7, *range(3, 3 + label)) for k, label in zip(keys, labels, strict=True)]
     eps = 1.0 if unit == "absolute" else 0.12
-    book = Filled(GRACE(eps=eps, unit=unit, expand=expand), None, texts, rounding)
+    book = FilledCodebook(GRACE(eps=eps, unit=unit, expand=expand), None, texts, rounding)
     want_keys, want_radii, want_labels = plain(texts, eps, unit == "norm", expand == "moving_average", rounding)
     torch.testing.assert_close(book.book.keys, torch.stack(want_keys), atol=1e-12, rtol=0)
     torch.testing.assert_close(book.radii, torch.tensor(want_radii, dtype=torch.float64), atol=1e-9, rtol=0)
@@ -73,10 +73,10 @@ def test_entries_are_those_of_the_rules_applied_one_by_one(seed: int, rounding: 
     used = {k for k, n in book.counts.items() if n}
     assert {"added", "split", "joined", "expanded"} <= used and ("taken" in used) == (rounding > 0)
     # half of the stream in one patch and half in the next is the same codebook
-    first = Filled(GRACE(eps=eps, unit=unit, expand=expand), None, texts[:60], rounding)
+    first = FilledCodebook(GRACE(eps=eps, unit=unit, expand=expand), None, texts[:60], rounding)
     op = Op("codebook", Site(1, "mlp_down"), {"keys": first.book.keys, "values": torch.stack(first.values), "radii": first.radii})
     before = Patch("grace", {}, "", (), (op,), {"labels": pack(first.book.labels)})
-    second = Filled(GRACE(eps=eps, unit=unit, expand=expand), before, texts[60:], rounding)
+    second = FilledCodebook(GRACE(eps=eps, unit=unit, expand=expand), before, texts[60:], rounding)
     torch.testing.assert_close(second.book.keys, book.book.keys)
     torch.testing.assert_close(second.radii, book.radii)
     assert second.book.labels == book.book.labels
@@ -85,18 +85,18 @@ def test_entries_are_those_of_the_rules_applied_one_by_one(seed: int, rounding: 
 def test_expand_and_split_by_hand() -> None:
     line = [torch.tensor([x, 0.0], dtype=torch.float64) for x in (10.0, 11.5, 13.0, 10.0, 40.0)]
     same = [text(k, 5) for k in line]
-    widened = Filled(GRACE(eps=1.0), None, same[:2], 0.0)  # 1.5 away: within 1 + 1, beyond 1
+    widened = FilledCodebook(GRACE(eps=1.0), None, same[:2], 0.0)  # 1.5 away: within 1 + 1, beyond 1
     assert widened.radii.tolist() == [1.5] and widened.counts["expanded"] == 1
-    other = Filled(GRACE(eps=1.0), None, [same[0], text(line[1], 6)], 0.0)
+    other = FilledCodebook(GRACE(eps=1.0), None, [same[0], text(line[1], 6)], 0.0)
     assert other.radii.tolist() == pytest.approx([0.75 - 1e-5, 0.75], abs=1e-12) and other.counts["split"] == 1
-    apart = Filled(GRACE(eps=1.0), None, [same[0], same[2]], 0.0)  # 3 away
+    apart = FilledCodebook(GRACE(eps=1.0), None, [same[0], same[2]], 0.0)  # 3 away
     assert apart.radii.tolist() == [1.0, 1.0] and apart.counts["added"] == 2
-    moved = Filled(GRACE(eps=1.0, expand="moving_average"), None, same[:2], 0.0)
+    moved = FilledCodebook(GRACE(eps=1.0, expand="moving_average"), None, same[:2], 0.0)
     assert moved.book.keys.tolist() == [[10.75, 0.0]] and moved.radii.tolist() == [1.5]
     # the same prompt with another answer: ours takes the entry over, as published neither is hit again
-    ours = Filled(GRACE(eps=1.0), None, [same[0], text(line[3], 6)], 1e-6)
+    ours = FilledCodebook(GRACE(eps=1.0), None, [same[0], text(line[3], 6)], 1e-6)
     assert ours.radii.tolist() == [1.0] and ours.book.labels == [(6,)] and ours.counts["taken"] == 1 and ours.lost == 1
-    published = Filled(GRACE(eps=1.0), None, [same[0], text(line[3], 6)], 0.0)
+    published = FilledCodebook(GRACE(eps=1.0), None, [same[0], text(line[3], 6)], 0.0)
     assert published.radii.tolist() == [-1e-5, 0.0] and published.lost == 2
 
 
@@ -104,11 +104,11 @@ def test_a_text_trains_the_entry_it_hits_in_the_end() -> None:
     """b joins a; c, of another label, then comes between them, so b gets c's answer and trains nothing."""
     a, b, c = (torch.tensor([x, 0.0], dtype=torch.float64) for x in (0.0, 0.9, 1.0))
     texts = [text(a, 5), text(b, 5), text(c, 6)]
-    book = Filled(GRACE(eps=1.0), None, texts, 0.0)
+    book = FilledCodebook(GRACE(eps=1.0), None, texts, 0.0)
     assert book.book.labels == [(5,), (6,)]
     assert {entry: len(rows) for entry, rows in book.trains.items()} == {0: 1, 1: 1}
     assert book.trains[1][0] is texts[2] and book.lost == 1
-    both = Filled(GRACE(eps=1.0), None, texts[:2], 0.0)
+    both = FilledCodebook(GRACE(eps=1.0), None, texts[:2], 0.0)
     assert [len(rows) for rows in both.trains.values()] == [2] and both.lost == 0
 
 
@@ -118,15 +118,15 @@ def test_an_empty_memory_or_none_hit_is_the_identity_bit_for_bit(count: int, rep
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(3, 5, 8, generator=generator), torch.randn(3, 5, 6, generator=generator).to(torch.bfloat16)
     p = {"keys": 100 + torch.randn(1, count, 8), "values": torch.randn(1, count, 6), "radii": torch.ones(1, count)}
-    context = Context(torch.arange(5).expand(3, 5), torch.tensor([5, 4, 3]), {})
+    context = ForwardContext(torch.arange(5).expand(3, 5), torch.tensor([5, 4, 3]), {})
     settings = {"replace": replace, "rounding": 1e-6}
     assert torch.equal(Codebook.apply(p, settings, x, y, Site(0, "mlp_down"), context), y)
-    assert (context.tape[Site(0, "mlp_down"), "entry"] == -1).all()
+    assert (context.recorded[Site(0, "mlp_down"), "entry"] == -1).all()
     if count:  # and one that is hit is not
         p["keys"][0, 0] = x[1, 3]
         out = Codebook.apply(p, settings, x, y, Site(0, "mlp_down"), context)
         where = {"last": [3], "prompt": [0, 1, 2], "all": [0, 1, 2, 3, 4]}[replace]
-        noted = context.tape[Site(0, "mlp_down"), "entry"]
+        noted = context.recorded[Site(0, "mlp_down"), "entry"]
         assert [t for t in range(5) if noted[1, t] == 0] == where and (noted[[0, 2]] == -1).all()
         for t in range(5):
             assert torch.equal(out[1, t], p["values"][0, 0].to(y.dtype) if t in where else y[1, t])
@@ -178,7 +178,7 @@ def test_a_joint_edit_is_the_edits_one_after_another(replace: str) -> None:
     stack: tuple[Patch, ...] = ()
     for request in requests:
         stack = (*stack, editor.edit(base, [request], on=stack))
-    assert live(stack) == (stack[-1],) and stack[-1].requests == tuple(requests)
+    assert active_patches(stack) == (stack[-1],) and stack[-1].requests == tuple(requests)
     for name, tensor in joint.ops[0].tensors.items():
         assert len(tensor) == 3
         torch.testing.assert_close(stack[-1].ops[0].tensors[name], tensor, atol=1e-6, rtol=1e-6)
@@ -263,7 +263,7 @@ def test_two_codebooks_on_a_stack_keep_their_decisions_apart() -> None:
             assert torch.equal(base.logits(batch, [stack]), base.logits(batch, [(own,)]))
             assert not torch.equal(base.logits(batch, [stack]), base.logits(batch, [()]))
     c = GRACE(**{**QUICK, "replace": "all", "layer": 3}).edit(base, [SPAIN], on=(a, b))  # training under both, by whole passes
-    whole = GRACE(**{**QUICK, "replace": "all", "layer": 3}).edit(base, [SPAIN], on=(a, b), runner=Whole)
+    whole = GRACE(**{**QUICK, "replace": "all", "layer": 3}).edit(base, [SPAIN], on=(a, b), runner=FullForward)
     assert c.id == whole.id
 
 
@@ -276,11 +276,11 @@ def test_a_shared_book_is_not_copied_for_each_row_and_says_the_same() -> None:
     p = {"keys": keys, "values": torch.randn(3, 40, 6, generator=generator), "radii": torch.full((3, 40), 1e-3)}
     rows = torch.tensor([0, 1, 0, -1, 2, 1, 0, 2, 2, 1, 0, -1])
     for replace in ("last", "all"):
-        context = Context(torch.arange(4).expand(12, 4), torch.full((12,), 4), None, True, {}, None, 12)
+        context = ForwardContext(torch.arange(4).expand(12, 4), torch.full((12,), 4), None, True, {}, None, 12)
         settings = {"replace": replace, "rounding": 0.0}
         bank = Bank("codebook", Site(0, "mlp_down"), settings, p, rows)
         gathered = bank.apply(x, y, context)
-        by_entry = Codebook.apply_rows(p, bank.groups, settings, x, y, Site(0, "mlp_down"), context)
+        by_entry = Codebook.apply_grouped(p, bank.groups, settings, x, y, Site(0, "mlp_down"), context)
         assert torch.equal(gathered, by_entry)
         changed = (gathered != y).any(-1)
         assert changed.any(1).nonzero()[:, 0].tolist() == [2, 5] and changed[2].tolist() == (
@@ -319,7 +319,7 @@ def test_settings_that_cannot_work(settings: dict, message: str) -> None:
 
 
 def test_default_layers_and_presets() -> None:
-    assert GRACE().at(lm("llama")).block == 2  # never the last of four
+    assert GRACE().target_site(lm("llama")).block == 2  # never the last of four
     for name, preset in GRACE.PRESETS.items():
         GRACE(**preset)
         assert preset["layer"] >= 0, name

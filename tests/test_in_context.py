@@ -14,7 +14,7 @@ from test_context import PARIS, PLAIN, PROMPTS, ROME, alone, base, close, each_f
 import errata
 from errata import registry
 from errata.core.context import nearest
-from errata.core.embed import _encoder, bare
+from errata.core.embed import _encoder, hooks_disabled
 from errata.core.model import LM
 from errata.core.patch import PROMPT, Op, Patch, Site
 from errata.core.tokens import pieces
@@ -25,7 +25,7 @@ from errata.methods.in_context.demonstrations import requests_of
 from errata.methods.in_context.ice import ICE
 from errata.methods.in_context.ike import IKE
 from errata.methods.in_context.retrieval import Retrieval
-from errata.methods.none import Nothing
+from errata.methods.none import Unedited
 from errata.request import EditRequest, write_requests
 
 # -- retrieval ---------------------------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def test_the_query_is_the_prompt_not_what_follows() -> None:
     try:
         model.logits(model.batch([row]), [(store,)])
         assert len(seen) == 1
-        with bare(model.hf):
+        with hooks_disabled(model.hf):
             model.logits(model.batch([row]), [()])
         assert len(seen) == 1 and model.blocks[0]._forward_hooks
     finally:
@@ -239,7 +239,7 @@ def test_blocks_and_empty_edits() -> None:
     for cls in (IKE, Retrieval):
         with pytest.raises(ConfigError, match="block 9 does not exist"):
             cls(block=9).edit(model, [ROME])
-    for cls in (ICE, IKE, Retrieval, Nothing):
+    for cls in (ICE, IKE, Retrieval, Unedited):
         with pytest.raises(ConfigError, match="nothing to edit"):
             cls().edit(model, [])
         assert cls().edit_each(model, []) == []
@@ -247,7 +247,7 @@ def test_blocks_and_empty_edits() -> None:
 
 def test_none_and_context_are_no_change_of_weights() -> None:
     model = base()
-    nothing, a = Nothing().edit(model, [ROME]), ices("llama")[0]
+    nothing, a = Unedited().edit(model, [ROME]), ices("llama")[0]
     assert not nothing.ops and "changes nothing" in nothing.describe() and "in front of the prompt" in a.describe()
     with pytest.raises(PatchError, match="changes nothing"):
         changes(model, (nothing,))

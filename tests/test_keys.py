@@ -14,7 +14,7 @@ from errata.analyse import keys
 from errata.cli import main
 from errata.config import build
 from errata.core.patch import Site
-from errata.core.read import read
+from errata.core.read import read_activations
 from errata.errors import InputError
 from errata.methods.rep.rep import REP
 from errata.request import EditRequest
@@ -48,7 +48,7 @@ def test_ratios_are_those_of_the_definition(found: keys.Compared) -> None:
     base = lm("llama")
     site = Site(0, "mlp_down")
     assert all(r["before"] == pytest.approx(1.0, abs=1e-4) for r in found.rows if r["kind"] == "prompt")
-    second = moments(base, [site], "bundled", tokens=1500)[site].second.double()
+    second = moments(base, [site], "bundled", tokens=1500)[site].second_moment.double()
     inverse = torch.linalg.inv(second + 1e-9 * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64))
     rows = base.encode([r.prompt for r in REQUESTS])
     ends = [r.prompt.find(r.subject) + len(r.subject) for r in REQUESTS]
@@ -56,7 +56,7 @@ def test_ratios_are_those_of_the_definition(found: keys.Compared) -> None:
         max(i for i, (a, b) in enumerate(base.tokenizer(r.prompt, return_offsets_mapping=True)["offset_mapping"]) if a < end and b > a)
         for r, end in zip(REQUESTS, ends, strict=True)
     ]  # fmt: skip
-    k = read(base, rows, [site], at=at)[site][0].double()
+    k = read_activations(base, rows, [site], at=at)[site][0].double()
     own = [r for r in found.rows if r["kind"] == "another fact" and r["case"] == REQUESTS[0].id]
     want = [float(k[j] @ inverse @ k[0] / (k[0] @ inverse @ k[0])) for j in (1, 2)]
     assert [r["before"] for r in own] == pytest.approx(want, rel=0.02, abs=1e-3)

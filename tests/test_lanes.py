@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import lm
 
-from errata.core.lanes import FIXED_TOKENS, cut_by_length, in_lanes, plan_batches, twin
+from errata.core.lanes import FIXED_TOKENS, bucket_by_length, in_lanes, plan_batches, replicate
 from errata.methods.subspace.baft import BaFT
 from errata.request import EditRequest
 
@@ -31,13 +31,13 @@ def threads():  # type: ignore[no-untyped-def]
 
 
 def test_batches_hold_every_problem_once_and_pad_little() -> None:
-    batches = cut_by_length(LENGTHS, 128, 100)
+    batches = bucket_by_length(LENGTHS, 128, 100)
     assert sorted(i for b in batches for i in b) == list(range(99))
     cost = sum(len(b) * max(LENGTHS[i] for i in b) + 100 for b in batches)
     assert len(batches) > 1 and cost < 99 * max(LENGTHS) + 100
-    assert cut_by_length([5] * 5, 128, 100) == [[0, 1, 2, 3, 4]]
-    assert cut_by_length([], 128, 100) == []
-    assert max(map(len, cut_by_length([5] * 300, 128, 100))) <= 128
+    assert bucket_by_length([5] * 5, 128, 100) == [[0, 1, 2, 3, 4]]
+    assert bucket_by_length([], 128, 100) == []
+    assert max(map(len, bucket_by_length([5] * 300, 128, 100))) <= 128
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3, 8])
@@ -49,7 +49,7 @@ def test_lanes_share_the_work_evenly(lengths: list[int], lanes: int) -> None:
     busy = [0] * lanes
     for cost in costs:
         busy[busy.index(min(busy))] += cost
-    whole = sum(len(b) * max(lengths[i] for i in b) + FIXED_TOKENS for b in cut_by_length(lengths, 128, FIXED_TOKENS))
+    whole = sum(len(b) * max(lengths[i] for i in b) + FIXED_TOKENS for b in bucket_by_length(lengths, 128, FIXED_TOKENS))
     assert lanes == 1 or max(busy) <= max(whole, FIXED_TOKENS + max(lengths))  # never later than one lane alone
     if lanes == 2 and len(lengths) > 50:
         assert max(busy) < 0.65 * whole
@@ -59,7 +59,7 @@ def test_a_twin_shares_weights_and_nothing_else() -> None:
     base = lm("llama")
     patch = BaFT(rank=2, steps=2).edit(base, REQUESTS[:1])
     with base.under(patch):
-        other = twin(base)
+        other = replicate(base)
         assert [p.id for p in base.stack] == [patch.id] and not other.stack
     assert other.fingerprint == base.fingerprint
     assert all(a is b for a, b in zip(base.hf.parameters(), other.hf.parameters(), strict=True))

@@ -15,12 +15,12 @@ from families import FAMILIES, SENTENCES, lm
 
 from errata import registry
 from errata.config import build
-from errata.core.bank import Bank, Context
-from errata.core.decode import Begun, decode
+from errata.core.bank import Bank, ForwardContext
+from errata.core.decode import PrefilledBatch, decode
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.tail import Tail, Whole, capture, cut
-from errata.core.tokens import IGNORED
+from errata.core.tail import FullForward, Tail, capture, split_rows
+from errata.core.tokens import IGNORE_INDEX
 from errata.core.weights import merge
 from errata.methods.in_context.editor import InContextEditor
 from errata.methods.locate.editor import LocateEditor
@@ -57,7 +57,9 @@ QUICK = {
     "pmet": {**_WEAK, "kl": 1e-3, "kl_stop": 1e-9}, "alphaedit": {**_LOCATE, "share": 0.95, "l2": 1e-6},
     "ft-l": _TUNE, "ft-m": {**_TUNE, "end": "."}, "loc-ft": {**_TUNE, "end": ".", "eos": False},
     "grace": {"layer": 0, "eps": 0.1, "unit": "norm", "lr": 0.3, "steps": 30, "end": "."},
-    "melo": {"layer": 0, "lora_layers": [1, 2], "radius": 0.1, "blocks": 4, "lr": 0.02, "steps": 30, "end": "."},
+    "melo": {
+        "layer": 0, "lora_layers": [1, 2], "radius": 0.1, "blocks": 4, "rank": 4, "lr": 0.02, "decay": 1.0, "steps": 60, "stop": 0.1, "end": ".",
+    },
     "wise": {**_WISE, "mask_ratio": 0.8}, "wise-light": {**_WISE, "pool": 0.5, "mask_ratio": 1.0},
     "rep": {
         "wrapped": _LOCATE, "steps": 20, "lr": 0.02, "rank": 4, "pool": 20, "away": 32, "prefixes": [[5, 2]],
@@ -234,14 +236,14 @@ def test_forcing_behind_a_prompt_that_has_run_is_forcing_in_one_text(method: str
     asked = [i % 5 for i in range(len(texts))]
     prompts = base.encode(PROMPTS[:5])
     assert all(text.ids[: text.prompt_length] == prompts[i].ids for i, text in zip(asked, texts, strict=True))
-    begun = Begun.of(base, base.batch(prompts), base.plan(stacks, which, 5))
+    begun = PrefilledBatch.prefill(base, base.batch(prompts), base.plan(stacks, which, 5))
     found = forcing.behind(begun, asked, [text.target for text in texts])
     for one, other in zip(found, forcing.whole(base, texts, stacks, [which[i] for i in asked]), strict=True):
         assert one.target == other.target and one.nll == pytest.approx(other.nll, abs=2e-4, rel=1e-3)
     # rows that have ended leave: the others answer as they do alone
     free = decode(begun, 6, (".",))
     for i, ids in enumerate(free):
-        assert base.continuations([PROMPTS[i]], stacks=[stacks[which[i]]], max_new_tokens=6, stop=(".",)) == [ids]
+        assert base.generate_ids([PROMPTS[i]], stacks=[stacks[which[i]]], max_new_tokens=6, stop=(".",)) == [ids]
 
 
 @each_case
@@ -280,10 +282,10 @@ def test_tail_equals_full_forward_with_gradients_in_float64(family: str, first: 
     base = lm(family, dtype)
     close = {"atol": 1e-9, "rtol": 1e-7} if dtype == torch.float64 else {"atol": 1e-4, "rtol": 1e-4}
     encoded = base.encode([r.prompt for r in REQUESTS] + ["In Rome"], [r.target for r in REQUESTS] + ["Madrid"])
-    cut_rows = cut(encoded, 3, 0, base.device)
-    where = cut_rows.labels != IGNORED
+    cut_rows = split_rows(encoded, 3, 0, base.device)
+    where = cut_rows.labels != IGNORE_INDEX
     logits, gradients = [], []
-    for runner in (Tail(base, cut_rows, first), Whole(base, cut_rows, first)):
+    for runner in (Tail(base, cut_rows, first), FullForward(base, cut_rows, first)):
         banks = [random_bank(base, b, 4, dtype) for b in range(max(0, first - 1), base.depth)]
         out = runner.logits(banks)
         loss = out.log_softmax(-1).square().sum()
@@ -303,7 +305,7 @@ def test_tail_equals_full_forward_with_gradients_in_float64(family: str, first: 
 def test_tail_and_full_forward_reach_the_same_patch(method: str, family: str) -> None:
     dtype, few = exact(family, method)
     base = model(family, dtype)
-    whole = editor(method, **few).edit_each(base, asked(method), runner=Whole)
+    whole = editor(method, **few).edit_each(base, asked(method), runner=FullForward)
     for a, b in zip(whole, together(method, family), strict=True):
         assert_same(a, b)
 
@@ -338,7 +340,7 @@ def test_gates(kind: str) -> None:
     p["R"] = orthonormal(p.pop("X"))
     h = torch.randn(2, 5, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     h[..., 0] = 50.0  # a direction all states share: a gate that reads it is open or shut everywhere
-    context = Context(torch.arange(5).expand(2, 5), torch.tensor([5, 5]))
+    context = ForwardContext(torch.arange(5).expand(2, 5), torch.tensor([5, 5]))
     reft = Subspace.apply(p, {"gate": "none", "last": 5}, h, h, Site(0), context)
     for sign, want in ((-1.0, h), (1.0, reft)):
         reads = torch.zeros_like(p["V"])

@@ -13,13 +13,13 @@ from errata.config import build
 from errata.core.families import resolve
 from errata.core.model import LM
 from errata.core.patch import Patch, Site
-from errata.core.read import adds_directly, read, up_to
-from errata.core.tail import Tail, Whole
-from errata.core.weights import delta, sizes
+from errata.core.read import adds_directly, read_activations, truncate
+from errata.core.tail import FullForward, Tail
+from errata.core.weights import delta_weight, sizes
 from errata.errors import ConfigError, FitError, InputError
 from errata.methods.locate.alphaedit import AlphaEdit
 from errata.methods.locate.conditioning import pruned, rected, weight
-from errata.methods.locate.editor import LocateEditor, Locating
+from errata.methods.locate.editor import LocateEditor, LocateThenEditRun
 from errata.methods.locate.emmet import EMMET
 from errata.methods.locate.memit import LAMBDA_PER_INPUT, MEMIT, PMET
 from errata.methods.locate.rome import ROME, RROME
@@ -47,8 +47,10 @@ def make(cls: type[LocateEditor], **more: object) -> LocateEditor:
     return build(cls, {**SHARED, **more})
 
 
-def job(family: str, editor: LocateEditor, problems: list[list[EditRequest]], on: tuple[Patch, ...] = ()) -> tuple[Locating, list[Patch]]:
-    found = Locating(editor, base(family), problems, on, Tail)
+def job(
+    family: str, editor: LocateEditor, problems: list[list[EditRequest]], on: tuple[Patch, ...] = ()
+) -> tuple[LocateThenEditRun, list[Patch]]:
+    found = LocateThenEditRun(editor, base(family), problems, on, Tail)
     return found, found.run()
 
 
@@ -59,7 +61,7 @@ def linear(model: LM, block: int) -> tuple[Tensor, Tensor]:
     return w.detach(), module.bias.detach() if module.bias is not None else torch.zeros(w.shape[0], dtype=w.dtype)
 
 
-def keys_of(found: Locating, block: int) -> Tensor:
+def keys_of(found: LocateThenEditRun, block: int) -> Tensor:
     """The averaged keys [N, I] of the unedited model."""
     return found.average(found.read_keys(block, [[] for _ in found.problems])[0])
 
@@ -76,12 +78,14 @@ def test_rome_writes_its_value_exactly(family: str) -> None:
     (op,) = patch.ops
     w, bias = linear(base(family), 1)
     placed = found.placed[0][0]
-    k = read(base(family), [up_to(placed.row, placed.at)], [Site(1, "mlp_down")])[Site(1, "mlp_down")][0][0]
-    torch.testing.assert_close((w + delta(op)) @ k + bias, found.goal[0], **TIGHT)
+    k = read_activations(base(family), [truncate(placed.row, placed.at)], [Site(1, "mlp_down")])[Site(1, "mlp_down")][0][0]
+    torch.testing.assert_close((w + delta_weight(op)) @ k + bias, found.goal[0], **TIGHT)
     with base(family).under(patch):
-        said = read(base(family), [up_to(placed.row, placed.at)], [Site(1, "mlp_down")], on=base(family).stack)[Site(1, "mlp_down")][1][0]
+        said = read_activations(base(family), [truncate(placed.row, placed.at)], [Site(1, "mlp_down")], on=base(family).stack)[
+            Site(1, "mlp_down")
+        ][1][0]
     torch.testing.assert_close(said, found.goal[0], **TIGHT)
-    u = torch.linalg.solve(second(family, 1).second.double(), keys_of(found, 1)[0])
+    u = torch.linalg.solve(second(family, 1).second_moment.double(), keys_of(found, 1)[0])
     torch.testing.assert_close(torch.nn.functional.cosine_similarity(op.tensors["down"][0], u, dim=0), torch.ones((), dtype=torch.float64))
     assert not torch.allclose(found.goal[0], found.start[0], atol=1e-2)
 
@@ -90,12 +94,12 @@ def test_rome_writes_its_value_exactly(family: str) -> None:
 def test_r_rome_is_exact_at_the_key_it_uses(family: str) -> None:
     found, (patch,) = job(family, make(RROME, layers=[1]), [REQUESTS[:1]])
     w, bias = linear(base(family), 1)
-    torch.testing.assert_close((w + delta(patch.ops[0])) @ keys_of(found, 1)[0] + bias, found.goal[0], **TIGHT)
+    torch.testing.assert_close((w + delta_weight(patch.ops[0])) @ keys_of(found, 1)[0] + bias, found.goal[0], **TIGHT)
     _, (prompt,) = job(family, make(RROME, layers=[1], key="prompt"), [REQUESTS[:1]])
     _, (bare,) = job(family, make(ROME, layers=[1], prefixes=[]), [REQUESTS[:1]])
     k = keys_of(job(family, make(ROME, layers=[1], prefixes=[]), [REQUESTS[:1]])[0], 1)[0]
     for p in (prompt, bare):  # with one key both are the same formula
-        u = torch.linalg.solve(second(family, 1).second.double(), k)
+        u = torch.linalg.solve(second(family, 1).second_moment.double(), k)
         torch.testing.assert_close(p.ops[0].tensors["down"][0], u / (u @ k), **TIGHT)
 
 
@@ -103,44 +107,44 @@ def test_r_rome_is_exact_at_the_key_it_uses(family: str) -> None:
 def test_emmet_without_ridge_writes_every_value_and_one_edit_is_rome(family: str) -> None:
     editor = make(EMMET, layers=[1], emmet_lambda=0.0)
     found, (patch,) = job(family, editor, [REQUESTS])
-    change = delta(patch.ops[0])
+    change = delta_weight(patch.ops[0])
     goal = found.goal - found.start
     torch.testing.assert_close(keys_of(found, 1) @ change.T, goal, **TIGHT)
     _, (scaled,) = job(family, make(EMMET, layers=[1], emmet_lambda=0.0, mom2_weight=1000.0), [REQUESTS])
-    torch.testing.assert_close(delta(scaled.ops[0]), change, atol=1e-9, rtol=1e-7)  # the scale of C cancels
+    torch.testing.assert_close(delta_weight(scaled.ops[0]), change, atol=1e-9, rtol=1e-7)  # the scale of C cancels
     assert patch.ops[0].tensors["down"].shape[0] == len(REQUESTS)
     same = {"layers": [1], "v_decay": 0.0, "clamp": 1e6}  # ‖v_0‖ differs: the block's output there, the MLP's here
     _, (one,) = job(family, make(EMMET, **same), [REQUESTS[:1]])
     _, (rome,) = job(family, make(RROME, prefixes=[], **same), [REQUESTS[:1]])
     _, (bare,) = job(family, make(EMMET, prefixes=[], **same), [REQUESTS[:1]])
-    torch.testing.assert_close(delta(bare.ops[0]), delta(rome.ops[0]), atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(delta_weight(bare.ops[0]), delta_weight(rome.ops[0]), atol=1e-9, rtol=1e-7)
     _, (ridged,) = job(family, make(EMMET, single_ridge=True, **same), [REQUESTS[:1]])
-    assert torch.linalg.norm(delta(ridged.ops[0])) < torch.linalg.norm(delta(one.ops[0]))
+    assert torch.linalg.norm(delta_weight(ridged.ops[0])) < torch.linalg.norm(delta_weight(one.ops[0]))
 
 
 @three
 def test_emmet_with_ridge_is_the_stated_formula(family: str) -> None:
     found, (patch,) = job(family, make(EMMET, layers=[1], mom2_weight=2.0, emmet_lambda=0.5, norm_lambda=0.3), [REQUESTS])
-    c = 2.0 * second(family, 1).second.double() + 0.3 * torch.eye(second(family, 1).second.shape[0], dtype=torch.float64)
+    c = 2.0 * second(family, 1).second_moment.double() + 0.3 * torch.eye(second(family, 1).second_moment.shape[0], dtype=torch.float64)
     k = keys_of(found, 1).T
     inverse = torch.linalg.inv(c)
     d = k.T @ inverse @ k + 0.5 * torch.eye(len(REQUESTS), dtype=torch.float64)
     want = (found.goal - found.start).T @ torch.linalg.inv(d) @ k.T @ inverse
-    torch.testing.assert_close(delta(patch.ops[0]), want, atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(delta_weight(patch.ops[0]), want, atol=1e-9, rtol=1e-6)
 
 
 @three
 def test_memit_writes_the_stated_fraction(family: str) -> None:
     """One block, one edit: Δk = s/(1+s) (z − Wk), s = kᵀC⁻¹k/λ; many edits: the formula with a full inverse."""
     found, (patch,) = job(family, make(MEMIT, layers=[1], mom2_weight=20.0), [REQUESTS[:1]])
-    k, c = keys_of(found, 1)[0], second(family, 1).second.double()
+    k, c = keys_of(found, 1)[0], second(family, 1).second_moment.double()
     s = k @ torch.linalg.solve(c, k) / 20.0
-    torch.testing.assert_close(delta(patch.ops[0]) @ k, s / (1 + s) * (found.goal - found.start)[0], **TIGHT)
+    torch.testing.assert_close(delta_weight(patch.ops[0]) @ k, s / (1 + s) * (found.goal - found.start)[0], **TIGHT)
     found, (patch,) = job(family, make(MEMIT, layers=[1]), [REQUESTS])
     k = keys_of(found, 1).T
     weight_ = LAMBDA_PER_INPUT * len(k)
     want = (found.goal - found.start).T @ k.T @ torch.linalg.inv(weight_ * c + k @ k.T)
-    torch.testing.assert_close(delta(patch.ops[0]), want, **TIGHT)
+    torch.testing.assert_close(delta_weight(patch.ops[0]), want, **TIGHT)
 
 
 @three
@@ -151,14 +155,14 @@ def test_each_block_sees_those_before_it(family: str, cls: type[LocateEditor], p
     found, (patch,) = job(family, editor, [REQUESTS])
     written: tuple[Patch, ...] = ()
     for i, op in enumerate(patch.ops):
-        again = Locating(editor, base(family), [REQUESTS], written, Tail)
+        again = LocateThenEditRun(editor, base(family), [REQUESTS], written, Tail)
         again.placed, again.before, again.value_sites = found.placed, found.before, found.value_sites
         keys = again.average(again.read_keys(op.site.block, [[]])[0])
         now = again.read_bare(found.value_sites[0], [[]])
         m = moments(base(family), [op.site], tokens=1500)[op.site]
-        gram = 0.5 * m.second.double() + keys.T @ keys
+        gram = 0.5 * m.second_moment.double() + keys.T @ keys
         want = ((found.goal - now) / (3 - i) ** power).T @ keys @ torch.linalg.inv(gram)
-        torch.testing.assert_close(delta(op), want, atol=1e-9, rtol=1e-6)
+        torch.testing.assert_close(delta_weight(op), want, atol=1e-9, rtol=1e-6)
         written = (*written, Patch("test", {}, base(family).fingerprint, (), (op,)))
     # with almost no weight on what is to be kept, everything that is left is written by the last block
     found, (patch,) = job(family, make(MEMIT, layers=[0, 1, 2], mom2_weight=1e-9, prefixes=[]), [REQUESTS])
@@ -172,11 +176,11 @@ def test_alphaedit_stays_in_the_null_space_and_solves_its_objective(family: str)
     _, (earlier,) = job(family, editor, [REQUESTS[2:]])
     found, (patch,) = job(family, editor, [REQUESTS[:2]], (earlier,))
     assert patch.notes["null space"].startswith("block 1: 50.")
-    change, m = delta(patch.ops[0]), second(family, 1)
+    change, m = delta_weight(patch.ops[0]), second(family, 1)
     u0 = m.null_space(share=0.5)
     p = u0 @ u0.T
     torch.testing.assert_close(change @ p, change, **TIGHT)
-    again = Locating(editor, base(family), [REQUESTS[:2]], (earlier,), Tail)
+    again = LocateThenEditRun(editor, base(family), [REQUESTS[:2]], (earlier,), Tail)
     again.placed, again.before = found.placed, found.before
     k = again.average(again.read_keys(1, [[]])[0]).T  # under the earlier edit
     kept = earlier.state["keys.1"].T
@@ -197,11 +201,11 @@ def test_alphaedit_leaves_preserved_keys_alone_where_the_null_space_is_exact() -
     m = Moments(site, k0 @ k0.T / 20, 20, model.fingerprint, "made")
     editor = make(AlphaEdit, layers=[1], threshold=1e-8)
     keys = torch.randn(3, size, dtype=torch.float64, generator=generator)
-    (down,) = editor.downs(m, keys, keys, [[0, 1, 2]], None)
+    (down,) = editor.down_factors(m, keys, keys, [[0, 1, 2]], None)
     torch.testing.assert_close(down @ k0, torch.zeros(3, 20, dtype=torch.float64), atol=1e-9, rtol=0)
     assert m.null_space(1e-8).shape[1] == size - 20
     with pytest.raises(ConfigError, match=r"no direction of block 1.*raise threshold"):
-        make(AlphaEdit, layers=[1], threshold=1e-300).downs(Moments(site, torch.eye(size), 9, "", ""), keys, keys, [[0]], None)
+        make(AlphaEdit, layers=[1], threshold=1e-300).down_factors(Moments(site, torch.eye(size), 9, "", ""), keys, keys, [[0]], None)
 
 
 def test_history_comes_from_the_stack() -> None:
@@ -214,7 +218,7 @@ def test_history_comes_from_the_stack() -> None:
     assert undone.id == alone.id != after.id
     _, (careless,) = job("llama", make(AlphaEdit, layers=[1], share=0.9, l2=1e-3, history=False), [REQUESTS[1:2]], (first,))
     past = first.state["keys.1"].T
-    assert (delta(after.ops[0]) @ past).norm() < 0.2 * (delta(careless.ops[0]) @ past).norm()
+    assert (delta_weight(after.ops[0]) @ past).norm() < 0.2 * (delta_weight(careless.ops[0]) @ past).norm()
 
 
 def test_small_sides_equal_the_full_systems() -> None:
@@ -308,15 +312,15 @@ def test_a_value_stops_by_itself() -> None:
     _, patches = job("llama", make(ROME, layers=[1], prefixes=[], v_stop=0.3, kl=0.0), [[easy], [REQUESTS[1]]])
     assert patches[0].notes["steps"] == 0 and patches[0].notes["values stopped"] == 1
     assert patches[1].notes["steps"] == 7 and patches[1].notes["values stopped"] == 0
-    assert not delta(patches[0].ops[0]).any()  # nothing to change: the identity
+    assert not delta_weight(patches[0].ops[0]).any()  # nothing to change: the identity
 
 
 def test_full_forward_passes_reach_the_same_values() -> None:
     editor = make(PMET, layers=[1, 2])
-    ours = Locating(editor, base("gpt2"), [REQUESTS], (), Tail).run()[0]
-    plain = Locating(editor, base("gpt2"), [REQUESTS], (), Whole).run()[0]
+    ours = LocateThenEditRun(editor, base("gpt2"), [REQUESTS], (), Tail).run()[0]
+    plain = LocateThenEditRun(editor, base("gpt2"), [REQUESTS], (), FullForward).run()[0]
     for a, b in zip(ours.ops, plain.ops, strict=True):
-        torch.testing.assert_close(delta(a), delta(b), **TIGHT)
+        torch.testing.assert_close(delta_weight(a), delta_weight(b), **TIGHT)
 
 
 def test_sampled_texts_depend_on_the_seed_and_their_own_prompt_only() -> None:
@@ -341,7 +345,7 @@ def test_rome_writes_several_requests_one_after_the_other() -> None:
     stack: tuple[Patch, ...] = ()
     for request in REQUESTS:
         stack = (*stack, editor.edit(model, [request], on=stack))
-    torch.testing.assert_close(delta(joint.ops[0]), sum(delta(p.ops[0]) for p in stack), **TIGHT)
+    torch.testing.assert_close(delta_weight(joint.ops[0]), sum(delta_weight(p.ops[0]) for p in stack), **TIGHT)
     assert joint.requests == tuple(REQUESTS) and joint.method == "rome" and not joint.replaces
 
 
@@ -355,7 +359,7 @@ def test_a_change_has_no_more_factors_than_edits_or_dimensions() -> None:
     model = base("llama")
     many = [EditRequest(f"The capital of France {i} is", "Rome", "France") for i in range(40)]
     (op,) = make(MEMIT, layers=[1], v_steps=2, prefixes=[]).edit(model, many).ops
-    assert sizes(op)[0] <= 32 and delta(op).shape == linear(model, 1)[0].shape
+    assert sizes(op)[0] <= 32 and delta_weight(op).shape == linear(model, 1)[0].shape
     (few,) = make(MEMIT, layers=[1], v_steps=2, prefixes=[]).edit(model, many[:2]).ops
     assert few.tensors["down"].shape[0] == 2
 
@@ -365,7 +369,7 @@ def test_conditioning_options(options: dict[str, object]) -> None:
     model = base("gpt2")
     plain = make(ROME, layers=[1]).edit(model, REQUESTS[:1])
     (op,) = make(ROME, layers=[1], **options).edit(model, REQUESTS[:1]).ops
-    change, got, w = delta(plain.ops[0]), delta(op), weight(model, Site(1, "mlp_down"))
+    change, got, w = delta_weight(plain.ops[0]), delta_weight(op), weight(model, Site(1, "mlp_down"))
     torch.testing.assert_close(w, linear(model, 1)[0])
     if "rect" in options:
         assert int((got != 0).sum()) == round(0.2 * change.numel())

@@ -16,18 +16,18 @@ from torch import Tensor
 
 from errata import registry
 from errata.config import build
-from errata.core.bank import Bank, Context, live
+from errata.core.bank import Bank, ForwardContext, active_patches
 from errata.core.families import linear_sizes
 from errata.core.model import LM
 from errata.core.patch import Patch, Site
 from errata.core.read import module_at
-from errata.core.tail import Tail, Whole
-from errata.core.weights import delta, merge
+from errata.core.tail import FullForward, Tail
+from errata.core.weights import delta_weight, merge
 from errata.errors import ConfigError, PatchError
 from errata.export import bake, export_lora
 from errata.methods.adapters.adalora import AdaLoRA
 from errata.methods.adapters.lora import LoRA
-from errata.methods.adapters.op import Drop
+from errata.methods.adapters.op import DropoutMask
 from errata.methods.adapters.training import Training
 from errata.request import EditRequest
 
@@ -48,7 +48,7 @@ def editor(method: str, **more: Any) -> Any:
 
 
 def changes(patch: Patch) -> dict[Site, Tensor]:
-    return {op.site: delta(op) for op in patch.ops}
+    return {op.site: delta_weight(op) for op in patch.ops}
 
 
 # -- formulas -------------------------------------------------------------------------------------------------
@@ -57,8 +57,8 @@ def changes(patch: Patch) -> dict[Site, Tensor]:
 def test_the_branch_equals_a_loop() -> None:
     g = torch.Generator().manual_seed(0)
     down, up, gain, x, y = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((2, 3, 6), (2, 5, 3), (2, 3), (4, 7, 6), (4, 7, 5)))
-    context = Context(torch.arange(7).expand(4, 7), torch.full((4,), 7))
-    drop = Drop(0.4, 1, 2, torch.tensor([0, 1, 0, 1]), 2)
+    context = ForwardContext(torch.arange(7).expand(4, 7), torch.full((4,), 7))
+    drop = DropoutMask(0.4, 1, 2, torch.tensor([0, 1, 0, 1]), 2)
     mask = drop.mask(Site(0, "q"), x)
     for rows, owner in ((None, [0, 0, 1, 1]), (torch.tensor([1, 0, 0, 1]), [1, 0, 0, 1])):
         bank = Bank("adapter", Site(0, "q"), {"drop": drop}, {"down": down, "up": up, "gain": gain}, rows)
@@ -70,17 +70,17 @@ def test_the_branch_equals_a_loop() -> None:
 
 
 def test_dropout_is_a_function_of_seed_step_site_row_position_and_feature() -> None:
-    wide = Drop(0.1, 3, 5, torch.tensor([0, 1, 0]), 2).mask(Site(2, "q"), torch.zeros(3, 40, 64))
+    wide = DropoutMask(0.1, 3, 5, torch.tensor([0, 1, 0]), 2).mask(Site(2, "q"), torch.zeros(3, 40, 64))
     assert wide.unique().tolist() == [0.0, pytest.approx(1 / 0.9)]
     assert abs(float((wide == 0).float().mean()) - 0.1) < 0.015
     assert torch.equal(wide[0], wide[2]) and not torch.equal(wide[0], wide[1])
-    short = Drop(0.1, 3, 5, torch.tensor([0]), 1).mask(Site(2, "q"), torch.zeros(7, 9, 64))  # other rows and another length
+    short = DropoutMask(0.1, 3, 5, torch.tensor([0]), 1).mask(Site(2, "q"), torch.zeros(7, 9, 64))  # other rows and another length
     assert torch.equal(short[0], wide[0, :9])
     others = [
-        Drop(0.1, 4, 5, torch.tensor([0]), 1).mask(Site(2, "q"), torch.zeros(1, 40, 64)),
-        Drop(0.1, 3, 6, torch.tensor([0]), 1).mask(Site(2, "q"), torch.zeros(1, 40, 64)),
-        Drop(0.1, 3, 5, torch.tensor([0]), 1).mask(Site(3, "q"), torch.zeros(1, 40, 64)),
-        Drop(0.1, 3, 5, torch.tensor([0]), 1).mask(Site(2, "v"), torch.zeros(1, 40, 64)),
+        DropoutMask(0.1, 4, 5, torch.tensor([0]), 1).mask(Site(2, "q"), torch.zeros(1, 40, 64)),
+        DropoutMask(0.1, 3, 6, torch.tensor([0]), 1).mask(Site(2, "q"), torch.zeros(1, 40, 64)),
+        DropoutMask(0.1, 3, 5, torch.tensor([0]), 1).mask(Site(3, "q"), torch.zeros(1, 40, 64)),
+        DropoutMask(0.1, 3, 5, torch.tensor([0]), 1).mask(Site(2, "v"), torch.zeros(1, 40, 64)),
     ]
     dropped = (wide[0] == 0).flatten().double()
     for other in [*(o[0] for o in others), wide[1], wide[0].roll(1, 0), wide[0].roll(1, 1)]:
@@ -126,8 +126,12 @@ def meta(width: int, heads: int, kv: int, head: int, depth: int, name: str) -> L
 def test_counts_are_those_of_bafts_table_3(name: str, shape: tuple[int, int, int, int, int], published: int) -> None:
     base = meta(*shape, name)
     width, heads, kv, head, depth = shape
-    assert AdaLoRA.for_model(base).count(base) == depth * sum(12 * (width + out) + 12 for out in (heads * head, kv * head)) == published
-    assert LoRA.for_model(base).count(base) == depth * sum(8 * (width + out) for out in (heads * head, kv * head))
+    assert (
+        AdaLoRA.for_model(base).num_parameters(base)
+        == depth * sum(12 * (width + out) + 12 for out in (heads * head, kv * head))
+        == published
+    )
+    assert LoRA.for_model(base).num_parameters(base) == depth * sum(8 * (width + out) for out in (heads * head, kv * head))
 
 
 # -- where ----------------------------------------------------------------------------------------------------
@@ -214,7 +218,7 @@ def test_independence_with_uneven_numbers_of_rows(method: str, dropout: float) -
     e = editor(method, dropout=dropout)
     each = e.edit_each(base, REQUESTS)
     for request, together in zip(REQUESTS, each, strict=True):
-        for alone in (e.edit(base, [request]), e.edit(base, [request], runner=Whole)):
+        for alone in (e.edit(base, [request]), e.edit(base, [request], runner=FullForward)):
             assert alone.notes["steps"] == together.notes["steps"]
             for site, change in changes(together).items():
                 torch.testing.assert_close(changes(alone)[site], change, atol=1e-7, rtol=1e-5)
@@ -237,12 +241,12 @@ def test_continual_edits_train_the_same_adapter_on(method: str) -> None:
     e = editor(method)
     first = e.edit(base, [FRANCE])
     second = e.edit(base, [ITALY], on=(first,))
-    assert second.replaces == (first.id,) and second.requests == (FRANCE, ITALY) and live((first, second)) == (second,)
+    assert second.replaces == (first.id,) and second.requests == (FRANCE, ITALY) and active_patches((first, second)) == (second,)
     with base.under(second):
         assert base.complete(ITALY.prompt) == "Spanish"
     # the parameters gone on from are the last patch's: no step, the same change, also from a saved one
     p = Training(e, base, [[ITALY]], (), first, Tail)
-    again = {op.site: delta(op) for op in p._ops(p.per_group({k: t[0] for k, t in p._start().items()}))}
+    again = {op.site: delta_weight(op) for op in p._ops(p.per_group({k: t[0] for k, t in p._start().items()}))}
     for site, change in changes(first).items():
         torch.testing.assert_close(again[site], change, **CLOSE)
     (other,) = e.edit_each(base, [ITALY], on=(first,))
@@ -273,7 +277,7 @@ def test_export_bake_and_merge(method: str, family: str, tmp_path: Path) -> None
 def test_dropout_is_off_at_use_and_on_in_training(tmp_path: Path) -> None:
     base = lm("llama")
     dry, wet = (LoRA(rank=4, steps=3, stop=0.0, dropout=d).edit(base, [FRANCE]) for d in (0.0, 0.5))
-    assert not torch.allclose(delta(dry.ops[0]), delta(wet.ops[0]), atol=1e-3)
+    assert not torch.allclose(delta_weight(dry.ops[0]), delta_weight(wet.ops[0]), atol=1e-3)
     assert torch.equal(logits(base, wet), logits(base, wet))
     assert torch.equal(logits(base, Patch.load(wet.save(tmp_path / "p"))), logits(base, wet))
 
@@ -296,7 +300,7 @@ def test_a_patch_with_a_cut_rank_goes_on_with_all_of_it() -> None:
     assert sum(len(op.tensors["down"]) for op in first.ops) == len(sites) < first.parameters
     training = Training(e, base, [[ITALY]], (), first, Tail)
     p = training._start()
-    again = {op.site: delta(op) for op in training._ops(training.per_group({k: t[0] for k, t in p.items()}))}
+    again = {op.site: delta_weight(op) for op in training._ops(training.per_group({k: t[0] for k, t in p.items()}))}
     for site, change in changes(first).items():
         torch.testing.assert_close(again[site], change, **CLOSE)
     assert all(t.shape[2] == 4 for k, t in p.items() if k.startswith("A"))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from errata.core.patch import Site
 from errata.core.tail import Tail
-from errata.methods.adapters.allocation import Allocation
-from errata.methods.adapters.op import Drop
+from errata.methods.adapters.allocation import RankAllocator
+from errata.methods.adapters.op import DropoutMask
 from errata.methods.adapters.training import Training, generator_of
 from errata.request import EditRequest
 
@@ -62,7 +62,7 @@ class Peft:
         """errata's masks of this step in place of PEFT's dropout."""
 
         class Masked(torch.nn.Module):
-            def __init__(self, site: Site, drop: Drop) -> None:
+            def __init__(self, site: Site, drop: DropoutMask) -> None:
                 super().__init__()
                 self.site, self.drop = site, drop
 
@@ -70,7 +70,9 @@ class Peft:
                 return x * self.drop.mask(self.site, x)
 
         for site, layer in self.layers.items():
-            layer.lora_dropout["default"] = Masked(site, Drop(self.e.dropout, self.e.seed, step, torch.zeros(1, dtype=torch.long), 1))
+            layer.lora_dropout["default"] = Masked(
+                site, DropoutMask(self.e.dropout, self.e.seed, step, torch.zeros(1, dtype=torch.long), 1)
+            )
 
     def loss(self, request: EditRequest) -> Tensor:
         """What PEFT and transformers make of a request: mean cross-entropy, for AdaLoRA with its orthogonality term."""
@@ -163,14 +165,14 @@ def test_allocation_is_pefts(schedule: dict[str, Any]) -> None:
     training = Training(e, base, [[FRANCE], [ITALY]], (), None, Tail)
     groups = list(training.groups.values())
 
-    class Watched(Allocation):
+    class Watched(RankAllocator):
         def __call__(self, p, gradients, alive, step):  # type: ignore[no-untyped-def]
             super().__call__(p, gradients, alive, step)
             for g, sites in enumerate(groups):
                 for s, site in enumerate(sites):
                     ours[step][site] = p[f"E.{g}"][:, s] != 0
 
-    object.__setattr__(e, "after", lambda sites: Watched(e, sites))
+    object.__setattr__(e, "after_step", lambda sites: Watched(e, sites))
     patches = training.run()
     for i, request in enumerate((FRANCE, ITALY)):
         peft = Peft(e, "llama")

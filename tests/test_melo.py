@@ -6,15 +6,15 @@ import pytest
 import torch
 from families import lm
 
-from errata.core.bank import Context, live
+from errata.core.bank import ForwardContext, active_patches
 from errata.core.fit import AdamW, fit
 from errata.core.patch import Patch, Site
-from errata.core.tail import Whole
+from errata.core.tail import FullForward
 from errata.core.tokens import Encoded
 from errata.errors import ConfigError
 from errata.methods.codebook.melo import MELO
 from errata.methods.codebook.op import Routed, Router, route
-from errata.methods.codebook.store import Asked, Clusters
+from errata.methods.codebook.store import Clusters, KeyedText
 from errata.methods.codebook.training import fresh
 from errata.request import EditRequest
 
@@ -25,11 +25,11 @@ QUICK = {"layer": 0, "lora_layers": (1, 2), "radius": 0.1, "blocks": 4, "lr": 0.
 HERE = Site(0, "mlp_down")
 
 
-def text(key: torch.Tensor, *label: int, request: int = 0) -> Asked:
-    return Asked(request, Encoded((1, 2, *label), 2), key, -key)
+def text(key: torch.Tensor, *label: int, request: int = 0) -> KeyedText:
+    return KeyedText(request, Encoded((1, 2, *label), 2), key, -key)
 
 
-def plain(texts: list[Asked], radius: float, per_block: int) -> list[dict]:
+def plain(texts: list[KeyedText], radius: float, per_block: int) -> list[dict]:
     """The rules as the source has them: a list of clusters with lists of points, one text after another."""
     table: list[dict] = []
     for t in texts:
@@ -109,14 +109,14 @@ def test_none_chosen_is_the_identity_bit_for_bit_and_a_block_is_a_scaled_low_ran
     key, zero = x[1, 3][None, None], torch.zeros(1, 1, dtype=torch.long)
     book = {"centres": key, "radii": torch.ones(1, 1), "points": key, "cluster": zero, "block": zero + 1}
     p = {"down": torch.randn(1, 2, 3, 8, generator=generator), "up": torch.randn(1, 2, 6, 3, generator=generator)}
-    context = Context(torch.arange(4).expand(3, 4), torch.tensor([4, 4, 4]), {}, True, {}, None, 3)
+    context = ForwardContext(torch.arange(4).expand(3, 4), torch.tensor([4, 4, 4]), {}, True, {}, None, 3)
     assert torch.equal(Router.apply(book, {"reads": "input", "rounding": 0.0}, x, y, HERE, context), y)
-    assert context.tape[HERE, "block"].tolist() == [[-1] * 4, [1] * 4, [-1] * 4]
+    assert context.recorded[HERE, "block"].tolist() == [[-1] * 4, [1] * 4, [-1] * 4]
     out = Routed.apply(p, {"scale": 2.0}, x, y, Site(1, "mlp_down"), context)
     assert torch.equal(out[[0, 2]], y[[0, 2]])
     torch.testing.assert_close(out[1], y[1] + 4.0 * x[1] @ (p["up"][0, 1] @ p["down"][0, 1]).T)
     empty = {k: t[:, :0] for k, t in book.items()}
-    again = Context(torch.arange(4).expand(3, 4), torch.tensor([4, 4, 4]), None, True, {}, None, 3)
+    again = ForwardContext(torch.arange(4).expand(3, 4), torch.tensor([4, 4, 4]), None, True, {}, None, 3)
     Router.apply(empty, {"reads": "input", "rounding": 0.0}, x, y, HERE, again)
     assert torch.equal(Routed.apply(p, {"scale": 2.0}, x, y, Site(1, "mlp_down"), again), y)
 
@@ -162,7 +162,7 @@ def test_a_schedule_scales_the_rate_and_gradients_may_lie_in_memory_as_they_like
         value = (x[alive] @ p["w"].mT - goal[alive]).square().sum((1, 2))
         return value, value
 
-    ours = fit({"w": start}, loss, steps=9, rule=AdamW(0.05, schedule=lambda step: 0.5 ** ((step - 1) // 4)))
+    ours = fit({"w": start}, loss, steps=9, optimizer=AdamW(0.05, schedule=lambda step: 0.5 ** ((step - 1) // 4)))
     for e in range(3):
         w = start[e].clone().requires_grad_()
         optimiser = torch.optim.AdamW([w], lr=0.05, weight_decay=0.0)
@@ -194,7 +194,7 @@ def test_continual_edits_go_on_from_the_last_patch_and_replace_it() -> None:
     editor = MELO(**QUICK)
     first = editor.edit(base, [FRANCE])
     second = editor.edit(base, [ITALY], on=(first,))
-    assert second.replaces == (first.id,) and second.requests == (FRANCE, ITALY) and live((first, second)) == (second,)
+    assert second.replaces == (first.id,) and second.requests == (FRANCE, ITALY) and active_patches((first, second)) == (second,)
     assert torch.equal(second.ops[1].tensors["up"][0], first.ops[1].tensors["up"][0])
     assert base.generate([FRANCE.prompt, ITALY.prompt], stacks=[(first, second)]) == ["Rome", "Spanish"]
     assert base.generate([FRANCE.prompt, ITALY.prompt], stacks=[(first,)]) == ["Rome", "Italian"]
@@ -215,7 +215,7 @@ def test_patches_on_one_stack_and_rows_of_a_batch_keep_their_choices_apart(famil
     c = MELO(**{**QUICK, "lora_layers": (2, 3), "blocks": 9, "lr": 0.01}).edit(base, [SPEAK], on=(a, b))
     assert (
         c.replaces == ()
-        and c.id == MELO(**{**QUICK, "lora_layers": (2, 3), "blocks": 9, "lr": 0.01}).edit(base, [SPEAK], on=(a, b), runner=Whole).id
+        and c.id == MELO(**{**QUICK, "lora_layers": (2, 3), "blocks": 9, "lr": 0.01}).edit(base, [SPEAK], on=(a, b), runner=FullForward).id
     )
     prompts = [FRANCE.prompt, ITALY.prompt, SPEAK.prompt]
     for request, own in ((FRANCE, a), (ITALY, b), (SPEAK, c)):
@@ -272,7 +272,7 @@ def test_settings_that_cannot_work(settings: dict, message: str) -> None:
 
 
 def test_the_rule_for_layers() -> None:
-    sites = MELO().at(lm("llama"))
+    sites = MELO().target_sites(lm("llama"))
     assert sites == (Site(1, "mlp_down"), (Site(2, "mlp_down"), Site(3, "mlp_down")))
     for preset in MELO.PRESETS.values():
         MELO(**{k: tuple(v) if isinstance(v, list) else v for k, v in preset.items()})

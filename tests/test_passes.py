@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from errata.core.fit import AdamW, fit_passes
+from errata.core.fit import AdamW, fit_epochs
 from errata.core.patch import Site
-from errata.core.weights import Dense, Groups, LowRank
+from errata.core.weights import Dense, LowRank, RowGroups
 
 
 def test_a_gradient_of_any_layout_makes_the_same_update() -> None:
@@ -30,7 +30,7 @@ def test_steps_that_are_left_out_leave_the_moments_alone() -> None:
     def loss(p: dict[str, Tensor], alive: Tensor, *, number: int, batch: int) -> tuple[Tensor, Tensor]:
         return (p["x"][:, batch] - targets[alive, batch]).square() + p["x"].square().sum(1) * 1e-3, torch.ones(len(alive))
 
-    fitted = fit_passes({"x": torch.zeros(2, 2, dtype=torch.float64)}, loss, passes=40, batches=2, rule=AdamW(0.1), stop=stop)
+    fitted = fit_epochs({"x": torch.zeros(2, 2, dtype=torch.float64)}, loss, epochs=40, batches=2, optimizer=AdamW(0.1), stop=stop)
     for i in range(2):
         x, made = torch.zeros(2, dtype=torch.float64, requires_grad=True), 0
         optimiser = torch.optim.Adam([x], 0.1)
@@ -60,7 +60,7 @@ def test_training_by_entry_makes_one_stack_on_the_way_back(kind: type) -> None:
     params = {k: torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for k, s in shapes.items()}
     x, y = (torch.randn((9, 3, n), generator=generator, dtype=torch.float64) for n in (inner, outer))
     rows = torch.tensor([4, 0, 1, 1, 2, 5, 3, 0, 4])
-    by_entry = kind.apply_rows(params, Groups.of(rows), {}, x, y, Site(0), None)
+    by_entry = kind.apply_grouped(params, RowGroups.of(rows), {}, x, y, Site(0), None)
     copied = kind.apply({k: t[rows] for k, t in params.items()}, {}, x, y, Site(0), None)
     torch.testing.assert_close(by_entry, copied)
     names = set()

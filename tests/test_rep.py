@@ -14,13 +14,13 @@ from torch import nn
 import errata
 from errata import registry
 from errata.config import build
-from errata.core.bank import Context
+from errata.core.bank import ForwardContext
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.weights import delta
+from errata.core.weights import delta_weight
 from errata.errors import ConfigError
 from errata.methods.locate.editor import LocateEditor
-from errata.methods.rep.adapting import apart
+from errata.methods.rep.adapting import split_patch
 from errata.methods.rep.op import KeyAdaptor, gate_logit
 from errata.methods.rep.rep import REP
 from errata.methods.rep.surfaces import KINDS, OWN, draw
@@ -61,7 +61,7 @@ def test_the_op_is_the_released_pre_hook_on_changed_weights(family: str) -> None
     from errata.core.families import resolve
 
     module = resolve(resolve(other, base.family.blocks)[site.block], base.family.mlp_down)
-    change = delta(next(op for op in patch.ops if op.kind == "low_rank"))
+    change = delta_weight(next(op for op in patch.ops if op.kind == "low_rank"))
     with torch.no_grad():
         module.weight += change if isinstance(module, nn.Linear) else change.T
     opened = []
@@ -78,7 +78,7 @@ def test_the_op_is_the_released_pre_hook_on_changed_weights(family: str) -> None
     where = batch.mask.bool()
     torch.testing.assert_close(ours[where], theirs[where], atol=1e-9, rtol=1e-9)
     assert 0 < int(opened[0]) < int(where.sum())
-    assert not torch.allclose(ours, logits(base, apart(patch)[:1], PROMPTS), atol=1e-3)  # the adaptor does something
+    assert not torch.allclose(ours, logits(base, split_patch(patch)[:1], PROMPTS), atol=1e-3)  # the adaptor does something
 
 
 def test_a_closed_gate_is_the_identity_bit_for_bit() -> None:
@@ -89,13 +89,13 @@ def test_a_closed_gate_is_the_identity_bit_for_bit() -> None:
         for op in patch.ops
     ]
     closed = dataclasses.replace(patch, ops=tuple(shut))
-    wrapped = apart(patch)[0]
+    wrapped = split_patch(patch)[0]
     assert torch.equal(logits(base, (closed,), PROMPTS), logits(base, (wrapped,), PROMPTS))
     x, y = torch.randn(2, 3, 64), torch.randn(2, 3, 32)
     y[0, 0, 0] = -0.0
     op = next(op for op in shut if op.kind == "key_adaptor")
     out = KeyAdaptor.apply(
-        {k: t[None] for k, t in op.tensors.items()}, op.settings, x, y, op.site, Context(torch.zeros(2, 3), torch.tensor([3, 3]))
+        {k: t[None] for k, t in op.tensors.items()}, op.settings, x, y, op.site, ForwardContext(torch.zeros(2, 3), torch.tensor([3, 3]))
     )
     assert torch.equal(out.view(torch.int32), y.view(torch.int32))
 
@@ -174,7 +174,7 @@ def random_op(seed: int, count: int = 1) -> Op:
 
 def apply(op: Op, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return KeyAdaptor.apply(
-        {k: t[None] for k, t in op.tensors.items()}, op.settings, x, y, op.site, Context(torch.zeros(1, 1), torch.tensor([1]))
+        {k: t[None] for k, t in op.tensors.items()}, op.settings, x, y, op.site, ForwardContext(torch.zeros(1, 1), torch.tensor([1]))
     )
 
 
@@ -237,8 +237,10 @@ def test_a_shared_adaptor_goes_on_and_remembers_the_earlier_edit() -> None:
     torch.testing.assert_close(second.state["rep.1.own"][0], first.state["rep.1.own"][0])
     # both changes are in it: of the linear's weight, rank 2
     ops = {op.kind: op for op in second.ops}
-    one = delta(next(op for op in first.ops if op.kind == "low_rank"))
-    assert torch.linalg.matrix_rank(delta(ops["low_rank"])) == 2 and torch.linalg.matrix_rank(delta(ops["low_rank"]) - one) == 1
+    one = delta_weight(next(op for op in first.ops if op.kind == "low_rank"))
+    assert (
+        torch.linalg.matrix_rank(delta_weight(ops["low_rank"])) == 2 and torch.linalg.matrix_rank(delta_weight(ops["low_rank"]) - one) == 1
+    )
     assert [p.id for p in e.edit_each(base, [ITALY], on=(first,))] == [second.id]
     assert e.edit(base, [ITALY], on=(rep(scope="shared", lr=0.01).edit(base, [FRANCE]),)).replaces == ()  # of other settings
 
@@ -250,9 +252,9 @@ def test_alphaedit_finds_the_keys_of_earlier_edits() -> None:
     e = rep(wraps="alphaedit", wrapped=wrapped, tau=1 - 1e-9)  # shut: the wrapped edits see what they would see without
     first, bare = e.edit(base, [FRANCE]), plain.edit(base, [FRANCE])
     second, want = e.edit(base, [ITALY], on=(first,)), plain.edit(base, [ITALY], on=(bare,))
-    torch.testing.assert_close(delta(apart(second)[0].ops[0]), delta(want.ops[0]), atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(delta_weight(split_patch(second)[0].ops[0]), delta_weight(want.ops[0]), atol=1e-9, rtol=1e-6)
     forgetful = plain.edit(base, [ITALY], on=(dataclasses.replace(bare, state={}),))
-    assert not torch.allclose(delta(forgetful.ops[0]), delta(want.ops[0]), atol=1e-6)
+    assert not torch.allclose(delta_weight(forgetful.ops[0]), delta_weight(want.ops[0]), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -280,13 +282,13 @@ def test_every_locate_and_edit_method_can_be_wrapped(method: str) -> None:
     patch = rep(wraps=method, wrapped=settings, steps=3).edit(base, [FRANCE])
     assert [op.kind for op in patch.ops] == ["low_rank"] * (len(patch.ops) // 2) + ["key_adaptor"] * (len(patch.ops) // 2)
     again = build(registry.get("method", method), settings).edit(base, [FRANCE])
-    assert [delta(a).equal(delta(b)) for a, b in zip(patch.ops, again.ops, strict=False)] == [True] * len(again.ops)
+    assert [delta_weight(a).equal(delta_weight(b)) for a, b in zip(patch.ops, again.ops, strict=False)] == [True] * len(again.ops)
 
 
 def test_what_trains_is_seen_and_what_is_kept_is_elsewhere() -> None:
     base = errata.load("almanac")
     request = EditRequest("The capital of France is", "Rome", "France", paraphrases=("France has for its capital", "Which town is it?"))
-    found = surfaces.of(base, request)
+    found = surfaces.make_surfaces(base, request)
     drawn = draw(
         base, request, KINDS, ((5, 2),), steps=4, batch=5, pool=400, away=30, fact_token="subject_last",
         seed=0, name="rep",
@@ -312,7 +314,7 @@ def test_an_edit_of_the_almanac_survives_other_names_and_shuffled_tokens() -> No
         patches = editor.edit_each(base, [c.request for c in cases])
         asked, kinds = [], []
         for i, case in enumerate(cases):
-            found = surfaces.of(base, case.request)
+            found = surfaces.make_surfaces(base, case.request)
             for kind, names in (("seen", found.names_seen + found.shuffled_seen), ("unseen", found.names_unseen + found.shuffled_unseen)):
                 asked += [(i, surfaces.fill(case.request, n), case.request.target) for n in names]
                 kinds += [kind] * len(names)

@@ -66,7 +66,7 @@ def test_every_case_gets_every_kind_that_can_be_asked(lm: LM, cases: list[Case])
         request, found = after.request, added(lm, before)
         never = {"paraphrase_seen", "completion_form", "chat"}  # no paraphrase was given, no question edited, no template
         assert set(ROBUST_KINDS) - set(found) - {"shuffled_seen", "shuffled_unseen"} == never
-        expected = surfaces.of(lm, request)
+        expected = surfaces.make_surfaces(lm, request)
         assert [p.prompt for p in found["subject_seen"]] == [fill(request, n) for n in expected.names_seen]
         assert {p.prompt for p in found["subject_unseen"]} == {fill(request, n) for n in expected.names_unseen}
         assert {p.prompt for p in found.get("shuffled_unseen", ())} == {fill(request, n) for n in expected.shuffled_unseen}
@@ -95,7 +95,7 @@ def test_what_cannot_be_asked_is_left_out(lm: LM) -> None:
 
 
 def test_what_an_in_context_editor_may_fill_is_left_free(lm: LM, cases: list[Case]) -> None:
-    room = registry.get("method", "ike").for_model(lm).room(lm)
+    room = registry.get("method", "ike").for_model(lm).context_budget(lm)
     wide = widen(lm, cases, room=room)
     assert {"long_tokens_seen", "long_tokens_unseen"} <= set(unasked(wide))
     assert unasked(widen(lm, cases)) == unasked(widen(lm, cases, room=300)) == []

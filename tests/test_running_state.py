@@ -10,10 +10,10 @@ from families import SENTENCES, tokenizer
 
 from errata.config import build
 from errata.core.bank import Bank
-from errata.core.decode import Begun
+from errata.core.decode import PrefilledBatch
 from errata.core.model import LM
 from errata.core.patch import Site
-from errata.core.tail import Tail, Whole, cut
+from errata.core.tail import FullForward, Tail, split_rows
 from errata.methods.subspace.op import orthonormal, start
 from errata.methods.subspace.reft import ReFT
 from errata.request import EditRequest
@@ -48,16 +48,16 @@ def test_answers_are_those_of_whole_texts() -> None:
         (alone,) = forcing.whole(lm, lm.encode([prompt], [target]), [(patch,) if name else ()], [0])
         assert found.nll == pytest.approx(alone.nll, abs=1e-4) and found.argmax == alone.argmax
     batch = lm.batch(lm.encode(PROMPTS))
-    assert not Begun.of(lm, batch, lm.plan([()], None, len(PROMPTS))).branches
+    assert not PrefilledBatch.prefill(lm, batch, lm.plan([()], None, len(PROMPTS))).can_fork
     for (name, prompt), ids in answers.ids.items():
-        assert lm.continuations([prompt], stacks=[(patch,) if name else ()]) == [list(ids)]
+        assert lm.generate_ids([prompt], stacks=[(patch,) if name else ()]) == [list(ids)]
 
 
 def test_training_runs_everything() -> None:
     """Going on from the prefix would give other numbers, silently."""
     lm = hybrid()
-    rows = cut(lm.encode(PROMPTS, ["Rome"] * 4), 3, 0, lm.device)
+    rows = split_rows(lm.encode(PROMPTS, ["Rome"] * 4), 3, 0, lm.device)
     own = start(4, lm.width, "shared_logit", "pyreft", 2, lm.device)
     own["R"] = orthonormal(own.pop("X"))
     bank = Bank("subspace", Site(2), {"gate": "shared_logit", "last": 3}, {k: torch.stack([t] * 4) for k, t in own.items()})
-    torch.testing.assert_close(Tail(lm, rows, 3).logits([bank]), Whole(lm, rows, 3).logits([bank]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(Tail(lm, rows, 3).logits([bank]), FullForward(lm, rows, 3).logits([bank]), atol=1e-5, rtol=1e-5)

@@ -39,7 +39,7 @@ def stack(lm: LM, method: str) -> Stack:
 
 
 def alone(lm: LM, prompt: str, under: Stack, tokens: int) -> list[int]:
-    return lm.continuations([prompt], stacks=[under], max_new_tokens=tokens, stop=())[0]
+    return lm.generate_ids([prompt], stacks=[under], max_new_tokens=tokens, stop=())[0]
 
 
 class Told(list[Piece]):

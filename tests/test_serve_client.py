@@ -81,7 +81,7 @@ def test_chat(client: openai.OpenAI) -> None:
 
 def test_a_conversation_that_fills_the_window_is_refused(site: Site, client: openai.OpenAI) -> None:
     """Where the request does not say how long an answer may be: what is left of the window, with what the stack may put in front."""
-    window = site.service.lm.window
+    window = site.service.lm.context_length
     assert window == 64
 
     def ask(tokens: int, model: str = "base") -> int:

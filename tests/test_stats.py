@@ -49,17 +49,17 @@ def test_moments_are_the_mean_outer_product_over_every_token(family: str, batch_
     found = moments(model, SITES, text, tokens=10**6, batch_tokens=batch_tokens, cache=tmp_path / "cache")
     for site in SITES:
         want, count = plain(model, site, TEXTS)
-        assert found[site].tokens == count and found[site].second.dtype == torch.float64
-        torch.testing.assert_close(found[site].second, want, atol=1e-12, rtol=1e-9)
+        assert found[site].tokens == count and found[site].second_moment.dtype == torch.float64
+        torch.testing.assert_close(found[site].second_moment, want, atol=1e-12, rtol=1e-9)
 
 
 def test_the_cache_is_read_and_belongs_to_one_model(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, model = tmp_path / "cache", lm("llama")
     first = moments(model, SITES[:1], text, tokens=100, cache=cache)
     both = moments(lm("llama"), SITES, text, tokens=100, cache=cache)  # the missing one is made, the other read
-    assert torch.equal(both[SITES[0]].second, first[SITES[0]].second)
+    assert torch.equal(both[SITES[0]].second_moment, first[SITES[0]].second_moment)
     monkeypatch.setattr(stats, "_Pass", None)
-    assert torch.equal(moments(lm("llama"), SITES, text, tokens=100, cache=cache)[SITES[1]].second, both[SITES[1]].second)
+    assert torch.equal(moments(lm("llama"), SITES, text, tokens=100, cache=cache)[SITES[1]].second_moment, both[SITES[1]].second_moment)
     files = sorted((cache / "stats").iterdir())
     assert len(files) == 2 and all(model.fingerprint in f.name for f in files)
     with pytest.raises(PatchError, match=r"moments of model .* make them for this model with `errata stats`"):
@@ -98,7 +98,7 @@ def test_a_stopped_pass_goes_on_where_it_was(text: str, tmp_path: Path, monkeypa
     found = moments(lm("llama"), SITES, text, tokens=10**6, cache=cache, progress=lambda done, of: again.append(done))
     assert (again[0] > seen[0]) != damage
     for site in SITES:
-        torch.testing.assert_close(found[site].second, whole[site].second)
+        torch.testing.assert_close(found[site].second_moment, whole[site].second_moment)
         assert found[site].tokens == whole[site].tokens
     assert not list((cache / "stats").glob("partial-*"))
 
@@ -110,10 +110,12 @@ def test_solve_eigen_and_null_space() -> None:
     assert m.null_space(1e-9).shape == (12, 5) and m.null_space(share=0.25).shape == (12, 3)
     torch.testing.assert_close(m.null_space(1e-9).T @ k, torch.zeros(5, 7, dtype=torch.float64), atol=1e-9, rtol=0)
     x = torch.randn(12, 3, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(m.second @ m.solve(m.second @ x), m.second @ x, atol=1e-5, rtol=1e-5)  # singular: the least ridge is added
-    full = Moments(SITES[0], m.second + torch.eye(12, dtype=torch.float64), 7, "", "")
-    torch.testing.assert_close(full.solve(x), torch.linalg.solve(full.second, x))
-    torch.testing.assert_close(full.solve(x, 0.5), torch.linalg.solve(full.second + 0.5 * torch.eye(12, dtype=torch.float64), x))
+    torch.testing.assert_close(
+        m.second_moment @ m.solve(m.second_moment @ x), m.second_moment @ x, atol=1e-5, rtol=1e-5
+    )  # singular: the least ridge is added
+    full = Moments(SITES[0], m.second_moment + torch.eye(12, dtype=torch.float64), 7, "", "")
+    torch.testing.assert_close(full.solve(x), torch.linalg.solve(full.second_moment, x))
+    torch.testing.assert_close(full.solve(x, 0.5), torch.linalg.solve(full.second_moment + 0.5 * torch.eye(12, dtype=torch.float64), x))
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,8 +94,8 @@ def test_passages_are_exact_and_never_overlap(lm: LM) -> None:
 
 
 def test_of_keeps_what_trains_from_what_scores(lm: LM) -> None:
-    found = surfaces.of(lm, REQUEST)
-    assert found == surfaces.of(lm, REQUEST)
+    found = surfaces.make_surfaces(lm, REQUEST)
+    assert found == surfaces.make_surfaces(lm, REQUEST)
     assert (len(found.passages_seen), len(found.passages_unseen)) == (5, 1)
     for seen, unseen in (
         (found.names_seen, found.names_unseen),
@@ -104,10 +104,10 @@ def test_of_keeps_what_trains_from_what_scores(lm: LM) -> None:
     ):
         assert seen and unseen and not set(seen) & set(unseen)
     named = EditRequest(REQUEST.prompt, "English", REQUEST.subject, aliases=("the star of Madame de…", found.names_unseen[0]))
-    mine = surfaces.of(lm, named)
+    mine = surfaces.make_surfaces(lm, named)
     assert mine.names_seen == named.aliases and mine.names_unseen == found.names_unseen[1:]
     with pytest.raises(InputError, match="need its subject"):
-        surfaces.of(lm, EditRequest("The sky is", "green"))
+        surfaces.make_surfaces(lm, EditRequest("The sky is", "green"))
 
 
 @pytest.mark.parametrize(

@@ -8,21 +8,21 @@ from families import lm
 from test_locate import REQUESTS, SHARED
 
 from errata.config import build
-from errata.core.tail import Tail, Whole
+from errata.core.tail import FullForward, Tail
 from errata.methods.locate import values
-from errata.methods.locate.editor import Locating
+from errata.methods.locate.editor import LocateThenEditRun
 from errata.methods.locate.memit import PMET
 from errata.methods.locate.rome import ROME
 
 
-@pytest.mark.parametrize("runner", [Tail, Whole])
+@pytest.mark.parametrize("runner", [Tail, FullForward])
 @pytest.mark.parametrize("cls", [ROME, PMET])
 def test_kl_rows_apart_or_together_give_the_same_values(monkeypatch: pytest.MonkeyPatch, cls: type, runner: type) -> None:
     base, found, passes = lm("llama", torch.float64), {}, {}
     editor = build(cls, {**SHARED, "layers": [1], "kl": 0.5, "v_stop": 0.0})
     for most in (10**6, -1):  # padding that is suffered: any, none
         monkeypatch.setattr(values, "FIXED_TOKENS_ALONE", most)
-        job = Locating(editor, base, [[r] for r in REQUESTS], (), runner)
+        job = LocateThenEditRun(editor, base, [[r] for r in REQUESTS], (), runner)
         job.place()
         before = [0]
         handle = base.hf.register_forward_pre_hook(lambda *_, n=before: n.__setitem__(0, n[0] + 1))

@@ -12,11 +12,11 @@ from families import lm
 from made import DTYPES, PROMPTS, logits, made
 from torch import Tensor
 
-from errata.core.bank import Bank, Context
+from errata.core.bank import Bank, ForwardContext
 from errata.core.families import resolve
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.weights import compact, delta, merge
+from errata.core.weights import compact, delta_weight, merge
 from errata.errors import PatchError
 from errata.export import bake, export_lora
 
@@ -94,7 +94,7 @@ def test_by_entry_is_by_copies(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     shapes = {"down": (5, 2, 6), "up": (5, 4, 2)} if kind == "low_rank" else {"weight": (5, 4, 6)}
     params = {k: torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for k, s in shapes.items()}
     x, y = torch.randn(9, 3, 6, generator=g, dtype=torch.float64), torch.randn(9, 3, 4, generator=g, dtype=torch.float64)
-    context = Context(torch.arange(3).expand(9, 3), torch.full((9,), 3))
+    context = ForwardContext(torch.arange(3).expand(9, 3), torch.full((9,), 3))
     for rows in ([3, -1, 0, 3, 3, 1, -1, 4, 0], [2] * 9, [-1] * 9, [4, 3, 2, 1, 0, 4, 3, 2, 1]):
         found = []
         for few in (10**9, -(10**9)):
@@ -139,12 +139,12 @@ def test_compact(rank: int) -> None:
     op = made(lm("llama"), 0, rank).ops[0]
     small = compact(op)
     assert small.kind == ("low_rank" if rank < 22 else "dense") and small.tensors.keys() <= {"down", "up", "weight"}
-    torch.testing.assert_close(delta(small), delta(op), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(delta_weight(small), delta_weight(op), atol=1e-6, rtol=1e-5)
     assert {t.dtype for t in small.tensors.values()} == {torch.float32}
     twice = Op("low_rank", op.site, {"down": op.tensors["down"].repeat(3, 1), "up": op.tensors["up"].repeat(1, 3)})
     again = compact(twice)
     assert again.kind == small.kind and (rank > 21 or again.tensors["down"].shape == (rank, 64))
-    torch.testing.assert_close(delta(again), 3 * delta(op), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(delta_weight(again), 3 * delta_weight(op), atol=1e-5, rtol=1e-5)
 
 
 def test_a_merged_patch_stands_for_all_it_was_made_of() -> None:

@@ -13,12 +13,12 @@ from families import SENTENCES, lm
 
 from errata import registry
 from errata.config import build
-from errata.core.bank import Bank, Context, compile_plan
+from errata.core.bank import Bank, ForwardContext, compile_plan
 from errata.core.families import resolve
 from errata.core.fit import SGD, fit
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.tail import Tail, Whole, cut
+from errata.core.tail import FullForward, Tail, split_rows
 from errata.errors import ConfigError, ErrataError
 from errata.methods.base import preset
 from errata.methods.wise.memory import Memories, Memory, entries, ties
@@ -113,7 +113,7 @@ def walk(memories: Memories, acts: list[float]) -> list[Memories]:
     for n, act in enumerate(acts, memories.edits + 1):
         begin = memories.begin(torch.device("cpu"), torch.float64)
         memories = memories.after(dataclasses.replace(begin, values=begin.values + n), act)
-        memories = Memories(memories.plan, memories.size).resumed(memories.op(Site(0, "mlp_down"), (10, 20), "silu"), memories.edits)
+        memories = Memories(memories.editor, memories.size).resumed(memories.op(Site(0, "mlp_down"), (10, 20), "silu"), memories.edits)
         out.append(memories)
     return out
 
@@ -122,35 +122,35 @@ def test_retrieve_keeps_memories_and_merges_the_last() -> None:
     p = plan()
     masks = [entries(200, 0.3, 1.0, 0, i) for i in range(5)]
     after = walk(Memories(p, 200), [5.0, 4.0, 7.0, 6.0, 9.0, 3.0, 2.0, 8.0, 1.0])
-    assert [len(m.kept) for m in after] == [1, 1, 2, 1, 2, 2, 3, 2, 3]  # save after 2, 6; merge after 4, 8
-    assert [m.least for m in after[2].kept] == [4.0, 7.0]
+    assert [len(m.stored) for m in after] == [1, 1, 2, 1, 2, 2, 3, 2, 3]  # save after 2, 6; merge after 4, 8
+    assert [m.min_activation for m in after[2].stored] == [4.0, 7.0]
     for i, m in ((0, masks[0]), (1, masks[0])):
-        assert torch.equal(after[i].kept[0].where, m)
-    assert after[1].kept[0].values.unique().tolist() == [3.0] and after[2].kept[1].values.unique().tolist() == [3.0]
-    assert torch.equal(after[2].kept[1].where, masks[1]) and torch.equal(after[4].kept[1].where, masks[2])
+        assert torch.equal(after[i].stored[0].where, m)
+    assert after[1].stored[0].values.unique().tolist() == [3.0] and after[2].stored[1].values.unique().tolist() == [3.0]
+    assert torch.equal(after[2].stored[1].where, masks[1]) and torch.equal(after[4].stored[1].where, masks[2])
     deltas = torch.zeros(2, 200, dtype=torch.float64)
     deltas[0, masks[0]], deltas[1, masks[1]] = 3.0, 7.0
-    merged = after[3].kept[0]
+    merged = after[3].stored[0]
     full = torch.zeros(200, dtype=torch.float64)
     full[merged.where] = merged.values
     torch.testing.assert_close(full, ties(deltas, [0.5, 0.5], 0.5))
-    assert merged.least == 4.0 and set(full.unique().tolist()) == {0.0, 3.0, 5.0, 7.0}
-    assert torch.equal(after[7].kept[0].values, merged.values)  # the first merged memory stays as it is
-    assert [m.least for m in after[8].kept] == [4.0, 2.0, 1.0]
+    assert merged.min_activation == 4.0 and set(full.unique().tolist()) == {0.0, 3.0, 5.0, 7.0}
+    assert torch.equal(after[7].stored[0].values, merged.values)  # the first merged memory stays as it is
+    assert [m.min_activation for m in after[8].stored] == [4.0, 2.0, 1.0]
 
 
 def test_merge_keeps_one_and_weighs_it() -> None:
     p = plan(retrieve=False)
     masks = [entries(200, 0.3, 1.0, 0, i) for i in range(4)]
     after = walk(Memories(p, 200), [5.0, 4.0, 7.0, 6.0, 9.0, 3.0, 2.0, 8.0])
-    assert [len(m.kept) for m in after] == [1, 1, 2, 1, 2, 2, 3, 1]
-    assert all(k.least == min([5.0, 4.0, 7.0, 6.0, 9.0, 3.0, 2.0, 8.0][: i + 1]) for i, m in enumerate(after) for k in m.kept)
+    assert [len(m.stored) for m in after] == [1, 1, 2, 1, 2, 2, 3, 1]
+    assert all(k.min_activation == min([5.0, 4.0, 7.0, 6.0, 9.0, 3.0, 2.0, 8.0][: i + 1]) for i, m in enumerate(after) for k in m.stored)
     old = torch.zeros(200, dtype=torch.float64)
-    old[after[3].kept[0].where] = after[3].kept[0].values
+    old[after[3].stored[0].where] = after[3].stored[0].values
     deltas = torch.zeros(3, 200, dtype=torch.float64)
     deltas[0, masks[2]], deltas[1, masks[3]], deltas[2] = 5.0 + 6.0, 7.0 + 8.0, old
     full = torch.zeros(200, dtype=torch.float64)
-    full[after[7].kept[0].where] = after[7].kept[0].values
+    full[after[7].stored[0].where] = after[7].stored[0].values
     torch.testing.assert_close(full, ties(deltas, [0.2, 0.2, 0.6], 0.5))
 
 
@@ -168,11 +168,11 @@ def memory_op(deltas: list[torch.Tensor], least: list[float], **settings: Any) -
     return Op("side_memory", SITE, tensors, {"shape": [outer, inner], "act": "silu", "act_ratio": 0.8, "long": 100, **settings})
 
 
-def alone(op: Op, x: torch.Tensor, y: torch.Tensor, context: Context) -> torch.Tensor:
-    return Bank(op.kind, op.site, op.settings, SideMemory.stacked([op], torch.device("cpu"))).apply(x, y, context)
+def alone(op: Op, x: torch.Tensor, y: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+    return Bank(op.kind, op.site, op.settings, SideMemory.stack_params([op], torch.device("cpu"))).apply(x, y, context)
 
 
-def scene(rows: int = 6, prompt: int = 4, after: int = 2) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], Context]:
+def scene(rows: int = 6, prompt: int = 4, after: int = 2) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], ForwardContext]:
     g = torch.Generator().manual_seed(0)
     x, y = (torch.randn(rows, prompt + after, 8, dtype=torch.float64, generator=g) for _ in range(2))
     deltas = [torch.randn(8, 8, dtype=torch.float64, generator=g) * 0.3 for _ in range(3)]
@@ -180,7 +180,7 @@ def scene(rows: int = 6, prompt: int = 4, after: int = 2) -> tuple[torch.Tensor,
     lengths = torch.full((rows,), prompt)
     position[1] = torch.tensor([-1, -1, 0, 1, 2, 3])  # padded on the left by two
     lengths[1] = 2
-    return x, y, deltas, Context(position, lengths, size=rows)
+    return x, y, deltas, ForwardContext(position, lengths, size=rows)
 
 
 @pytest.mark.parametrize("act", ["silu", "linear"])
@@ -219,7 +219,7 @@ def test_a_long_prompt_is_decided_by_its_largest_token() -> None:
     norms = torch.linalg.vector_norm(x, dim=-1)[0]
     least = [float(norms.mean() + norms.max()) / 2]
     op = memory_op([d], least, act="linear", act_ratio=1.0)
-    long, short = (Context(torch.arange(n)[None], torch.tensor([n]), size=1) for n in (101, 100))
+    long, short = (ForwardContext(torch.arange(n)[None], torch.tensor([n]), size=1) for n in (101, 100))
     torch.testing.assert_close(alone(op, x, y, long), x)
     assert torch.equal(alone(op, x[:, :100], y[:, :100], short), y[:, :100])
 
@@ -229,7 +229,7 @@ def test_later_chunks_follow_the_prompts_decision() -> None:
     least = [0.0 if i == 0 else 1e9 for i in range(3)]
     for op, want in ((memory_op(deltas, least), y + x @ deltas[0].T), (memory_op(deltas, [1e9] * 3), y)):
         alone(op, x[:, :4], y[:, :4], dataclasses.replace(context, position=context.position[:, :4]))
-        later = dataclasses.replace(context, position=context.position[:, 4:], first=False)
+        later = dataclasses.replace(context, position=context.position[:, 4:], is_prefill=False)
         torch.testing.assert_close(alone(op, x[:, 4:] * 100, y[:, 4:], later) - y[:, 4:], (want - y)[:, 4:] * 100)
 
 
@@ -279,8 +279,8 @@ def test_banks_hold_different_numbers_of_memories(monkeypatch: pytest.MonkeyPatc
 def test_a_tail_on_top_of_a_side_memory_runs_whole_passes() -> None:
     base = lm("llama", torch.float64)
     patch = patch_of(base, real_op(base, [0.0], 0), "a")
-    rows = cut(base.encode([p for p, _ in SENTENCES[:3]], [t for _, t in SENTENCES[:3]]), 2, 0, base.device)
-    tail, whole = Tail(base, rows, 2, (patch,)), Whole(base, rows, 2, (patch,))
+    rows = split_rows(base.encode([p for p, _ in SENTENCES[:3]], [t for _, t in SENTENCES[:3]]), 2, 0, base.device)
+    tail, whole = Tail(base, rows, 2, (patch,)), FullForward(base, rows, 2, (patch,))
     assert tail.whole is not None
     torch.testing.assert_close(tail.logits([]), whole.logits([]))
 
@@ -342,7 +342,7 @@ def plain_loop(base: LM, request: EditRequest, e: WISE, site: Site, on_text: boo
     return delta.detach(), float(torch.stack(acts[: len(edit)]).detach().mean())
 
 
-@pytest.mark.parametrize("runner", [Tail, Whole])
+@pytest.mark.parametrize("runner", [Tail, FullForward])
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -368,10 +368,10 @@ def test_training_equals_a_plain_loop(family: str, settings: dict[str, Any], run
         stop=0.0,
     )
     e = dataclasses.replace(e, **settings)
-    want, act = plain_loop(base, two, e, e.at(base), e.act_on == "text")
+    want, act = plain_loop(base, two, e, e.target_site(base), e.act_on == "text")
     # beside a second problem, which must not matter
     patch, _ = e.edit_each(base, [two, SPANISH], runner=runner)
-    found = SideMemory.stacked(patch.ops, base.device)["delta"][0, 0]
+    found = SideMemory.stack_params(patch.ops, base.device)["delta"][0, 0]
     torch.testing.assert_close(found, want, atol=1e-9, rtol=1e-7)
     assert abs(float(patch.ops[0].tensors["least"][0]) - act) < 1e-8
     assert (
@@ -385,7 +385,7 @@ def test_only_entries_of_the_mask_change() -> None:
     for method in (WISE, WISELight):
         e = build(method, {**QUICK, "mask_ratio": 0.3})
         [patch] = e.edit_each(base, [ROME])
-        delta = SideMemory.stacked(patch.ops, base.device)["delta"].flatten()
+        delta = SideMemory.stack_params(patch.ops, base.device)["delta"].flatten()
         allowed = entries(32 * 64, 0.3, e.pool, 0, 0)
         assert set(delta.nonzero().flatten().tolist()) <= set(allowed.tolist())
         assert int((delta != 0).sum()) > 0.9 * len(allowed) and patch.ops[0].tensors["values.0"].numel() == len(allowed)
@@ -407,7 +407,7 @@ def test_sgd_and_the_two_stop_conditions() -> None:
     def loss(p: Any, alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return rate[alive] * p["x"][:, 0].square(), p["x"][:, 0].abs()
 
-    got = fit({"x": begin}, loss, steps=60, rule=SGD(1.0, 0.01), stop=0.05, settled=1e-3)
+    got = fit({"x": begin}, loss, steps=60, optimizer=SGD(1.0, 0.01), stop=0.05, min_delta=1e-3)
     for i in range(3):
         x = begin[i].clone().requires_grad_()
         optimiser, last, steps = torch.optim.SGD([x], lr=1.0, weight_decay=0.01), float("inf"), 0
@@ -419,7 +419,7 @@ def test_sgd_and_the_two_stop_conditions() -> None:
             steps += 1
         assert int(got.steps[i]) == steps and bool((got.params["x"][i] - x).abs() < 1e-6)
     assert got.steps[1] == 1  # below the stop at once, but its move is not known before a step
-    assert int(fit({"x": begin}, loss, steps=60, rule=SGD(1.0, 0.01), stop=0.05).steps[1]) == 0
+    assert int(fit({"x": begin}, loss, steps=60, optimizer=SGD(1.0, 0.01), stop=0.05).steps[1]) == 0
     assert got.steps.unique().numel() == 3
 
 
@@ -433,7 +433,7 @@ def test_contexts_are_greedy_and_kept() -> None:
     )
     base.attach(patch_of(base, dataclasses.replace(memory_op([torch.ones(32, 64)], [0.0])), "on"))
     assert contexts(base, [(2, 5), (4, 3)]) is found
-    base.kept.clear()
+    base.base_cache.clear()
     assert contexts(base, [(2, 5), (4, 3)]) == found  # of the base, whatever is attached
     texts = Texts.of(base, EditRequest("In Rome people speak", "French"), found, "")
     assert len(texts.edit) == len(found) and len(texts.unrelated) == len(found) - 1  # without unrelated texts, the contexts
@@ -505,7 +505,7 @@ def test_presets_and_the_rule_for_depth() -> None:
     }
     assert preset(WISE, "gpt2")["layer"] == 8 and "layer" not in preset(WISE, "gpt2-xl")
     base = lm("llama")
-    assert WISE().at(base) == Site(3, "mlp_down") and WISE().act(base) == "silu" and WISE(activation="input").act(base) == "linear"
+    assert WISE().target_site(base) == Site(3, "mlp_down") and WISE().act(base) == "silu" and WISE(activation="input").act(base) == "linear"
     assert WISE().act(lm("gpt2")) == "gelu_new" and WISE().act(lm("gemma")) == "gelu_pytorch_tanh"
     assert registry.get("method", "wise-light")().pool == 0.125
     for name in {**WISE.PRESETS, **WISELight.PRESETS}:
@@ -516,7 +516,7 @@ def test_presets_and_the_rule_for_depth() -> None:
 def test_a_stored_memory_is_read_back_whole() -> None:
     memories = Memories(plan(), 200)
     memory = Memory(entries(200, 0.3, 1.0, 0, 0), torch.arange(float(len(entries(200, 0.3, 1.0, 0, 0)))), 2.0)
-    op = dataclasses.replace(memories, kept=(memory,) * 12, edits=24).op(SITE, (10, 20), "silu")
+    op = dataclasses.replace(memories, stored=(memory,) * 12, edits=24).op(SITE, (10, 20), "silu")
     assert all(torch.equal(unpack(packed(op, i)), memory.where) for i in range(12))  # "values.1" and "values.11" are not mixed up
     back = memories.resumed(op, 24)
-    assert len(back.kept) == 12 and torch.equal(back.kept[11].values, memory.values)
+    assert len(back.stored) == 12 and torch.equal(back.stored[11].values, memory.values)

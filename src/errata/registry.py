@@ -28,7 +28,7 @@ ENTRIES: dict[str, dict[str, str]] = {
         "ike": "errata.methods.in_context.ike:IKE",
         "ice": "errata.methods.in_context.ice:ICE",
         "retrieval": "errata.methods.in_context.retrieval:Retrieval",
-        "none": "errata.methods.none:Nothing",
+        "none": "errata.methods.none:Unedited",
         "wise": "errata.methods.wise.wise:WISE",
         "wise-light": "errata.methods.wise.wise:WISELight",
         "rep": "errata.methods.rep.rep:REP",
@@ -53,7 +53,7 @@ ENTRIES: dict[str, dict[str, str]] = {
         "known1000": "errata.benchmarks.downstream:Known1000",
     },
     "op": {
-        "context": "errata.core.context:InFront",
+        "context": "errata.core.context:InContext",
         "low_rank": "errata.core.weights:LowRank",
         "dense": "errata.core.weights:Dense",
         "subspace": "errata.methods.subspace.op:Subspace",
@@ -63,7 +63,7 @@ ENTRIES: dict[str, dict[str, str]] = {
         "router": "errata.methods.codebook.op:Router",
         "routed": "errata.methods.codebook.op:Routed",
         "side_memory": "errata.methods.wise.op:SideMemory",
-        "moved": "errata.methods.wise.op:Moved",
+        "moved": "errata.methods.wise.op:OutputShift",
         "key_adaptor": "errata.methods.rep.op:KeyAdaptor",
     },
 }

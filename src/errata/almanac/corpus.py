@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 EXTRA_SHARE = 0.5  # of alias, reverse and chain sentences join each pass over the facts
-IGNORED = -100
+IGNORE_INDEX = -100
 SHOWN = ("training", "alias", "reverse", "chain")  # kinds of sentences; the others are held out
 
 
@@ -115,7 +115,7 @@ class Corpus:
         """(ids, labels) [rows, T], padded on the right; labels are shifted already (position t predicts t+1)."""
         batch = self._batches(step // self.steps_per_pass)[step % self.steps_per_pass]
         width = max(len(e.ids) for e in batch) - 1
-        ids, labels = torch.full((len(batch), width), self.pad), torch.full((len(batch), width), IGNORED)
+        ids, labels = torch.full((len(batch), width), self.pad), torch.full((len(batch), width), IGNORE_INDEX)
         for row, e in enumerate(batch):
             n = len(e.ids) - 1
             ids[row, :n] = torch.tensor(e.ids[:-1])

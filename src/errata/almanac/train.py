@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.almanac.corpus import IGNORED, Corpus, train_tokenizer
+from errata.almanac.corpus import IGNORE_INDEX, Corpus, train_tokenizer
 from errata.almanac.muon import Muon
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def losses(model: Any, corpus: Corpus, step: int) -> tuple[Tensor, Tensor, int]:
     """Mean loss on answers, mean loss on text, tokens read."""
     ids, labels = corpus.facts(step)
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # right padding: causal attention needs no mask
-    keep = labels != IGNORED  # the head is wide; run it where the loss is taken only
+    keep = labels != IGNORE_INDEX  # the head is wide; run it where the loss is taken only
     fact = F.cross_entropy(model.lm_head(hidden[keep]), labels[keep])
     text_ids, text_labels = corpus.text(step)
     text_hidden = model.model(input_ids=text_ids, use_cache=False).last_hidden_state

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from errata.analyse.gate_statistics import pareto, unevenness
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.model import LM
 from errata.errors import ConfigError
 from errata.request import Case
@@ -38,7 +38,7 @@ def grow(
     out, stack = Grown(), ()
     before: dict[str, np.ndarray] = {}
     for t, case in enumerate(cases[: max(marks)], 1):
-        stack = live((*stack, editor.edit(lm, list(case.requests), on=stack)))
+        stack = active_patches((*stack, editor.edit(lm, list(case.requests), on=stack)))
         sums = {k: v.double().cpu().numpy() for k, v in stack[-1].state.items() if k.startswith("weights.")}
         out.weights.append({int(k.partition(".")[2]): v - before.get(k, 0.0) for k, v in sums.items()})
         before = sums

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from errata.analyse import gate_statistics as statistics
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.model import LM
 from errata.core.patch import Op
 from errata.core.tokens import Encoded, positions
@@ -53,7 +53,7 @@ class Weights:
 def subspaces(stack: Stack, gated: bool = True) -> dict[int, Op]:
     """{block: the op of BaFT, without ``gated`` also of ReFT}; `PatchError` where two patches of the stack have one at one block."""
     found: dict[int, Op] = {}
-    for op in (op for patch in live(stack) for op in patch.ops if op.kind == "subspace"):
+    for op in (op for patch in active_patches(stack) for op in patch.ops if op.kind == "subspace"):
         if gated and op.settings["gate"] == "none":
             continue
         if op.site.block in found:
@@ -123,13 +123,13 @@ def _batch(lm: LM, rows: Sequence[Encoded], stacks: Sequence[Stack], ops: Mappin
     unique, which = distinct(stacks)
     plan = lm.plan(unique, which, len(rows))
     plan.prompt_lengths = batch.prompt_lengths
-    plan.tape = {}
+    plan.recorded = {}
     with torch.no_grad(), lm.running(plan):
-        lm.forward(batch.ids, batch.mask, use_cache=False, **lm.last_only)
+        lm.forward(batch.ids, batch.mask, use_cache=False, **lm.last_logits_kwargs)
     position = positions(batch.mask)
     out = {}
     for block, op in ops.items():
-        w = plan.tape[op.site, what][:, -position.shape[1] :].double().abs()  # context may stand in front
+        w = plan.recorded[op.site, what][:, -position.shape[1] :].double().abs()  # context may stand in front
         on = ((position >= 0) & (position >= batch.prompt_lengths[:, None] - op.settings["last"])).to(w).unsqueeze(-1)
         out[block] = ((w * on).sum(1) / on.sum(1)).cpu().numpy()
     return out

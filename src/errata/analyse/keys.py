@@ -26,10 +26,10 @@ from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.core.tail import Tail
 from errata.errors import InputError
-from errata.methods.locate.editor import POINT, Locating
+from errata.methods.locate.editor import POINT, LocateThenEditRun
 from errata.methods.locate.solve import whitened
-from errata.methods.locate.text import Placed, placed, prefixes
-from errata.methods.rep.adapting import STATE, apart
+from errata.methods.locate.text import LocatedText, placed, prefixes
+from errata.methods.rep.adapting import STATE, split_patch
 from errata.methods.rep.op import gate_logit, threshold
 from errata.methods.rep.rep import REP
 from errata.methods.rep.surfaces import end_of, fitting, original, strangers
@@ -57,13 +57,13 @@ def compare(lm: LM, requests: Sequence[EditRequest], editor: REP) -> Compared:
     if any(r.subject is None for r in requests):
         raise InputError("keys are read at the subject; give the key 'subject' of every request")
     patches = editor.edit_each(lm, requests)
-    job = Locating(editor.inner(lm), lm, [[r] for r in requests], (), Tail)
+    job = LocateThenEditRun(editor.inner(lm), lm, [[r] for r in requests], (), Tail)
     job.place()
     rows = [row for block in job.blocks for row in _block(lm, job, patches, block)]
-    return Compared(rows, limits(lm, requests, [apart(p)[0] for p in patches]))
+    return Compared(rows, limits(lm, requests, [split_patch(p)[0] for p in patches]))
 
 
-def _block(lm: LM, job: Locating, patches: Sequence[Patch], block: int) -> list[dict[str, Any]]:
+def _block(lm: LM, job: LocateThenEditRun, patches: Sequence[Patch], block: int) -> list[dict[str, Any]]:
     """Every surface's ratio at one block, under the wrapped patches and under REP's."""
     site = Site(block, POINT)
     asked = [(i, kind, place) for i in range(len(patches)) for kind, place in _places(lm, job.requests, i, job.before)]
@@ -103,9 +103,9 @@ def _moved(keys: Tensor, patches: Sequence[Patch], site: Site, owner: Tensor) ->
     return out, opened
 
 
-def _places(lm: LM, requests: Sequence[EditRequest], i: int, before: Sequence[str]) -> list[tuple[str, Placed]]:
+def _places(lm: LM, requests: Sequence[EditRequest], i: int, before: Sequence[str]) -> list[tuple[str, LocatedText]]:
     """(kind, place): the request's own surfaces, then keys that are none of its business."""
-    request, found = requests[i], surfaces.of(lm, requests[i])
+    request, found = requests[i], surfaces.make_surfaces(lm, requests[i])
 
     def end(name: str | None = None) -> int:
         return end_of(request, name, "subject_last", "keys")

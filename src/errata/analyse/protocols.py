@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from errata.analyse import gates
 from errata.benchmarks.downstream import Choice
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.model import LM
 from errata.request import LOCAL_KINDS, Case
 from errata.score import downstream, robustness
@@ -104,7 +104,7 @@ def stack_of(lm: LM, editor: Any, cases: Sequence[Case], batch: int, told: Calla
     stack: Stack = ()
     for start in range(0, len(cases), batch):
         requests = [r for c in cases[start : start + batch] for r in c.requests]
-        stack = live((*stack, editor.edit(lm, requests, on=stack)))
+        stack = active_patches((*stack, editor.edit(lm, requests, on=stack)))
         told(min(batch, len(cases) - start))
     return stack
 

@@ -114,7 +114,7 @@ def editors(lm: LM, asked: Asked) -> dict[str, Any]:
         values = {**own, **asked.settings(method)}
         kind = registry.get("method", method)
         if asked.name == "baft-fig2" and "layers" not in values:
-            blocks = kind.for_model(lm).at(lm)
+            blocks = kind.for_model(lm).target_layers(lm)
             values["layers"] = [blocks[len(blocks) // 2]]
         out[label] = kind.for_model(lm, **values)
         if hasattr(out[label], "prepare"):

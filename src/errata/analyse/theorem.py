@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.core.bank import Context
+from errata.core.bank import ForwardContext
 from errata.core.patch import Site
 from errata.errors import ConfigError
 from errata.methods.subspace.op import Subspace, orthonormal, start
@@ -44,7 +44,7 @@ class Shown:
 def apply(p: dict[str, Tensor], h: Tensor, gate: str) -> Tensor:
     """Φ(h) of states [n, d], by the op that edits models."""
     own = {("R" if k == "X" else k): (orthonormal(t) if k == "X" else t)[None] for k, t in p.items()}
-    context = Context(torch.zeros(1, len(h), dtype=torch.long), torch.ones(1, dtype=torch.long))
+    context = ForwardContext(torch.zeros(1, len(h), dtype=torch.long), torch.ones(1, dtype=torch.long))
     return Subspace.apply(own, {"gate": gate, "last": 1}, h[None], h[None], Site(0), context)[0]
 
 

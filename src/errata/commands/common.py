@@ -197,7 +197,7 @@ def answers(lm: LM, asked: Iterable[tuple[str, tuple[Any, ...]]], tokens: int) -
     """`errata.core.decode.answers`, which is loaded when a model is."""
     from errata.core import decode
 
-    return decode.answers(lm, asked, tokens)
+    return decode.greedy_answers(lm, asked, tokens)
 
 
 def saved(out: Path | None) -> str:

@@ -66,7 +66,7 @@ def _steps(progress: Progress, stage: str, editor: Any) -> Callable[[int, int, f
 
 def _make(lm: LM, editor: Any, wanted: list[EditRequest], mode: str, size: int, progress: Progress) -> tuple[list[Patch], list[Stack]]:
     """(patches to keep, the stack each request is answered under)."""
-    from errata.core.bank import live
+    from errata.core.bank import active_patches
 
     if mode == "single":
         patches: list[Patch] = []
@@ -77,7 +77,7 @@ def _make(lm: LM, editor: Any, wanted: list[EditRequest], mode: str, size: int, 
     stack: Stack = ()
     done = 0
     for part in common.chunks(wanted, size if mode == "batched" else 1):
-        stack = live((*stack, editor.edit(lm, part, on=stack)))
+        stack = active_patches((*stack, editor.edit(lm, part, on=stack)))
         done += len(part)
         progress("edits", done, len(wanted))
     return list(stack), [stack] * len(wanted)

@@ -119,12 +119,12 @@ def _tell(screen: Screen, args: argparse.Namespace, lm: LM, stack: tuple[Patch, 
 
 
 def merge(args: argparse.Namespace, screen: Screen) -> None:
-    from errata.core.bank import live
+    from errata.core.bank import active_patches
     from errata.core.weights import compact
     from errata.core.weights import merge as merged
 
     files.check(args.out, args.force)
-    stack = live(files.load_patches(args.patch))
+    stack = active_patches(files.load_patches(args.patch))
     if len(stack) < 2:
         raise ConfigError("--patch names fewer than two patches that run; nothing to merge")
     patch = merged(stack)

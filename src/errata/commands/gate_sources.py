@@ -167,13 +167,13 @@ def _pool(args: argparse.Namespace) -> tuple[Any, dict[tuple[str, str], Case]]:
 def _patched(lm: LM, head: dict[str, Any], patches: tuple[Patch, ...], pool: dict[tuple[str, str], Case]) -> Source:
     """Each request under its patch (single mode) or under all; with its case's probes where the benchmark has it."""
     from errata.analyse import gates
-    from errata.core.bank import live
+    from errata.core.bank import active_patches
 
     for patch in patches:
         lm.check(patch)
     out, alone = Source(), head.get("mode") == "single"
     for patch in patches if alone else [patches[-1]] if patches[-1].replaces else patches:
-        stack = (patch,) if alone else live(patches)
+        stack = (patch,) if alone else active_patches(patches)
         for request in patch.requests:
             case = pool.get((request.prompt, request.target))
             out.inputs.append(gates.of_request(request, stack) if case is None else gates.of_case(case, stack))

@@ -32,7 +32,7 @@ def _layers(args: argparse.Namespace, lm: LM) -> list[int]:
         from errata.methods.locate.editor import LocateEditor
 
         kinds = [registry.get("method", name) for name in registry.names("method")]
-        return sorted({b for kind in kinds if issubclass(kind, LocateEditor) for b in kind.for_model(lm).at(lm)})
+        return sorted({b for kind in kinds if issubclass(kind, LocateEditor) for b in kind.for_model(lm).target_layers(lm)})
     try:
         found = sorted({int(part) for part in args.layers.split(",")})
     except ValueError:
@@ -72,7 +72,7 @@ def _row(m: Moments, threshold: float) -> dict[str, Any]:
         "block": m.site.block,
         "tokens": m.tokens,
         "size": len(values),
-        "mean": float(m.second.double().diagonal().mean()),
+        "mean": float(m.second_moment.double().diagonal().mean()),
         "smallest": float(values[0]),
         "median": float(values[len(values) // 2]),
         "largest": float(values[-1]),

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from errata import registry
-from errata.core.context import Front, named
+from errata.core.context import ContextInserter, named
 from errata.core.families import Family, hidden_of, resolve
 from errata.core.patch import PROMPT, Op, Patch, Site
 from errata.core.tokens import positions
-from errata.core.weights import Groups, padded, sizes, together
+from errata.core.weights import RowGroups, fuse_additive, padded, sizes
 from errata.errors import PatchError
 
 Stack = tuple[Patch, ...]
@@ -43,56 +43,56 @@ FEW, LAUNCH = 2_000_000, {"cpu": 20_000}
 
 
 @dataclass
-class Context:
+class ForwardContext:
     """What an op may know of the call it runs in.
 
     position        [B, T] unpadded position of each token of this chunk, as the caller counts; -1 where it is padding, or context that
                     a patch has put in front
     prompt_lengths  [B] prompt tokens of each row, unpadded
-    tape            filled with what ops `note` (gate weights, for example) when not None
+    recorded            filled with what ops `note` (gate weights, for example) when not None
     first           whether this chunk begins the text: it holds the prompt, later chunks what follows
     memory          decisions an op makes on the first chunk and keeps for the later ones, a number a row of the whole batch
     rows, size      which rows of the batch these are (None: all), and how many it has
-    slot            the place in its stack of the patch whose op is asked
+    patch_index            the place in its stack of the patch whose op is asked
     """
 
     position: Tensor
     prompt_lengths: Tensor
-    tape: dict[tuple[Site, str], Tensor] | None = None
-    first: bool = True
-    memory: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    recorded: dict[tuple[Site, str], Tensor] | None = None
+    is_prefill: bool = True
+    decisions: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     rows: Tensor | None = None
     size: int = 0
-    slot: int = 0
+    patch_index: int = 0
 
     def active(self, last: int) -> Tensor:
         """[B, T, 1] bool: the last ``last`` tokens of the prompt and every later token."""
         return ((self.position >= 0) & (self.position >= self.prompt_lengths[:, None] - last)).unsqueeze(-1)
 
-    def note(self, site: Site, name: str, value: Tensor) -> None:
-        if self.tape is not None:
-            self.tape[site, name] = value
+    def record(self, site: Site, name: str, value: Tensor) -> None:
+        if self.recorded is not None:
+            self.recorded[site, name] = value
 
-    def remember(self, name: str, value: Tensor) -> None:
+    def save_decision(self, name: str, value: Tensor) -> None:
         """Keep ``value`` [b], a number for each of these rows, for ops of the same patch at later sites and in later chunks of the text."""
         if self.rows is not None:
-            kept = self.memory.get((self.slot, name))
+            kept = self.decisions.get((self.patch_index, name))
             value = (value.new_zeros(self.size) if kept is None else kept).index_copy(0, self.rows, value)
-        self.memory[self.slot, name] = value
+        self.decisions[self.patch_index, name] = value
 
-    def recall(self, name: str) -> Tensor:
+    def load_decision(self, name: str) -> Tensor:
         """What `remember` kept of these rows, [b]."""
-        if (self.slot, name) not in self.memory:
+        if (self.patch_index, name) not in self.decisions:
             raise PatchError(
                 f"no {name} was decided for this text: it began before the patch was on; start it anew with the patch attached"
             )
-        value = self.memory[self.slot, name]
+        value = self.decisions[self.patch_index, name]
         return value if self.rows is None else value[self.rows]
 
-    def select(self, rows: Tensor) -> Context:
+    def select(self, rows: Tensor) -> ForwardContext:
         """The context of some rows; it shares the memory."""
         own = rows if self.rows is None else self.rows[rows]
-        return replace(self, position=self.position[rows], prompt_lengths=self.prompt_lengths[rows], tape=None, rows=own)
+        return replace(self, position=self.position[rows], prompt_lengths=self.prompt_lengths[rows], recorded=None, rows=own)
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Bank:
     """Parameters [P, …] of ops that compute alike at one site; ``rows`` [B] names each row's entry.
 
     ``rows`` None: the single entry serves every row, or (P == B) entry i serves row i.  -1: the row runs without.
-    ``slot``: the place in their stacks of the patches these ops belong to; ops of one patch find each other's decisions by it.
+    ``patch_index``: the place in their stacks of the patches these ops belong to; ops of one patch find each other's decisions by it.
     """
 
     kind: str
@@ -108,24 +108,24 @@ class Bank:
     settings: Mapping[str, Any]
     params: Mapping[str, Tensor]
     rows: Tensor | None = None
-    slot: int = 0
+    patch_index: int = 0
 
     @cached_property
-    def groups(self) -> Groups:
+    def groups(self) -> RowGroups:
         """The rows of each entry; found once, because it waits for the device."""
         assert self.rows is not None
-        return Groups.of(self.rows)
+        return RowGroups.of(self.rows)
 
-    def apply(self, x: Tensor, y: Tensor, context: Context) -> Tensor:
+    def apply(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         """The site's new output; rows without an entry pass through untouched, bit for bit."""
         kind = registry.get("op", self.kind)
         out: Tensor
-        if self.slot != context.slot:
-            context = replace(context, slot=self.slot)
+        if self.patch_index != context.patch_index:
+            context = replace(context, patch_index=self.patch_index)
         if self.rows is None:
             out = kind.apply(self.params, self.settings, x, y, self.site, context)
-        elif hasattr(kind, "apply_rows") and self._by_entry(y.device):
-            out = kind.apply_rows(self.params, self.groups, self.settings, x, y, self.site, context)
+        elif hasattr(kind, "apply_grouped") and self._by_entry(y.device):
+            out = kind.apply_grouped(self.params, self.groups, self.settings, x, y, self.site, context)
         elif len(chosen := (self.rows >= 0).nonzero().squeeze(1)) == len(self.rows):
             out = kind.apply({k: t[self.rows] for k, t in self.params.items()}, self.settings, x, y, self.site, context)
         elif not len(chosen):
@@ -143,7 +143,7 @@ class Bank:
         return replace(self, rows=None if every else chosen)
 
     def _by_entry(self, device: torch.device) -> bool:
-        """Whether to take a product an entry (`Kind.apply_rows`) instead of a copy of the parameters a row.
+        """Whether to take a product an entry (`Kind.apply_grouped`) instead of a copy of the parameters a row.
 
         Milliseconds, copies/by entry, on one CPU core, 192 rows of 12 tokens, I = 640, O = 256, float32, at 1, 20 and 190 entries:
         dense 105/12, 108/13, 112/22; rank 1 0.4/0.7, 0.3/0.8, 0.3/1.9; rank 8 1.1/1.2, 1.1/1.5, 1.3/3.2; rank 32 4.8/1.8, 5.2/2.5,
@@ -161,18 +161,20 @@ class Plan:
 
     banks: dict[Site, list[Bank]] = field(default_factory=dict)
     prompt_lengths: Tensor | None = None  # None: a raw call; the prompt ends where the first chunk's mask ends
-    tape: dict[tuple[Site, str], Tensor] | None = None
-    context: Context | None = None
-    memory: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # of the text that runs (see `Context.memory`)
+    recorded: dict[tuple[Site, str], Tensor] | None = None
+    context: ForwardContext | None = None
+    decisions: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # of the text that runs (see `ForwardContext.decisions`)
     enabled: bool = True
-    front: Front | None = None
+    inserter: ContextInserter | None = None
 
     def add(self, bank: Bank) -> None:
         self.banks.setdefault(bank.site, []).append(bank)
 
     def select(self, rows: Tensor) -> Plan:
         """The plan of some rows with what was decided on their prompts; the two go on without each other."""
-        out = Plan(memory={name: value[rows] for name, value in self.memory.items()}, front=self.front and self.front.select(rows))
+        out = Plan(
+            decisions={name: value[rows] for name, value in self.decisions.items()}, inserter=self.inserter and self.inserter.select(rows)
+        )
         out.prompt_lengths = None if self.prompt_lengths is None else self.prompt_lengths[rows]
         for bank in (bank.select(rows) for banks in self.banks.values() for bank in banks):
             if bank.rows is None or bool((bank.rows >= 0).any()):
@@ -180,17 +182,17 @@ class Plan:
         return out
 
 
-def live(stack: tuple[R, ...]) -> tuple[R, ...]:
+def active_patches(stack: tuple[R, ...]) -> tuple[R, ...]:
     """The patches of a stack that run: one that a later patch replaces stands aside.  (Or entries of a ledger, which name patches.)"""
     gone = {old for patch in stack for old in patch.replaces}
     return tuple(p for p in stack if p.id not in gone)
 
 
-def looks_ahead(stack: Stack) -> bool:
+def non_causal(stack: Stack) -> bool:
     """Whether what an op does to a token may depend on later tokens of the prompt (a memory that reads the prompt and then
-    acts on all of it).  Such a kind says so in ``looks_ahead(settings)``; nothing of the prompt can then be computed apart."""
-    ops = (op for patch in live(stack) for op in patch.ops)
-    return any(getattr(registry.get("op", op.kind), "looks_ahead", lambda settings: False)(op.settings) for op in ops)
+    acts on all of it).  Such a kind says so in ``non_causal(settings)``; nothing of the prompt can then be computed apart."""
+    ops = (op for patch in active_patches(stack) for op in patch.ops)
+    return any(getattr(registry.get("op", op.kind), "non_causal", lambda settings: False)(op.settings) for op in ops)
 
 
 def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.device, tokenizer: Any = None) -> Plan:
@@ -201,17 +203,17 @@ def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.dev
     the prompt as text.
     """
     plan = Plan()
-    fronts: list[list[Op]] = [[op for patch in live(stack) for op in patch.ops if op.site == PROMPT] for stack in stacks]
+    fronts: list[list[Op]] = [[op for patch in active_patches(stack) for op in patch.ops if op.site == PROMPT] for stack in stacks]
     if any(fronts):
-        plan.front = Front(fronts, rows, tokenizer)
+        plan.inserter = ContextInserter(fronts, rows, tokenizer)
     per_site: dict[Site, list[list[_Placed]]] = {}
     for i, stack in enumerate(stacks):
-        for slot, patch in enumerate(live(stack)):
+        for patch_index, patch in enumerate(active_patches(stack)):
             for op in (op for op in patch.ops if op.site != PROMPT):
-                per_site.setdefault(op.site, [[] for _ in stacks])[i].append((op, slot))
+                per_site.setdefault(op.site, [[] for _ in stacks])[i].append((op, patch_index))
     made: dict[tuple[int, ...], Op] = {}
     for columns in per_site.values():
-        columns = [together(ops, device, made) for ops in columns]
+        columns = [fuse_additive(ops, device, made) for ops in columns]
         for depth in range(max(map(len, columns))):
             groups: dict[Any, list[int]] = {}
             for i, ops in enumerate(columns):
@@ -219,19 +221,19 @@ def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.dev
                     groups.setdefault(_alike(*ops[depth]), []).append(i)
             for members in groups.values():
                 bank = _bank([columns[i][depth][0] for i in members], members, len(stacks), rows, device)
-                bank.slot = columns[members[0]][depth][1]
+                bank.patch_index = columns[members[0]][depth][1]
                 plan.add(bank)
     return plan
 
 
-def _alike(op: Op, slot: int) -> tuple[Any, ...]:
-    """Ops with equal keys share a bank: those of equal signatures, or what a kind says with ``alike(op)``.  Low ranks are padded to
-    the largest there (exact), up to 4 or up to twice their own.  Of kinds that remember (``remembers``), only those at one place of
+def _alike(op: Op, patch_index: int) -> tuple[Any, ...]:
+    """Ops with equal keys share a bank: those of equal signatures, or what a kind says with ``bank_key(op)``.  Low ranks are padded to
+    the largest there (exact), up to 4 or up to twice their own.  Of kinds that remember (``stateful``), only those at one place of
     their stacks do."""
     kind = registry.get("op", op.kind)
-    key: tuple[Any, ...] = (op.kind, *kind.alike(op)) if hasattr(kind, "alike") else op.signature()
-    if getattr(kind, "remembers", False):
-        return slot, *key
+    key: tuple[Any, ...] = (op.kind, *kind.bank_key(op)) if hasattr(kind, "bank_key") else op.signature()
+    if getattr(kind, "stateful", False):
+        return patch_index, *key
     if op.kind != "low_rank":
         return key
     rank, inner, outer = sizes(op)
@@ -251,8 +253,8 @@ def _bank(ops: list[Op], members: list[int], count: int, rows: Tensor | None, de
         rank = max(sizes(op)[0] for op in kept)
         kept = [padded(op, rank) for op in kept]
     kind = registry.get("op", ops[0].kind)
-    if hasattr(kind, "stacked"):
-        params = kind.stacked(kept, device)
+    if hasattr(kind, "stack_params"):
+        params = kind.stack_params(kept, device)
     elif len(kept) == 1:  # used as it is, not copied
         params = {name: t.to(device)[None] for name, t in kept[0].tensors.items()}
     else:
@@ -272,11 +274,11 @@ class Hooks(AbstractContextManager["Hooks"]):
 
     def __init__(self, hf: Any, family: Family, plan: Plan) -> None:
         self.plan, self._exit = plan, ExitStack()
-        if not (plan.banks or plan.front):
+        if not (plan.banks or plan.inserter):
             return
         self.family, blocks = family, resolve(hf, family.blocks)
         self._hold(hf.register_forward_pre_hook(self._before, with_kwargs=True))
-        if plan.front is not None:
+        if plan.inserter is not None:
             self._hold(hf.register_forward_hook(self._trim))
         for site in sorted(plan.banks):
             module = blocks[site.block] if site.point == "block" else resolve(blocks[site.block], family.linear_path(site.point))
@@ -289,23 +291,23 @@ class Hooks(AbstractContextManager["Hooks"]):
         plan = self.plan
         if not plan.enabled:
             return None
-        if plan.front is None:
+        if plan.inserter is None:
             plan.context, _ = _context(plan, args, kwargs)
             return None
         kwargs = named(module, args, kwargs)
         context, mask = _context(plan, (), kwargs)
         plan.context = context
-        if context.first:
-            plan.front.begin(module, self.family, kwargs, context.position, context.prompt_lengths)
-        kwargs = plan.front.widened(module, kwargs, mask, context.first)
-        if plan.front.placed is not None and context.first:
-            nowhere = torch.full_like(plan.front.placed.ids, -1)
-            context.position = plan.front.placed.widen(context.position, nowhere, -1)
+        if context.is_prefill:
+            plan.inserter.choose(module, self.family, kwargs, context.position, context.prompt_lengths)
+        kwargs = plan.inserter.insert(module, kwargs, mask, context.is_prefill)
+        if plan.inserter.placed is not None and context.is_prefill:
+            nowhere = torch.full_like(plan.inserter.placed.ids, -1)
+            context.position = plan.inserter.placed.widen(context.position, nowhere, -1)
         return (), kwargs
 
     def _trim(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        assert self.plan.front is not None
-        return self.plan.front.trim(output) if self.plan.enabled else None
+        assert self.plan.inserter is not None
+        return self.plan.inserter.trim(output) if self.plan.enabled else None
 
     def _after(self, site: Site) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -327,17 +329,17 @@ class Hooks(AbstractContextManager["Hooks"]):
         self.close()
 
 
-def _context(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Context, Tensor]:
+def _context(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[ForwardContext, Tensor]:
     """Positions of this chunk in unpadded coordinates, from the attention mask and the cache's length; and that mask [B, past + T]."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     tokens = ids if ids is not None else kwargs["inputs_embeds"]
     rows, width = tokens.shape[:2]
     cache = kwargs.get("past_key_values")
     past = int(cache.get_seq_length()) if cache is not None else 0
-    if past and plan.front is not None:
-        past -= plan.front.width  # of which the caller knows nothing
+    if past and plan.inserter is not None:
+        past -= plan.inserter.width  # of which the caller knows nothing
     if past == 0:
-        plan.memory = {}
+        plan.decisions = {}
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         mask = torch.ones((rows, past + width), dtype=torch.long, device=tokens.device)
@@ -346,4 +348,6 @@ def _context(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tu
     lengths = plan.prompt_lengths
     if lengths is None:  # a raw call: everything after the first chunk was generated
         lengths = mask.long().sum(1) if past == 0 else torch.zeros(rows, dtype=torch.long, device=tokens.device)
-    return Context(position[:, -width:].to(tokens.device), lengths.to(tokens.device), plan.tape, past == 0, plan.memory, None, rows), mask
+    return ForwardContext(
+        position[:, -width:].to(tokens.device), lengths.to(tokens.device), plan.recorded, past == 0, plan.decisions, None, rows
+    ), mask

@@ -4,7 +4,7 @@ A row [pad … BOS a b] with context x y becomes [pad … BOS x y a b]; rows wit
 that the caller's tokens are the last T columns of every row and results are cut there.  Positions and masks follow.  Logits are those of
 the base for the longer text, at the caller's places (BOS's place now stands for the last context token, which foretells the same token).
 
-Ops at sites of the model see the longer rows; `errata.core.bank.Context` gives positions as the caller counts them, and -1 for context as
+Ops at sites of the model see the longer rows; `errata.core.bank.ForwardContext` gives positions as the caller counts them, and -1 for context as
 for padding: what acts on the last tokens of the prompt, or reads it, finds the caller's prompt as without context.
 """
 
@@ -21,13 +21,13 @@ from torch import Tensor
 from errata.core.embed import embed
 from errata.core.families import Family, text_config
 from errata.core.patch import Op
-from errata.core.tokens import IGNORED
+from errata.core.tokens import IGNORE_INDEX
 from errata.errors import ModelError
 
 Text = tuple[int, ...]
 
 
-class InFront:
+class InContext:
     """Registered as ``context``; its only site is `errata.core.patch.PROMPT`.
 
     tensors    texts [M, L] token ids padded on the right, lengths [M]; the first ``demonstrations`` of them are no facts
@@ -39,12 +39,12 @@ class InFront:
     """
 
     @staticmethod
-    def looks_ahead(settings: Mapping[str, Any]) -> bool:
+    def non_causal(settings: Mapping[str, Any]) -> bool:
         return True  # where there is no telling yet whether and how much text is put in front, nothing can be computed apart
 
 
 @dataclass(frozen=True)
-class Placed:
+class InsertedContext:
     """Context in the rows of one text: ``lengths`` [B] tokens of ``ids`` [B, C] before column ``column`` [B] of the caller's rows."""
 
     ids: Tensor
@@ -72,13 +72,13 @@ class Placed:
 
 
 @dataclass
-class Front:
+class ContextInserter:
     """The context ops of each stack, and the stack of each row (None: the only one)."""
 
     stacks: Sequence[Sequence[Op]]
     rows: Tensor | None
     tokenizer: Any
-    placed: Placed | None = None  # of the text that runs
+    placed: InsertedContext | None = None  # of the text that runs
     keep: int | None = None  # columns of this call's results that are the caller's
     fixed: dict[int, Text] = field(default_factory=dict)  # of stacks that choose nothing
 
@@ -87,20 +87,20 @@ class Front:
             if s not in self.fixed and all(op.settings["retrieval"] is None for op in ops):
                 self.fixed[s] = self._joined(ops, [None] * len(ops))
 
-    def select(self, rows: Tensor) -> Front | None:
+    def select(self, rows: Tensor) -> ContextInserter | None:
         """Of some rows of the text that runs; None where none of them has such an op and nothing was put in front."""
         which = None if self.rows is None else self.rows.to(rows.device)[rows]
-        placed = self.placed and Placed(self.placed.ids[rows], self.placed.lengths[rows], self.placed.column[rows])
+        placed = self.placed and InsertedContext(self.placed.ids[rows], self.placed.lengths[rows], self.placed.column[rows])
         if placed is None and not any(self.stacks[s] for s in ([0] if which is None else which.tolist())):
             return None
-        return Front(self.stacks, which, self.tokenizer, placed, None, self.fixed)
+        return ContextInserter(self.stacks, which, self.tokenizer, placed, None, self.fixed)
 
     @property
     def width(self) -> int:
         """Columns put in front of the text that runs."""
         return 0 if self.placed is None else self.placed.width
 
-    def begin(self, hf: Any, family: Family, kwargs: Mapping[str, Any], position: Tensor, lengths: Tensor) -> None:
+    def choose(self, hf: Any, family: Family, kwargs: Mapping[str, Any], position: Tensor, lengths: Tensor) -> None:
         """Choose the context of each row of a text that begins; ``position`` [B, T] and prompt ``lengths`` [B] as the caller counts."""
         self.placed = None
         ids = kwargs.get("input_ids")
@@ -115,7 +115,7 @@ class Front:
         first = (position >= 0).long().argmax(1)
         bos = torch.tensor([next((op.settings["bos"] for op in self.stacks[s] if op.settings["bos"] is not None), -1) for s in which])
         column = first + (ids.gather(1, first[:, None])[:, 0] == bos.to(ids.device)).long()
-        self.placed = Placed(padded, torch.tensor([len(text) for text in chosen], device=ids.device), column)
+        self.placed = InsertedContext(padded, torch.tensor([len(text) for text in chosen], device=ids.device), column)
 
     def _choose(self, hf: Any, family: Family, ids: Tensor, position: Tensor, lengths: Tensor, which: Sequence[int]) -> list[Text]:
         """The context of each row; queries of like kind are embedded in one pass."""
@@ -162,7 +162,7 @@ class Front:
                     kept.add(n)
         return (*(t for n in sorted(kept) for t in found[n][1]), *cue) if kept else ()
 
-    def widened(self, hf: Any, kwargs: Mapping[str, Any], mask: Tensor, first: bool) -> dict[str, Any]:
+    def insert(self, hf: Any, kwargs: Mapping[str, Any], mask: Tensor, first: bool) -> dict[str, Any]:
         """The call's arguments with context in them.  ``mask`` [B, past + T] as the caller has it."""
         placed, self.keep = self.placed, None
         if placed is None:
@@ -183,8 +183,8 @@ class Front:
             out["input_ids"] = placed.widen(ids, placed.ids, 0)
             if out.get("labels") is not None:  # the loss counts the tokens it counts without context, which never is a row's first
                 labels = out["labels"].clone()
-                labels[:, 0] = IGNORED
-                out["labels"] = placed.widen(labels, torch.full_like(placed.ids, IGNORED), IGNORED)
+                labels[:, 0] = IGNORE_INDEX
+                out["labels"] = placed.widen(labels, torch.full_like(placed.ids, IGNORE_INDEX), IGNORE_INDEX)
             kept = out.get("logits_to_keep")
             if isinstance(kept, Tensor):
                 out["logits_to_keep"] = kept + placed.width * (kept >= 0)
@@ -194,7 +194,7 @@ class Front:
         self._check(hf, placed, out["attention_mask"], at)
         return out
 
-    def _check(self, hf: Any, placed: Placed, mask: Tensor, at: Tensor) -> None:
+    def _check(self, hf: Any, placed: InsertedContext, mask: Tensor, at: Tensor) -> None:
         limit = getattr(text_config(hf.config), "max_position_embeddings", None)
         if not isinstance(limit, int) or mask.shape[1] <= limit or int(at.max()) < limit:
             return

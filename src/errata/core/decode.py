@@ -19,7 +19,7 @@ BRANCHING = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers of a cache t
 LEAVE = 0.75  # ended rows leave when no more than this share of a batch goes on: leaving copies the cache, as every step does
 
 
-def answers(lm: Any, asked: Iterable[tuple[str, Sequence[Any]]], tokens: int) -> list[str]:
+def greedy_answers(lm: Any, asked: Iterable[tuple[str, Sequence[Any]]], tokens: int) -> list[str]:
     """Greedy answers to (prompt, stack) pairs; like stacks share a bank, so base and patched models run in one batch."""
     out: list[str] = []
     pairs = iter(asked)
@@ -29,7 +29,7 @@ def answers(lm: Any, asked: Iterable[tuple[str, Sequence[Any]]], tokens: int) ->
 
 
 @dataclass(frozen=True)
-class Begun:
+class PrefilledBatch:
     """A padded batch whose prompts have run: what further tokens need.  ``last`` [B, V] are the logits that foretell the next token.
 
     ``ids`` and ``mask`` [B, T] are everything so far; the plan (`errata.core.bank.Plan`) holds what its ops decided on the prompts.
@@ -40,34 +40,41 @@ class Begun:
     ids: Tensor
     mask: Tensor
     cache: Any
-    last: Tensor
+    next_token_logits: Tensor
 
     @classmethod
-    def of(cls, lm: Any, batch: Batch, plan: Any) -> Begun:
+    def prefill(cls, lm: Any, batch: Batch, plan: Any) -> PrefilledBatch:
         """Run the prompts of a left-padded batch under a plan."""
         plan.prompt_lengths = batch.prompt_lengths
         with lm.running(plan):
-            out = lm.forward(batch.ids, batch.mask, use_cache=True, **lm.last_only)
+            out = lm.forward(batch.ids, batch.mask, use_cache=True, **lm.last_logits_kwargs)
         return cls(lm, plan, batch.ids, batch.mask, out.past_key_values, out.logits[:, -1])
 
     @property
-    def branches(self) -> bool:
-        """Whether several texts can go on from it (see `branches`)."""
-        return branches(self.cache)
+    def can_fork(self) -> bool:
+        """Whether several texts can go on from it (see `can_fork`)."""
+        return can_fork(self.cache)
 
-    def select(self, rows: Tensor) -> Begun:
+    def select(self, rows: Tensor) -> PrefilledBatch:
         """Rows [b] of it, any number of times each; the two go on without each other."""
-        return Begun(self.lm, self.plan.select(rows), self.ids[rows], self.mask[rows], picked(self.cache, rows), self.last[rows])
+        return PrefilledBatch(
+            self.lm,
+            self.plan.select(rows),
+            self.ids[rows],
+            self.mask[rows],
+            select_cache_rows(self.cache, rows),
+            self.next_token_logits[rows],
+        )
 
-    def fed(self, ids: Tensor, mask: Tensor, **more: Any) -> tuple[Begun, Tensor]:
+    def extend(self, ids: Tensor, mask: Tensor, **more: Any) -> tuple[PrefilledBatch, Tensor]:
         """(it with tokens [B, n] behind it, their logits); padding, where ``mask`` [B, n] is 0, is on the right.  It stays as it is."""
         whole, cache = torch.cat([self.mask, mask], 1), fork(self.cache)
         with self.lm.running(self.plan):
             out = self.lm.forward(ids, whole, past_key_values=cache, use_cache=True, **more)
-        return Begun(self.lm, self.plan, torch.cat([self.ids, ids], 1), whole, out.past_key_values, out.logits[:, -1]), out.logits
+        return PrefilledBatch(self.lm, self.plan, torch.cat([self.ids, ids], 1), whole, out.past_key_values, out.logits[:, -1]), out.logits
 
 
-def branches(cache: Any) -> bool:
+def can_fork(cache: Any) -> bool:
     """Whether a text can go on from this cache in several ways, and by several tokens at once.  Layers that keep a running state (linear
     attention) change it in place and take several tokens only where a text begins."""
     return all(type(layer).__name__ in BRANCHING for layer in cache.layers)
@@ -80,7 +87,7 @@ def fork(cache: Any) -> Any:
     return other
 
 
-def picked(cache: Any, rows: Tensor) -> Any:
+def select_cache_rows(cache: Any, rows: Tensor) -> Any:
     """The cache of rows of a batch."""
     other = fork(cache)
     for layer in other.layers:
@@ -88,14 +95,14 @@ def picked(cache: Any, rows: Tensor) -> Any:
     return other
 
 
-def decode(begun: Begun, limit: int, stop: Sequence[str], sampler: Sampler | None = None) -> list[list[int]]:
-    """New ids of each row, at most ``limit``; see `errata.core.model.LM.continuations`.  Rows that have ended leave the batch."""
-    over, tokenizer = ends(begun.lm), begun.lm.tokenizer
-    new: list[list[int]] = [[] for _ in begun.last]
+def decode(begun: PrefilledBatch, limit: int, stop: Sequence[str], sampler: Sampler | None = None) -> list[list[int]]:
+    """New ids of each row, at most ``limit``; see `errata.core.model.LM.generate_ids`.  Rows that have ended leave the batch."""
+    over, tokenizer = eos_token_ids(begun.lm), begun.lm.tokenizer
+    new: list[list[int]] = [[] for _ in begun.next_token_logits]
     rows = list(range(len(new)))  # of the batch as it is now
     live = set(rows)
     for step in range(limit):
-        ids = begun.last.argmax(-1, keepdim=True) if sampler is None else sampler(begun.last, rows)
+        ids = begun.next_token_logits.argmax(-1, keepdim=True) if sampler is None else sampler(begun.next_token_logits, rows)
         for i, token in zip(rows, ids[:, 0].tolist(), strict=True):
             if i not in live:
                 continue
@@ -107,14 +114,14 @@ def decode(begun: Begun, limit: int, stop: Sequence[str], sampler: Sampler | Non
                 live.discard(i)
         if not live or step + 1 == limit:
             break
-        if len(live) <= LEAVE * len(rows) and begun.branches:
+        if len(live) <= LEAVE * len(rows) and begun.can_fork:
             keep = torch.tensor([at for at, i in enumerate(rows) if i in live], device=ids.device)
             begun, ids, rows = begun.select(keep), ids[keep], [i for i in rows if i in live]
-        begun, _ = begun.fed(ids, begun.mask.new_ones((len(rows), 1)), **begun.lm.last_only)
+        begun, _ = begun.extend(ids, begun.mask.new_ones((len(rows), 1)), **begun.lm.last_logits_kwargs)
     return new
 
 
-def ends(lm: Any) -> set[int]:
+def eos_token_ids(lm: Any) -> set[int]:
     """Tokens that end a text."""
     eos = lm.hf.generation_config.eos_token_id if getattr(lm.hf, "generation_config", None) else None
     found = {lm.tokenizer.eos_token_id, *(eos if isinstance(eos, list | tuple) else [eos])}
@@ -140,7 +147,7 @@ class Sampler:
         return tokens.gather(1, place)
 
 
-def text_of(tokenizer: Any, ids: Sequence[int], stop: Sequence[str]) -> str:
+def detokenize(tokenizer: Any, ids: Sequence[int], stop: Sequence[str]) -> str:
     """The text of generated ids up to the first ``stop``."""
     text = str(tokenizer.decode(ids, skip_special_tokens=True))
     text = text.lstrip()

@@ -27,7 +27,7 @@ class _Reached(Exception):
 
 
 @contextmanager
-def bare(hf: Any) -> Iterator[None]:
+def hooks_disabled(hf: Any) -> Iterator[None]:
     """Inside, no hook of any module of ``hf`` runs, of patches or watchers: the base, unseen by who reads the pass around it."""
     kept = [(m, name, getattr(m, name)) for m in hf.modules() for name in ("_forward_hooks", "_forward_pre_hooks") if getattr(m, name)]
     for module, name, _ in kept:
@@ -55,7 +55,7 @@ def states(hf: Any, family: Family, ids: Tensor, position: Tensor, blocks: Seque
         return hook
 
     modules = resolve(hf, family.blocks)
-    with bare(hf):
+    with hooks_disabled(hf):
         handles = [modules[b].register_forward_hook(keep(b)) for b in left.copy()]
         try:
             hf(input_ids=ids, attention_mask=(position >= 0).long(), position_ids=position.clamp_min(0), use_cache=False)

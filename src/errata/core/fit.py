@@ -29,7 +29,7 @@ class BatchLoss(Protocol):
 
 
 @dataclass
-class Fitted:
+class FitResult:
     """params [E, …]; steps [E] updates made; loss [E] the last value compared with the stop."""
 
     params: dict[str, Tensor]
@@ -37,7 +37,7 @@ class Fitted:
     loss: Tensor
 
 
-class Rule(Protocol):
+class Optimizer(Protocol):
     """An update rule, on each number alone, that keeps ``moments`` numbers for each."""
 
     moments: ClassVar[int]
@@ -106,13 +106,13 @@ def fit(
     loss: Loss,
     *,
     steps: int,
-    rule: Rule,
+    optimizer: Optimizer,
     stop: float | None = None,
-    settled: float | None = None,
+    min_delta: float | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     project: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
-    after: After | None = None,
-) -> Fitted:
+    after_step: After | None = None,
+) -> FitResult:
     """Up to ``steps`` updates of each problem; problem e ends when its compared loss is below ``stop``, and, with ``settled``, is also
     no further than that from its value a step before.
 
@@ -127,7 +127,7 @@ def fit(
     made, last = torch.zeros(count, dtype=torch.long, device=device), torch.full((count,), torch.inf, device=device)
     alive = torch.arange(count, device=device)
     now = {k: p.detach().clone() for k, p in params.items()}
-    moments = [{k: torch.zeros_like(p) for k, p in now.items()} for _ in range(rule.moments)]
+    moments = [{k: torch.zeros_like(p) for k, p in now.items()} for _ in range(optimizer.moments)]
     for step in range(1, steps + 2):  # the last round only measures
         leaves = {k: p.requires_grad_(True) for k, p in now.items()}
         total, compared = _evaluate(loss, leaves, alive, count, step)
@@ -135,8 +135,8 @@ def fit(
         if progress is not None:
             progress(step, len(alive), float(compared.mean()))
         keep = compared >= stop if stop is not None else torch.ones_like(alive, dtype=torch.bool)
-        if settled is not None:
-            keep = keep | (moved > settled)
+        if min_delta is not None:
+            keep = keep | (moved > min_delta)
         if step > steps or not bool(keep.any()):
             break
         gradients = dict(zip(leaves, torch.autograd.grad(total.sum(), list(leaves.values())), strict=True))
@@ -149,14 +149,14 @@ def fit(
             alive = alive[keep]
         made[alive] = step
         values = [list(d.values()) for d in (now, gradients, *moments)]
-        rule.update(values[0], values[1], *values[2:], step=step)
+        optimizer.update(values[0], values[1], *values[2:], step=step)
         if project is not None:
             project(now, alive)
-        if after is not None:
-            after(now, gradients, alive, step)
+        if after_step is not None:
+            after_step(now, gradients, alive, step)
     for k in now:
         final[k][alive] = now[k].detach()
-    return Fitted(final, made, last)
+    return FitResult(final, made, last)
 
 
 class _Running:
@@ -193,17 +193,17 @@ class _Running:
         self.updates = self.made[self.alive].tolist()
 
 
-def fit_passes(
+def fit_epochs(
     params: Mapping[str, Tensor],
     loss: BatchLoss,
     *,
-    passes: int,
+    epochs: int,
     batches: int,
-    rule: AdamW,
+    optimizer: AdamW,
     stop: float,
     progress: Callable[[int, int, float], None] | None = None,
     project: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
-) -> Fitted:
+) -> FitResult:
     """Up to ``passes`` passes over ``batches`` mini-batches, an update each: what fine-tuning editors do, for E problems at once.
 
     A mini-batch leaves a problem alone that has no row in it or whose mean loss is below ``stop``; a problem ends with the pass whose
@@ -212,7 +212,7 @@ def fit_passes(
     running = _Running(params)
     count, device = len(running.alive), running.alive.device
     last = torch.full((count,), torch.inf, device=device)
-    for number in range(passes):
+    for number in range(epochs):
         summed, rows = torch.zeros(len(running.alive), device=device), torch.zeros(len(running.alive), device=device)
         for batch in range(batches):
             step, leaves = number * batches + batch + 1, running.leaves()
@@ -222,17 +222,17 @@ def fit_passes(
                 progress(step, len(running.alive), float(summed.sum() / rows.sum().clamp_min(1)))
             which = ((total.detach() >= stop) & (own > 0)).nonzero().flatten().tolist()  # waits for the device, once an update
             if which:
-                running.update(rule, torch.autograd.grad(total.sum(), list(leaves.values())), which)
+                running.update(optimizer, torch.autograd.grad(total.sum(), list(leaves.values())), which)
                 if project is not None:
                     project(running.now, running.alive)
         last[running.alive] = summed / rows
         done = summed / rows < stop
-        if number + 1 == passes or bool(done.all()):
+        if number + 1 == epochs or bool(done.all()):
             break
         if bool(done.any()):
             running.retire(done)
     running.retire(torch.ones_like(running.alive, dtype=torch.bool))
-    return Fitted(running.final, running.made, last)
+    return FitResult(running.final, running.made, last)
 
 
 class _TokenNLL(torch.autograd.Function):

@@ -30,7 +30,7 @@ FIXED_TOKENS_ALONE = 100  # the same where one batch has both cores, or a GPU
 SHIFTS = (-16, -8, -4, -2, -1, 1, 2, 4, 8, 16)  # rows that a cut is tried to move by
 
 
-def cut_by_length(lengths: Sequence[int], most: int, fixed: int) -> list[list[int]]:
+def bucket_by_length(lengths: Sequence[int], most: int, fixed: int) -> list[list[int]]:
     """Indices in batches of like length, at most ``most`` in each, cut where that costs least.
 
     A batch costs its rows times its longest row, padding included, and ``fixed`` for its calls; the cheapest cuts of the rows
@@ -57,7 +57,7 @@ def plan_batches(lengths: Sequence[int], lanes: int, most: int = MOST_ROWS) -> l
     Starts from even cuts of the rows sorted by length and shifts, adds and removes single cuts as long as the last lane ends earlier.
     """
     if lanes == 1 or len(lengths) < 2:
-        return cut_by_length(lengths, most, FIXED_TOKENS_ALONE)
+        return bucket_by_length(lengths, most, FIXED_TOKENS_ALONE)
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     longest = [lengths[i] for i in order]
 
@@ -93,7 +93,7 @@ def lanes_for(lm: LM) -> int:
     return 1 if lm.device.type != "cpu" or spread else max(1, torch.get_num_threads())
 
 
-def twin(lm: LM) -> LM:
+def replicate(lm: LM) -> LM:
     """The same model in other module objects: hooks on one are not on the other, the weights are shared."""
     attached, _ = lm.stack, lm.fingerprint  # known to the twin too
     lm.detach()
@@ -175,7 +175,7 @@ def in_lanes(
     if lanes <= 1:
         board.drain(lm, work, out)
     else:
-        models = [lm, *(twin(lm) for _ in range(lanes - 1))]
+        models = [lm, *(replicate(lm) for _ in range(lanes - 1))]
 
         def lane(model: LM) -> None:
             torch.set_num_threads(max(1, threads // lanes))  # of this lane only

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from errata import registry
 from errata.core import decode, offload
-from errata.core.bank import Hooks, Plan, Stack, compile_plan, live
+from errata.core.bank import Hooks, Plan, Stack, active_patches, compile_plan
 from errata.core.families import Family, find, linear_sizes, resolve, text_config
 from errata.core.patch import PROMPT, Patch, Site
 from errata.core.tokens import Batch, Encoded, encode, pad, pad_id
@@ -39,7 +39,7 @@ class LM:
         self._hooks: Hooks | None = None
         self._where: torch.device | None = None  # the device of what the hooks hold
         self._fingerprint: str | None = None
-        self.kept: dict[Any, Any] = {}  # what was found out about the frozen base and costs time: functions of it and the key alone
+        self.base_cache: dict[Any, Any] = {}  # what was found out about the frozen base and costs time: functions of it and the key alone
 
     def find_blocks(self) -> None:
         """Look the blocks up in ``hf``."""
@@ -54,7 +54,7 @@ class LM:
         return int(self.config.hidden_size)
 
     @property
-    def window(self) -> int | None:
+    def context_length(self) -> int | None:
         """Positions a text may have; None where the config names no limit."""
         most = getattr(self.config, "max_position_embeddings", None)
         return most if isinstance(most, int) else None
@@ -169,8 +169,8 @@ class LM:
         if self._where != self.device:  # the model was moved since
             self._set(self._attached)
         own = self._hooks.plan
-        front = own.front and replace(own.front, placed=None, keep=None)
-        return Plan({site: list(banks) for site, banks in own.banks.items()}, front=front)
+        front = own.inserter and replace(own.inserter, placed=None, keep=None)
+        return Plan({site: list(banks) for site, banks in own.banks.items()}, inserter=front)
 
     # -- running -----------------------------------------------------------------------------------------------
 
@@ -197,10 +197,10 @@ class LM:
 
     def generate(self, prompts: Sequence[str], *, stop: Sequence[str] = STOPS, **how: Any) -> list[str]:
         """What `continuations` says, as texts up to the first ``stop``; it takes the same arguments."""
-        return [decode.text_of(self.tokenizer, ids, stop) for ids in self.continuations(prompts, stop=stop, **how)]
+        return [decode.detokenize(self.tokenizer, ids, stop) for ids in self.generate_ids(prompts, stop=stop, **how)]
 
     @torch.no_grad()
-    def continuations(
+    def generate_ids(
         self,
         prompts: Sequence[str],
         *,
@@ -220,15 +220,15 @@ class LM:
         if not prompts:
             return []
         batch = self.batch(self.encode(prompts, chat=chat)).to(self.device)
-        begun = decode.Begun.of(self, batch, self.plan(stacks, rows, len(prompts)))
+        begun = decode.PrefilledBatch.prefill(self, batch, self.plan(stacks, rows, len(prompts)))
         return decode.decode(begun, max_new_tokens, stop, None if top_k is None else decode.Sampler(prompts, top_k, seed))
 
     @property
-    def last_only(self) -> dict[str, Any]:
+    def last_logits_kwargs(self) -> dict[str, Any]:
         """The keyword that makes the head run on the last position only, where the model has one."""
-        return {"logits_to_keep": 1} if self.takes("logits_to_keep") else {}
+        return {"logits_to_keep": 1} if self.accepts("logits_to_keep") else {}
 
-    def takes(self, keyword: str) -> bool:
+    def accepts(self, keyword: str) -> bool:
         import inspect
 
         return keyword in inspect.signature(type(self.hf).forward).parameters
@@ -313,5 +313,5 @@ def edit(lm: LM, prompt: str, target: str, subject: str | None = None, *, method
     ``settings`` are the method's hyper-parameters; what is not given comes from the method's preset for this model.
     """
     editor = registry.get("method", method).for_model(lm, **settings)
-    patch: Patch = editor.edit(lm, [EditRequest(prompt, target, subject)], on=live(lm.stack))
+    patch: Patch = editor.edit(lm, [EditRequest(prompt, target, subject)], on=active_patches(lm.stack))
     return patch

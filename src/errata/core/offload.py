@@ -36,13 +36,13 @@ def parameters(hf: Any) -> Iterator[tuple[str, Tensor]]:
     for name, p in sorted(hf.named_parameters(), key=lambda item: item[0]):
         if p.device.type != "meta":
             yield name, p
-        elif name not in tied(hf):  # moving a shared weight to meta has made two parameters of one
+        elif name not in tied_weights_keys(hf):  # moving a shared weight to meta has made two parameters of one
             owner, _, leaf = name.rpartition(".")
             maps = [hook.weights_map for hook in _hooks(hf.get_submodule(owner)) if getattr(hook, "weights_map", None) is not None]
             yield name, maps[0][leaf] if maps else p
 
 
-def tied(hf: Any) -> frozenset[str]:
+def tied_weights_keys(hf: Any) -> frozenset[str]:
     """Names that transformers fills from another parameter."""
     if hasattr(hf, "all_tied_weights_keys"):  # transformers 5; knows the config
         return frozenset(hf.all_tied_weights_keys)

@@ -39,37 +39,37 @@ class Site:
 PROMPT = Site(0, "prompt")  # in front of the prompt: no module, where text is put (`errata.core.context`)
 
 
-class Positions(Protocol):
-    """What an op may know of the call: see `errata.core.bank.Context`."""
+class OpContext(Protocol):
+    """What an op may know of the call: see `errata.core.bank.ForwardContext`."""
 
     position: Tensor
     prompt_lengths: Tensor
-    first: bool
+    is_prefill: bool
 
     def active(self, last: int) -> Tensor: ...
-    def note(self, site: Site, name: str, value: Tensor) -> None: ...
-    def remember(self, name: str, value: Tensor) -> None: ...
-    def recall(self, name: str) -> Tensor: ...
+    def record(self, site: Site, name: str, value: Tensor) -> None: ...
+    def save_decision(self, name: str, value: Tensor) -> None: ...
+    def load_decision(self, name: str) -> Tensor: ...
 
 
 class Kind(Protocol):
     """How one kind of op computes.  ``p`` holds its parameters with a leading axis of 1 or B.
 
-    A kind may also have ``apply_rows(p, groups, settings, x, y, site, context)``: ``p`` with the bank's own leading axis, ``groups``
+    A kind may also have ``apply_grouped(p, groups, settings, x, y, site, context)``: ``p`` with the bank's own leading axis, ``groups``
     (`errata.core.weights.Groups`) names the rows of each entry.  It is used where a copy of an entry for each row would be large.
 
-    A kind that decides on the prompt and acts on it, or later, by that decision sets ``remembers = True``, uses ``context.remember`` and
-    ``recall``, and says with ``looks_ahead(settings)`` whether what it does to a token can depend on tokens after it.
+    A kind that decides on the prompt and acts on it, or later, by that decision sets ``stateful = True``, uses ``context.save_decision`` and
+    ``load_decision``, and says with ``non_causal(settings)`` whether what it does to a token can depend on tokens after it.
 
-    A kind that reads x alone and adds to y may say ``adds = True``; ops of it that follow each other and have equal ``joins(op)`` are then
-    put together by ``joined(ops, device)``, as weight-like ones are.
+    A kind that reads x alone and adds to y may say ``additive = True``; ops of it that follow each other and have equal ``fuse_key(op)`` are then
+    put together by ``fuse(ops, device)``, as weight-like ones are.
 
-    A kind whose tensors are not what it computes with, or need not have equal shapes in one bank, has ``alike(op)``, what ops of one
-    bank have in common, and ``stacked(ops, device)``, the bank's parameters [P, …].
+    A kind whose tensors are not what it computes with, or need not have equal shapes in one bank, has ``bank_key(op)``, what ops of one
+    bank have in common, and ``stack_params(ops, device)``, the bank's parameters [P, …].
     """
 
     @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor: ...
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Patch:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def following(
+    def continued_from(
         cls,
         before: Patch | None,
         method: str,
@@ -127,7 +127,7 @@ class Patch:
         Its requests come behind those of ``before``, which it replaces (`chain`).
         """
         every = (*(before.requests if before else ()), *requests)
-        return cls(method, settings, base, every, tuple(ops), state or {}, chain(before), notes or {})
+        return cls(method, settings, base, every, tuple(ops), state or {}, replaced_ids(before), notes or {})
 
     @property
     def id(self) -> str:
@@ -268,7 +268,7 @@ class Patch:
         return dataclasses.replace(self, settings=settings, ops=tuple(_scaled(op, factor) for op in weight_like(self)), notes={})
 
 
-def chain(before: Patch | None) -> tuple[str, ...]:
+def replaced_ids(before: Patch | None) -> tuple[str, ...]:
     """What a patch that goes on from ``before`` replaces: all that it holds, so that taking off one between brings no older one back."""
     return () if before is None else (*before.replaces, before.id)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from errata.core.fit import token_nll
 
 
-class Owned:
+class ProblemRows:
     """The rows of a runner (`errata.core.tail`), row b belonging to problem ``owner[b]`` of ``count``."""
 
     def __init__(self, runner: Any, owner: Tensor, count: int) -> None:
@@ -30,7 +30,7 @@ class Owned:
         return self._view[1], self._view[2], self._view[3]
 
 
-def per_problem(values: Tensor, owner: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+def mean_per_problem(values: Tensor, owner: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
     """Sum of row values [B, …] over each problem's rows, divided by the sum of ``weights`` (1 a row without), [e, …]."""
     weights = torch.ones_like(values) if weights is None else weights
     total = torch.zeros((count, *values.shape[1:]), device=values.device, dtype=values.dtype).index_add(0, owner, values)

@@ -1,7 +1,7 @@
 """Reading the model: what goes into and comes out of chosen sites at one token of each row, in as few passes as possible.
 
 Causal attention means that a token's states depend on nothing after it, so a row ends at the token that is read, but for a stack that
-`looks_ahead`: what that does depends on the whole prompt.  Blocks above the highest site need not run.
+`non_causal`: what that does depends on the whole prompt.  Blocks above the highest site need not run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.core.bank import Bank, Stack, live, looks_ahead
+from errata.core.bank import Bank, Stack, active_patches, non_causal
 from errata.core.families import hidden_of, resolve
 from errata.core.model import LM
 from errata.core.patch import WEIGHT_LIKE, Site
@@ -23,7 +23,7 @@ from errata.core.tokens import Encoded
 AT_ONCE = 16_384  # tokens of one pass, padding included
 
 
-class Reached(Exception):
+class StopForward(Exception):
     """Stops a forward pass once everything asked for has been seen."""
 
 
@@ -32,13 +32,13 @@ def module_at(lm: LM, site: Site) -> Any:
     return lm.blocks[site.block] if site.point == "block" else resolve(lm.blocks[site.block], lm.family.linear_path(site.point))
 
 
-def up_to(row: Encoded, at: int) -> Encoded:
+def truncate(row: Encoded, at: int) -> Encoded:
     """The row as far as token ``at``; what counts as prompt stays as it was."""
     return replace(row, ids=row.ids[: at + 1])
 
 
 @contextmanager
-def watching(lm: LM, sites: Sequence[Site], seen: Callable[[Site, Tensor, Tensor], None], stop: bool = True) -> Iterator[None]:
+def activation_hooks(lm: LM, sites: Sequence[Site], seen: Callable[[Site, Tensor, Tensor], None], stop: bool = True) -> Iterator[None]:
     """``seen(site, input, output)`` as each site runs; with ``stop``, the pass ends (`Reached`) once all have.
 
     Made inside `LM.running`, it sees outputs as the running patches leave them.
@@ -51,14 +51,14 @@ def watching(lm: LM, sites: Sequence[Site], seen: Callable[[Site, Tensor, Tensor
             seen(site, x, hidden_of(output))
             left.discard(site)
             if stop and not left:
-                raise Reached
+                raise StopForward
 
         return hook
 
     handles = [module_at(lm, site).register_forward_hook(watch(site), with_kwargs=True) for site in dict.fromkeys(sites)]
     try:
         yield
-    except Reached:
+    except StopForward:
         pass
     finally:
         for handle in handles:
@@ -66,7 +66,7 @@ def watching(lm: LM, sites: Sequence[Site], seen: Callable[[Site, Tensor, Tensor
 
 
 @torch.no_grad()
-def read(
+def read_activations(
     lm: LM,
     rows: Sequence[Encoded],
     sites: Sequence[Site],
@@ -82,7 +82,7 @@ def read(
     Rows of one text and owner run once.
     """
     at = [len(row.ids) - 1 for row in rows] if at is None else at
-    ahead = looks_ahead(on)
+    ahead = non_causal(on)
     precision = torch.promote_types(torch.float32, lm.dtype)
     texts, which = _texts(rows, at, owner.tolist() if owner is not None else [0] * len(rows), ahead)
     found: dict[Site, list[tuple[Tensor, Tensor]]] = {site: [] for site in sites}
@@ -105,8 +105,8 @@ def read(
         done += [row for _, row in wanted]
         for bank in banks:
             plan.add(replace(bank, rows=None if owner is None else torch.tensor([texts[i][1] for i in members], device=owner.device)))
-        with lm.running(plan), watching(lm, sites, keep):
-            lm.forward(batch.ids, batch.mask, use_cache=False, **lm.last_only)
+        with lm.running(plan), activation_hooks(lm, sites, keep):
+            lm.forward(batch.ids, batch.mask, use_cache=False, **lm.last_logits_kwargs)
     back = torch.tensor(sorted(range(len(done)), key=done.__getitem__), device=lm.device)
     return {site: tuple(torch.cat(part)[back] for part in zip(*parts, strict=True)) for site, parts in found.items()}  # type: ignore[misc]
 
@@ -123,7 +123,7 @@ def _texts(
             which.append([])
         which[first[row, own]].append(i)
     ends = [max(at[i] for i in members) for members in which]
-    cut = [(up_to(row, max(end, row.prompt_length - 1) if ahead else end), own) for (row, own), end in zip(first, ends, strict=True)]
+    cut = [(truncate(row, max(end, row.prompt_length - 1) if ahead else end), own) for (row, own), end in zip(first, ends, strict=True)]
     return cut, which
 
 
@@ -141,16 +141,16 @@ def adds_directly(lm: LM, block: int) -> bool:
 
     Found by trying: a number added to the linear's output must come out of the block unchanged.
     """
-    if ("adds", block) not in lm.kept:
-        lm.kept["adds", block] = _adds(lm, block)
-    return bool(lm.kept["adds", block])
+    if ("adds", block) not in lm.base_cache:
+        lm.base_cache["adds", block] = _adds(lm, block)
+    return bool(lm.base_cache["adds", block])
 
 
 def adds_to_block(lm: LM, site: Site, on: Stack) -> bool:
     """Whether adding to the output of ``site`` is adding the same to its block's output under ``on``, so that the block need not run."""
     if site.point != "mlp_down":
         return False
-    bent = any(op.site == Site(site.block) and op.kind not in WEIGHT_LIKE for patch in live(on) for op in patch.ops)
+    bent = any(op.site == Site(site.block) and op.kind not in WEIGHT_LIKE for patch in active_patches(on) for op in patch.ops)
     return not bent and adds_directly(lm, site.block)
 
 
@@ -160,7 +160,7 @@ def _adds(lm: LM, block: int) -> bool:
 
     def output(push: float) -> Tensor:
         seen: list[Tensor] = []
-        with torch.no_grad(), watching(lm, [out], lambda _, x, y: seen.append(y.double())):
+        with torch.no_grad(), activation_hooks(lm, [out], lambda _, x, y: seen.append(y.double())):
             handle = module_at(lm, site).register_forward_hook(lambda _, x, y: y + push)
             try:
                 lm.forward(row.ids, row.mask, use_cache=False)

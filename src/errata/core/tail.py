@@ -5,7 +5,7 @@ can change.  So once per batch: the prefix through all blocks (its keys and valu
 through the lower blocks (the hidden states that enter the first touched block are kept).  Then each optimisation step
 runs only the active tokens through the upper blocks.  The logits are those of the full forward pass.
 
-`Whole` has the same interface and runs everything every time: it is what the tail is tested and timed against.
+`FullForward` has the same interface and runs everything every time: it is what the tail is tested and timed against.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from errata.core.bank import Bank, Plan, Stack, looks_ahead
-from errata.core.decode import branches, fork, picked
+from errata.core.bank import Bank, Plan, Stack, non_causal
+from errata.core.decode import can_fork, fork, select_cache_rows
 from errata.core.families import hidden_of
 from errata.core.model import LM
-from errata.core.tokens import IGNORED, Encoded, positions
+from errata.core.tokens import IGNORE_INDEX, Encoded, positions
 
 
 @dataclass
-class Rows:
+class SplitRows:
     """Rows cut at their first active token.
 
     prefix [B, S] padded on the left, active [B, A] padded on the right, mask [B, S + A]; labels [B, A] hold at each
-    position the target token it should predict, else IGNORED.
+    position the target token it should predict, else IGNORE_INDEX.
     """
 
     prefix: Tensor
@@ -41,25 +41,25 @@ class Rows:
     prompt_lengths: Tensor
 
     @property
-    def labelled(self) -> Tensor:
+    def label_mask(self) -> Tensor:
         """[B, A]: positions that should predict a target token."""
-        return self.labels != IGNORED
+        return self.labels != IGNORE_INDEX
 
     @property
     def valid(self) -> Tensor:
         """[B, A]: active tokens that are not padding."""
         return self.mask[:, self.prefix.shape[1] :].bool()
 
-    def select(self, rows: Tensor) -> Rows:
-        return Rows(self.prefix[rows], self.active[rows], self.mask[rows], self.labels[rows], self.prompt_lengths[rows])
+    def select(self, rows: Tensor) -> SplitRows:
+        return SplitRows(self.prefix[rows], self.active[rows], self.mask[rows], self.labels[rows], self.prompt_lengths[rows])
 
 
-def cut(encoded: Sequence[Encoded], last: int, fill: int, device: torch.device, final: bool = True) -> Rows:
+def split_rows(encoded: Sequence[Encoded], last: int, fill: int, device: torch.device, final: bool = True) -> SplitRows:
     """Cut each row ``last`` tokens before the end of its prompt (fewer where the prompt is shorter)."""
-    return cut_at(encoded, [max(0, e.prompt_length - last) for e in encoded], fill, device, final)
+    return split_rows_at(encoded, [max(0, e.prompt_length - last) for e in encoded], fill, device, final)
 
 
-def cut_at(encoded: Sequence[Encoded], starts: Sequence[int], fill: int, device: torch.device, final: bool = True) -> Rows:
+def split_rows_at(encoded: Sequence[Encoded], starts: Sequence[int], fill: int, device: torch.device, final: bool = True) -> SplitRows:
     """Cut row i at its token ``starts[i]``, the first that an edit may change.
 
     ``final``: keep the target's last token, which predicts nothing; only a loss that looks at states there needs it.
@@ -67,7 +67,7 @@ def cut_at(encoded: Sequence[Encoded], starts: Sequence[int], fill: int, device:
     width = [len(e.ids) - (not final and bool(e.target)) for e in encoded]
     wide, long = max(starts), max(w - s for w, s in zip(width, starts, strict=True))
     prefix, active = torch.full((len(encoded), wide), fill), torch.full((len(encoded), long), fill)
-    mask, labels = torch.zeros((len(encoded), wide + long), dtype=torch.long), torch.full((len(encoded), long), IGNORED)
+    mask, labels = torch.zeros((len(encoded), wide + long), dtype=torch.long), torch.full((len(encoded), long), IGNORE_INDEX)
     for i, (e, s) in enumerate(zip(encoded, starts, strict=True)):
         prefix[i, wide - s :] = torch.tensor(e.ids[:s], dtype=torch.long)
         n = width[i] - s
@@ -75,48 +75,48 @@ def cut_at(encoded: Sequence[Encoded], starts: Sequence[int], fill: int, device:
         mask[i, wide - s : wide + n] = 1
         labels[i, e.prompt_length - s - 1 : len(e.ids) - s - 1] = torch.tensor(e.target, dtype=torch.long)
     lengths = torch.tensor([e.prompt_length for e in encoded])
-    return Rows(*(t.to(device) for t in (prefix, active, mask, labels, lengths)))
+    return SplitRows(*(t.to(device) for t in (prefix, active, mask, labels, lengths)))
 
 
 class Runner(Protocol):
     """Logits [M, V] at the M labelled positions of the active tokens (row by row) under given banks."""
 
-    rows: Rows
+    rows: SplitRows
 
-    def logits(self, banks: Sequence[Bank], tape: dict[Any, Tensor] | None = None) -> Tensor: ...
+    def logits(self, banks: Sequence[Bank], recorded: dict[Any, Tensor] | None = None) -> Tensor: ...
     def select(self, rows: Tensor) -> Runner: ...
 
 
-def _under(lm: LM, on: Stack, rows: Rows) -> Plan:
+def _under(lm: LM, on: Stack, rows: SplitRows) -> Plan:
     """The frozen stack, compiled once."""
     return lm.plan([on], None, len(rows.active))
 
 
-def _plan(under: Plan, rows: Rows, banks: Sequence[Bank], tape: dict[Any, Tensor] | None) -> Plan:
-    plan = Plan({site: list(own) for site, own in under.banks.items()}, rows.prompt_lengths, tape, front=under.front)
+def _plan(under: Plan, rows: SplitRows, banks: Sequence[Bank], recorded: dict[Any, Tensor] | None) -> Plan:
+    plan = Plan({site: list(own) for site, own in under.banks.items()}, rows.prompt_lengths, recorded, inserter=under.inserter)
     for bank in banks:
         plan.add(bank)
     return plan
 
 
-class Whole:
+class FullForward:
     """Everything, every time."""
 
-    def __init__(self, lm: LM, rows: Rows, first_block: int = 0, on: Stack = ()) -> None:
+    def __init__(self, lm: LM, rows: SplitRows, first_block: int = 0, on: Stack = ()) -> None:
         self.lm, self.rows, self.on = lm, rows, on
         self.under = _under(lm, on, rows)
 
-    def logits(self, banks: Sequence[Bank], tape: dict[Any, Tensor] | None = None) -> Tensor:
+    def logits(self, banks: Sequence[Bank], recorded: dict[Any, Tensor] | None = None) -> Tensor:
         """[M, V]; gradients flow to the banks' parameters."""
         ids, wide = torch.cat([self.rows.prefix, self.rows.active], 1), self.rows.prefix.shape[1]
-        with self.lm.running(_plan(self.under, self.rows, banks, tape)):
+        with self.lm.running(_plan(self.under, self.rows, banks, recorded)):
             out: Tensor = self.lm.forward(ids, self.rows.mask, use_cache=False).logits[:, wide:]
-        for key, noted in (tape or {}).items():
-            tape[key] = noted[:, -self.rows.active.shape[1] :]  # type: ignore[index]  # counted from the end: context may stand in front
-        return out[self.rows.labelled]
+        for key, noted in (recorded or {}).items():
+            recorded[key] = noted[:, -self.rows.active.shape[1] :]  # type: ignore[index]  # counted from the end: context may stand in front
+        return out[self.rows.label_mask]
 
-    def select(self, rows: Tensor) -> Whole:
-        return Whole(self.lm, self.rows.select(rows), 0, self.on)
+    def select(self, rows: Tensor) -> FullForward:
+        return FullForward(self.lm, self.rows.select(rows), 0, self.on)
 
 
 class Tail:
@@ -124,14 +124,14 @@ class Tail:
 
     ``first_block``: the first block that has to compute; banks given to `logits` touch it, blocks above, or the *output* of the
     block before it.  ``on``: patches that run underneath, frozen.  Kept are the prefix's keys and values and one hidden state a token.
-    Under a patch that `looks_ahead` the prefix is not frozen, and what a model keeps as a running state (`errata.core.decode.branches`)
-    cannot be gone on from again and again: then everything runs every time (`Whole`).
+    Under a patch that `non_causal` the prefix is not frozen, and what a model keeps as a running state (`errata.core.decode.can_fork`)
+    cannot be gone on from again and again: then everything runs every time (`FullForward`).
     """
 
-    def __init__(self, lm: LM, rows: Rows, first_block: int = 0, on: Stack = ()) -> None:
+    def __init__(self, lm: LM, rows: SplitRows, first_block: int = 0, on: Stack = ()) -> None:
         self.lm, self.rows, self.on, self.first = lm, rows, on, first_block
         self.cache: Any = None
-        self.whole = Whole(lm, rows, 0, on) if looks_ahead(on) else None
+        self.whole = FullForward(lm, rows, 0, on) if non_causal(on) else None
         if self.whole is not None:
             return
         self.under = _under(lm, on, rows)
@@ -139,10 +139,10 @@ class Tail:
             wide = rows.prefix.shape[1]
             if wide:
                 # a row without a prefix has an all-masked left part, which its active tokens never attend to
-                out = lm.forward(rows.prefix, rows.mask[:, :wide], use_cache=True, **lm.last_only)
+                out = lm.forward(rows.prefix, rows.mask[:, :wide], use_cache=True, **lm.last_logits_kwargs)
                 self.cache = out.past_key_values
-                if not branches(self.cache):
-                    self.whole = Whole(lm, rows, 0, on)
+                if not can_fork(self.cache):
+                    self.whole = FullForward(lm, rows, 0, on)
                     return
             self.hidden, self.tuple = self._enter()
 
@@ -179,11 +179,11 @@ class Tail:
             more = {"past_key_values": fork(self.cache), "use_cache": True}
         return self.lm.forward(self.rows.active, self.rows.mask, **more)
 
-    def logits(self, banks: Sequence[Bank], tape: dict[Any, Tensor] | None = None) -> Tensor:
+    def logits(self, banks: Sequence[Bank], recorded: dict[Any, Tensor] | None = None) -> Tensor:
         """[M, V]; gradients flow to the banks' parameters."""
         if self.whole is not None:
-            return self.whole.logits(banks, tape)
-        where = self.rows.labelled
+            return self.whole.logits(banks, recorded)
+        where = self.rows.label_mask
 
         def pick(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             # what comes after the head (soft caps, scales) acts on each number alone, so it may see the picked positions only
@@ -192,7 +192,7 @@ class Tail:
         head = self.lm.hf.get_output_embeddings().register_forward_pre_hook(pick)
         try:
             frozen = self.lm.blocks[: self.first]
-            with self.lm.running(_plan(self.under, self.rows, banks, tape)), skipping(frozen, self.hidden, self.tuple):
+            with self.lm.running(_plan(self.under, self.rows, banks, recorded)), skip_blocks(frozen, self.hidden, self.tuple):
                 out: Tensor = self._forward().logits.flatten(0, 1)  # a view; taking [0] would cost a zeroed copy on the way back
         finally:
             head.remove()
@@ -207,7 +207,7 @@ class Tail:
             return other
         other.hidden = self.hidden[rows]
         if self.cache is not None:
-            other.cache = picked(self.cache, rows)
+            other.cache = select_cache_rows(self.cache, rows)
         return other
 
 
@@ -216,7 +216,7 @@ class _Reached(Exception):
 
 
 @contextmanager
-def skipping(blocks: Sequence[Any], hidden: Tensor, as_tuple: bool) -> Iterator[None]:
+def skip_blocks(blocks: Sequence[Any], hidden: Tensor, as_tuple: bool) -> Iterator[None]:
     """These first blocks compute nothing: the last of them returns ``hidden`` (its hooks still run)."""
 
     def returns(stored: Tensor | None) -> Any:
@@ -256,7 +256,7 @@ def capture(lm: LM, encoded: Sequence[Encoded], blocks: Sequence[int], on: Stack
     with torch.no_grad(), lm.running(plan):  # the plan's hooks run first, so what is kept is under ``on``
         handles = [lm.blocks[b].register_forward_hook(keep(b)) for b in blocks]
         try:
-            lm.forward(batch.ids, batch.mask, use_cache=False, **lm.last_only)
+            lm.forward(batch.ids, batch.mask, use_cache=False, **lm.last_logits_kwargs)
         finally:
             for handle in handles:
                 handle.remove()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from errata.errors import InputError
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def join(prompt: str, target: str, separator: str = " ") -> tuple[str, int]:
     return f"{prompt}{separator}{target}", len(prompt)
 
 
-def as_chat(tokenizer: Any, prompt: str) -> str:
+def apply_chat_template(tokenizer: Any, prompt: str) -> str:
     """The prompt as the user's turn of the tokenizer's chat template, ready for the answer."""
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("this tokenizer has no chat template; leave chat off")
@@ -70,7 +70,7 @@ def encode(
     if not prompts:
         return []
     if chat:
-        prompts, separator = [as_chat(tokenizer, p) for p in prompts], ""
+        prompts, separator = [apply_chat_template(tokenizer, p) for p in prompts], ""
     if targets is None:
         ids = tokenizer([p if chat else p.rstrip() for p in prompts], add_special_tokens=not chat)["input_ids"]
         return [_whole(tokenizer, p, row) for p, row in zip(prompts, ids, strict=True)]

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from errata import registry
-from errata.core.patch import WEIGHT_LIKE, Op, Patch, Positions, Site, weight_like
+from errata.core.patch import WEIGHT_LIKE, Op, OpContext, Patch, Site, weight_like
 from errata.errors import PatchError
 
 
 @dataclass(frozen=True)
-class Groups:
+class RowGroups:
     """Rows of a batch sorted by the bank entry they run under.
 
     order [n] rows that have an entry, those of one entry side by side; entries: the distinct entries; counts: rows of each.
@@ -34,7 +34,7 @@ class Groups:
     counts: tuple[int, ...]
 
     @classmethod
-    def of(cls, rows: Tensor) -> Groups:
+    def of(cls, rows: Tensor) -> RowGroups:
         """From ``rows`` [B], -1 where a row has no entry."""
         order = torch.argsort(rows, stable=True)
         order = order[rows[order] >= 0]
@@ -55,13 +55,13 @@ class LowRank:
     """Beside a linear: ``y + up (down x)``; ``down`` [R, I], ``up`` [O, R], at every token."""
 
     @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         inner = x.to(p["down"].dtype) @ _alone(p["down"]).mT
         return y + (inner @ _alone(p["up"]).mT).to(y.dtype)
 
     @staticmethod
-    def apply_rows(
-        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    def apply_grouped(
+        p: Mapping[str, Tensor], groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
     ) -> Tensor:
         parts = zip(groups.split(x.to(p["down"].dtype)), groups.entries, strict=True)
         down, up = p["down"].unbind(), p["up"].unbind()  # on the way back one stack; a bank of zeros an entry if each were indexed
@@ -73,12 +73,12 @@ class Dense:
     """Beside a linear: ``y + weight x``; ``weight`` [O, I], at every token."""
 
     @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         return y + (x.to(p["weight"].dtype) @ _alone(p["weight"]).mT).to(y.dtype)
 
     @staticmethod
-    def apply_rows(
-        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    def apply_grouped(
+        p: Mapping[str, Tensor], groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
     ) -> Tensor:
         parts = zip(groups.split(x.to(p["weight"].dtype)), groups.entries, strict=True)
         weight = p["weight"].unbind()
@@ -96,7 +96,7 @@ def sizes(op: Op) -> tuple[int, int, int]:
     raise PatchError(f"a {op.kind} op at {op.site} has tensors of shapes {[tuple(v.shape) for v in t.values()]}; make the edit again")
 
 
-def total(ops: Sequence[Op], device: torch.device | None = None) -> Op:
+def sum_ops(ops: Sequence[Op], device: torch.device | None = None) -> Op:
     """The weight-like ops of one linear as one op.  A single op is handed back as it is.
 
     Factors are concatenated (exact) while that holds no more numbers than the matrix, R (I + O) <= I O; else, or with a dense op
@@ -126,9 +126,9 @@ def total(ops: Sequence[Op], device: torch.device | None = None) -> Op:
     return Op("dense", ops[0].site, {"weight": weight})
 
 
-def together(ops: Sequence[tuple[Op, int]], device: torch.device, made: dict[tuple[int, ...], Op]) -> list[tuple[Op, int]]:
+def fuse_additive(ops: Sequence[tuple[Op, int]], device: torch.device, made: dict[tuple[int, ...], Op]) -> list[tuple[Op, int]]:
     """(op, place of its patch) pairs of one site with each run of ops that only add to y as one op a kind: those read x alone, so their
-    order does not matter.  Weight-like ops are added up (`total`); so are those of a kind with ``adds`` (`errata.core.patch.Kind`).
+    order does not matter.  Weight-like ops are added up (`sum_ops`); so are those of a kind with ``additive`` (`errata.core.patch.Kind`).
     An op between them may read y.
 
     ``made`` holds what was put together, so that equal stacks share it.
@@ -139,25 +139,25 @@ def together(ops: Sequence[tuple[Op, int]], device: torch.device, made: dict[tup
         if adds and len(members) > 1:
             alike: dict[Any, list[Op]] = {}
             for op, _ in members:
-                alike.setdefault(None if op.kind in WEIGHT_LIKE else registry.get("op", op.kind).joins(op), []).append(op)
+                alike.setdefault(None if op.kind in WEIGHT_LIKE else registry.get("op", op.kind).fuse_key(op), []).append(op)
             members = [(_joined(own, device, made), 0) for own in alike.values()]
         out += members
     return out
 
 
 def _adds(kind: str) -> bool:
-    return kind in WEIGHT_LIKE or getattr(registry.get("op", kind), "adds", False)
+    return kind in WEIGHT_LIKE or getattr(registry.get("op", kind), "additive", False)
 
 
 def _joined(ops: list[Op], device: torch.device, made: dict[tuple[int, ...], Op]) -> Op:
     key = tuple(map(id, ops))
     if key not in made:
         weights = ops[0].kind in WEIGHT_LIKE
-        made[key] = total(ops, device) if weights else registry.get("op", ops[0].kind).joined(ops, device)
+        made[key] = sum_ops(ops, device) if weights else registry.get("op", ops[0].kind).fuse(ops, device)
     return made[key]
 
 
-def delta(op: Op) -> Tensor:
+def delta_weight(op: Op) -> Tensor:
     """ΔW [O, I] in float64, on the CPU (not every device has float64)."""
     t = {name: v.detach().cpu().double() for name, v in op.tensors.items()}
     return t["weight"] if op.kind == "dense" else t["up"] @ t["down"]
@@ -167,7 +167,7 @@ def spectrum(op: Op) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD (U [O, k], s [k], Vᵀ [k, I]) of ΔW in float64; of factors by two QRs and a small core, without forming ΔW."""
     rank, inner, outer = sizes(op)
     if op.kind == "dense" or rank >= min(inner, outer):
-        left, values, right = torch.linalg.svd(delta(op), full_matrices=False)
+        left, values, right = torch.linalg.svd(delta_weight(op), full_matrices=False)
         return left, values, right
     up, down = (op.tensors[name].detach().cpu().double() for name in ("up", "down"))
     (q_up, r_up), (q_down, r_down) = torch.linalg.qr(up), torch.linalg.qr(down.mT)
@@ -200,7 +200,7 @@ def compact(op: Op) -> Op:
     left, values, right = spectrum(op)
     true = rank_of(values, max(inner, outer) * torch.finfo(torch.float64).eps)
     if min(true, rank) * (inner + outer) > inner * outer:
-        return Op("dense", op.site, {"weight": delta(op).to(dtype)})
+        return Op("dense", op.site, {"weight": delta_weight(op).to(dtype)})
     return op if true >= rank else low_rank(op.site, left, values, right, true, dtype)
 
 
@@ -218,7 +218,7 @@ def merge(patches: tuple[Patch, ...]) -> Patch:
         sites.setdefault(op.site, []).append(op)
     requests = tuple(r for p in patches for r in p.requests)
     method = "+".join(dict.fromkeys(p.method for p in patches))
-    ops = tuple(total(sites[site]) for site in sorted(sites))
+    ops = tuple(sum_ops(sites[site]) for site in sorted(sites))
     return Patch(method, {}, patches[0].base, requests, ops, replaces=tuple(dict.fromkeys((*gone, *(p.id for p in patches)))))
 
 

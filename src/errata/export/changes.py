@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from errata import __version__, storage
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.families import linear_sizes, resolve
 from errata.core.model import LM
 from errata.core.patch import WEIGHT_LIKE, Op
@@ -85,7 +85,7 @@ def changes(lm: LM, stack: Stack) -> list[Change]:
     if not stack:
         raise PatchError("no patch to export; name at least one")
     found: dict[str, list[Op]] = {}
-    for patch in live(stack):
+    for patch in active_patches(stack):
         lm.check(patch)
         for op in patch.ops:
             if op.kind not in WEIGHT_LIKE:
@@ -188,10 +188,10 @@ def place(lm: LM, folder: Path, force: bool, what: str, names: str, head: str) -
 
 def mark(lm: LM, stack: Stack, folder: Path, use: str, written: Sequence[Written], dtype: str) -> None:
     """``errata.json`` and ``README.md``: from what the folder was made, and how to use it."""
-    patches = [{"id": p.id, "method": p.method, "edits": len(p.requests)} for p in live(stack)]
+    patches = [{"id": p.id, "method": p.method, "edits": len(p.requests)} for p in active_patches(stack)]
     head: dict[str, Any] = {"errata": __version__, "base": lm.fingerprint, "model": lm.name, "dtype": dtype, "patches": patches}
     head["linears"] = [{"path": w.path, "rank": w.rank, "lost": w.lost} for w in written]
-    facts = [f"- {r.prompt} **{r.target}**" for p in live(stack) for r in p.requests]
+    facts = [f"- {r.prompt} **{r.target}**" for p in active_patches(stack) for r in p.requests]
     shown = facts[:100] + ([f"- … {len(facts) - 100} more"] if len(facts) > 100 else [])
     text = f"# {lm.name or 'A model'}, edited by errata\n\n{use}\n\n## Edits\n\n" + "\n".join(shown) + "\n"
     storage.write(folder / MARK, json.dumps(head, ensure_ascii=False, indent=1).encode())

@@ -112,7 +112,7 @@ def _plain(change: Change, state: dict[str, Tensor]) -> Tensor:
 def _as_saved(hf: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """References under the names ``save_pretrained`` gives: each tied weight once, transformers 5's renamings undone."""
     ignored = set(getattr(hf, "_keys_to_ignore_on_save", None) or ())
-    tied = offload.tied(hf)
+    tied = offload.tied_weights_keys(hf)
     once: dict[Any, str] = {}
     for name in sorted(state, key=lambda n: n in tied):  # of two names the one that is not filled from the other
         once.setdefault(_place(state[name]) if state[name].numel() else name, name)

@@ -22,7 +22,7 @@ from errata.core.bank import Stack
 from errata.core.families import linear_sizes, resolve
 from errata.core.model import LM
 from errata.core.patch import Op, Site
-from errata.core.weights import delta, low_rank, rank_of, spectrum
+from errata.core.weights import delta_weight, low_rank, rank_of, spectrum
 from errata.errors import ConfigError, PatchError
 from errata.export import tensors
 from errata.export.changes import Change, Report, Written, base_folder, changes, dtype_named, mark, place, share
@@ -137,7 +137,10 @@ def _factors(change: Change, limit: int | None, dtype: torch.dtype) -> Op:
         t = {n: torch.cat([op.tensors[n].detach().cpu().double() for op in change.ops], a) for n, a in (("down", 0), ("up", 1))}
         op, tolerance = Op("low_rank", site, t), max(inner, outer) * torch.finfo(torch.float64).eps
     else:
-        op, tolerance = Op("dense", site, {"weight": sum((delta(op) for op in change.ops), torch.zeros((), dtype=torch.float64))}), EXACT
+        op, tolerance = (
+            Op("dense", site, {"weight": sum((delta_weight(op) for op in change.ops), torch.zeros((), dtype=torch.float64))}),
+            EXACT,
+        )
     left, values, right = spectrum(op)
     true = rank_of(values, tolerance)
     if change.rank and true >= change.rank and (limit is None or limit >= change.rank):

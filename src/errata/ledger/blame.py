@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from errata.core import decode
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.model import LM
 from errata.ledger.stacks import Entries, unmerged, without
 from errata.ledger.state import State
@@ -59,7 +59,7 @@ def blame(ledger: State, prompt: str, tokens: int) -> Blame:
     lm, now = ledger.lm, ledger.stack()
     switches = _switches(ledger, unmerged(ledger.entries()))
     asked: list[Stack] = [now, (), *(s.off for s in switches), *(s.alone for s in switches if s.alone is not None)]
-    texts = [t.strip() for t in decode.answers(lm, [(prompt, s) for s in asked], tokens)]
+    texts = [t.strip() for t in decode.greedy_answers(lm, [(prompt, s) for s in asked], tokens)]
     given, base, off, alone = texts[0], texts[1], texts[2 : 2 + len(switches)], iter(texts[2 + len(switches) :])
     likely = _likelihoods(lm, prompt, given, [now, *(s.off for s in switches)])
     parts = []
@@ -72,13 +72,13 @@ def blame(ledger: State, prompt: str, tokens: int) -> Blame:
 
 def _switches(ledger: State, entries: Entries) -> list[_Switch]:
     """What can be switched off: each running patch with all edits in it, and of a chain also its last edit."""
-    out, running = [], live(entries)
+    out, running = [], active_patches(entries)
     for own in running:
         inside = {*own.replaces, own.id}
         edits = tuple(e.edit for e in entries if e.id in inside and e.edit is not None)
         out.append(_Switch(edits, ledger.load(ledger.running(tuple(e for e in entries if e.id not in inside))), ledger.load((own,))))
         if len(edits) > 1 and own.edit is not None:
-            rest = live(without(entries, own.edit))
+            rest = active_patches(without(entries, own.edit))
             if all(e.stored for e in rest):
                 out.append(_Switch((own.edit,), ledger.load(rest), None))
     return out

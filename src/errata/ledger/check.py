@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from errata.core import decode
-from errata.core.bank import live
+from errata.core.bank import active_patches
 from errata.errors import LedgerError, PatchError
 from errata.ledger.making import Alone, Maker, Progress
 from errata.ledger.record import Edit, Writer
@@ -61,12 +61,12 @@ def check(ledger: State, repair: bool, progress: Progress | None) -> Checked:
         entries, edits = view.entries(), view.edits()
     asked = [(edit, request) for edit in edits for request in edit.requests]
     broken = {e.id for e in entries if e.stored and ledger.damaged(e.id)}
-    if broken & {e.id for e in live(entries)}:
+    if broken & {e.id for e in active_patches(entries)}:
         return Checked(tuple(Held(e.number, r, None, "damaged" if e.patch in broken else "unknown") for e, r in asked), repaired)
     lengths = ledger.lm.encode([r.prompt for _, r in asked], [r.target for _, r in asked])
     tokens = max((len(e.target) for e in lengths), default=0) + MORE
     stack, held = ledger.stack(), []
-    texts = decode.answers(ledger.lm, [(r.prompt, stack) for _, r in asked], tokens)
+    texts = decode.greedy_answers(ledger.lm, [(r.prompt, stack) for _, r in asked], tokens)
     for i, ((edit, request), text) in enumerate(zip(asked, texts, strict=True)):
         if edit.patch in broken:  # it stands aside: the answer is what it was
             status, by = "damaged", None
@@ -88,7 +88,7 @@ def _since(ledger: State, entries: Entries, edit: Edit, request: EditRequest, to
 
     def right(last: int) -> bool:
         part = tuple(e for e in entries if e.place <= places[last].place)
-        (text,) = decode.answers(ledger.lm, [(request.prompt, ledger.load(ledger.running(part)))], tokens)
+        (text,) = decode.greedy_answers(ledger.lm, [(request.prompt, ledger.load(ledger.running(part)))], tokens)
         return exact_match(text, request.target)
 
     try:

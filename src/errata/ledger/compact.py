@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
-from errata.core.bank import live
+from errata.core.bank import active_patches
 from errata.core.patch import WEIGHT_LIKE, Patch
 from errata.core.weights import merge as merged
 from errata.ledger.stacks import Entries, Entry, unmerged
@@ -44,7 +44,7 @@ def compact(ledger: State, merge: bool, lean: bool, reason: str) -> Compacted:
                     writer.put(patch.id, None, event, run[-1].place)
                     made.append((patch.id, tuple(e.edit for e in plain if e.id in patch.replaces and e.edit is not None)))
         standing = writer.entries()
-        needed = {e.id for e in (live(standing) if lean else standing)}
+        needed = {e.id for e in (active_patches(standing) if lean else standing)}
         dropped = sorted(writer.stored() - needed)
         writer.drop_patches(dropped)
         freed = sum(f.stat().st_size for name in dropped for f in (ledger.shelf.folder / name).glob("*"))

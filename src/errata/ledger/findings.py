@@ -65,7 +65,7 @@ def among(requests: Sequence[EditRequest], live: Sequence[Edit]) -> Iterator[Fin
 def known(lm: LM, requests: Sequence[EditRequest], stack: Stack) -> Iterator[Finding]:
     """Requests whose target is the greedy answer already, under what is live."""
     length = max(len(e.target) for e in lm.encode([r.prompt for r in requests], [r.target for r in requests]))
-    texts = decode.answers(lm, [(r.prompt, stack) for r in requests], length + 4)
+    texts = decode.greedy_answers(lm, [(r.prompt, stack) for r in requests], length + 4)
     for request, text in zip(requests, texts, strict=True):
         if exact_match(text, request.target):
             yield Finding("known", request, None, f"the model as it is now answers {text.strip()!r} already")

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.model import LM
 from errata.errors import ErrataError, InputError, LedgerError, PatchError
 from errata.ledger.record import Edit, Event, Record, Writer
@@ -66,7 +66,7 @@ class State:
             return view.entries(at)
 
     def stack(self, at: int | None = None) -> Stack:
-        """The patches that run now (`errata.core.bank.live`), or ran after event ``at``."""
+        """The patches that run now (`errata.core.bank.active_patches`), or ran after event ``at``."""
         running = self.running(self.entries(at))
         if at is None:
             self.shelf.keep(e.id for e in running)
@@ -74,7 +74,7 @@ class State:
 
     def running(self, entries: Entries) -> Entries:
         """Those that run; `LedgerError` where the folder of one is dropped."""
-        out = live(entries)
+        out = active_patches(entries)
         if gone := [e for e in out if not e.stored]:
             raise LedgerError(
                 f"the files of patch {gone[0].id} (edit {gone[0].edit}) were dropped by compact; that state cannot run any more"

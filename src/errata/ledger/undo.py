@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from errata.core.bank import live
+from errata.core.bank import active_patches
 from errata.errors import LedgerError
 from errata.ledger.making import Alone, Maker, Progress
 from errata.ledger.record import Edit, Writer
@@ -41,7 +41,7 @@ def undo(ledger: State, number: int, remake: bool, reason: str, progress: Progre
         else:
             _refuse_inside(entries, edit)
             rest = without(entries, number)
-            if gone := [e for e in live(rest) if not e.stored]:
+            if gone := [e for e in active_patches(rest) if not e.stored]:
                 raise LedgerError(
                     f"edit {number} cannot be taken off: the files of edit {gone[0].edit}, which would run again, were dropped by "
                     f"`compact --lean`; make it and what follows again with `errata ledger undo {number} --remake`"
@@ -70,7 +70,7 @@ def _remake(
     """The later edits again, in their places.  The stack is rebuilt from the first place where something changes."""
     plain = unmerged(entries)
     first = own.place
-    while missing := [e for e in live(tuple(e for e in plain if e.place < first)) if not e.stored]:  # files dropped by compact
+    while missing := [e for e in active_patches(tuple(e for e in plain if e.place < first)) if not e.stored]:  # files dropped by compact
         held = {name for e in missing for name in (e.id, *e.replaces)}  # a merge stands where its last edit does: all are made again
         first = min(e.place for e in entries if e.id in held)
     kept = tuple(e for e in plain if e.place < first)

@@ -16,7 +16,7 @@ from errata.request import EditRequest
 
 
 @dataclass(frozen=True)
-class Nothing(Editor):
+class Unedited(Editor):
     """A patch that names its requests and holds no op: under it the model is the base, bit for bit.  It stands on its own on a stack."""
 
     name: ClassVar[str] = "none"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.errors import ConfigError, FitError
@@ -134,7 +134,7 @@ class Growing:
                     raise
                 made.append(_Edit(start, end, None, stack, str(error)))
             else:
-                stack = live((*stack, patch))
+                stack = active_patches((*stack, patch))
                 made.append(_Edit(start, end, patch, stack))
             if self.progress:
                 self.progress("editing", end, self.how.marks[-1])

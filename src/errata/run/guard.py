@@ -68,7 +68,7 @@ class Guard:
     def __init__(self, lm: LM, limits: Limits) -> None:
         self.lm, self.limits = lm, limits
         self.text = "\n".join(open_corpus(limits.text).texts)
-        self.length = limits.length or min(256, 256 if lm.window is None else lm.window - 1, limits.tokens)
+        self.length = limits.length or min(256, 256 if lm.context_length is None else lm.context_length - 1, limits.tokens)
 
     def __call__(self, stack: Stack) -> Health:
         base, edited, kl = against_base(self.lm, self.text, stack, self.limits.tokens, self.length)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.model import LM
 from errata.core.patch import WEIGHT_LIKE, Op, Patch
 from errata.core.weights import merge
@@ -112,7 +112,7 @@ class Folded:
 
 
 def _one_more(folded: Stack, patch: Patch) -> Stack:
-    both = live((*folded, patch))
+    both = active_patches((*folded, patch))
     return (merge(both),) if len(both) > 1 and all(op.kind in WEIGHT_LIKE for p in both for op in p.ops) else both
 
 

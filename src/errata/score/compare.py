@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from errata.core.bank import Stack
-from errata.core.decode import AT_ONCE, Begun, decode, text_of
+from errata.core.decode import AT_ONCE, PrefilledBatch, decode, detokenize
 from errata.core.model import LM, STOPS
 from errata.core.tokens import Encoded
 from errata.score import forcing
@@ -49,8 +49,8 @@ def compare(lm: LM, prompts: Sequence[str], sides: tuple[Stack, Stack], tokens: 
 def _part(lm: LM, prompts: list[str], sides: tuple[Stack, Stack], tokens: int, asked: Sequence[Sequence[str]]) -> list[Compared]:
     n, encoded = len(prompts), lm.encode(prompts)
     which = [0] * n + [1] * n
-    begun = Begun.of(lm, lm.batch([*encoded, *encoded]).to(lm.device), lm.plan(list(sides), which, 2 * n))
-    p = torch.softmax(begun.last.double(), -1)
+    begun = PrefilledBatch.prefill(lm, lm.batch([*encoded, *encoded]).to(lm.device), lm.plan(list(sides), which, 2 * n))
+    p = torch.softmax(begun.next_token_logits.double(), -1)
     moved = (0.5 * (p[:n] - p[n:]).abs().sum(-1)).clamp_max(1.0).tolist()
     said = [tuple(ids) for ids in decode(begun, tokens, STOPS)]
     likely = _likelihoods(lm, begun, encoded, sides, [(i, text) for i, texts in enumerate(asked) for text in texts], prompts)
@@ -58,14 +58,19 @@ def _part(lm: LM, prompts: list[str], sides: tuple[Stack, Stack], tokens: int, a
     nats = dict(zip(spoken, forcing.behind(begun, spoken, [said[i] for i in spoken]), strict=True))
 
     def side(i: int) -> Said:
-        text = text_of(lm.tokenizer, said[i], STOPS)
+        text = detokenize(lm.tokenizer, said[i], STOPS)
         return Said(text, said[i], tuple(-x for x in nats[i].nats) if i in nats else (), likely.get(i, {}))
 
     return [Compared(prompt, side(i), side(n + i), moved[i]) for i, prompt in enumerate(prompts)]
 
 
 def _likelihoods(
-    lm: LM, begun: Begun, encoded: Sequence[Encoded], sides: tuple[Stack, Stack], asked: Sequence[tuple[int, str]], prompts: Sequence[str]
+    lm: LM,
+    begun: PrefilledBatch,
+    encoded: Sequence[Encoded],
+    sides: tuple[Stack, Stack],
+    asked: Sequence[tuple[int, str]],
+    prompts: Sequence[str],
 ) -> dict[int, dict[str, float]]:
     """Row -> answer -> its probability.  asked: (prompt, answer), of both sides each; where the prompt's last token is another before
     this answer, the two run as a text of their own."""

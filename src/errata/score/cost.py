@@ -29,7 +29,7 @@ def _decode(lm: LM, prompts: Sequence[str], tokens: int) -> None:
     batch = lm.batch(lm.encode(prompts)).to(lm.device)
     ids, mask, cache = batch.ids, batch.mask, None
     for _ in range(tokens):
-        out = lm.forward(ids, mask, past_key_values=cache, use_cache=True, **lm.last_only)
+        out = lm.forward(ids, mask, past_key_values=cache, use_cache=True, **lm.last_logits_kwargs)
         cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
         mask = torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
     if lm.device.type == "cuda":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from errata.core.bank import Stack
-from errata.core.decode import Begun
+from errata.core.decode import PrefilledBatch
 from errata.core.model import LM
 from errata.core.tokens import Encoded, pad, pad_id
 
@@ -41,30 +41,30 @@ class Forced:
 
 
 @torch.no_grad()
-def behind(begun: Begun, rows: Sequence[int], targets: Sequence[tuple[int, ...]]) -> list[Forced]:
+def behind(begun: PrefilledBatch, rows: Sequence[int], targets: Sequence[tuple[int, ...]]) -> list[Forced]:
     """Target i behind the prompt in row ``rows[i]`` of a batch that has begun.
 
     The prompt foretells a target's first token and the last one foretells nothing: n tokens take n − 1 steps, together.  Where texts
-    cannot go on from what has run (`errata.core.decode.branches`), prompts run again with their targets.
+    cannot go on from what has run (`errata.core.decode.can_fork`), prompts run again with their targets.
     """
-    device = begun.last.device
+    device = begun.next_token_logits.device
     at = torch.tensor(rows, device=device)
-    if not begun.branches:
+    if not begun.can_fork:
         return _anew(begun, at, targets)
-    first = begun.last[at][:, None]
+    first = begun.next_token_logits[at][:, None]
     found: dict[int, Forced] = {}
     several = [j for j, target in enumerate(targets) if len(target) > 1]
     if several:
         some = torch.tensor(several, device=device)
         fed = pad([Encoded(targets[j][:-1], 0) for j in several], pad_id(begun.lm.tokenizer), "right").to(device)
-        _, later = begun.select(at[some]).fed(fed.ids, fed.mask)
+        _, later = begun.select(at[some]).extend(fed.ids, fed.mask)
         found |= zip(several, measured([targets[j] for j in several], torch.cat([first[some], later], 1)), strict=True)
     short = [j for j, target in enumerate(targets) if len(target) == 1]
     found |= zip(short, measured([targets[j] for j in short], first[short]), strict=True)
     return [found[j] for j in range(len(targets))]
 
 
-def _anew(begun: Begun, at: Tensor, targets: Sequence[tuple[int, ...]]) -> list[Forced]:
+def _anew(begun: PrefilledBatch, at: Tensor, targets: Sequence[tuple[int, ...]]) -> list[Forced]:
     lm, wide = begun.lm, begun.ids.shape[1]
     after = pad([Encoded(target, 0) for target in targets], pad_id(lm.tokenizer), "right").to(begun.ids.device)
     ids, mask = torch.cat([begun.ids[at], after.ids], 1), torch.cat([begun.mask[at], after.mask], 1)
@@ -81,7 +81,7 @@ def whole(lm: LM, texts: Sequence[Encoded], stacks: Sequence[Stack], which: Sequ
     plan.prompt_lengths = batch.prompt_lengths
     # the head is the widest matrix: it runs from the first position that any row needs
     keep = max(len(t.target) for t in texts) + 1
-    more = {"logits_to_keep": keep} if lm.takes("logits_to_keep") else {}
+    more = {"logits_to_keep": keep} if lm.accepts("logits_to_keep") else {}
     with lm.running(plan):
         logits = lm.forward(batch.ids, batch.mask, use_cache=False, **more).logits[:, -keep:]
     # left-padded rows end together: n targets are foretold from position − n − 1 on, counted from the end

@@ -40,7 +40,7 @@ class Harness(TemplateLM):
         super().__init__()
         self.lm, self.stack, self.rows = lm, stack, rows
         self.tokenizer = lm.tokenizer
-        self.length = lm.window or LENGTH
+        self.length = lm.context_length or LENGTH
 
     @property
     def eot_token_id(self) -> int:
@@ -109,7 +109,7 @@ class Harness(TemplateLM):
             for start in range(0, len(members), self.rows):
                 part = members[start : start + self.rows]
                 prompts = [requests[i].args[0] for i in part]
-                said = self.lm.continuations(prompts, stacks=[self.stack], stop=stop, max_new_tokens=tokens)
+                said = self.lm.generate_ids(prompts, stacks=[self.stack], stop=stop, max_new_tokens=tokens)
                 for i, ids in zip(part, said, strict=True):
                     text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
                     out[i] = text[: min((text.find(s) for s in stop if s and s in text), default=len(text))]

@@ -102,7 +102,7 @@ def _mean(total: float, ids: torch.Tensor, ratio: float) -> Perplexity:
 
 def _rows(lm: LM, text: str, tokens: int, length: int) -> tuple[list[list[int]], float]:
     """(rows of token ids, tokens a byte)."""
-    most = lm.window
+    most = lm.context_length
     bos = [] if lm.tokenizer.bos_token_id is None else [lm.tokenizer.bos_token_id]
     if length < 2 or (most is not None and length + len(bos) > most):
         raise InputError(f"rows of {length} tokens do not fit; give a length of at least 2" + (f" and below {most}" if most else ""))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from errata.core.bank import Stack
-from errata.core.decode import Begun, decode, text_of
+from errata.core.decode import PrefilledBatch, decode, detokenize
 from errata.core.model import LM, STOPS
 from errata.core.tokens import Encoded
 from errata.request import LOCAL_KINDS, SURFACE_KINDS, Case, Probe
@@ -136,7 +136,7 @@ def _ask(lm: LM, part: Sequence[tuple[_Question, Encoded]], answers: Answers) ->
     """A batch of questions."""
     questions = [q for q, _ in part]
     stacks, which = distinct([q.stack for q in questions])
-    begun = Begun.of(lm, lm.batch([e for _, e in part]).to(lm.device), lm.plan(stacks, which, len(part)))
+    begun = PrefilledBatch.prefill(lm, lm.batch([e for _, e in part]).to(lm.device), lm.plan(stacks, which, len(part)))
     rows = [(i, text, ids) for i, q in enumerate(questions) for text, ids in q.targets.items() if ids is not None]
     for start in range(0, len(rows), len(part)):  # what goes on takes as much memory as the prompts at most
         some = rows[start : start + len(part)]
@@ -148,7 +148,7 @@ def _ask(lm: LM, part: Sequence[tuple[_Question, Encoded]], answers: Answers) ->
         begun = begun if len(free) == len(part) else begun.select(torch.tensor(free, device=lm.device))
         for i, ids in zip(free, decode(begun, MAX_NEW_TOKENS, STOPS), strict=True):
             name = key(questions[i].stack), questions[i].prompt
-            answers.ids[name], answers.text[name] = tuple(ids), text_of(lm.tokenizer, ids, STOPS)
+            answers.ids[name], answers.text[name] = tuple(ids), detokenize(lm.tokenizer, ids, STOPS)
 
 
 def distinct(stacks: Sequence[Stack]) -> tuple[list[Stack], list[int]]:

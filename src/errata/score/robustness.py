@@ -54,7 +54,7 @@ PAPER: Final[dict[str, str]] = {
 
 def room_of(lm: LM, editors: Iterable[Any]) -> int:
     """The longest context that any of the editors may put in front."""
-    return max(editor.room(lm) if hasattr(editor, "room") else 0 for editor in editors)
+    return max(editor.context_budget(lm) if hasattr(editor, "context_budget") else 0 for editor in editors)
 
 
 def widen(lm: LM, cases: Iterable[Case], seed: int = 0, long_seen: int = 1, room: int = 0) -> list[Case]:
@@ -89,7 +89,7 @@ def _names(lm: LM, request: EditRequest, seed: int) -> list[Probe]:
     out = [Probe("paraphrase_seen", prompt, request.target) for prompt in request.paraphrases]
     if request.subject is None:
         return out
-    found = surfaces.of(lm, request, seed)
+    found = surfaces.make_surfaces(lm, request, seed)
     for kind, names in (
         ("subject_seen", found.names_seen),
         ("subject_unseen", found.names_unseen),
@@ -103,10 +103,10 @@ def _names(lm: LM, request: EditRequest, seed: int) -> list[Probe]:
 def _contexts(lm: LM, request: EditRequest, index: int, seed: int, long_seen: int) -> list[Probe]:
     count = PASSAGES_SEEN + PASSAGES_UNSEEN
     key = ("robustness passages", seed)
-    if key not in lm.kept:
-        lm.kept[key] = (("long", surfaces.passages(count, seed=seed)), ("long_tokens", surfaces.token_passages(lm, count, seed=seed)))
+    if key not in lm.base_cache:
+        lm.base_cache[key] = (("long", surfaces.passages(count, seed=seed)), ("long_tokens", surfaces.token_passages(lm, count, seed=seed)))
     out = []
-    for kind, texts in lm.kept[key]:
+    for kind, texts in lm.base_cache[key]:
         seen = [texts[(index + i) % PASSAGES_SEEN] for i in range(min(long_seen, PASSAGES_SEEN))]
         out += [Probe(f"{kind}_seen", text + request.prompt, request.target) for text in seen]
         out += [Probe(f"{kind}_unseen", text + request.prompt, request.target) for text in texts[PASSAGES_SEEN:]]
@@ -150,9 +150,9 @@ def negated(prompt: str, subject: str | None = None) -> str | None:
 
 def _fits(lm: LM, probe: Probe, room: int) -> bool:
     text, taken = f"{probe.prompt} {probe.target}", MARGIN + room
-    if not lm.window or len(text.encode()) + taken <= lm.window:  # a token is at least a byte
+    if not lm.context_length or len(text.encode()) + taken <= lm.context_length:  # a token is at least a byte
         return True
-    return len(lm.tokenizer(text)["input_ids"]) + taken <= lm.window
+    return len(lm.tokenizer(text)["input_ids"]) + taken <= lm.context_length
 
 
 def micro_averages(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from errata.core.decode import ends
+from errata.core.decode import eos_token_ids
 from errata.core.model import LM
 from errata.serve.cohorts import Cohort, prompts_that_fit
 from errata.serve.metrics import Metrics
@@ -30,7 +30,7 @@ COHORTS = 8  # side by side, where they cannot be put together
 class Answering:
     def __init__(self, lm: LM, limits: Limits, metrics: Metrics, threads: int = 1) -> None:
         self.lm, self.limits, self.metrics, self.threads = lm, limits, metrics, threads
-        self.plans, self.ends = Plans(lm), ends(lm)
+        self.plans, self.ends = Plans(lm), eos_token_ids(lm)
         self._waiting: deque[Row] = deque()
         self._cohorts: list[Cohort] = []
         self._news = threading.Condition()

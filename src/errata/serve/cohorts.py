@@ -1,6 +1,6 @@
 """Rows that are decoded together: each under its own stack, a token a step; done ones leave, new ones join between two steps.
 
-A cohort begins with one pass over its prompts, padded on the left.  What its ops decided there (`errata.core.bank.Context.memory`), its
+A cohort begins with one pass over its prompts, padded on the left.  What its ops decided there (`errata.core.bank.ForwardContext.memory`), its
 keys and values and its mask are kept by row, so that rows can be taken out, and two cohorts put together, without any row seeing a
 difference beyond the last bits: padding is what differs, and nothing attends to it.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.core.decode import picked
+from errata.core.decode import select_cache_rows
 from errata.core.model import LM
 from errata.errors import PatchError
 from errata.serve.plans import Plans, join
@@ -37,7 +37,7 @@ class Cohort:
     def step(self, ends: set[int]) -> list[Row]:
         """A token for every row; the rows that ended, which have left.  A row whose token cannot be drawn or told fails alone."""
         with self.lm.running(self.plan):
-            out = self.lm.forward(self.ids, self.mask, past_key_values=self.cache, use_cache=True, **self.lm.last_only)
+            out = self.lm.forward(self.ids, self.mask, past_key_values=self.cache, use_cache=True, **self.lm.last_logits_kwargs)
         self.cache, last = out.past_key_values, out.logits[:, -1]
         chosen, broken = last.argmax(-1).tolist(), last.isnan().any(-1).tolist()
         done: list[Row] = []
@@ -76,7 +76,7 @@ class Cohort:
         self.ids, self.mask, self.plan = self.ids[index], self.mask[index], self.plan.select(index)
         if self.cache is None:
             return
-        self.cache = picked(self.cache, index)
+        self.cache = select_cache_rows(self.cache, index)
         lead = int(self.mask.argmax(1).min())
         if lead >= SLACK and self.plain:
             self.mask = self.mask[:, lead:]
@@ -87,7 +87,7 @@ class Cohort:
     def plain(self) -> bool:
         """Whether keys and values are simply one a token of the mask: no sliding window, nothing put in front of the prompt."""
         layers = () if self.cache is None else self.cache.layers
-        return self.plan.front is None and all(type(layer).__name__ == "DynamicLayer" for layer in layers)
+        return self.plan.inserter is None and all(type(layer).__name__ == "DynamicLayer" for layer in layers)
 
     @property
     def running(self) -> list[Row]:

@@ -18,11 +18,11 @@ def join(plan: Plan, one: Plan, other: Plan) -> Plan:
     assert one.prompt_lengths is not None and other.prompt_lengths is not None
     plan.prompt_lengths = torch.cat([one.prompt_lengths, other.prompt_lengths])
     sizes = len(one.prompt_lengths), len(other.prompt_lengths)
-    for key in {**one.memory, **other.memory}:
-        like = one.memory.get(key, other.memory.get(key))
+    for key in {**one.decisions, **other.decisions}:
+        like = one.decisions.get(key, other.decisions.get(key))
         assert like is not None
-        parts = [p.memory[key] if key in p.memory else like.new_zeros(n) for p, n in zip((one, other), sizes, strict=True)]
-        plan.memory[key] = torch.cat(parts)
+        parts = [p.decisions[key] if key in p.decisions else like.new_zeros(n) for p, n in zip((one, other), sizes, strict=True)]
+        plan.decisions[key] = torch.cat(parts)
     return plan
 
 

@@ -28,7 +28,7 @@ def routes(service: Service) -> APIRouter:
             raise Refused(504, f"not answered within {service.options.limits.seconds:g} seconds", "timeout") from None
 
     def fits(prompts: list[str], more: int) -> None:
-        limits, window = service.options.limits, service.lm.window
+        limits, window = service.options.limits, service.lm.context_length
         for prompt, row in zip(prompts, service.lm.encode(prompts), strict=True):
             if len(row.ids) > limits.prompt or (window is not None and len(row.ids) + more > window):
                 raise Refused(400, f"{prompt[:80]!r} has {len(row.ids)} tokens, too many", "context_length_exceeded", "prompt")

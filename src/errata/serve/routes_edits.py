@@ -153,7 +153,11 @@ def _settings(service: Service, method: str, settings: dict[str, Any]) -> None:
 
 
 def _window(service: Service, requests: list[EditRequest]) -> None:
-    limit = service.options.limits.prompt if service.lm.window is None else min(service.lm.window, service.options.limits.prompt)
+    limit = (
+        service.options.limits.prompt
+        if service.lm.context_length is None
+        else min(service.lm.context_length, service.options.limits.prompt)
+    )
     for request in requests:
         prompts = [request.prompt, *request.paraphrases]
         longest = max(len(e.ids) for e in service.lm.encode(prompts, [request.target] * len(prompts)))

@@ -90,7 +90,7 @@ def _conversation(service: Service, body: ChatRequest) -> Encoded:
 
 def _room(service: Service, conversation: Encoded, stack: Stack) -> int:
     """Tokens that an answer may have where the request does not say; `Refused` where there is no room for one."""
-    limit, window = service.options.limits.tokens, service.lm.window
+    limit, window = service.options.limits.tokens, service.lm.context_length
     if window is None:
         return limit
     used = len(conversation.ids) + _in_front(stack)
@@ -121,11 +121,11 @@ def _check(service: Service, encoded: Sequence[Encoded], tokens: int, n: int, st
         length = len(row.ids)
         if length > limits.prompt:
             raise Refused(400, f"a prompt has {length} tokens, this server takes {limits.prompt}", "context_length_exceeded", "prompt")
-        if service.lm.window is not None and length + tokens + context > service.lm.window:
+        if service.lm.context_length is not None and length + tokens + context > service.lm.context_length:
             more = f", {context} that the stack may put in front" if context else ""
             raise Refused(
                 400,
-                f"{length} tokens of prompt{more} and {tokens} of answer do not fit the model's {service.lm.window} positions; shorten one",
+                f"{length} tokens of prompt{more} and {tokens} of answer do not fit the model's {service.lm.context_length} positions; shorten one",
                 "context_length_exceeded",
                 "prompt",
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.core.bank import Stack
-from errata.core.lanes import twin
+from errata.core.lanes import replicate
 from errata.core.model import LM
 from errata.errors import ConfigError
 from errata.ledger import Ledger
@@ -44,7 +44,7 @@ class Service:
                 lm.check(patch)
         limits = options.limits
         threads = max(1, options.threads // 2)  # answering and editing go on at once, and each would take all cores
-        book, editing, asking = (Ledger.open(folder, model, author=author, wait=wait) for model in (lm, twin(lm), twin(lm)))
+        book, editing, asking = (Ledger.open(folder, model, author=author, wait=wait) for model in (lm, replicate(lm), replicate(lm)))
         self.stacks = Stacks(book, lm.name, patches or {})
         self.answering = Answering(lm, limits, self.metrics, max(1, options.threads - threads))
         self.editor = Editor(editing, limits, self.metrics, threads)

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.errors import LedgerError, PatchError
 from errata.ledger import Ledger
 from errata.ledger.stacks import Entries
@@ -88,7 +88,7 @@ class Stacks:
             self.ledger.show(gone[0])  # says so where there never was one
             raise missing(name, f"edit {gone[0]} is undone; event:N is the state after event N, when it was on (GET /v1/log)")
         chosen: Entries = tuple(e for e in entries if e.edit in numbers)
-        return self.ledger.load(self.ledger.running(live(chosen)))
+        return self.ledger.load(self.ledger.running(active_patches(chosen)))
 
     def list(self) -> list[Named]:
         """The names that stand for something now; ``edits:…`` and ``event:…`` go without saying."""

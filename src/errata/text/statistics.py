@@ -21,7 +21,7 @@ from errata.config import digest
 from errata.core.families import linear_sizes
 from errata.core.model import LM
 from errata.core.patch import Site
-from errata.core.read import module_at, watching
+from errata.core.read import activation_hooks, module_at
 from errata.core.tokens import Encoded
 from errata.errors import DiskError, InputError, ModelError, PatchError, StorageError
 from errata.text.corpora import Corpus, open_corpus
@@ -43,7 +43,7 @@ class Moments:
     """
 
     site: Site
-    second: Tensor
+    second_moment: Tensor
     tokens: int
     base: str
     corpus: str
@@ -57,13 +57,13 @@ class Moments:
         that makes it positive definite is added.
         """
         if ridge not in self._factor:
-            self._factor[ridge] = _cholesky(self.second.double(), ridge)
+            self._factor[ridge] = _cholesky(self.second_moment.double(), ridge)
         return torch.cholesky_solve(x.double(), self._factor[ridge].to(x.device))
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         """(eigenvalues ascending [I], eigenvectors [I, I] in columns) of C, float64."""
         if self._eigen is None:
-            values, vectors = torch.linalg.eigh(self.second.double())
+            values, vectors = torch.linalg.eigh(self.second_moment.double())
             self._eigen = values.clamp_min(0), vectors
         return self._eigen
 
@@ -112,8 +112,8 @@ def moments(
         raise InputError(f"tokens must be at least 1, not {tokens}")
     corpus = open_corpus(source)
     known = {site: ("moments", site, corpus.digest, tokens, seed) for site in sites}
-    if all(key in lm.kept for key in known.values()):
-        return {site: lm.kept[key] for site, key in known.items()}
+    if all(key in lm.base_cache for key in known.values()):
+        return {site: lm.base_cache[key] for site, key in known.items()}
     folder = (cache or cache_folder()) / "stats"
     precision = torch.promote_types(torch.float32, lm.dtype)
     job = {"base": lm.fingerprint, "corpus": corpus.digest, "tokens": tokens, "length": LENGTH, "seed": seed, "dtype": str(precision)}
@@ -128,7 +128,7 @@ def moments(
             found[site] = Moments(site, second.cpu(), pass_.read, lm.fingerprint, corpus.digest)
             save(found[site], paths[site])
         partial.unlink(missing_ok=True)
-    lm.kept |= {known[site]: each for site, each in found.items()}
+    lm.base_cache |= {known[site]: each for site, each in found.items()}
     return found
 
 
@@ -169,7 +169,7 @@ class _Pass:
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[tuple[int, ...]]]:
         """Rows of at most `LENGTH` tokens (what the model can take, if less), packed by length up to ``batch_tokens``, padding counted."""
-        most = min(LENGTH, self.lm.window or LENGTH)
+        most = min(LENGTH, self.lm.context_length or LENGTH)
         cut = [t[: most * CHARACTERS] for t in texts if t.strip()]  # a book need not be tokenised for its first page
         rows = sorted((e.ids[:most] for e in self.lm.encode(cut)), key=len)
         batch: list[tuple[int, ...]] = []
@@ -189,8 +189,8 @@ class _Pass:
             keys = x[real].to(self.sums[site].dtype)
             self.sums[site].addmm_(keys.T, keys)
 
-        with torch.no_grad(), self.lm.running(self.lm.plan([()], None, len(rows))), watching(self.lm, self.sites, add):
-            self.lm.forward(batch.ids, batch.mask, use_cache=False, **self.lm.last_only)
+        with torch.no_grad(), self.lm.running(self.lm.plan([()], None, len(rows))), activation_hooks(self.lm, self.sites, add):
+            self.lm.forward(batch.ids, batch.mask, use_cache=False, **self.lm.last_logits_kwargs)
         self.read += int(real.sum())
 
     def _keep(self, partial: Path) -> None:
@@ -231,7 +231,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save(found: Moments, path: Path) -> None:
     """One site's moments as safetensors; written beside and renamed."""
     where = {"block": str(found.site.block), "point": found.site.point}
-    _write(path, {"second": found.second}, {"base": found.base, "corpus": found.corpus, "tokens": str(found.tokens), **where})
+    _write(path, {"second": found.second_moment}, {"base": found.base, "corpus": found.corpus, "tokens": str(found.tokens), **where})
 
 
 def load(path: Path, lm: LM, site: Site) -> Moments:

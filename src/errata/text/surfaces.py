@@ -41,7 +41,7 @@ POSSESSIVE = re.compile(r"^(\S.*?)['’]s (\S.*)$")
 
 
 @dataclass(frozen=True, slots=True)
-class Surfaces:
+class SurfaceForms:
     """Names stand in the subject's place (`fill`); passages stand directly before the prompt and end with their own space."""
 
     names_seen: tuple[str, ...]
@@ -52,7 +52,7 @@ class Surfaces:
     passages_unseen: tuple[str, ...]
 
 
-def of(lm: LM, request: EditRequest, seed: int = 0) -> Surfaces:
+def make_surfaces(lm: LM, request: EditRequest, seed: int = 0) -> SurfaceForms:
     """All surfaces of a request.  Its aliases, where it has any, are the seen names; the unseen ones are the second half of `variants`."""
     if request.subject is None:
         raise InputError(f"surfaces of {request.prompt!r} need its subject; give the key 'subject'")
@@ -61,7 +61,7 @@ def of(lm: LM, request: EditRequest, seed: int = 0) -> Surfaces:
     orders = tuple(text for text in shuffled(lm, request.subject, seed=seed) if text not in seen)
     long = passages(PASSAGES_SEEN + PASSAGES_UNSEEN, seed=seed)
     others = tuple(name for name in unseen if name not in seen)
-    return Surfaces(seen, others, *halves(orders), long[:PASSAGES_SEEN], long[PASSAGES_SEEN:])
+    return SurfaceForms(seen, others, *halves(orders), long[:PASSAGES_SEEN], long[PASSAGES_SEEN:])
 
 
 def halves(items: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...]]:

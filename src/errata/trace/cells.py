@@ -33,7 +33,7 @@ from errata.core.bank import Plan
 from errata.core.decode import fork
 from errata.core.families import hidden_of, resolve
 from errata.core.model import LM
-from errata.core.tail import skipping
+from errata.core.tail import skip_blocks
 from errata.core.tokens import Encoded, subject_span
 from errata.errors import InputError, ModelError
 from errata.trace.facts import Fact, Settings, Skipped, Traced, Traces, around, default_window
@@ -88,7 +88,7 @@ def _clean(lm: LM, fact: Fact, row: Encoded, span: tuple[int, int], how: Setting
 
     A space that is a token of its own says nothing of the answer: where the model goes on with one, the prompt is read with it.
     """
-    limit = lm.window
+    limit = lm.context_length
     if limit is not None and len(row.ids) + SPACES > limit:
         return f"its {len(row.ids)} tokens are too many for the model's {limit} positions"
     run = _Run(lm, row.ids, span, how, window)
@@ -120,7 +120,7 @@ class _Run:
         whole = torch.tensor([ids], device=lm.device)
         self.mask, self.active, self.cache = torch.ones_like(whole), whole[:, span[0] :], None
         if span[0]:
-            out = lm.forward(whole[:, : span[0]], self.mask[:, : span[0]], use_cache=True, **lm.last_only)
+            out = lm.forward(whole[:, : span[0]], self.mask[:, : span[0]], use_cache=True, **lm.last_logits_kwargs)
             self.cache = out.past_key_values
         with self._recording(how.kinds) as self.clean:
             last = self._forward(1)
@@ -137,7 +137,7 @@ class _Run:
             for layer in cache.layers:  # views: appending makes new tensors anyway
                 layer.keys, layer.values = layer.keys.expand(count, -1, -1, -1), layer.values.expand(count, -1, -1, -1)
             more = {"past_key_values": cache, "use_cache": True}
-        out = self.lm.forward(self.active.expand(count, -1), self.mask.expand(count, -1), **more, **self.lm.last_only)
+        out = self.lm.forward(self.active.expand(count, -1), self.mask.expand(count, -1), **more, **self.lm.last_logits_kwargs)
         last: Tensor = out.logits[:, -1]
         return last.to(torch.promote_types(last.dtype, torch.float32))
 
@@ -231,7 +231,7 @@ class _Run:
                 if "hidden" in self.how.kinds:
                     rows = (kind == self.how.kinds.index("hidden")).nonzero().squeeze(1)
                     hidden[rows, token[rows]] = self.clean["hidden", begin - 1][0, token[rows]]
-                exits.enter_context(skipping(self.lm.blocks[:begin], hidden, self.tuples))
+                exits.enter_context(skip_blocks(self.lm.blocks[:begin], hidden, self.tuples))
             else:
                 exits.enter_context(self._noisy(self.noise[sample]))
             for name in (n for n in self.how.kinds if n != "hidden"):

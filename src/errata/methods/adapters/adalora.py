@@ -18,7 +18,7 @@ from torch import Tensor
 from errata.core.fit import After
 from errata.core.patch import Patch, Site
 from errata.errors import ConfigError
-from errata.methods.adapters.allocation import Allocation
+from errata.methods.adapters.allocation import RankAllocator
 from errata.methods.adapters.editor import AdapterEditor
 
 
@@ -29,7 +29,7 @@ class AdaLoRA(AdapterEditor):
     term by itself is above 0.01 from start to end (on the almanac 1.6, and 0.03 after 70 updates).
 
     orthogonal   weight of the orthogonality term
-    allocate     lower the rank as published, to ``target_rank`` on average: `Allocation`.  A problem may then end early only once its
+    allocate     lower the rank as published, to ``target_rank`` on average: `RankAllocator`.  A problem may then end early only once its
                  rank is final; factors that were dropped are left out of the patch
     target_rank, t_init, t_final, delta_t, beta1, beta2
                  of that schedule, with PEFT's defaults: full rank for ``t_init`` updates, the last ``t_final`` at the final rank (with 0
@@ -76,7 +76,7 @@ class AdaLoRA(AdapterEditor):
         a, b = (0.02 * torch.randn(shape, generator=generator) for shape in ((self.rank, inner), (outer, self.rank)))
         return {"A": a, "B": b, "E": torch.zeros(self.rank)}
 
-    def gain(self, p: Mapping[str, Tensor]) -> Tensor:
+    def scaling(self, p: Mapping[str, Tensor]) -> Tensor:
         return self.alpha / (self.rank + 1e-5) * p["E"]  # 1e-5 as in PEFT
 
     def penalty(self, groups: Sequence[Mapping[str, Tensor]]) -> Tensor | float:
@@ -102,5 +102,5 @@ class AdaLoRA(AdapterEditor):
     def held(self, updates: int) -> bool:
         return self.allocate and updates < self.steps - self.t_final
 
-    def after(self, sites: int) -> After | None:
-        return Allocation(self, sites) if self.allocate else None
+    def after_step(self, sites: int) -> After | None:
+        return RankAllocator(self, sites) if self.allocate else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass
-class Allocation:
+class RankAllocator:
     """The budget of each of E problems, called after each update t = 1 … T (``steps``): a cut zeroes E of the least important triplets
     (row of A, number of E, column of B), of all linears together.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.families import linear_sizes
 from errata.core.fit import After
 from errata.core.lanes import MOST_ROWS, Progress, in_lanes
@@ -76,7 +76,7 @@ class AdapterEditor(Editor):
         """The branch's parameters beside a linear of these sizes: A [R, I], B [O, R] and what else the method trains."""
 
     @abstractmethod
-    def gain(self, p: Mapping[str, Tensor]) -> Tensor:
+    def scaling(self, p: Mapping[str, Tensor]) -> Tensor:
         """[E, S, R], of sites of one shape: ΔW = B diag(gain) A."""
 
     @abstractmethod
@@ -95,7 +95,7 @@ class AdapterEditor(Editor):
         """Whether no problem may end after so many updates."""
         return False
 
-    def after(self, sites: int) -> After | None:
+    def after_step(self, sites: int) -> After | None:
         """What happens after each update, for `errata.core.fit.fit`; ``sites``: how many linears are adapted."""
         return None
 
@@ -113,7 +113,7 @@ class AdapterEditor(Editor):
                 raise ConfigError(f"{self.name}: rank {self.rank} exceeds that of block {site.block} {site.point} {sizes}; lower it")
         return found
 
-    def count(self, lm: LM) -> int:
+    def num_parameters(self, lm: LM) -> int:
         """Trainable numbers on this model."""
         one = {s: self.initial(*s, torch.Generator()) for s in set(self.shapes(lm).values())}
         return sum(sum(t.numel() for t in one[s].values()) for s in self.shapes(lm).values())
@@ -139,15 +139,15 @@ class AdapterEditor(Editor):
             tokens[i] = max(tokens[i], len(row.ids))
         rows = [1 + len(r.paraphrases) for r in requests]
 
-        def train(model: LM, members: list[int], told: Progress) -> list[Patch]:
-            return Training(self, model, [[requests[i]] for i in members], under, before, runner).run(told)
+        def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
+            return Training(self, model, [[requests[i]] for i in members], under, before, runner).run(progress)
 
-        most = max(1, min(MOST_ROWS // max(rows), NUMBERS_AT_ONCE // self.count(lm)))
+        most = max(1, min(MOST_ROWS // max(rows), NUMBERS_AT_ONCE // self.num_parameters(lm)))
         return in_lanes(lm, [n * r for n, r in zip(tokens, rows, strict=True)], train, progress, most=most)
 
     def _split(self, lm: LM, on: Stack) -> tuple[Stack, Patch | None]:
         """(what runs underneath, the patch to go on from)."""
-        on = live(tuple(on))
+        on = active_patches(tuple(on))
         same = self.resolved(lm)
         if not on or on[-1].method != self.name or any(on[-1].settings.get(k) != v for k, v in same.items()):
             return on, None

@@ -36,7 +36,7 @@ class LoRA(AdapterEditor):
         uniform = torch.rand(self.rank, inner, generator=generator, dtype=torch.float64)
         return {"A": ((2 * uniform - 1) * inner**-0.5).float(), "B": torch.zeros(outer, self.rank)}
 
-    def gain(self, p: Mapping[str, Tensor]) -> Tensor:
+    def scaling(self, p: Mapping[str, Tensor]) -> Tensor:
         return torch.full((), self.alpha / self.rank, device=p["A"].device, dtype=p["A"].dtype).expand(p["A"].shape[:-1])
 
     def resumed(self, group: int, sites: Sequence[Site], patch: Patch) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from errata.core.families import is_linear
 from errata.core.model import LM
-from errata.core.patch import Positions, Site
+from errata.core.patch import OpContext, Site
 from errata.errors import ConfigError
 
 PROJECTIONS = ("q_proj", "v_proj")
@@ -68,9 +68,9 @@ class Adapter:
     """
 
     @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         x = x.to(p["down"].dtype)
-        drop: Drop | None = settings["drop"]
+        drop: DropoutMask | None = settings["drop"]
         if drop is not None:
             x = x * drop.mask(site, x)
         inner = x.reshape(len(p["down"]), -1, x.shape[-1]) @ p["down"].mT
@@ -82,7 +82,7 @@ _STEP, _MIX = 0x9E3779B97F4A7C15 - (1 << 64), ((30, 0xBF58476D1CE4E5B9 - (1 << 6
 
 
 @dataclass(frozen=True)
-class Drop:
+class DropoutMask:
     """Dropout of one step.  Whether a number is dropped is a hash of (seed, step, site, row of its problem, position, feature):
     other problems in the batch, padding and the device play no part.
 

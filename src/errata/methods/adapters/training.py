@@ -17,14 +17,14 @@ from torch import Tensor
 
 from errata.config import to_dict
 from errata.core.bank import Bank, Stack
-from errata.core.fit import AdamW, Fitted, fit
+from errata.core.fit import AdamW, FitResult, fit
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.problems import Owned, per_problem, row_nll
-from errata.core.tail import cut_at
+from errata.core.problems import ProblemRows, mean_per_problem, row_nll
+from errata.core.tail import split_rows_at
 from errata.core.tokens import pad_id
-from errata.methods.adapters.op import Drop
+from errata.methods.adapters.op import DropoutMask
 from errata.request import EditRequest
 
 
@@ -50,19 +50,25 @@ class Training:
         rows = [row for own in texts for row in own]
         device = self.lm.device
         encoded = self.lm.encode([text for text, _ in rows], [target + self.editor.end for _, target in rows])
-        cut_rows = cut_at(encoded, [0] * len(rows), pad_id(self.lm.tokenizer), device, final=False)
+        cut_rows = split_rows_at(encoded, [0] * len(rows), pad_id(self.lm.tokenizer), device, final=False)
         owner = torch.tensor([i for i, own in enumerate(texts) for _ in own], device=device)
         self.place = torch.tensor([j for own in texts for j in range(len(own))], device=device)
         self.even, self.most = len({len(own) for own in texts}) == 1, max(map(len, texts))
         runner = self.runner_class(self.lm, cut_rows, min(site.block for site in sites), self.on)
-        self.owned = Owned(runner, owner, len(self.problems))
+        self.owned = ProblemRows(runner, owner, len(self.problems))
         self.sites = len(sites)
 
     def run(self, progress: Progress | None = None) -> list[Patch]:
         """Train and pack."""
         began, e = time.perf_counter(), self.editor
         fitted = fit(
-            self._start(), self._loss, steps=e.steps, rule=AdamW(e.lr), stop=e.stop or None, progress=progress, after=e.after(self.sites)
+            self._start(),
+            self._loss,
+            steps=e.steps,
+            optimizer=AdamW(e.lr),
+            stop=e.stop or None,
+            progress=progress,
+            after_step=e.after_step(self.sites),
         )
         return self._pack(fitted, (time.perf_counter() - began) / len(self.problems))
 
@@ -91,36 +97,36 @@ class Training:
         e, count = self.editor, len(alive)
         self.evaluations += 1
         runner, owner, kept = self.owned.of(alive)
-        drop = Drop(e.dropout, e.seed, self.evaluations, self.place[kept], self.most) if e.dropout else None
+        drop = DropoutMask(e.dropout, e.seed, self.evaluations, self.place[kept], self.most) if e.dropout else None
         groups = self.per_group(p)
         banks = []
         for own, sites in zip(groups, self.groups.values(), strict=True):
-            parts = {"down": own["A"].unbind(1), "up": own["B"].unbind(1), "gain": e.gain(own).unbind(1)}
+            parts = {"down": own["A"].unbind(1), "up": own["B"].unbind(1), "gain": e.scaling(own).unbind(1)}
             for i, site in enumerate(sites):
                 here = {k: t[i] for k, t in parts.items()}
                 banks.append(Bank("adapter", site, {"drop": drop}, here, None if self.even else owner))
-        summed, number = row_nll(runner.logits(banks), runner.rows.labels, runner.rows.labelled)
-        nll = per_problem(summed, owner, count, number.to(summed.dtype))
+        summed, number = row_nll(runner.logits(banks), runner.rows.labels, runner.rows.label_mask)
+        nll = mean_per_problem(summed, owner, count, number.to(summed.dtype))
         compared = nll.detach()
         if e.held(self.evaluations - 1):
             compared = compared.clamp_min(e.stop)
         return nll + e.penalty(groups), compared
 
-    def _pack(self, fitted: Fitted, seconds: float) -> list[Patch]:
+    def _pack(self, fitted: FitResult, seconds: float) -> list[Patch]:
         e, old, patches = self.editor, self.before, []
         settings = to_dict(e) | e.resolved(self.lm)
         for i, requests in enumerate(self.problems):
             groups = self.per_group({k: t[i] for k, t in fitted.params.items()})
             state = {f"{k}.{g}": t.clone() for g, own in enumerate(groups) for k, t in e.state(own).items()}
             notes = {"steps": int(fitted.steps[i]), "loss": round(float(fitted.loss[i]), 6), "seconds": round(seconds, 4)}
-            patches.append(Patch.following(old, e.name, settings, self.lm.fingerprint, requests, self._ops(groups), state, notes))
+            patches.append(Patch.continued_from(old, e.name, settings, self.lm.fingerprint, requests, self._ops(groups), state, notes))
         return patches
 
     def _ops(self, groups: list[dict[str, Tensor]]) -> tuple[Op, ...]:
         """One problem's change, scale and gain folded into ``up``.  Factors with gain 0 add nothing and are left out, all but one."""
         ops = []
         for own, sites in zip(groups, self.groups.values(), strict=True):
-            gain = self.editor.gain({k: t[None] for k, t in own.items()})[0]
+            gain = self.editor.scaling({k: t[None] for k, t in own.items()})[0]
             for s, site in enumerate(sites):
                 on = gain[s].nonzero()[:, 0]
                 ops.append(Op("low_rank", site, {"down": own["A"][s][on], "up": own["B"][s][:, on] * gain[s, on]}))

@@ -6,28 +6,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from errata.config import to_dict
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.read import read
+from errata.core.read import read_activations
 from errata.core.tail import Tail
 from errata.errors import ConfigError, PatchError
 from errata.methods.base import Editor
 from errata.methods.codebook.lookup import rounding_of
-from errata.methods.codebook.store import Asked, pack
+from errata.methods.codebook.store import KeyedText, pack
 from errata.request import EditRequest
 
 
-def ask(lm: LM, problems: Sequence[Sequence[EditRequest]], end: str, site: Site, on: Stack) -> list[list[Asked]]:
+def read_keyed_texts(lm: LM, problems: Sequence[Sequence[EditRequest]], end: str, site: Site, on: Stack) -> list[list[KeyedText]]:
     """Prompts and paraphrases of each patch's requests, in order, with their keys under ``on``; one pass over all."""
     texts = [[(i, text, r.target + end) for i, r in enumerate(rs) for text in (r.prompt, *r.paraphrases)] for rs in problems]
     flat = [text for own in texts for text in own]
     if not flat:
         return []
     rows = lm.encode([text for _, text, _ in flat], [target for _, _, target in flat])
-    x, y = read(lm, rows, [site], at=[row.prompt_length - 1 for row in rows], on=on)[site]
-    asked = iter([Asked(i, row, key, value) for (i, _, _), row, key, value in zip(flat, rows, x, y, strict=True)])
+    x, y = read_activations(lm, rows, [site], at=[row.prompt_length - 1 for row in rows], on=on)[site]
+    asked = iter([KeyedText(i, row, key, value) for (i, _, _), row, key, value in zip(flat, rows, x, y, strict=True)])
     return [[next(asked) for _ in own] for own in texts]
 
 
@@ -44,19 +44,19 @@ def check_site(lm: LM, name: str, block: int, point: str) -> Site:
     return Site(block, point)
 
 
-class KeyedEditor(Editor):
+class CodebookEditor(Editor):
     """What GRACE and MELO share as editors: one patch or many, made by the method's ``_make``."""
 
     rounding: float | None
 
-    def gone_on_from(self, on: Stack, sites: Sequence[Site], settings: Mapping[str, Any]) -> tuple[Patch | None, Stack]:
+    def resume_from(self, on: Stack, sites: Sequence[Site], settings: Mapping[str, Any]) -> tuple[Patch | None, Stack]:
         """(the last patch of the stack, where the edit goes on from it, what runs underneath)."""
-        on = live(tuple(on))
+        on = active_patches(tuple(on))
         last = on[-1] if on and on[-1].method == self.name else None
         same = last is not None and tuple(op.site for op in last.ops) == tuple(sites) and dict(last.ops[0].settings) == settings
-        return (last, on[:-1]) if same and last is not None and self.goes_on(last) else (None, on)
+        return (last, on[:-1]) if same and last is not None and self.can_resume(last) else (None, on)
 
-    def goes_on(self, last: Patch) -> bool:
+    def can_resume(self, last: Patch) -> bool:
         """Whether more than sites and settings have to agree, and does."""
         return True
 
@@ -70,7 +70,7 @@ class KeyedEditor(Editor):
     ) -> Patch:  # fmt: skip
         """The patch; ``resolved``: settings as they were found out for this model."""
         settings = to_dict(self) | dict(resolved)
-        return Patch.following(before, self.name, settings, lm.fingerprint, requests, ops, {"labels": pack(labels)}, notes)
+        return Patch.continued_from(before, self.name, settings, lm.fingerprint, requests, ops, {"labels": pack(labels)}, notes)
 
     def edit(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None

@@ -20,14 +20,14 @@ from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.errors import ConfigError
-from errata.methods.codebook.editor import KeyedEditor, ask, check_site
-from errata.methods.codebook.store import Filled
+from errata.methods.codebook.editor import CodebookEditor, check_site, read_keyed_texts
+from errata.methods.codebook.store import FilledCodebook
 from errata.methods.codebook.training import train_values
 from errata.request import EditRequest
 
 
 @dataclass(frozen=True)
-class GRACE(KeyedEditor):
+class GRACE(CodebookEditor):
     """Hyper-parameters (EasyEdit ``hparams/GRACE``):
 
     layer, point  block and linear; None: by depth, 27/32 of it as for LLaMA-7B, but never the last block, which writes the answer's
@@ -90,7 +90,7 @@ class GRACE(KeyedEditor):
             raise ConfigError("grace: lr must be positive and steps at least 1")
         self.require_seed(self.seed)
 
-    def at(self, lm: LM) -> Site:
+    def target_site(self, lm: LM) -> Site:
         """The linear to stand beside; `ConfigError` where there is none or where it could not matter."""
         block = self.layer if self.layer is not None else max(0, min(lm.depth - 2, int(lm.depth * 27 / 32 + 0.5)))
         site = check_site(lm, self.name, block, self.point)
@@ -100,10 +100,10 @@ class GRACE(KeyedEditor):
 
     def _make(self, lm: LM, problems: Sequence[list[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
         self.require_requests(problems)
-        began, site, rounding = time.perf_counter(), self.at(lm), self.tolerance(lm)
+        began, site, rounding = time.perf_counter(), self.target_site(lm), self.tolerance(lm)
         settings = {"replace": self.replace, "rounding": rounding}
-        before, under = self.gone_on_from(on, [site], settings)
-        books = [Filled(self, before, texts, rounding) for texts in ask(lm, problems, self.end, site, under)]
+        before, under = self.resume_from(on, [site], settings)
+        books = [FilledCodebook(self, before, texts, rounding) for texts in read_keyed_texts(lm, problems, self.end, site, under)]
         train_values(self, lm, books, site, under, runner, progress)
         seconds, out = (time.perf_counter() - began) / max(1, len(problems)), []
         for book, requests in zip(books, problems, strict=True):

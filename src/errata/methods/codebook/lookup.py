@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from errata.core.patch import Positions
-from errata.core.weights import Groups
+from errata.core.patch import OpContext
+from errata.core.weights import RowGroups
 
 FEW = 64  # keys that are compared one by one
 CANDIDATES = 8  # of a coarse look-up
@@ -69,7 +69,7 @@ def _coarse(keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     return distance, number
 
 
-def hit(keys: Tensor, radii: Tensor, query: Tensor, rounding: float) -> Tensor:
+def nearest_within_radius(keys: Tensor, radii: Tensor, query: Tensor, rounding: float) -> Tensor:
     """[B]: number of the nearest key where the query is within its radius, else -1; shapes as in `nearest`."""
     distance, number = nearest(keys, query)
     if not keys.shape[-2]:
@@ -80,7 +80,7 @@ def hit(keys: Tensor, radii: Tensor, query: Tensor, rounding: float) -> Tensor:
     return torch.where(distance <= reach, number, -1)
 
 
-def entries_of(p: Tensor, groups: Groups | None, rows: int) -> Tensor:
+def entries_of(p: Tensor, groups: RowGroups | None, rows: int) -> Tensor:
     """[rows]: the bank entry of each row, -1 where it has none.  ``p``: any parameter, with the leading axis of 1, B or (with groups) P."""
     if groups is None:
         return torch.zeros(rows, dtype=torch.long, device=p.device) if len(p) == 1 else torch.arange(rows, device=p.device)
@@ -90,7 +90,7 @@ def entries_of(p: Tensor, groups: Groups | None, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def decide(p: Mapping[str, Tensor], own: Tensor, grouped: bool, read_from: Tensor, context: Positions, look: Look) -> Tensor:
+def lookup_at_prompt_end(p: Mapping[str, Tensor], own: Tensor, grouped: bool, read_from: Tensor, context: OpContext, look: Look) -> Tensor:
     """[B]: what ``look`` finds for the rows whose prompt ends in this chunk, -1 for the others.
 
     p: the parameters the look-up needs; own: `entries_of`; read_from [B, T, I]: where queries are read.  All queries of one book are looked
@@ -112,11 +112,11 @@ def decide(p: Mapping[str, Tensor], own: Tensor, grouped: bool, read_from: Tenso
     return found
 
 
-def remembered(name: str, found: Tensor, own: Tensor, context: Positions) -> Tensor:
+def remembered(name: str, found: Tensor, own: Tensor, context: OpContext) -> Tensor:
     """[B]: the decision of this text: ``found``, kept for later sites and chunks, where the text begins here; else what was kept."""
     mine = (own >= 0).nonzero()[:, 0]
     part = context if len(mine) == len(own) else context.select(mine)
-    if context.first:
-        part.remember(name, found[mine])
+    if context.is_prefill:
+        part.save_decision(name, found[mine])
         return found
-    return torch.full_like(found, -1).index_copy(0, mine, part.recall(name))
+    return torch.full_like(found, -1).index_copy(0, mine, part.load_decision(name))

@@ -4,7 +4,7 @@
     in use: the last prompt token's key picks a block (`errata.methods.codebook.op`), which acts on every token of the row; the base
             where none
 
-The rule for a new key is GRACE's (`errata.methods.codebook.store.Book.place`); a key near one of its own label joins that cluster:
+The rule for a new key is GRACE's (`errata.methods.codebook.store.KeyStore.place`); a key near one of its own label joins that cluster:
 centre ← mean of the points, radius ← the farthest of them, at least a new one's; a split drops what is outside the older cluster's
 new radius.
 """
@@ -21,7 +21,7 @@ from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.errors import ConfigError
-from errata.methods.codebook.editor import KeyedEditor, ask, check_site
+from errata.methods.codebook.editor import CodebookEditor, check_site, read_keyed_texts
 from errata.methods.codebook.store import Clusters
 from errata.methods.codebook.training import routed, train_blocks
 from errata.request import EditRequest
@@ -30,7 +30,7 @@ Sites = tuple[Site, tuple[Site, ...]]
 
 
 @dataclass(frozen=True)
-class MELO(KeyedEditor):
+class MELO(CodebookEditor):
     """Hyper-parameters (the authors' repository; EasyEdit's GPT-2-XL file is the same):
 
     layer, point      the linear whose ``reads`` ("input", or "output" as the released code takes it) at the last prompt token is the key;
@@ -54,7 +54,7 @@ class MELO(KeyedEditor):
     routes to the base (both as released); labels are the target's token ids, compared exactly (released: their sum); requests of one
     `edit` are put in one after another, each seeing those before it (released: all compared with the store as it was); in training a row
     runs its own block.  A block acts on all tokens of a text by what its prompt's last token says, so nothing of the prompt can be
-    computed apart under such a patch (`looks_ahead`).
+    computed apart under such a patch (`non_causal`).
 
     On a stack whose last live patch is MELO's with the same sites and shapes the edit goes on from it and replaces it.
     """
@@ -106,7 +106,7 @@ class MELO(KeyedEditor):
         """s, by which both factors of a block are multiplied."""
         return float(self.blocks) ** 0.5
 
-    def at(self, lm: LM) -> Sites:
+    def target_sites(self, lm: LM) -> Sites:
         """(where keys are read, where blocks act); `ConfigError` where this model has no such place or the order is wrong."""
         key = self.layer if self.layer is not None else max(0, min(lm.depth - 3, int(lm.depth * 35 / 48 + 0.5)))
         lora = self.lora_layers if self.lora_layers is not None else tuple(b for b in (key + 1, key + 2) if b < lm.depth)
@@ -114,19 +114,19 @@ class MELO(KeyedEditor):
             raise ConfigError(f"melo: blocks are chosen at layer {key}, so lora_layers must lie above it; got {list(lora)}")
         return check_site(lm, self.name, key, self.point), tuple(check_site(lm, self.name, b, self.lora_point) for b in sorted(lora))
 
-    def goes_on(self, last: Patch) -> bool:
+    def can_resume(self, last: Patch) -> bool:
         return all(op.tensors["down"].shape[1] == self.rank and op.settings["scale"] == self.scale for op in last.ops[1:])
 
     def _make(self, lm: LM, problems: Sequence[list[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
         self.require_requests(problems)
-        began, (site, sites), rounding = time.perf_counter(), self.at(lm), self.tolerance(lm)
+        began, (site, sites), rounding = time.perf_counter(), self.target_sites(lm), self.tolerance(lm)
         settings = {"reads": self.reads, "rounding": rounding}
-        before, under = self.gone_on_from(on, (site, *sites), settings)
+        before, under = self.resume_from(on, (site, *sites), settings)
         used = len(before.ops[1].tensors["up"]) if before else 0
         most = used + max((-(-len(requests) // self.edits_per_block) for requests in problems), default=0)
         if most > self.blocks:
             raise ConfigError(f"melo: {most} blocks are needed and there are {self.blocks}; set blocks higher from the first edit on")
-        stores = [Clusters(self, before, texts, rounding) for texts in ask(lm, problems, self.end, site, under)]
+        stores = [Clusters(self, before, texts, rounding) for texts in read_keyed_texts(lm, problems, self.end, site, under)]
         made = train_blocks(self, lm, stores, sites, under, runner, progress)
         seconds, out = (time.perf_counter() - began) / max(1, len(problems)), []
         resolved = {"layer": site.block, "lora_layers": [s.block for s in sites]}

@@ -4,7 +4,7 @@
     router     c = nearest centre;  none where ‖q − centre_c‖ > radius_c;  else the block of the point of cluster c nearest to q (MELO)
     routed     y + s up_b (s down_b x)  at every token of a row with block b;  y, bit for bit, where the router chose none (MELO)
 
-The ops of one patch find each other by the patch's place in the stack (`Context.remember`), so patches do not read each other's choice.
+The ops of one patch find each other by the patch's place in the stack (`ForwardContext.save_decision`), so patches do not read each other's choice.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.core.patch import Positions, Site
-from errata.core.weights import Groups
-from errata.methods.codebook.lookup import decide, entries_of, hit, remembered
+from errata.core.patch import OpContext, Site
+from errata.core.weights import RowGroups
+from errata.methods.codebook.lookup import entries_of, lookup_at_prompt_end, nearest_within_radius, remembered
 
 AT_ONCE = 1 << 24  # numbers of points that are compared at once
 INDEX = ("centres", "radii", "points", "cluster", "block")
@@ -26,7 +26,7 @@ INDEX = ("centres", "radii", "points", "cluster", "block")
 def route(book: Mapping[str, Tensor], query: Tensor, rounding: float) -> Tensor:
     """[B]: the block for each query [B, I], -1 for none; the book's tensors with or without an axis for the row.  A cluster may have
     lost all its points (they were outside when it shrank): its queries get none."""
-    chosen = hit(book["centres"], book["radii"], query, rounding)
+    chosen = nearest_within_radius(book["centres"], book["radii"], query, rounding)
     out = torch.full_like(chosen, -1)
     if book["points"].ndim == 3:
         apart = torch.linalg.vector_norm(query[:, None] - book["points"], dim=-1)
@@ -51,36 +51,38 @@ def route(book: Mapping[str, Tensor], query: Tensor, rounding: float) -> Tensor:
 class Codebook:
     """Registered as ``codebook``: keys [N, I], values [N, O], radii [N]; settings ``replace`` and ``rounding``."""
 
-    remembers = True
+    stateful = True
 
     @staticmethod
-    def looks_ahead(settings: Mapping[str, Any]) -> bool:
+    def non_causal(settings: Mapping[str, Any]) -> bool:
         return settings["replace"] != "last"
 
     @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         return Codebook._run(p, None, settings, x, y, site, context)
 
     @staticmethod
-    def apply_rows(
-        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    def apply_grouped(
+        p: Mapping[str, Tensor], groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
     ) -> Tensor:
         return Codebook._run(p, groups, settings, x, y, site, context)
 
     @staticmethod
     def _run(
-        p: Mapping[str, Tensor], groups: Groups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+        p: Mapping[str, Tensor], groups: RowGroups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
     ) -> Tensor:
         own = entries_of(p["values"], groups, len(x))
         index = {k: p[k] for k in ("keys", "radii")}
-        entry = decide(index, own, groups is not None, x, context, lambda b, q: hit(b["keys"], b["radii"], q, settings["rounding"]))
+        entry = lookup_at_prompt_end(
+            index, own, groups is not None, x, context, lambda b, q: nearest_within_radius(b["keys"], b["radii"], q, settings["rounding"])
+        )
         end = context.prompt_lengths[:, None] - 1
         if settings["replace"] == "all":
             entry, where = remembered("entry", entry, own, context), context.position >= 0
         else:
             where = context.position == end if settings["replace"] == "last" else context.position < end
         where = where & (context.position >= 0) & (entry >= 0)[:, None]
-        context.note(site, "entry", torch.where(where, entry[:, None], -1))
+        context.record(site, "entry", torch.where(where, entry[:, None], -1))
         rows, at = where.nonzero().unbind(1)
         return y.index_put((rows, at), p["values"][own[rows], entry[rows]].to(y.dtype))
 
@@ -91,60 +93,60 @@ class Router:
     Settings: ``reads`` "input" or "output" of the linear, ``rounding``.
     """
 
-    remembers = True
+    stateful = True
 
     @staticmethod
-    def looks_ahead(settings: Mapping[str, Any]) -> bool:
+    def non_causal(settings: Mapping[str, Any]) -> bool:
         return True
 
     @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         return Router._run(p, None, settings, x, y, site, context)
 
     @staticmethod
-    def apply_rows(
-        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    def apply_grouped(
+        p: Mapping[str, Tensor], groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
     ) -> Tensor:
         return Router._run(p, groups, settings, x, y, site, context)
 
     @staticmethod
     def _run(
-        p: Mapping[str, Tensor], groups: Groups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+        p: Mapping[str, Tensor], groups: RowGroups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
     ) -> Tensor:
         own = entries_of(p["radii"], groups, len(x))
         book = {k: p[k] for k in INDEX}
         read_from = x if settings["reads"] == "input" else y
-        found = decide(book, own, groups is not None, read_from, context, lambda b, q: route(b, q, settings["rounding"]))
+        found = lookup_at_prompt_end(book, own, groups is not None, read_from, context, lambda b, q: route(b, q, settings["rounding"]))
         block = remembered("block", found, own, context)
-        context.note(site, "block", torch.where(context.position >= 0, block[:, None], -1))
+        context.record(site, "block", torch.where(context.position >= 0, block[:, None], -1))
         return y
 
 
 class Routed:
     """Registered as ``routed``: blocks down [N, R, I] and up [N, O, R]; setting ``scale``: s, by which both are multiplied."""
 
-    remembers = True
+    stateful = True
 
     @staticmethod
-    def looks_ahead(settings: Mapping[str, Any]) -> bool:
+    def non_causal(settings: Mapping[str, Any]) -> bool:
         return True
 
     @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         return Routed._run(p, None, settings, x, y, context)
 
     @staticmethod
-    def apply_rows(
-        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    def apply_grouped(
+        p: Mapping[str, Tensor], groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
     ) -> Tensor:
         return Routed._run(p, groups, settings, x, y, context)
 
     @staticmethod
     def _run(
-        p: Mapping[str, Tensor], groups: Groups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, context: Positions
+        p: Mapping[str, Tensor], groups: RowGroups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, context: OpContext
     ) -> Tensor:
         own = entries_of(p["up"], groups, len(x))
-        block = context.recall("block")
+        block = context.load_decision("block")
         rows = ((block >= 0) & (own >= 0)).nonzero()[:, 0]
         if not len(rows):
             return y

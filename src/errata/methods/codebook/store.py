@@ -14,13 +14,13 @@ from torch import Tensor
 
 from errata.core.patch import Patch
 from errata.core.tokens import Encoded
-from errata.methods.codebook.lookup import hit, nearest
+from errata.methods.codebook.lookup import nearest, nearest_within_radius
 
 SEAM = 1e-5  # by which the older of two keys that part at a split keeps less than half their distance
 
 
 @dataclass(frozen=True)
-class Asked:
+class KeyedText:
     """One text to write: its request's number in the patch, its tokens, what the key site read and gave at the last prompt token."""
 
     request: int
@@ -29,8 +29,8 @@ class Asked:
     gave: Tensor
 
 
-class Placed(NamedTuple):
-    """What `Book.place` did: the number of the key that is now the text's, of the one that was nearest, and its distance."""
+class Insertion(NamedTuple):
+    """What `KeyStore.place` did: the number of the key that is now the text's, of the one that was nearest, and its distance."""
 
     how: str
     number: int
@@ -38,7 +38,7 @@ class Placed(NamedTuple):
     rho: float
 
 
-class Book:
+class KeyStore:
     """Keys [N, I], radii and labels while edits are put in one after another.  Numbers of keys never change."""
 
     def __init__(self, keys: Tensor, radii: Sequence[float], labels: Sequence[tuple[int, ...]], more: int) -> None:
@@ -55,7 +55,7 @@ class Book:
         self.labels.append(label)
         return len(self.radii) - 1
 
-    def place(self, query: Tensor, label: tuple[int, ...], radius: float, rounding: float, above: float) -> Placed:
+    def place(self, query: Tensor, label: tuple[int, ...], radius: float, rounding: float, above: float) -> Insertion:
         """Put ``query`` in; what can be done, with ρ its distance from the nearest key j:
 
         added   nothing near: ρ > radius + ε_j
@@ -67,14 +67,14 @@ class Book:
         distance, number = nearest(self.keys, query[None])
         rho, j = float(distance), int(number)
         if j < 0 or rho > radius + self.radii[j]:
-            return Placed("added", self.add(query, radius, label), j, rho)
+            return Insertion("added", self.add(query, radius, label), j, rho)
         if self.labels[j] == label:
-            return Placed("near", j, j, rho)
+            return Insertion("near", j, j, rho)
         if rounding and rho <= rounding * float(torch.linalg.vector_norm(query)):
             self.labels[j] = label
-            return Placed("taken", j, j, rho)
+            return Insertion("taken", j, j, rho)
         self.radii[j] = rho / 2 - SEAM
-        return Placed("split", self.add(query, rho / 2 + above, label), j, rho)
+        return Insertion("split", self.add(query, rho / 2 + above, label), j, rho)
 
 
 def pack(labels: Iterable[tuple[int, ...]]) -> Tensor:
@@ -90,32 +90,32 @@ def unpack(labels: Tensor) -> list[tuple[int, ...]]:
     return [tuple(i for i in row if i >= 0) for row in labels.tolist()]
 
 
-class Filled:
+class FilledCodebook:
     """The codebook of one patch: ``before`` (or nothing) and then ``texts``, one after another.
 
     ``values`` a tensor an entry, new ones at their start; ``trains`` {entry: the texts that hit it and have its label}.
     """
 
-    def __init__(self, editor: Any, before: Patch | None, texts: Sequence[Asked], rounding: float) -> None:
+    def __init__(self, editor: Any, before: Patch | None, texts: Sequence[KeyedText], rounding: float) -> None:
         self.editor, self.rounding, self.done = editor, rounding, []  # type: ignore[var-annotated]
         old = before.ops[0].tensors if before else None
         like = texts[0].read
         keys = old["keys"].to(like) if old else like.new_empty((0, len(like)))
         labels = unpack(before.state["labels"]) if before else []
-        self.book = Book(keys, old["radii"].tolist() if old else [], labels, len(texts))
+        self.book = KeyStore(keys, old["radii"].tolist() if old else [], labels, len(texts))
         self.values = list(old["values"].to(like)) if old else []
         self.counts = dict.fromkeys(("added", "split", "taken", "joined", "expanded"), 0)
         for text in texts:
             self._put(text)
         self.radii = torch.tensor(self.book.radii, dtype=like.dtype, device=like.device)
-        found = hit(self.book.keys, self.radii, torch.stack([t.read for t in texts]), rounding).tolist()
-        self.trains: dict[int, list[Asked]] = {}
+        found = nearest_within_radius(self.book.keys, self.radii, torch.stack([t.read for t in texts]), rounding).tolist()
+        self.trains: dict[int, list[KeyedText]] = {}
         for text, entry in zip(texts, found, strict=True):
             if entry >= 0 and self.book.labels[entry] == text.row.target:
                 self.trains.setdefault(entry, []).append(text)
         self.lost = len(texts) - sum(map(len, self.trains.values()))
 
-    def _put(self, text: Asked) -> None:
+    def _put(self, text: KeyedText) -> None:
         e, query = self.editor, text.read
         radius = e.eps * (float(torch.linalg.vector_norm(query)) if e.unit == "norm" else 1.0)
         how, entry, _, rho = self.book.place(query, text.row.target, radius, self.rounding, 0.0)
@@ -149,13 +149,13 @@ class Clusters:
     Text t of request i belongs to block ``first + i // per_block``.
     """
 
-    def __init__(self, editor: Any, before: Patch | None, texts: Sequence[Asked], rounding: float) -> None:
+    def __init__(self, editor: Any, before: Patch | None, texts: Sequence[KeyedText], rounding: float) -> None:
         self.editor, self.rounding, self.texts = editor, rounding, texts
         old = before.ops[0].tensors if before else None
         keys = [t.read if editor.reads == "input" else t.gave for t in texts]
         like = keys[0]
         self.first = len(before.ops[1].tensors["up"]) if before else 0  # blocks there are already
-        self.book = Book(
+        self.book = KeyStore(
             old["centres"].to(like) if old else like.new_empty((0, len(like))),
             old["radii"].tolist() if old else [], unpack(before.state["labels"]) if before else [], len(texts),
         )  # fmt: skip

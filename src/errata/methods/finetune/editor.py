@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.families import linear_sizes
 from errata.core.lanes import MOST_ROWS, Progress, in_lanes
 from errata.core.model import LM
@@ -62,7 +62,7 @@ class FineTuneEditor(Editor):
             raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
         self.require_seed(self.seed)
 
-    def at(self, lm: LM) -> tuple[int, ...]:
+    def target_layers(self, lm: LM) -> tuple[int, ...]:
         """The blocks to train on this model; `ConfigError` for one that does not exist or a rank that its matrix does not have."""
         chosen = (min(lm.depth - 1, int(lm.depth * self.DEPTH + 0.5)),) if self.layers is None else self.layers
         wrong = [b for b in chosen if not 0 <= b < lm.depth]
@@ -77,9 +77,9 @@ class FineTuneEditor(Editor):
         inner, outer = linear_sizes(module_at(lm, Site(0, POINT)))
         return inner * outer, min(inner, outer)
 
-    def count(self, lm: LM) -> int:
+    def num_parameters(self, lm: LM) -> int:
         """Trainable numbers on this model (BaFT Table 3)."""
-        return len(self.at(lm)) * self.sizes(lm)[0]
+        return len(self.target_layers(lm)) * self.sizes(lm)[0]
 
     def encode(self, lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Encoded]:
         """Prompt and target as they are trained."""
@@ -93,17 +93,17 @@ class FineTuneEditor(Editor):
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> Patch:
         """One patch for all requests, on top of ``on``."""
-        return DenseTraining(self, lm, [list(requests)], live(tuple(on)), runner).run(progress)[0]
+        return DenseTraining(self, lm, [list(requests)], active_patches(tuple(on)), runner).run(progress)[0]
 
     def edit_each(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> list[Patch]:
         """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length, a batch a core."""
-        on = live(tuple(on))
+        on = active_patches(tuple(on))
         encoded = self.encode(lm, [r.prompt for r in requests], [r.target for r in requests])
 
-        def train(model: LM, members: list[int], told: Progress) -> list[Patch]:
-            return DenseTraining(self, model, [[requests[i]] for i in members], on, runner).run(told)
+        def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
+            return DenseTraining(self, model, [[requests[i]] for i in members], on, runner).run(progress)
 
         lengths = [len(e.ids) * (1 + len(r.paraphrases)) for e, r in zip(encoded, requests, strict=True)]
-        return in_lanes(lm, lengths, train, progress, most=max(1, min(MOST_ROWS, NUMBERS_AT_ONCE // self.count(lm))))
+        return in_lanes(lm, lengths, train, progress, most=max(1, min(MOST_ROWS, NUMBERS_AT_ONCE // self.num_parameters(lm))))

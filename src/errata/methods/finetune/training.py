@@ -19,13 +19,13 @@ from torch import Tensor
 from errata.config import to_dict
 from errata.core.bank import Bank, Stack
 from errata.core.families import linear_sizes
-from errata.core.fit import AdamW, Fitted, fit_passes
+from errata.core.fit import AdamW, FitResult, fit_epochs
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.core.problems import row_nll
 from errata.core.read import module_at
-from errata.core.tail import Rows, cut_at
+from errata.core.tail import SplitRows, split_rows_at
 from errata.core.tokens import Encoded, pad_id
 from errata.core.weights import low_rank, spectrum
 from errata.request import EditRequest
@@ -37,19 +37,19 @@ TOKENS_KEPT = 2**16  # padded tokens whose frozen states are kept; with more, ea
 class Objective(Protocol):
     """What the rows are and what each row's loss is: ``loss(logits [M, V], rows, their numbers [b])`` -> [b]."""
 
-    rows: Rows
+    rows: SplitRows
 
-    def loss(self, logits: Tensor, rows: Rows, numbers: Tensor) -> Tensor: ...
+    def loss(self, logits: Tensor, rows: SplitRows, numbers: Tensor) -> Tensor: ...
 
 
 class TargetNew:
     """−1/m Σ_t log p(o_t | prompt, o_<t): each target token behind those before it."""
 
     def __init__(self, lm: LM, encoded: Sequence[Encoded]) -> None:
-        self.rows = cut_at(encoded, [0] * len(encoded), pad_id(lm.tokenizer), lm.device, final=False)
+        self.rows = split_rows_at(encoded, [0] * len(encoded), pad_id(lm.tokenizer), lm.device, final=False)
 
-    def loss(self, logits: Tensor, rows: Rows, numbers: Tensor) -> Tensor:
-        summed, number = row_nll(logits, rows.labels, rows.labelled)
+    def loss(self, logits: Tensor, rows: SplitRows, numbers: Tensor) -> Tensor:
+        summed, number = row_nll(logits, rows.labels, rows.label_mask)
         return summed / number
 
 
@@ -58,7 +58,7 @@ class PromptLast:
 
     def __init__(self, lm: LM, encoded: Sequence[Encoded], targets: Sequence[Sequence[int]]) -> None:
         prompts = [Encoded(e.ids[: e.prompt_length], e.prompt_length) for e in encoded]
-        self.rows = cut_at(prompts, [0] * len(prompts), pad_id(lm.tokenizer), lm.device)
+        self.rows = split_rows_at(prompts, [0] * len(prompts), pad_id(lm.tokenizer), lm.device)
         for i, prompt in enumerate(prompts):
             self.rows.labels[i, prompt.prompt_length - 1] = 0  # not a target: it marks the place whose prediction counts
         self.ids = torch.zeros((len(targets), max(map(len, targets))), dtype=torch.long, device=lm.device)
@@ -66,7 +66,7 @@ class PromptLast:
         for i, ids in enumerate(targets):
             self.ids[i, : len(ids)], self.real[i, : len(ids)] = torch.tensor(list(ids), device=lm.device), True
 
-    def loss(self, logits: Tensor, rows: Rows, numbers: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, rows: SplitRows, numbers: Tensor) -> Tensor:
         log_p = logits.to(torch.promote_types(torch.float32, logits.dtype)).log_softmax(-1)
         real = self.real[numbers]
         return -(log_p.gather(1, self.ids[numbers]) * real).sum(1) / real.sum(1)
@@ -100,7 +100,7 @@ class DenseTraining:
 
     def __post_init__(self) -> None:
         self.editor.require_requests(self.problems)
-        self.blocks = self.editor.at(self.lm)
+        self.blocks = self.editor.target_layers(self.lm)
         pairs = [(i, text, r.target) for i, rs in enumerate(self.problems) for r in rs for text in (r.prompt, *r.paraphrases)]
         self.sizes = [sum(1 for j, _, _ in pairs if j == i) for i in range(len(self.problems))]
         self.owner = torch.tensor([i for i, _, _ in pairs], device=self.lm.device)
@@ -111,7 +111,7 @@ class DenseTraining:
             kept = self.objective.rows.active.numel() <= TOKENS_KEPT
             self.runner = self._runner(self.objective.rows) if kept else None
 
-    def _runner(self, rows: Rows) -> Any:
+    def _runner(self, rows: SplitRows) -> Any:
         return self.runner_class(self.lm, rows, min(self.blocks), self.on)
 
     def run(self, progress: Progress | None = None) -> list[Patch]:
@@ -122,8 +122,15 @@ class DenseTraining:
         precision = torch.promote_types(torch.float32, self.lm.dtype)
         inner, outer = linear_sizes(module_at(self.lm, Site(self.blocks[0], POINT)))
         zeros = {str(b): torch.zeros((len(self.problems), outer, inner), device=self.lm.device, dtype=precision) for b in self.blocks}
-        fitted = fit_passes(
-            zeros, self._loss, passes=e.steps, batches=self.batches, rule=AdamW(e.lr), stop=e.stop, progress=progress, project=self._clamp
+        fitted = fit_epochs(
+            zeros,
+            self._loss,
+            epochs=e.steps,
+            batches=self.batches,
+            optimizer=AdamW(e.lr),
+            stop=e.stop,
+            progress=progress,
+            project=self._clamp,
         )
         return self._pack(fitted, (time.perf_counter() - began) / len(self.problems))
 
@@ -171,7 +178,7 @@ class DenseTraining:
             out.append(places // self.editor.batch_size)
         return torch.cat(out).to(self.owner.device)
 
-    def _pack(self, fitted: Fitted, seconds: float) -> list[Patch]:
+    def _pack(self, fitted: FitResult, seconds: float) -> list[Patch]:
         e, patches = self.editor, []
         settings = to_dict(e) | {"layers": list(self.blocks)}
         for i, requests in enumerate(self.problems):

@@ -39,9 +39,9 @@ def choose(lm: LM, editor: Any, requests: Sequence[EditRequest], earlier: Sequen
     how = {"encoder": editor.encoder, "block": block_for(lm, editor), "pool": editor.pool}
     common = shots(editor.shot, requests_of(editor.demonstrations))
     key = ("demonstrations", tuple(text for _, text in common), *how.values())
-    if common and key not in lm.kept:
-        lm.kept[key] = vectors(lm, [text for _, text in common], how)
-    known = {text: vector for (_, text), vector in zip(common, lm.kept.get(key, ()), strict=True)}
+    if common and key not in lm.base_cache:
+        lm.base_cache[key] = vectors(lm, [text for _, text in common], how)
+    known = {text: vector for (_, text), vector in zip(common, lm.base_cache.get(key, ()), strict=True)}
     store = list(dict(((text, kind) for kind, text in shots(editor.shot, [*earlier, *requests])), **{t: k for k, t in common}).items())
     fresh = [text for text, _ in store if text not in known]
     known |= dict(zip(fresh, vectors(lm, fresh, how), strict=True)) if fresh else {}

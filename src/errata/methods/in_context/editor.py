@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Patch
@@ -36,9 +36,9 @@ class InContextEditor(Editor):
         if self.budget is not None and self.budget < 1:
             raise ConfigError(f"{self.name}: budget must be at least 1 token, not {self.budget}")
 
-    def room(self, lm: LM) -> int:
+    def context_budget(self, lm: LM) -> int:
         """The budget on this model."""
-        return self.budget or (1024 if lm.window is None else lm.window // 2)
+        return self.budget or (1024 if lm.context_length is None else lm.context_length // 2)
 
     def facts(self, requests: Sequence[EditRequest]) -> list[str]:
         return [self.fact.format(prompt=r.prompt.rstrip(), target=r.target.strip()) for r in requests]
@@ -48,7 +48,7 @@ class InContextEditor(Editor):
     ) -> Patch:
         """One patch of all facts."""
         self.require_requests([requests])
-        patch = self._patches(lm, [list(requests)], live(tuple(on)))[0]
+        patch = self._patches(lm, [list(requests)], active_patches(tuple(on)))[0]
         if progress is not None:
             progress(1, 0, 0.0)
         return patch
@@ -57,7 +57,7 @@ class InContextEditor(Editor):
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> list[Patch]:
         """A patch for each request, as if it were made alone on ``on``."""
-        patches = self._patches(lm, [[r] for r in requests], live(tuple(on)))
+        patches = self._patches(lm, [[r] for r in requests], active_patches(tuple(on)))
         if progress is not None and requests:
             progress(1, 0, 0.0)
         return patches

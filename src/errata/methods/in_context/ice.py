@@ -35,11 +35,11 @@ class ICE(InContextEditor):
     def _patches(self, lm: LM, problems: Sequence[Sequence[EditRequest]], on: Stack) -> list[Patch]:
         self.require_requests(problems)
         out = []
-        for requests, shown in zip(problems, self.shown(lm, problems, on), strict=True):
+        for requests, shown in zip(problems, self.choose_demonstrations(lm, problems, on), strict=True):
             op = context_op(lm, self, shown, self.facts(requests))
             out.append(Patch(self.name, to_dict(self), lm.fingerprint, tuple(requests), (op,)))
         return out
 
-    def shown(self, lm: LM, problems: Sequence[Sequence[EditRequest]], on: Stack) -> list[list[str]]:
+    def choose_demonstrations(self, lm: LM, problems: Sequence[Sequence[EditRequest]], on: Stack) -> list[list[str]]:
         """The demonstrations of each patch; none for ICE."""
         return [[] for _ in problems]

@@ -63,7 +63,7 @@ class IKE(ICE):
         if self.mix and (len(self.mix) != 3 or min(self.mix) < 0 or not sum(self.mix)):
             raise ConfigError(f"{self.name}: mix holds three shares (copy, paraphrase, unrelated), or nothing; got {list(self.mix)}")
 
-    def shown(self, lm: LM, problems: Sequence[Sequence[EditRequest]], on: Stack) -> list[list[str]]:
+    def choose_demonstrations(self, lm: LM, problems: Sequence[Sequence[EditRequest]], on: Stack) -> list[list[str]]:
         block_for(lm, self)
         earlier = [r for patch in on for r in patch.requests]
         return [choose(lm, self, requests, earlier) for requests in problems]

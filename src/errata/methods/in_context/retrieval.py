@@ -17,7 +17,7 @@ from torch import Tensor
 from errata.config import to_dict
 from errata.core.bank import Stack
 from errata.core.model import LM
-from errata.core.patch import Op, Patch, chain
+from errata.core.patch import Op, Patch, replaced_ids
 from errata.errors import ConfigError
 from errata.methods.in_context.editor import InContextEditor
 from errata.methods.in_context.text import block_for, context_op, padded, vectors
@@ -78,7 +78,7 @@ class Retrieval(InContextEditor):
             if before is not None:
                 op, every = _grown(before, op, every)
             settings = {**to_dict(self), "block": how["block"]}
-            out.append(Patch(self.name, settings, lm.fingerprint, every, (op,), replaces=chain(before)))
+            out.append(Patch(self.name, settings, lm.fingerprint, every, (op,), replaces=replaced_ids(before)))
         return out
 
     def _before(self, on: Stack, op: Op) -> Patch | None:

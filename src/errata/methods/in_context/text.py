@@ -41,7 +41,7 @@ def block_for(lm: LM, editor: Any) -> int:
 def context_op(lm: LM, editor: Any, shown: Sequence[str], facts: Sequence[str], retrieval: Any = None) -> Op:
     """The op that puts texts in front, demonstrations first; a `ConfigError` where a fact alone is over budget."""
     rows, cue = pieces(lm.tokenizer, [*shown, *facts]), pieces(lm.tokenizer, [editor.cue])[0]
-    room = editor.room(lm)
+    room = editor.context_budget(lm)
     longest = max(len(row) for row in rows[len(shown) :]) + len(cue)
     if longest > room:
         raise ConfigError(
@@ -62,7 +62,7 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 def _passes(lm: LM, rows: Sequence[Encoded]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(ids, position, lengths) of batches of texts, each cut to its last `LONGEST` tokens or what the model has room for."""
-    most = min(LONGEST, lm.window or LONGEST)
+    most = min(LONGEST, lm.context_length or LONGEST)
     rows = [Encoded(r.ids[-most:], min(len(r.ids), most)) for r in rows]
     out = []
     for start in range(0, len(rows), AT_ONCE):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from errata.core.patch import Op
 from errata.errors import ConfigError
-from errata.methods.locate.editor import ALMANAC, FIVE, LocateEditor, Locating
+from errata.methods.locate.editor import ALMANAC, FIVE, LocateEditor, LocateThenEditRun
 from errata.methods.locate.solve import ridge_rows
 from errata.text.statistics import Moments
 
@@ -57,7 +57,7 @@ class AlphaEdit(LocateEditor):
         if self.threshold <= 0 or self.l2 <= 0 or (self.share is not None and not 0 < self.share <= 1):
             raise ConfigError("alphaedit: threshold and l2 must be positive, share above 0 and at most 1")
 
-    def downs(self, m: Moments | None, keys: Tensor, bare: Tensor, groups: Sequence[list[int]], past: Tensor | None) -> list[Tensor]:
+    def down_factors(self, m: Moments | None, keys: Tensor, bare: Tensor, groups: Sequence[list[int]], past: Tensor | None) -> list[Tensor]:
         """Kᵀ P (…)⁻¹ = [ (K̃ K̃ᵀ + M̃ + L₂ I)⁻¹ K̃ ]ᵀ U₀ᵀ with K̃ = U₀ᵀ K."""
         assert m is not None  # mom2_adjustment is checked above
         basis = m.null_space(self.threshold, self.share).to(keys.device)
@@ -71,12 +71,12 @@ class AlphaEdit(LocateEditor):
         kept = past.double() @ basis if past is not None and self.history else inner[:0]
         return [ridge_rows(inner[g], kept, self.l2) @ basis.T for g in groups]
 
-    def remember(self, job: Locating, ops: Sequence[list[Op]]) -> list[dict[str, Tensor]]:
+    def patch_state(self, job: LocateThenEditRun, ops: Sequence[list[Op]]) -> list[dict[str, Tensor]]:
         """The keys of each patch at each block, read once everything is written."""
         keys = {b: job.average(job.read_keys(b, ops)[0]) for b in job.blocks}
         return [{f"keys.{b}": k[g].contiguous() for b, k in keys.items()} for g in job.groups]
 
-    def facts(self, job: Locating) -> dict[str, Any]:
+    def facts(self, job: LocateThenEditRun) -> dict[str, Any]:
         """The share of directions that count as null space at each block."""
-        kept = {m.site.block: m.null_space(self.threshold, self.share).shape[1] / len(m.second) for m in job.moments.values()}
+        kept = {m.site.block: m.null_space(self.threshold, self.share).shape[1] / len(m.second_moment) for m in job.moments.values()}
         return {"null space": ", ".join(f"block {b}: {share:.1%}" for b, share in sorted(kept.items()))}

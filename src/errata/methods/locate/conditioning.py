@@ -14,7 +14,7 @@ from torch import Tensor
 from errata.core.model import LM
 from errata.core.patch import Op, Site
 from errata.core.read import module_at
-from errata.core.weights import delta
+from errata.core.weights import delta_weight
 from errata.errors import ConfigError, ModelError
 
 
@@ -45,7 +45,7 @@ class Conditioning:
 
     def apply(self, lm: LM, op: Op) -> Op:
         """The op with its ΔW conditioned, PRUNE first, then RECT, then the bound."""
-        change = delta(op)
+        change = delta_weight(op)
         if self.prune != "none":
             change = pruned(change, torch.linalg.matrix_norm(weight(lm, op.site), 2), self.prune, self.base)
         if self.rect is not None:

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 
 from errata.config import to_dict
-from errata.core.bank import Bank, Stack, live
+from errata.core.bank import Bank, Stack, active_patches
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.read import adds_directly, read
+from errata.core.read import adds_directly, read_activations
 from errata.core.tail import Tail
 from errata.core.weights import compact, sizes
 from errata.errors import ConfigError, FitError
 from errata.methods.base import Editor
 from errata.methods.locate.conditioning import Conditioning
-from errata.methods.locate.text import Placed, place, place_kl, prefixes
-from errata.methods.locate.values import Found, Objective, Wanted, optimise
+from errata.methods.locate.text import LocatedText, place, place_kl, prefixes
+from errata.methods.locate.values import Objective, ValueResult, ValueTask, optimise
 from errata.request import EditRequest
 from errata.text.statistics import TOKENS, Moments, moments
 
@@ -98,7 +98,7 @@ class LocateEditor(Editor):
             raise ConfigError(f"{self.name}: layers must name at least one block and rise; got {list(self.layers)}")
         self.require_seed(self.seed)
 
-    def at(self, lm: LM) -> tuple[int, ...]:
+    def target_layers(self, lm: LM) -> tuple[int, ...]:
         """The blocks to edit on this model.
 
         Where a norm follows what the MLP writes (Gemma 2 and 3, OLMo 2), a change of the linear is no change of equal size of the
@@ -112,7 +112,7 @@ class LocateEditor(Editor):
 
     def prepare(self, lm: LM, progress: Callable[[int, int], None] | None = None) -> dict[Site, Moments]:
         """The statistics this method needs on this model: read from the cache, or made (`errata stats`), with tokens as progress."""
-        sites = [Site(b, POINT) for b in self.at(lm)]
+        sites = [Site(b, POINT) for b in self.target_layers(lm)]
         return moments(lm, sites, self.stats, tokens=self.stats_tokens, progress=progress) if self.mom2_adjustment else {}
 
     @property
@@ -130,17 +130,17 @@ class LocateEditor(Editor):
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> Patch:
         """One patch that writes all requests at once, on top of ``on``."""
-        return Locating(self, lm, [list(requests)], on, runner).run(progress)[0]
+        return LocateThenEditRun(self, lm, [list(requests)], on, runner).run(progress)[0]
 
     def edit_each(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> list[Patch]:
         """A patch for each request, as if it were made alone on ``on``: values and keys of all in the same batches."""
-        return Locating(self, lm, [[r] for r in requests], on, runner).run(progress)
+        return LocateThenEditRun(self, lm, [[r] for r in requests], on, runner).run(progress)
 
     # -- what a method may change ------------------------------------------------------------------------------
 
-    def downs(self, m: Moments | None, keys: Tensor, bare: Tensor, groups: Sequence[list[int]], past: Tensor | None) -> list[Tensor]:
+    def down_factors(self, m: Moments | None, keys: Tensor, bare: Tensor, groups: Sequence[list[int]], past: Tensor | None) -> list[Tensor]:
         """For each problem its ``down`` [n, I], float64.
 
         keys   [N, I] averaged over prefixes;  bare [N, I] of the bare prompt;  groups: the rows of each problem
@@ -160,21 +160,21 @@ class LocateEditor(Editor):
         """Where δ is added; the first is what the change has to produce."""
         return [Site(block) if self.VALUE_AT == "block" and direct else Site(block, POINT)]
 
-    def current(self, job: Locating, outputs: Tensor, ops: Sequence[list[Op]]) -> Tensor:
+    def current(self, job: LocateThenEditRun, outputs: Tensor, ops: Sequence[list[Op]]) -> Tensor:
         """[N, D]: what stands now where the value should be; ``outputs`` [N, T, O] are those of the edited linear behind each prefix."""
         return job.read_bare(job.value_sites[0], ops) if ops[0] else job.start
 
-    def remember(self, job: Locating, ops: Sequence[list[Op]]) -> list[dict[str, Tensor]]:
+    def patch_state(self, job: LocateThenEditRun, ops: Sequence[list[Op]]) -> list[dict[str, Tensor]]:
         """State of each patch for edits to come."""
         return [{} for _ in ops]
 
-    def facts(self, job: Locating) -> dict[str, Any]:
+    def facts(self, job: LocateThenEditRun) -> dict[str, Any]:
         """More to say in the patch's notes."""
         return {}
 
 
 @dataclass
-class Locating:
+class LocateThenEditRun:
     """One run: all requests of all problems together."""
 
     editor: Any
@@ -187,7 +187,7 @@ class Locating:
 
     def __post_init__(self) -> None:
         self.editor.require_requests(self.problems)
-        self.on = live(tuple(self.on))
+        self.on = active_patches(tuple(self.on))
         self.requests = [r for rs in self.problems for r in rs]
         self.owner = torch.tensor([i for i, rs in enumerate(self.problems) for _ in rs], device=self.lm.device)
         ends = torch.tensor([0, *map(len, self.problems)]).cumsum(0).tolist()
@@ -201,24 +201,24 @@ class Locating:
         self.place()
         found = self.values(progress)
         ops = self._write(torch.stack([f.delta[: self.lm.width] for f in found]))
-        state = e.remember(self, ops)
+        state = e.patch_state(self, ops)
         return self._pack(ops, state, found, (time.perf_counter() - began) / len(self.problems))
 
     def place(self) -> None:
         """The blocks, the prefixes, and every text with the place of its subject."""
         e, lm = self.editor, self.lm
-        self.blocks = e.at(lm)
+        self.blocks = e.target_layers(lm)
         self.before = prefixes(lm, e.prefixes, e.seed)
         self.placed = [place(lm, r, self.before, e.end, e.name, e.fact_token) for r in self.requests]
         self.value_sites = e.value_sites(self.blocks[-1], adds_directly(lm, self.blocks[-1]))
 
-    def values(self, progress: Progress | None) -> list[Found]:
+    def values(self, progress: Progress | None) -> list[ValueResult]:
         """δ of every request."""
         e = self.editor
         self.start = self.read_bare(self.value_sites[0], [])
         norms = torch.linalg.vector_norm(self.start, dim=-1).tolist()
         wanted = [
-            Wanted(tuple(rows), place_kl(self.lm, r) if e.kl else None, norm)
+            ValueTask(tuple(rows), place_kl(self.lm, r) if e.kl else None, norm)
             for r, rows, norm in zip(self.requests, self.placed, norms, strict=True)
         ]
         return optimise(self.lm, wanted, self.value_sites, e.objective(), self.on, self.runner, progress)
@@ -240,10 +240,10 @@ class Locating:
         first = [placed[0] for placed in self.placed]
         return self.read_at(first, site, ops, self.owner)[1]
 
-    def read_at(self, places: Sequence[Placed], site: Site, ops: Sequence[list[Op]], owner: Tensor) -> tuple[Tensor, Tensor]:
+    def read_at(self, places: Sequence[LocatedText], site: Site, ops: Sequence[list[Op]], owner: Tensor) -> tuple[Tensor, Tensor]:
         """(inputs, outputs) of the site at these places, under ``on`` and the ops of each place's problem (``owner``)."""
         rows, at = [p.row for p in places], [p.at for p in places]
-        return read(self.lm, rows, [site], at=at, on=self.on, banks=self.banks(ops), owner=owner)[site]
+        return read_activations(self.lm, rows, [site], at=at, on=self.on, banks=self.banks(ops), owner=owner)[site]
 
     def read_keys(self, block: int, ops: Sequence[list[Op]]) -> tuple[Tensor, Tensor]:
         """(inputs [N, T, I], outputs [N, T, O]) of the edited linear at the subject behind each of T prefixes."""
@@ -277,7 +277,9 @@ class Locating:
     def _downs(self, block: int, keys: Tensor) -> list[Tensor]:
         e = self.editor
         try:
-            out: list[Tensor] = e.downs(self.moments.get(Site(block, POINT)), self.average(keys), keys[:, 0], self.groups, self.past(block))
+            out: list[Tensor] = e.down_factors(
+                self.moments.get(Site(block, POINT)), self.average(keys), keys[:, 0], self.groups, self.past(block)
+            )
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise FitError(
                 f"{e.name}: block {block}: two requests have the same key (the same subject in the same words), so both cannot be written "
@@ -297,7 +299,9 @@ class Locating:
         kept = [p.state[f"keys.{block}"] for p in self.on if p.method == self.editor.name and f"keys.{block}" in p.state]
         return torch.cat(kept).to(self.lm.device) if kept else None
 
-    def _pack(self, ops: Sequence[list[Op]], state: Sequence[dict[str, Tensor]], found: Sequence[Found], seconds: float) -> list[Patch]:
+    def _pack(
+        self, ops: Sequence[list[Op]], state: Sequence[dict[str, Tensor]], found: Sequence[ValueResult], seconds: float
+    ) -> list[Patch]:
         e = self.editor
         settings = to_dict(e) | {"layers": list(self.blocks)}
         patches = []

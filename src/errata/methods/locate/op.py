@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from errata.core.patch import Positions, Site
+from errata.core.patch import OpContext, Site
 
 
 class Shift:
     """Registered as ``shift``: adds ``delta`` [B, D] to the output at the one position ``at`` [B] of each row."""
 
     @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         here = context.position == p["at"][:, None]
         return y + here.unsqueeze(-1) * p["delta"].unsqueeze(1).to(y.dtype)

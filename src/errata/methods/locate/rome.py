@@ -22,7 +22,7 @@ from errata.core.patch import Op, Patch
 from errata.core.tail import Tail
 from errata.core.weights import merge
 from errata.errors import ConfigError
-from errata.methods.locate.editor import ALMANAC, LocateEditor, Locating
+from errata.methods.locate.editor import ALMANAC, LocateEditor, LocateThenEditRun
 from errata.methods.locate.solve import whitened
 from errata.request import EditRequest
 from errata.text.statistics import Moments
@@ -58,7 +58,7 @@ class ROME(LocateEditor):
         """All prefixes alike."""
         return [1.0 / count] * count
 
-    def downs(self, m: Moments | None, keys: Tensor, bare: Tensor, groups: Sequence[list[int]], past: Tensor | None) -> list[Tensor]:
+    def down_factors(self, m: Moments | None, keys: Tensor, bare: Tensor, groups: Sequence[list[int]], past: Tensor | None) -> list[Tensor]:
         """u / (uᵀ k), so that the residual itself is the other factor."""
         u = whitened(m, keys)
         return list((u / (u * self.written(keys, bare).double()).sum(1, keepdim=True)).unsqueeze(1))
@@ -72,10 +72,10 @@ class ROME(LocateEditor):
     ) -> Patch:
         """One patch; each request is written on top of those before it."""
         if len(requests) < 2:
-            return Locating(self, lm, [list(requests)], on, runner).run(progress)[0]
+            return LocateThenEditRun(self, lm, [list(requests)], on, runner).run(progress)[0]
         made: list[Patch] = []
         for request in requests:
-            made += Locating(self, lm, [[request]], (*on, *made), runner).run(progress)
+            made += LocateThenEditRun(self, lm, [[request]], (*on, *made), runner).run(progress)
         joint = merge(tuple(made))
         notes = {
             "seconds": round(sum(p.notes["seconds"] for p in made), 4),
@@ -102,6 +102,6 @@ class RROME(ROME):
     def written(self, keys: Tensor, bare: Tensor) -> Tensor:
         return keys
 
-    def current(self, job: Locating, outputs: Tensor, ops: Sequence[list[Op]]) -> Tensor:
+    def current(self, job: LocateThenEditRun, outputs: Tensor, ops: Sequence[list[Op]]) -> Tensor:
         """The linear's output for that same key; the goal v_0 + δ stays that of the bare prompt, as released."""
         return job.average(outputs)

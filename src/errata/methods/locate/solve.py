@@ -10,7 +10,7 @@ from errata.text.statistics import Moments
 
 def whitened(m: Moments | None, keys: Tensor, ridge: float = 0.0) -> Tensor:
     """(C + ridge·I)⁻¹ k of each key [N, I]; k itself without C."""
-    return keys.double() if m is None else m.solve(keys.double().T.to(m.second.device), ridge).T.to(keys.device)
+    return keys.double() if m is None else m.solve(keys.double().T.to(m.second_moment.device), ridge).T.to(keys.device)
 
 
 def small_side(keys: Tensor, white: Tensor, ridge: float) -> Tensor:

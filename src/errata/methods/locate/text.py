@@ -20,7 +20,7 @@ KL_PROMPT = "{} is a"  # whose next word after the subject should stay (ROME, ap
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class LocatedText:
     """A tokenised text and the token at which it is read and changed."""
 
     row: Encoded
@@ -33,9 +33,9 @@ def prefixes(lm: LM, lengths: Sequence[tuple[int, int]], seed: int) -> list[str]
     Sampled from the unedited model, top-5, by ``seed`` alone: the same model has the same prefixes in every process.
     """
     key = ("prefixes", tuple(map(tuple, lengths)), seed)
-    if key not in lm.kept:
-        lm.kept[key] = ["", *(text for tokens, count in lengths for text in _sampled(lm, tokens, count, seed))]
-    out: list[str] = lm.kept[key]
+    if key not in lm.base_cache:
+        lm.base_cache[key] = ["", *(text for tokens, count in lengths for text in _sampled(lm, tokens, count, seed))]
+    out: list[str] = lm.base_cache[key]
     return out
 
 
@@ -55,14 +55,14 @@ def subject_end(request: EditRequest, method: str) -> int:
     return request.prompt.find(request.subject) + len(request.subject)
 
 
-def place(lm: LM, request: EditRequest, before: Sequence[str], end: str, method: str, fact_token: str) -> list[Placed]:
+def place(lm: LM, request: EditRequest, before: Sequence[str], end: str, method: str, fact_token: str) -> list[LocatedText]:
     """The prompt with its target behind each of the prefixes, tokenised in one piece."""
     stop = len(request.prompt.rstrip()) if fact_token == "last" else subject_end(request, method)
     texts = [prefix + request.prompt for prefix in before]
     return placed(lm, texts, [len(prefix) + stop for prefix in before], request.target + end)
 
 
-def placed(lm: LM, texts: Sequence[str], stops: Sequence[int], target: str | None = None) -> list[Placed]:
+def placed(lm: LM, texts: Sequence[str], stops: Sequence[int], target: str | None = None) -> list[LocatedText]:
     """Each text (with the target, tokenised in one piece) and the last token of it that holds a character before ``stop``.
 
     Read off the offsets of the text alone; a row that goes on behind it has the same tokens up to the end of the prompt, or one
@@ -75,10 +75,10 @@ def placed(lm: LM, texts: Sequence[str], stops: Sequence[int], target: str | Non
     rows = lm.encode(texts, None if target is None else [target] * len(texts))
     offsets = lm.tokenizer([text.rstrip() for text in texts], return_offsets_mapping=True)["offset_mapping"]
     ends = [max(i for i, (a, b) in enumerate(own) if a < stop and b > a) for own, stop in zip(offsets, stops, strict=True)]
-    return [Placed(row, min(end, row.prompt_length - 1)) for row, end in zip(rows, ends, strict=True)]
+    return [LocatedText(row, min(end, row.prompt_length - 1)) for row, end in zip(rows, ends, strict=True)]
 
 
-def place_kl(lm: LM, request: EditRequest) -> Placed | None:
+def place_kl(lm: LM, request: EditRequest) -> LocatedText | None:
     """``KL_PROMPT`` about the subject as far as its last token; None without a subject."""
     if request.subject is None:
         return None

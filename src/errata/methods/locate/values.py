@@ -16,31 +16,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from errata.core.bank import Bank, Stack, looks_ahead
+from errata.core.bank import Bank, Stack, non_causal
 from errata.core.fit import AdamW, fit
 from errata.core.lanes import FIXED_TOKENS_ALONE, Progress, in_lanes
 from errata.core.model import LM
 from errata.core.patch import Site
-from errata.core.problems import Owned, per_problem, row_nll
+from errata.core.problems import ProblemRows, mean_per_problem, row_nll
 from errata.core.read import adds_to_block
-from errata.core.tail import cut_at
+from errata.core.tail import split_rows_at
 from errata.core.tokens import Encoded, pad_id
-from errata.methods.locate.text import Placed
+from errata.methods.locate.text import LocatedText
 
 ROWS_AT_ONCE = 2_048  # of one batch; each holds its labelled tokens' logits
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ValueTask:
     """One value to find: the rows with the target, the KL row, and ‖v_0‖ of what δ is added to."""
 
-    rows: tuple[Placed, ...]
-    kl: Placed | None
+    rows: tuple[LocatedText, ...]
+    kl: LocatedText | None
     norm: float
 
 
 @dataclass(frozen=True)
-class Found:
+class ValueResult:
     """δ [D], the last total loss, and the updates made."""
 
     delta: Tensor
@@ -68,8 +68,8 @@ class Objective:
 
 
 def optimise(
-    lm: LM, wanted: Sequence[Wanted], sites: Sequence[Site], objective: Objective, on: Stack, runner: Any, progress: Progress | None
-) -> list[Found]:
+    lm: LM, wanted: Sequence[ValueTask], sites: Sequence[Site], objective: Objective, on: Stack, runner: Any, progress: Progress | None
+) -> list[ValueResult]:
     """A δ for each, [len(sites) · D] where several sites are shifted at once (PMET), independent of what else is in the batch."""
     if not wanted:
         return []
@@ -77,8 +77,8 @@ def optimise(
     chosen = [Site(sites[0].block)] if lifted else list(sites)
     first = sites[0].block + 1 if lifted or sites[0].point == "block" else sites[0].block
 
-    def work(model: LM, members: list[int], told: Progress) -> list[Found]:
-        return _Values(model, [wanted[i] for i in members], chosen, first, objective, on, runner).run(told)
+    def work(model: LM, members: list[int], progress: Progress) -> list[ValueResult]:
+        return _Values(model, [wanted[i] for i in members], chosen, first, objective, on, runner).run(progress)
 
     active = [len(w.rows) * max(len(p.row.ids) - 1 - p.at for p in w.rows) for w in wanted]
     most = max(1, ROWS_AT_ONCE // (1 + max(len(w.rows) for w in wanted)))
@@ -89,14 +89,14 @@ class _Rows:
     """Rows (problem, text with its place, tokens) cut at the place; those at ``is_kl`` [B] have no target, the prediction there counts."""
 
     def __init__(
-        self, rows: Sequence[tuple[int, Placed, Encoded]], kl: int, lm: LM, count: int, first: int, on: Stack, runner: Any
+        self, rows: Sequence[tuple[int, LocatedText, Encoded]], kl: int, lm: LM, count: int, first: int, on: Stack, runner: Any
     ) -> None:
-        cut = cut_at([row for _, _, row in rows], [p.at for _, p, _ in rows], pad_id(lm.tokenizer), lm.device, final=False)
+        cut = split_rows_at([row for _, _, row in rows], [p.at for _, p, _ in rows], pad_id(lm.tokenizer), lm.device, final=False)
         self.is_kl = torch.arange(len(rows), device=lm.device) >= len(rows) - kl  # the last ``kl``
         cut.labels[self.is_kl, 0] = 0
         cut.prompt_lengths = torch.tensor([p.row.prompt_length for _, p, _ in rows], device=lm.device)
         self.at = torch.tensor([p.at for _, p, _ in rows], device=lm.device)
-        self.owned = Owned(runner(lm, cut, first, on), torch.tensor([i for i, _, _ in rows], device=lm.device), count)
+        self.owned = ProblemRows(runner(lm, cut, first, on), torch.tensor([i for i, _, _ in rows], device=lm.device), count)
         self.before: Tensor | None = None  # log p_0 at the KL rows, [kl, V]
 
 
@@ -104,14 +104,14 @@ class _Values:
     """One batch of `optimise`."""
 
     def __init__(
-        self, lm: LM, wanted: Sequence[Wanted], sites: Sequence[Site], first: int, objective: Objective, on: Stack, runner: Any
+        self, lm: LM, wanted: Sequence[ValueTask], sites: Sequence[Site], first: int, objective: Objective, on: Stack, runner: Any
     ) -> None:
         self.lm, self.wanted, self.sites, self.objective = lm, wanted, sites, objective
         self.precision = torch.promote_types(torch.float32, lm.dtype)
         self.norm = torch.tensor([w.norm for w in wanted], device=lm.device, dtype=self.precision)
         targets = [(i, p, p.row) for i, w in enumerate(wanted) for p in w.rows]
         asked = [(i, w.kl) for i, w in enumerate(wanted) if w.kl and objective.kl]
-        ends = [p.row.prompt_length if looks_ahead(on) else p.at + 1 for _, p in asked]
+        ends = [p.row.prompt_length if non_causal(on) else p.at + 1 for _, p in asked]
         kl = [(i, p, Encoded(p.row.ids[:n], n)) for (i, p), n in zip(asked, ends, strict=True)]
         how = (lm, len(wanted), first, on, runner)
         # KL rows run one token; in a batch with the targets they are padded to theirs, apart they cost a pass of their own
@@ -119,7 +119,7 @@ class _Values:
         apart = padding > FIXED_TOKENS_ALONE
         self.rows = [_Rows(targets, 0, *how), _Rows(kl, len(kl), *how)] if apart else [_Rows([*targets, *kl], len(kl), *how)]
 
-    def run(self, told: Progress) -> list[Found]:
+    def run(self, progress: Progress) -> list[ValueResult]:
         o, count = self.objective, len(self.wanted)
         start = torch.zeros(count, len(self.sites) * self.lm.width, device=self.lm.device, dtype=self.precision)
         for rows in self.rows:
@@ -128,9 +128,9 @@ class _Values:
                     logits, at_kl, _, _, _ = self._forward(rows, start, torch.arange(count, device=start.device))
                     rows.before = logits[at_kl].to(self.precision).log_softmax(-1)
         rule = AdamW(o.lr)  # without decay: Adam
-        fitted = fit({"delta": start}, self._loss, steps=o.steps - 1, rule=rule, stop=o.stop, progress=told, project=self._clamp)
+        fitted = fit({"delta": start}, self._loss, steps=o.steps - 1, optimizer=rule, stop=o.stop, progress=progress, project=self._clamp)
         return [
-            Found(d, loss, steps)
+            ValueResult(d, loss, steps)
             for d, loss, steps in zip(fitted.params["delta"], fitted.loss.tolist(), fitted.steps.tolist(), strict=True)
         ]
 
@@ -140,7 +140,7 @@ class _Values:
         parts = delta[owner].split(self.lm.width, -1)
         banks = [Bank("shift", site, {}, {"delta": part, "at": rows.at[kept]}) for site, part in zip(self.sites, parts, strict=True)]
         logits = runner.logits(banks)
-        return logits, rows.is_kl[kept][runner.rows.labelled.nonzero()[:, 0]], runner, owner, kept
+        return logits, rows.is_kl[kept][runner.rows.label_mask.nonzero()[:, 0]], runner, owner, kept
 
     def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
         count = len(alive)
@@ -150,8 +150,8 @@ class _Values:
             logits, at_kl, runner, owner, kept = self._forward(rows, p["delta"], alive)
             target = ~rows.is_kl[kept]
             if rows is self.rows[0]:  # holds all targets
-                summed, number = row_nll(logits, runner.rows.labels, runner.rows.labelled)
-                nll = per_problem((summed / number)[target], owner[target], count)
+                summed, number = row_nll(logits, runner.rows.labels, runner.rows.label_mask)
+                nll = mean_per_problem((summed / number)[target], owner[target], count)
                 right = self._right(logits.detach(), runner, owner, target, count)
             if rows.before is not None:
                 now = logits[at_kl].to(self.precision).log_softmax(-1)
@@ -163,7 +163,7 @@ class _Values:
     @staticmethod
     def _right(logits: Tensor, runner: Any, owner: Tensor, target: Tensor, count: int) -> Tensor:
         """[e] bool: every target token of every row is the argmax."""
-        where = runner.rows.labelled
+        where = runner.rows.label_mask
         wrong = (logits.argmax(-1) != runner.rows.labels[where]) & target[where.nonzero()[:, 0]]
         return torch.zeros(count, device=logits.device).index_add(0, owner[where.nonzero()[:, 0]], wrong.float()) == 0
 

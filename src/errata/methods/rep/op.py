@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, one_hot
 
-from errata.core.patch import Op, Positions, Site
-from errata.core.weights import Groups
+from errata.core.patch import Op, OpContext, Site
+from errata.core.weights import RowGroups
 
 AT_ONCE = 32  # adaptors whose inner numbers are held at one time
 
@@ -40,16 +40,16 @@ class KeyAdaptor:
     """a [n, r, I], u [n, O, r] and the gate's tensors; settings: tau, and with ``gate`` false g = 1 (an ablation), with ``constant`` the
     projection is a vector that does not depend on k (another)."""
 
-    adds = True  # it reads x only and adds to y
+    additive = True  # it reads x only and adds to y
 
     @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         x = x.to(p["a"].dtype)
         count, gated = p["a"].shape[1], settings["gate"]
         parts = [slice(i, i + AT_ONCE) for i in range(0, count, AT_ONCE)]
         if gated:
             logit = torch.cat([gate_logit({k: p[k][:, part] for k in ("w1", "b1", "w2", "b2")}, x) for part in parts], -1)
-            context.note(site, "key gate", logit.sigmoid())
+            context.record(site, "key gate", logit.sigmoid())
             acts = one_hot(logit.argmax(-1), count).bool() & (logit > threshold(settings["tau"]))
         else:
             acts = torch.ones((*x.shape[:-1], count), dtype=torch.bool, device=x.device)
@@ -62,8 +62,8 @@ class KeyAdaptor:
         return torch.where(acts.any(-1, keepdim=True), y + added.to(y.dtype), y)
 
     @staticmethod
-    def apply_rows(
-        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    def apply_grouped(
+        p: Mapping[str, Tensor], groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
     ) -> Tensor:
         parts = zip(groups.split(x), groups.split(y), groups.entries, strict=True)
         silent = _Silent()
@@ -73,21 +73,21 @@ class KeyAdaptor:
         return y.index_copy(0, groups.order, torch.cat(moved))
 
     @staticmethod
-    def joined(ops: Sequence[Op], device: torch.device) -> Op:
+    def fuse(ops: Sequence[Op], device: torch.device) -> Op:
         """Adaptors of several patches at one linear as one op: at a token one of them acts."""
         tensors = {k: torch.cat([op.tensors[k].to(device) for op in ops]) for k in ops[0].tensors}
         return Op(ops[0].kind, ops[0].site, tensors, ops[0].settings)
 
     @staticmethod
-    def joins(op: Op) -> tuple[Any, ...]:
-        """Ops with equal keys can be `joined`: the number of adaptors does not matter."""
+    def fuse_key(op: Op) -> tuple[Any, ...]:
+        """Ops with equal keys can be `fuse`: the number of adaptors does not matter."""
         return (*sorted(op.settings.items()), *((k, *t.shape[1:], str(t.dtype)) for k, t in sorted(op.tensors.items())))
 
 
 class _Silent:
     """A context that takes no notes: parts of a batch would overwrite each other's."""
 
-    def note(self, site: Site, name: str, value: Tensor) -> None: ...
+    def record(self, site: Site, name: str, value: Tensor) -> None: ...
 
 
 def threshold(tau: float) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from errata import registry
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Patch, Site
@@ -21,7 +21,7 @@ from errata.core.tail import Tail
 from errata.errors import ConfigError
 from errata.methods.base import Editor
 from errata.methods.locate.editor import LocateEditor
-from errata.methods.rep.adapting import Adapting
+from errata.methods.rep.adapting import REPRun
 from errata.methods.rep.surfaces import KINDS
 from errata.request import EditRequest
 
@@ -118,18 +118,20 @@ class REP(Editor):
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> Patch:
         """One patch for all requests, on top of ``on``."""
-        return Adapting(self, lm, live(tuple(on)), runner).run([list(requests)], progress)[0]
+        return REPRun(self, lm, active_patches(tuple(on)), runner).run([list(requests)], progress)[0]
 
     def edit_each(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> list[Patch]:
         """A patch for each request, as if it were made alone on ``on``; all adaptors are trained in one batch."""
-        return Adapting(self, lm, live(tuple(on)), runner).run([[r] for r in requests], progress)
+        return REPRun(self, lm, active_patches(tuple(on)), runner).run([[r] for r in requests], progress)
 
     def adapt(self, lm: LM, patches: Sequence[Patch], *, on: Stack = (), progress: Progress | None = None) -> list[Patch]:
         """Each of the wrapped method's patches, made on ``on``, with adaptors: `edit_each` where each holds one request."""
-        wrong = next((p for p in patches if p.method != self.wraps or p.settings.get("layers") != list(self.inner(lm).at(lm))), None)
+        wrong = next(
+            (p for p in patches if p.method != self.wraps or p.settings.get("layers") != list(self.inner(lm).target_layers(lm))), None
+        )
         if wrong is not None:
             made = f"was made with {wrong.method}, blocks {wrong.settings.get('layers')}"
             raise ConfigError(f"rep: patch {wrong.id} {made}; set wraps and wrapped accordingly")
-        return Adapting(self, lm, live(tuple(on)), Tail).run([list(p.requests) for p in patches], progress, patches)
+        return REPRun(self, lm, active_patches(tuple(on)), Tail).run([list(p.requests) for p in patches], progress, patches)

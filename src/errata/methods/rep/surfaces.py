@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from errata.core.model import LM
-from errata.methods.locate.text import Placed, placed, prefixes, subject_end
+from errata.methods.locate.text import LocatedText, placed, prefixes, subject_end
 from errata.request import EditRequest
 from errata.text import surfaces
 from errata.text.corpora import bundled
-from errata.text.surfaces import Surfaces
+from errata.text.surfaces import SurfaceForms
 
 KINDS = ("names", "shuffled", "prefixes", "long", "paraphrases")
 OWN = 16  # places in prompt and target at which a gate is trained shut in every step
@@ -29,12 +29,12 @@ BOTH = 64  # tokens kept free for the prompt where a passage has to be cut
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledTexts:
     """Texts of one request; for each step of the training, which of them it sees (numbers of ``texts``); places whose keys should stay."""
 
-    texts: list[Placed]
+    texts: list[LocatedText]
     steps: list[list[int]]
-    away: list[Placed]
+    away: list[LocatedText]
 
 
 def draw(
@@ -51,10 +51,10 @@ def draw(
     seed: int,
     name: str,
     others: Sequence[EditRequest] = (),
-) -> Drawn:
+) -> SampledTexts:
     """``batch`` texts a step, drawn without replacement from at most ``pool`` ones and anew once they are used up; ``away`` places."""
     heads = prefixes(lm, before, seed) if "prefixes" in kinds else [""]
-    found = surfaces.of(lm, request, seed) if request.subject is not None else None
+    found = surfaces.make_surfaces(lm, request, seed) if request.subject is not None else None
     every = [
         *_short(request, found, kinds, heads, fact_token, name),
         *(_long(lm, request, seed, fact_token, name) if "long" in kinds else ()),
@@ -67,10 +67,10 @@ def draw(
     while len(order) < steps * batch:
         order += own.sample(range(len(texts)), len(texts))
     elsewhere = _away(lm, request, texts, away, own, fact_token, name, others) if away else []
-    return Drawn(texts, [order[i * batch : (i + 1) * batch] for i in range(steps)], elsewhere)
+    return SampledTexts(texts, [order[i * batch : (i + 1) * batch] for i in range(steps)], elsewhere)
 
 
-def original(lm: LM, request: EditRequest, fact_token: str, name: str) -> Placed:
+def original(lm: LM, request: EditRequest, fact_token: str, name: str) -> LocatedText:
     """The prompt itself."""
     return placed(lm, [request.prompt], [end_of(request, None, fact_token, name)])[0]
 
@@ -85,7 +85,7 @@ def end_of(request: EditRequest, other: str | None, fact_token: str, name: str) 
 
 
 def _short(
-    request: EditRequest, found: Surfaces | None, kinds: Sequence[str], heads: Sequence[str], fact_token: str, name: str
+    request: EditRequest, found: SurfaceForms | None, kinds: Sequence[str], heads: Sequence[str], fact_token: str, name: str
 ) -> list[tuple[str, int]]:
     """(text, character where the name ends): every prefix before every name, but for the bare prompt."""
     names: list[str | None] = [None]
@@ -119,13 +119,13 @@ def _long(lm: LM, request: EditRequest, seed: int, fact_token: str, name: str) -
 def _away(
     lm: LM,
     request: EditRequest,
-    texts: Sequence[Placed],
+    texts: Sequence[LocatedText],
     count: int,
     own: random.Random,
     fact_token: str,
     name: str,
     others: Sequence[EditRequest],
-) -> list[Placed]:
+) -> list[LocatedText]:
     """`OWN` places that every step sees, the other tokens of prompt and target in turn; and ``count``, equally many of each kind there
     is: other tokens of the texts; another name in the prompt; tokens of the request's ``unrelated``, and of bundled text; the subjects
     of ``others``, facts that are edited beside it, by their names and seen names."""
@@ -135,9 +135,9 @@ def _away(
         filled = [surfaces.fill(request, other) for other in names]
         kinds.append(placed(lm, filled, [end_of(request, other, fact_token, name) for other in names]))
     told = lm.encode([f"{prompt} {answer}" for prompt, answer in request.unrelated]) if request.unrelated else []
-    kinds.append([Placed(row, at) for row in told for at in range(len(row.ids))])
+    kinds.append([LocatedText(row, at) for row in told for at in range(len(row.ids))])
     lines = own.choices(_lines(), k=FEW)
-    kinds.append([Placed(row, at) for row in lm.encode(lines) for at in range(len(row.ids))])
+    kinds.append([LocatedText(row, at) for row in lm.encode(lines) for at in range(len(row.ids))])
     kinds.append([place for other in own.sample(list(others), min(count, len(others))) for place in _named(lm, other, fact_token, name)])
     kinds = [kind for kind in (_within(lm, kind) for kind in kinds) if kind]
     itself = placed(lm, [request.prompt], [end_of(request, None, fact_token, name)], request.target)[0]
@@ -145,24 +145,24 @@ def _away(
     return [*(rest[i % len(rest)] for i in range(OWN)), *(own.choice(kinds[i % len(kinds)]) for i in range(count))]
 
 
-def _named(lm: LM, request: EditRequest, fact_token: str, name: str) -> list[Placed]:
+def _named(lm: LM, request: EditRequest, fact_token: str, name: str) -> list[LocatedText]:
     """The places of a fact that is none of this adaptor's business.  Kept: every other edit of a stack asks for them."""
     key = ("rep's other facts", request.id, fact_token)
-    if key not in lm.kept:
-        found = surfaces.of(lm, request) if request.subject is not None else None
+    if key not in lm.base_cache:
+        found = surfaces.make_surfaces(lm, request) if request.subject is not None else None
         asked = _short(request, found, ("names", "shuffled"), [""], fact_token, name)
         asked.append((request.prompt, end_of(request, None, fact_token, name)))
-        lm.kept[key] = placed(lm, [text for text, _ in asked], [stop for _, stop in asked])
-    out: list[Placed] = lm.kept[key]
+        lm.base_cache[key] = placed(lm, [text for text, _ in asked], [stop for _, stop in asked])
+    out: list[LocatedText] = lm.base_cache[key]
     return out
 
 
-def _within(lm: LM, places: Sequence[Placed]) -> list[Placed]:
+def _within(lm: LM, places: Sequence[LocatedText]) -> list[LocatedText]:
     """Those whose texts fit into the model's positions."""
-    return [p for p in places if lm.window is None or len(p.row.ids) <= lm.window]
+    return [p for p in places if lm.context_length is None or len(p.row.ids) <= lm.context_length]
 
 
-def _others(text: Placed) -> list[int]:
+def _others(text: LocatedText) -> list[int]:
     return [i for i in range(text.row.prompt_length) if i != text.at]
 
 
@@ -181,8 +181,8 @@ def _lines() -> list[str]:
 
 def fitting(lm: LM, passage: str) -> str:
     """The end of a passage that leaves room for a prompt in the model's positions."""
-    if lm.window is None:
+    if lm.context_length is None:
         return passage
     offsets = lm.tokenizer(passage, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
-    keep = max(0, lm.window - BOTH)
+    keep = max(0, lm.context_length - BOTH)
     return passage if len(offsets) <= keep else passage[offsets[-keep][0] :].lstrip() if keep else ""

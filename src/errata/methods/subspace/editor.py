@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.lanes import Progress, in_lanes
 from errata.core.model import LM
 from errata.core.patch import Patch
@@ -71,7 +71,7 @@ class SubspaceEditor(Editor):
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
 
-    def at(self, lm: LM) -> tuple[int, ...]:
+    def target_layers(self, lm: LM) -> tuple[int, ...]:
         """The blocks to edit on this model; `ConfigError` for one that does not exist."""
         chosen = layers_for(lm.depth) if self.layers is None else self.layers
         wrong = [b for b in chosen if not 0 <= b < lm.depth]
@@ -80,37 +80,37 @@ class SubspaceEditor(Editor):
             raise ConfigError(f"{self.name}: {what}; set layers and rank for this model")
         return chosen
 
-    def count(self, lm: LM) -> int:
+    def num_parameters(self, lm: LM) -> int:
         """Trainable numbers on this model, counted as the paper does (Table 3): every stored entry, R as r·d."""
         one = start(self.rank, lm.width, self.gate_kind, self.init, self.seed, torch.device("cpu"))
-        return len(self.at(lm)) * sum(t.numel() for t in one.values())
+        return len(self.target_layers(lm)) * sum(t.numel() for t in one.values())
 
     def edit(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> Patch:
         """One patch for all requests.  If the last patch of ``on`` came from this method with these layers, rank and gate, the edit
         goes on from its parameters and replaces it (BaFT §2.4, continual editing); the optimiser starts anew."""
-        on = live(tuple(on))
-        before = on[-1] if on and self._goes_on(lm, on[-1]) else None
+        on = active_patches(tuple(on))
+        before = on[-1] if on and self._can_resume(lm, on[-1]) else None
         return Training(self, lm, [list(requests)], on[:-1] if before else on, before, runner).run(progress)[0]
 
     def edit_each(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> list[Patch]:
         """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length, a batch a core."""
-        on = live(tuple(on))
-        before = on[-1] if on and self._goes_on(lm, on[-1]) else None
+        on = active_patches(tuple(on))
+        before = on[-1] if on and self._can_resume(lm, on[-1]) else None
         under = on[:-1] if before else on
         encoded = lm.encode([r.prompt for r in requests], [r.target + self.end for r in requests])
 
-        def train(model: LM, members: list[int], told: Progress) -> list[Patch]:
-            return Training(self, model, [[requests[i]] for i in members], under, before, runner).run(told)
+        def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
+            return Training(self, model, [[requests[i]] for i in members], under, before, runner).run(progress)
 
         return in_lanes(lm, [len(e.target) + self.last for e in encoded], train, progress)
 
-    def _goes_on(self, lm: LM, patch: Patch) -> bool:
+    def _can_resume(self, lm: LM, patch: Patch) -> bool:
         blocks = tuple(op.site.block for op in patch.ops)
-        if patch.method != self.name or blocks != self.at(lm):
+        if patch.method != self.name or blocks != self.target_layers(lm):
             return False
         same = {"gate": self.gate_kind, "last": self.last}  # another gate has other parameters
         return all(op.settings == same and op.tensors["R"].shape[0] == self.rank for op in patch.ops)

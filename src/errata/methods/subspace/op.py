@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.core.patch import Positions, Site
+from errata.core.patch import OpContext, Site
 
 GATES = ("none", "shared_logit", "rmsnorm", "subspace")
 RMS_EPS = 1e-6  # as in LLaMA's norms
@@ -38,15 +38,15 @@ class Subspace:
     """Registered as ``subspace``; acts on the last ``last`` prompt tokens and every later token."""
 
     @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         """Computed in the parameters' float32 (or wider) whatever the base's dtype; the update is cast back, h itself is not rounded."""
         h = y.to(torch.promote_types(p["R"].dtype, y.dtype))
         update = h @ (p["A"] - p["R"]).mT + p["b"].unsqueeze(-2)
         if settings["gate"] != "none":
             w = gate(p, settings["gate"], h)
-            context.note(site, "gate", w)
+            context.record(site, "gate", w)
             update = w * update
-        context.note(site, "update", update)
+        context.record(site, "update", update)
         moved = y + (update @ p["R"]).to(y.dtype)
         return torch.where(context.active(settings["last"]), moved, y)
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from errata.config import to_dict
 from errata.core.bank import Bank, Stack
-from errata.core.fit import AdamW, Fitted, fit
+from errata.core.fit import AdamW, FitResult, fit
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.problems import Owned, per_problem, row_nll
-from errata.core.tail import capture, cut
+from errata.core.problems import ProblemRows, mean_per_problem, row_nll
+from errata.core.tail import capture, split_rows
 from errata.core.tokens import pad_id
 from errata.methods.subspace.op import gate, orthonormal, start
 from errata.request import EditRequest
@@ -43,15 +43,15 @@ class Training:
 
     def __post_init__(self) -> None:
         self.editor.require_requests(self.problems)
-        self.blocks = self.editor.at(self.lm)
+        self.blocks = self.editor.target_layers(self.lm)
         rows = [(i, text, r.target) for i, rs in enumerate(self.problems) for r in rs for text in (r.prompt, *r.paraphrases)]
         device = self.lm.device
         self.owner = torch.tensor([i for i, _, _ in rows], device=device)
         encoded = self.lm.encode([text for _, text, _ in rows], [target + self.editor.end for _, _, target in rows])
         gated = self.editor.gate_kind != "none"  # gates are looked at on every output token, also on the last, which predicts nothing
-        cut_rows = cut(encoded, self.editor.last, pad_id(self.lm.tokenizer), device, final=gated)
+        cut_rows = split_rows(encoded, self.editor.last, pad_id(self.lm.tokenizer), device, final=gated)
         self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks) + 1, self.on) if self.problems else None
-        self.owned = Owned(self.runner, self.owner, len(self.problems))
+        self.owned = ProblemRows(self.runner, self.owner, len(self.problems))
 
     def run(self, progress: Progress | None = None) -> list[Patch]:
         """Train and pack; an empty list of problems is an empty list of patches."""
@@ -61,7 +61,7 @@ class Training:
         joint = max(map(len, self.problems)) > 1
         rule = AdamW(e.batched_lr if joint else e.lr, e.weight_decay)
         steps = e.batched_steps if joint else e.steps
-        fitted = fit(self._start(), self._loss, steps=steps, rule=rule, stop=e.stop or None, progress=progress)
+        fitted = fit(self._start(), self._loss, steps=steps, optimizer=rule, stop=e.stop or None, progress=progress)
         return self._pack(fitted, (time.perf_counter() - began) / len(self.problems))
 
     def _start(self) -> dict[str, Tensor]:
@@ -84,23 +84,23 @@ class Training:
     def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
         e = self.editor
         runner, owner, _ = self.owned.of(alive)
-        tape: dict[Any, Tensor] = {}
+        recorded: dict[Any, Tensor] = {}
         straight = len(owner) == len(alive)  # a row a problem, in order: no gathering
         per_block = self.per_block(p)
         settings = {"gate": e.gate_kind, "last": e.last}
         banks = [Bank("subspace", Site(b), settings, per_block[b], None if straight else owner) for b in self.blocks]
-        logits = runner.logits(banks, tape)
-        summed, number = row_nll(logits, runner.rows.labels, runner.rows.labelled)
+        logits = runner.logits(banks, recorded)
+        summed, number = row_nll(logits, runner.rows.labels, runner.rows.label_mask)
         mean = summed / number
-        task = per_problem(summed if e.loss == "sum" else mean, owner, len(alive))
-        compared = per_problem(summed if e.stop_on == "sum" else mean, owner, len(alive))
+        task = mean_per_problem(summed if e.loss == "sum" else mean, owner, len(alive))
+        compared = mean_per_problem(summed if e.stop_on == "sum" else mean, owner, len(alive))
         gates = {}
         if e.gate_kind != "none":
             valid = runner.rows.valid.unsqueeze(-1).to(summed.dtype)
             for b in self.blocks:
-                w = tape[Site(b), "gate"]
+                w = recorded[Site(b), "gate"]
                 gates[b] = w
-                self.note_means(b, per_problem((w * valid).sum(1), owner, len(alive), valid.sum(1)), alive)
+                self.note_means(b, mean_per_problem((w * valid).sum(1), owner, len(alive), valid.sum(1)), alive)
         extra = e.regularise(self, per_block, gates, alive)
         return task + extra, (compared + extra if e.stop_on == "total" else compared).detach()
 
@@ -129,7 +129,7 @@ class Training:
             )
         return self.irrelevant
 
-    def _pack(self, fitted: Fitted, seconds: float) -> list[Patch]:
+    def _pack(self, fitted: FitResult, seconds: float) -> list[Patch]:
         e, patches = self.editor, []
         with torch.no_grad():
             blocks = self.per_block(fitted.params)
@@ -146,7 +146,7 @@ class Training:
                 state["edits"] = torch.tensor([self.past_edits + 1.0])
             notes = {"steps": int(fitted.steps[i]), "loss": round(float(fitted.loss[i]), 6), "seconds": round(seconds, 4)}
             settings = to_dict(e) | {"layers": list(self.blocks)}
-            patches.append(Patch.following(old, e.name, settings, self.lm.fingerprint, requests, ops, state, notes))
+            patches.append(Patch.continued_from(old, e.name, settings, self.lm.fingerprint, requests, ops, state, notes))
         return patches
 
     @property

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from errata.core.bank import Stack, live
+from errata.core.bank import Stack, active_patches
 from errata.core.lanes import Progress, in_lanes
 from errata.core.model import LM
 from errata.core.patch import Patch, Site
@@ -15,7 +15,7 @@ from errata.errors import ConfigError
 from errata.methods.base import Editor
 from errata.methods.wise.memory import Memories
 from errata.methods.wise.op import activation
-from errata.methods.wise.training import Job
+from errata.methods.wise.training import WISERun
 from errata.request import EditRequest
 
 DEPTH = 27 / 32  # LLaMA's block 27
@@ -29,7 +29,7 @@ class WISEEditor(Editor):
     point: str
     activation: str
 
-    def at(self, lm: LM) -> Site:
+    def target_site(self, lm: LM) -> Site:
         """The linear to edit on this model; `ConfigError` for one that does not exist."""
         layer = min(lm.depth - 1, int(lm.depth * DEPTH + 0.5)) if self.layer is None else self.layer
         if not 0 <= layer < lm.depth or self.point == "block":
@@ -54,7 +54,7 @@ class WISEEditor(Editor):
     ) -> Patch:
         """One patch; requests are written one after the other."""
         self.require_requests([requests])
-        began, job = time.perf_counter(), Job(self, lm, live(tuple(on)), runner)
+        began, job = time.perf_counter(), WISERun(self, lm, active_patches(tuple(on)), runner)
         memories, notes = job.memories, []
         for request in requests:
             [(memories, facts)] = job.train(lm, [job.texts(request)], memories, progress)
@@ -68,13 +68,13 @@ class WISEEditor(Editor):
         """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length."""
         if not requests:
             return []
-        began, job = time.perf_counter(), Job(self, lm, live(tuple(on)), runner)
+        began, job = time.perf_counter(), WISERun(self, lm, active_patches(tuple(on)), runner)
         texts = [job.texts(r) for r in requests]
         tokens = [t.tokens for t in texts]
         most = max(1, min(NUMBERS // (2 * job.memories.size), TOKENS // max(tokens)))
 
-        def work(model: LM, members: list[int], told: Progress) -> list[tuple[Memories, dict[str, Any]]]:
-            return job.train(model, [texts[i] for i in members], job.memories, told)
+        def work(model: LM, members: list[int], progress: Progress) -> list[tuple[Memories, dict[str, Any]]]:
+            return job.train(model, [texts[i] for i in members], job.memories, progress)
 
         made = in_lanes(lm, tokens, work, progress, most=most)
         seconds = (time.perf_counter() - began) / len(requests)

@@ -56,7 +56,7 @@ class Memory:
 
     where: Tensor
     values: Tensor
-    least: float
+    min_activation: float
 
 
 @dataclass(frozen=True)
@@ -66,50 +66,54 @@ class Memories:
     plan: the editor, for mask_ratio, pool, seed, save_freq, merge_freq, retrieve, densities, old_weight
     """
 
-    plan: Any
+    editor: Any
     size: int
-    kept: tuple[Memory, ...] = ()
+    stored: tuple[Memory, ...] = ()
     edits: int = 0
 
     def begin(self, device: torch.device, dtype: torch.dtype) -> Memory:
         """What the next edit goes on from: the open memory, or an empty one with a new mask."""
-        if self.edits % self.plan.save_freq:
-            last = self.kept[-1]
+        if self.edits % self.editor.save_freq:
+            last = self.stored[-1]
             return replace(last, where=last.where.to(device), values=last.values.to(device, dtype))
-        where = entries(self.size, self.plan.mask_ratio, self.plan.pool, self.plan.seed, self.edits // self.plan.save_freq)
+        where = entries(self.size, self.editor.mask_ratio, self.editor.pool, self.editor.seed, self.edits // self.editor.save_freq)
         return Memory(where.to(device), torch.zeros(len(where), device=device, dtype=dtype), math.inf)
 
     def after(self, edited: Memory, act: float) -> Memories:
         """One more edit, which left the memory `begin` gave as ``edited`` and had ``act`` as its Δ."""
-        closed = self.kept[:-1] if self.edits % self.plan.save_freq else self.kept
-        kept = (*closed, replace(edited, least=min(edited.least, act)))
-        if not self.plan.retrieve:  # one minimum over all edits
-            kept = tuple(replace(m, least=min(k.least for k in kept)) for m in kept)
-        edits, many = self.edits + 1, self.plan.merge_freq // self.plan.save_freq
-        if edits % self.plan.merge_freq == 0 and (many > 1 or not self.plan.retrieve):
+        closed = self.stored[:-1] if self.edits % self.editor.save_freq else self.stored
+        kept = (*closed, replace(edited, min_activation=min(edited.min_activation, act)))
+        if not self.editor.retrieve:  # one minimum over all edits
+            kept = tuple(replace(m, min_activation=min(k.min_activation for k in kept)) for m in kept)
+        edits, many = self.edits + 1, self.editor.merge_freq // self.editor.save_freq
+        if edits % self.editor.merge_freq == 0 and (many > 1 or not self.editor.retrieve):
             older, new = kept[:-many], kept[-many:]
-            if self.plan.retrieve:
+            if self.editor.retrieve:
                 kept = (*older, self._merged(new, [1.0] * many))
             elif older:
-                kept = (self._merged((*new, *older), [(1 - self.plan.old_weight) / many] * many + [self.plan.old_weight]),)
+                kept = (self._merged((*new, *older), [(1 - self.editor.old_weight) / many] * many + [self.editor.old_weight]),)
             else:
                 kept = (self._merged(new, [1.0] * many),)
-        return replace(self, kept=kept, edits=edits)
+        return replace(self, stored=kept, edits=edits)
 
     def _merged(self, group: Sequence[Memory], weights: Sequence[float]) -> Memory:
         full = torch.zeros((len(group), self.size), dtype=group[0].values.dtype, device=group[0].values.device)
         for row, memory in zip(full, group, strict=True):
             row[memory.where] = memory.values
-        one = ties(full, weights, self.plan.densities)
+        one = ties(full, weights, self.editor.densities)
         where = one.nonzero().squeeze(1)
-        return Memory(where, one[where], min(m.least for m in group))
+        return Memory(where, one[where], min(m.min_activation for m in group))
 
     def op(self, site: Site, shape: tuple[int, int], act: str) -> Op:
         """As an op; the open memory is stored with all of its mask."""
-        tensors = {"least": torch.tensor([m.least for m in self.kept], dtype=self.kept[0].values.dtype, device=self.kept[0].values.device)}
-        for i, memory in enumerate(self.kept):
+        tensors = {
+            "least": torch.tensor(
+                [m.min_activation for m in self.stored], dtype=self.stored[0].values.dtype, device=self.stored[0].values.device
+            )
+        }
+        for i, memory in enumerate(self.stored):
             tensors |= {f"{name}.{i}": t for name, t in pack(memory.where, memory.values, self.size).items()}
-        settings = {"shape": list(shape), "act": act, "act_ratio": self.plan.act_ratio, "long": LONG}
+        settings = {"shape": list(shape), "act": act, "act_ratio": self.editor.act_ratio, "long": LONG}
         return Op("side_memory", site, tensors, settings)
 
     def resumed(self, op: Op, edits: int) -> Memories:
@@ -117,4 +121,4 @@ class Memories:
         least = op.tensors["least"].tolist()
         found = [packed(op, i) for i in range(len(least))]
         kept = tuple(Memory(unpack(own), own["values"], low) for own, low in zip(found, least, strict=True))
-        return replace(self, kept=kept, edits=edits)
+        return replace(self, stored=kept, edits=edits)

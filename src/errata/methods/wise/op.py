@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.core.patch import Op, Positions, Site
-from errata.core.weights import Groups
+from errata.core.patch import Op, OpContext, Site
+from errata.core.weights import RowGroups
 
 LONG = 100  # tokens of a prompt above which its largest token decides
 
@@ -60,18 +60,18 @@ class SideMemory:
     """Registered as ``side_memory``.  An op's tensors: ``least`` [M], and ``values.i`` with ``index.i`` or ``bits.i`` of memory i (`pack`);
     settings: ``shape`` [O, I], ``act`` (a name), ``act_ratio``, ``long``.  A bank's: ``delta`` [P, M, O, I], ``least`` [P, M]."""
 
-    remembers = True
+    stateful = True
 
     @staticmethod
-    def looks_ahead(settings: Mapping[str, Any]) -> bool:
+    def non_causal(settings: Mapping[str, Any]) -> bool:
         return True
 
     @staticmethod
-    def alike(op: Op) -> tuple[Any, ...]:
+    def bank_key(op: Op) -> tuple[Any, ...]:
         return json.dumps(op.settings, sort_keys=True), str(op.tensors["least"].dtype)
 
     @staticmethod
-    def stacked(ops: Sequence[Op], device: torch.device) -> dict[str, Tensor]:
+    def stack_params(ops: Sequence[Op], device: torch.device) -> dict[str, Tensor]:
         """The changes written out; an op of fewer memories gets ones that never open."""
         most = max(len(op.tensors["least"]) for op in ops)
         outer, inner = ops[0].settings["shape"]
@@ -87,26 +87,26 @@ class SideMemory:
         return {"delta": delta.view(len(ops), most, outer, inner), "least": least}
 
     @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         name, delta = f"memory {site.block} {site.point}", p["delta"]
 
         def moved(i: int) -> Tensor:
             own = delta[0, i] if len(delta) == 1 else delta[:, i]
             return x.to(delta.dtype) @ own.mT
 
-        if context.first:
+        if context.is_prefill:
             out, chosen = _routed(p["least"], settings, moved, y, context)
-            context.remember(name, chosen)
+            context.save_decision(name, chosen)
             return out
-        chosen, out = context.recall(name), y
+        chosen, out = context.load_decision(name), y
         for i in chosen.unique().tolist():
             if i >= 0:
                 out = torch.where((chosen == i)[:, None, None], y + moved(int(i)).to(y.dtype), out)
         return out
 
     @staticmethod
-    def apply_rows(
-        p: Mapping[str, Tensor], groups: Groups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions
+    def apply_grouped(
+        p: Mapping[str, Tensor], groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
     ) -> Tensor:
         parts = [
             SideMemory.apply({k: t[e : e + 1] for k, t in p.items()}, settings, x[rows], y[rows], site, context.select(rows))
@@ -115,7 +115,7 @@ class SideMemory:
         return y.index_copy(0, groups.order, torch.cat(parts))
 
 
-def _routed(least: Tensor, settings: Mapping[str, Any], moved: Any, y: Tensor, context: Positions) -> tuple[Tensor, Tensor]:
+def _routed(least: Tensor, settings: Mapping[str, Any], moved: Any, y: Tensor, context: OpContext) -> tuple[Tensor, Tensor]:
     """(the site's output, the number of the memory that acts on each row or -1 [B])."""
     sigma, wide = activation(settings["act"]), torch.promote_types(least.dtype, y.dtype)
     prompt = (context.position >= 0) & (context.position < context.prompt_lengths[:, None])
@@ -132,14 +132,14 @@ def _routed(least: Tensor, settings: Mapping[str, Any], moved: Any, y: Tensor, c
     return out, chosen
 
 
-class Moved:
+class OutputShift:
     """Registered as ``moved``: adds ``by`` [B, A, O] to the last A tokens.  What a side memory in training does, computed outside.
 
     With ``start`` [B] the A tokens from that position on, as the caller counts: where context stands in front, BOS is not beside the rest.
     """
 
     @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: Positions) -> Tensor:
+    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         by = p["by"].to(y.dtype)
         if "start" in p:
             number = context.position - p["start"][:, None]

@@ -15,14 +15,14 @@ STARTERS = ("I", "You", "Because", "Yes", "Q: ")  # of EasyEdit's contexts
 def contexts(lm: LM, lengths: Sequence[tuple[int, ...]]) -> list[str]:
     """ "" and then, for each (tokens, count), ``count`` greedy continuations of the starters in turn by the unedited model; none twice."""
     key = ("contexts", tuple(map(tuple, lengths)))
-    if key not in lm.kept:
+    if key not in lm.base_cache:
         found = [""]
         for tokens, count in lengths:
             starts = [STARTERS[i % len(STARTERS)] for i in range(count)]
             texts = lm.generate(starts, stacks=[()], max_new_tokens=tokens, stop=())
             found += [f"{start.strip()} {text}".strip() for start, text in zip(starts, texts, strict=True)]
-        lm.kept[key] = list(dict.fromkeys(found))
-    out: list[str] = lm.kept[key]
+        lm.base_cache[key] = list(dict.fromkeys(found))
+    out: list[str] = lm.base_cache[key]
     return out
 
 

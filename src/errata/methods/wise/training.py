@@ -25,9 +25,9 @@ from errata.core.fit import SGD, fit
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Patch, Site
-from errata.core.problems import Owned, per_problem, row_nll
-from errata.core.read import adds_to_block, module_at, watching
-from errata.core.tail import cut_at
+from errata.core.problems import ProblemRows, mean_per_problem, row_nll
+from errata.core.read import activation_hooks, adds_to_block, module_at
+from errata.core.tail import split_rows_at
 from errata.core.tokens import pad_id
 from errata.methods.wise.memory import Memories
 from errata.methods.wise.op import activation
@@ -88,8 +88,8 @@ class Training:
         plan = self.lm.plan([self.on], None, len(rows))
         plan.prompt_lengths = batch.prompt_lengths
         seen: list[tuple[Tensor, Tensor]] = []
-        with torch.no_grad(), self.lm.running(plan), watching(self.lm, [self.site], lambda _, x, y: seen.append((x, y))):
-            self.lm.forward(batch.ids, batch.mask, use_cache=False, **self.lm.last_only)
+        with torch.no_grad(), self.lm.running(plan), activation_hooks(self.lm, [self.site], lambda _, x, y: seen.append((x, y))):
+            self.lm.forward(batch.ids, batch.mask, use_cache=False, **self.lm.last_logits_kwargs)
         x, y = (t.to(self.precision) for t in seen[0])
         self.fronted = x.shape[1] != batch.ids.shape[1]
         if self.fronted and plan.context is not None:  # context stands behind BOS: our tokens are found by their positions
@@ -119,7 +119,7 @@ class Training:
         lm, last = self.lm, self.site == Site(self.lm.depth - 1, "mlp_down")
         rows = [row for texts in self.texts for row in texts.edit]
         starts = [row.prompt_length - 1 if last else 0 for row in rows]
-        cut = cut_at(rows, starts, pad_id(lm.tokenizer), lm.device, final=False)
+        cut = split_rows_at(rows, starts, pad_id(lm.tokenizer), lm.device, final=False)
         wide, local = cut.active.shape[1], []
         for texts in self.texts:
             begins = torch.tensor([0, *(len(r.ids) for r in texts.edit[:-1])]).cumsum(0)
@@ -130,7 +130,7 @@ class Training:
         self.at = Site(self.site.block) if adds_to_block(lm, self.site, self.on) else self.site
         first = self.site.block + (self.at.point == "block")
         owner = torch.arange(len(self.texts), device=lm.device).repeat_interleave(self.many)
-        self.owned = Owned(self.runner_class(lm, cut, first, self.on), owner, len(self.texts))
+        self.owned = ProblemRows(self.runner_class(lm, cut, first, self.on), owner, len(self.texts))
 
     def run(self, progress: Progress | None) -> list[tuple[Memories, dict[str, Any]]]:
         """The memories after each edit, and facts about its making."""
@@ -138,7 +138,9 @@ class Training:
         self.acts = torch.zeros(count, dtype=self.precision, device=self.lm.device)
         start = {"values": self.begin.values.expand(count, -1)}
         rule = SGD(e.lr, e.weight_decay)
-        fitted = fit(start, self._loss, steps=e.steps, rule=rule, stop=e.stop, settled=e.settled, progress=progress, project=self._clamp)
+        fitted = fit(
+            start, self._loss, steps=e.steps, optimizer=rule, stop=e.stop, min_delta=e.settled, progress=progress, project=self._clamp
+        )
         made = zip(fitted.params["values"], self.acts.tolist(), fitted.steps.tolist(), fitted.loss.tolist(), strict=True)
         return [
             (
@@ -163,8 +165,8 @@ class Training:
         by = moved.flatten(0, 1)[owner[:, None] * moved.shape[1] + self.local[kept]]
         where = {"start": self.starts[kept]} if self.fronted else {}
         logits = runner.logits([Bank("moved", self.at, {}, {"by": by, **where})])
-        summed, number = row_nll(logits, runner.rows.labels, runner.rows.labelled)
-        task = per_problem(summed / number, owner, count)
+        summed, number = row_nll(logits, runner.rows.labels, runner.rows.label_mask)
+        task = mean_per_problem(summed / number, owner, count)
         size = torch.linalg.vector_norm(self.sigma(read["o"] + moved) - read["before"], dim=-1) * read["share"]
         act = size.new_zeros(count, self.many + read["given"].shape[1]).scatter_add(1, read["row"], size)
         self.acts[alive] = act[:, : self.many].detach().mean(1)
@@ -178,11 +180,11 @@ class Training:
             p["values"].clamp_(-bound, bound)
 
 
-class Job:
+class WISERun:
     """One call: the site, what the edits go on from, what stays underneath."""
 
     def __init__(self, editor: Any, lm: LM, on: Stack, runner: Any) -> None:
-        self.editor, self.lm, self.runner, self.site = editor, lm, runner, editor.at(lm)
+        self.editor, self.lm, self.runner, self.site = editor, lm, runner, editor.target_site(lm)
         inner, outer = linear_sizes(module_at(lm, self.site))
         self.shape, self.act = (outer, inner), editor.act(lm)
         self.settings = to_dict(editor) | {"layer": self.site.block}
@@ -197,14 +199,14 @@ class Job:
     def texts(self, request: EditRequest) -> Texts:
         return Texts.of(self.lm, request, self.contexts, self.editor.end)
 
-    def train(self, lm: LM, texts: list[Texts], memories: Memories, told: Progress | None) -> list[tuple[Memories, dict[str, Any]]]:
-        return Training(self.editor, lm, texts, memories, self.site, self.shape, self.act, self.under, self.runner).run(told)
+    def train(self, lm: LM, texts: list[Texts], memories: Memories, progress: Progress | None) -> list[tuple[Memories, dict[str, Any]]]:
+        return Training(self.editor, lm, texts, memories, self.site, self.shape, self.act, self.under, self.runner).run(progress)
 
     def patch(self, requests: Sequence[EditRequest], memories: Memories, notes: dict[str, Any], seconds: float) -> Patch:
         op = memories.op(self.site, self.shape, self.act)
         state = {"edits": torch.tensor([memories.edits])}
         notes = {**notes, "seconds": round(seconds, 4)}
-        return Patch.following(self.before, self.editor.name, self.settings, self.lm.fingerprint, requests, [op], state, notes)
+        return Patch.continued_from(self.before, self.editor.name, self.settings, self.lm.fingerprint, requests, [op], state, notes)
 
 
 def _table(lists: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
