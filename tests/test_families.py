@@ -1,4 +1,4 @@
-"""What families.json claims is well-formed, covers the families of the laws, and is true of the models; and the check behind it can fail."""
+"""What families.json claims is well-formed, covers the laws' families, and is true of the models; the check behind it can fail."""
 
 from __future__ import annotations
 
