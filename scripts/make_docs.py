@@ -1,4 +1,4 @@
-"""Write the pages of docs that are computed: one a method, and the tables of choose.md.  ``make docs``.
+"""Write the pages of docs that are computed: one a method, and the tables of choose.md and families.md.  ``make docs``.
 
 python scripts/make_docs.py            # write them
 python scripts/make_docs.py --check    # say which are stale, exit code 1 if any
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import docs_choice
+import docs_families
 import docs_methods
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -24,8 +25,8 @@ def filled(text: str, parts: dict[str, str]) -> str:
 
 def pages() -> dict[str, str]:
     """Path under docs -> what it should hold."""
-    choose = (DOCS / "choose.md").read_text(encoding="utf-8")
-    return {**docs_methods.pages(), "choose.md": filled(choose, docs_choice.parts())}
+    tables = {"choose.md": docs_choice.parts(), "families.md": docs_families.parts()}
+    return {**docs_methods.pages(), **{name: filled((DOCS / name).read_text(encoding="utf-8"), parts) for name, parts in tables.items()}}
 
 
 def stale() -> list[str]:

@@ -1,18 +1,24 @@
 """Where each Hugging Face architecture keeps its parts: one row a family, and a structural search for the rest.
 
-A path is dotted, from the causal-LM object.  Inside a block, ``mlp_down`` and ``attn_out`` are the two linears that
-write to the residual stream.  To support a family by name, add a row to ``ROWS``; a family without a row is searched.
+The rows are data, in ``families.json`` beside this file: the paths of a family's parts, and what was verified on it (by
+``scripts/verify_families.py``).  A path is dotted, from the causal-LM object.  Inside a block, ``mlp_down`` and ``attn_out`` are the
+two linears that write to the residual stream.  To support a family by name, add a row with its paths; a family without is searched.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from errata.errors import ModelError
+
+FILE = Path(__file__).with_name("families.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +38,11 @@ class Family:
         return {"mlp_down": self.mlp_down, "attn_out": self.attn_out}.get(point, point)
 
 
-_LLAMA_LIKE = ("model.layers", "mlp.down_proj", "self_attn.o_proj", "model.embed_tokens", "model.norm")
-ROWS: dict[str, tuple[str, str, str, str, str]] = {
-    "gpt2": ("transformer.h", "mlp.c_proj", "attn.c_proj", "transformer.wte", "transformer.ln_f"),
-    "gptj": ("transformer.h", "mlp.fc_out", "attn.out_proj", "transformer.wte", "transformer.ln_f"),
-    "gpt_neox": ("gpt_neox.layers", "mlp.dense_4h_to_h", "attention.dense", "gpt_neox.embed_in", "gpt_neox.final_layer_norm"),
-    "gemma3": (
-        "model.language_model.layers",
-        "mlp.down_proj",
-        "self_attn.o_proj",
-        "model.language_model.embed_tokens",
-        "model.language_model.norm",
-    ),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"), _LLAMA_LIKE),
-}
+@functools.cache
+def rows() -> dict[str, dict[str, Any]]:
+    """model_type -> its row: ``paths`` of the parts (None where the search finds them) and what was ``verified``."""
+    found: dict[str, dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))["families"]
+    return found
 
 
 def resolve(root: Any, path: str) -> Any:
@@ -68,9 +65,9 @@ def text_config(config: Any) -> Any:
 def find(hf: nn.Module) -> Family:
     """The family of a model, from the table or by its structure; `ModelError` with what was looked for."""
     model_type = str(hf.config.model_type)  # type: ignore[union-attr]
-    row = ROWS.get(model_type)
-    if row is not None:
-        family = Family(model_type, *row)
+    paths = rows().get(model_type, {}).get("paths")
+    if paths is not None:
+        family = Family(model_type, **paths)
         try:
             for path in (family.blocks, family.embedding, family.final_norm):
                 resolve(hf, path)
@@ -87,7 +84,7 @@ def search(hf: nn.Module, name: str) -> Family:
     lists = [(path, m) for path, m in hf.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if len(lists) != 1:
         raise ModelError(
-            f"{name}: found {len(lists)} lists of {depth} blocks, need exactly one; add a row to errata.core.families.ROWS "
+            f"{name}: found {len(lists)} lists of {depth} blocks, need exactly one; add a row to errata/core/families.json "
             "with the paths of the blocks, the two output linears, the embedding and the last norm"
         )
     blocks, modules = lists[0]
@@ -100,7 +97,7 @@ def search(hf: nn.Module, name: str) -> Family:
     if down is None or out is None or embedding is None or not norms:
         raise ModelError(
             f"{name}: blocks are at {blocks}, "
-            "but an output linear, the embedding or the last norm was not recognised; add a row to errata.core.families.ROWS"
+            "but an output linear, the embedding or the last norm was not recognised; add a row to errata/core/families.json"
         )
     return Family(name, blocks, down, out, embedding, norms[-1], found="search")
 
