@@ -43,8 +43,8 @@ def prepared(args: argparse.Namespace, folder: Path) -> tuple[list[str], Answers
     import errata
     from errata.ledger import Ledger
     from errata.request import EditRequest
-    from errata.serve.questions import sample
-    from errata.serve.rows import Spoken
+    from errata.serve.analysis_worker import sample
+    from errata.serve.rows import IncrementalDetokenizer
 
     torch.set_num_threads(args.threads)
     lm = errata.load(args.model)
@@ -58,7 +58,7 @@ def prepared(args: argparse.Namespace, folder: Path) -> tuple[list[str], Answers
         stack = () if model == "base" else book.load(tuple(e for e in book.entries() if f"edit:{e.edit}" == model))
         for prompt in prompts:
             (ids,) = lm.generate_ids([prompt], stacks=[stack], max_new_tokens=args.tokens, stop=())
-            spoken = Spoken(lm.tokenizer, lm.encode([prompt])[0].ids, ())
+            spoken = IncrementalDetokenizer(lm.tokenizer, lm.encode([prompt])[0].ids, ())
             for token in ids:
                 spoken.add(token)
             out[model, prompt] = spoken.news(True)

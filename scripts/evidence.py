@@ -25,9 +25,9 @@ from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.report import curves, page, tables
 from errata.request import Case
+from errata.score.evaluator import AnswerCache
 from errata.score.metrics import difference, summarise
 from errata.score.perplexity import perplexity
-from errata.score.queries import Answers
 from errata.text.corpora import bundled
 
 SHOWN = ("reliability", "generality", "portability", "locality_agreement", "locality_correct")
@@ -89,7 +89,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def sweep(lm: LM, n: int) -> None:
     """One knob at a time around the preset, on dev."""
-    chosen, answers, rows = cases("dev", n), Answers(), []
+    chosen, answers, rows = cases("dev", n), AnswerCache(), []
     grid: list[tuple[str, str, dict[str, Any], float]] = []
     for method in ("baft", "reft"):
         grid += [(method, "lr", {"lr": lr}, lr) for lr in (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)]
@@ -113,7 +113,7 @@ def plots(lm: LM, n: int) -> None:
 
 
 def single(lm: LM, n: int) -> None:
-    chosen, answers, records, seconds = cases("test", n), Answers(), {}, {}
+    chosen, answers, records, seconds = cases("test", n), AnswerCache(), {}, {}
     for label, (method, values) in SINGLE.items():
         began = time.perf_counter()
         edit = editor(lm, method, **values)
@@ -136,7 +136,7 @@ def single(lm: LM, n: int) -> None:
     (OUT / "single.html").write_text(page.page("Single editing, almanac test", shown, every, {"cases": n}, max_cases=60))
 
 
-def _continual(lm: LM, chosen: list[Case], label: str, marks: list[int], answers: Answers) -> dict[str, Any]:
+def _continual(lm: LM, chosen: list[Case], label: str, marks: list[int], answers: AnswerCache) -> dict[str, Any]:
     method, values = ABLATIONS[label]
     values = {**values, "stop_on": "mean"}  # every row stops on the task loss, as ReFT does
     began = time.perf_counter()
@@ -172,7 +172,7 @@ def continual(lm: LM, n: int, only: str | None = None) -> None:
     """Each label on its own file, so that they can run side by side (``--only``); the table is made of those that are there."""
     marks = [m for m in (1, 10, 100, 1000) if m <= n]
     for label in [only] if only else CONTINUAL:
-        write(f"continual-{label}", {"n": n, "marks": marks, **_continual(lm, cases("test", n), label, marks, Answers())})
+        write(f"continual-{label}", {"n": n, "marks": marks, **_continual(lm, cases("test", n), label, marks, AnswerCache())})
     found = there(f"continual-{label}" for label in CONTINUAL)
     rows = [row for f in found for row in f["rows"]]
     immediate = [{**row, "T": "right after"} for f in found for row in f["immediate"]]
@@ -181,7 +181,7 @@ def continual(lm: LM, n: int, only: str | None = None) -> None:
 
 
 def ablation(lm: LM, n: int) -> None:
-    chosen, answers = cases("test", n), Answers()
+    chosen, answers = cases("test", n), AnswerCache()
     found = {label: _continual(lm, chosen, label, [n], answers) for label in ABLATIONS}
     write("ablation", {"n": n, **found})
     (OUT / "ablation.md").write_text(table([row for f in found.values() for row in f["rows"]], "T"))

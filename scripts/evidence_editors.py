@@ -32,7 +32,7 @@ from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.report import curves
 from errata.score.cost import latency, size_on_disk
-from errata.score.queries import Answers, score
+from errata.score.evaluator import AnswerCache, score
 
 SHOWN = ("reliability", "generality", "portability", "locality_agreement", "ES", "PS", "NS", "S")
 EDITORS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -88,7 +88,7 @@ def show(label: str, rows: Sequence[dict[str, Any]], *more: Any) -> None:
     print(label, *more, found, flush=True)
 
 
-def single(lm: LM, n: int, label: str, answers: Answers) -> None:
+def single(lm: LM, n: int, label: str, answers: AnswerCache) -> None:
     chosen, edit = cases("test", n), made(lm, label)
     if hasattr(edit, "prepare"):
         edit.prepare(lm)
@@ -109,7 +109,7 @@ def single(lm: LM, n: int, label: str, answers: Answers) -> None:
     show(label, rows, f"{seconds:.3f} s, alone {out['seconds_alone']:.3f} s, {out['bytes']:.0f} bytes")
 
 
-def batched(lm: LM, n: int, label: str, answers: Answers) -> None:
+def batched(lm: LM, n: int, label: str, answers: AnswerCache) -> None:
     chosen, out = cases("test", n), {"n": n, "rows": [], "seconds_per_edit": {}, "perplexity": {}}
     for size in SIZES:
         edit, ends = made(lm, label), [0.0]
@@ -128,7 +128,7 @@ def batched(lm: LM, n: int, label: str, answers: Answers) -> None:
     keep("batched", label, out)
 
 
-def continual(lm: LM, n: int, label: str, answers: Answers) -> None:
+def continual(lm: LM, n: int, label: str, answers: AnswerCache) -> None:
     chosen, marks = cases("test", n), [m for m in MARKS if m <= n]
     stacks: dict[int, Stack] = {}
     began = time.perf_counter()
@@ -241,7 +241,7 @@ def main() -> None:
     if args.what in ("tables", "runs"):
         tables(OUT / FOLDER) if args.what == "tables" else runs(args.folders)
         return
-    lm, answers = errata.load("almanac"), Answers(free_tokens=True)
+    lm, answers = errata.load("almanac"), AnswerCache(free_tokens=True)
     labels = args.only.split(",") if args.only else list(EDITORS)
     n = args.n or {"single": 200, "batched": 200, "continual": 1000, "latency": 7}[args.what]
     if args.what == "latency":

@@ -27,8 +27,8 @@ from errata.core.model import LM
 from errata.core.weights import delta_weight, merge
 from errata.report import curves, page, tables
 from errata.score import generation
+from errata.score.evaluator import AnswerCache, score
 from errata.score.match import exact_match
-from errata.score.queries import Answers, score
 
 SHOWN = ("reliability", "generality", "portability", "locality_agreement", "ES", "PS", "NS", "S", "GE", "RS")
 SINGLE = ("rome", "r-rome", "memit", "pmet", "emmet", "alphaedit", "baft")
@@ -49,7 +49,7 @@ def fluency(lm: LM, chosen: Sequence[Any], stacks: Sequence[Stack], label: str, 
 
 
 def single(lm: LM, n: int, only: str | None) -> None:
-    chosen, answers, texts, out = cases("test", n), Answers(), {}, {"n": n, "rows": [], "seconds_per_edit": {}, "perplexity": {}}
+    chosen, answers, texts, out = cases("test", n), AnswerCache(), {}, {"n": n, "rows": [], "seconds_per_edit": {}, "perplexity": {}}
     every: dict[str, list[dict[str, Any]]] = {}
     out["perplexity"]["unedited"] = held_out(lm, [()])
     for label in [only] if only else SINGLE:
@@ -79,7 +79,7 @@ def single(lm: LM, n: int, only: str | None) -> None:
 
 def batch(lm: LM, n: int, only: str | None) -> None:
     """One joint patch of each size; scored over all its edits."""
-    answers, texts, out = Answers(), {}, {"rows": [], "seconds_per_edit": {}, "perplexity": {"unedited": held_out(lm, [()])}}
+    answers, texts, out = AnswerCache(), {}, {"rows": [], "seconds_per_edit": {}, "perplexity": {"unedited": held_out(lm, [()])}}
     for label in [only] if only else JOINT:
         for size in [s for s in (10, 100, 1000) if s <= n]:
             chosen = cases("test", size)
@@ -102,7 +102,7 @@ def continual(lm: LM, n: int, only: str | None) -> None:
     """One edit after the other in one pass; scored on the final stack at each mark, and right after each edit."""
     marks = [m for m in (1, 10, 100, 1000) if m <= n]
     for label in [only] if only else CONTINUAL:
-        chosen, answers, texts = cases("test", n), Answers(), {}
+        chosen, answers, texts = cases("test", n), AnswerCache(), {}
         stacks: dict[int, Stack] = {}
         began = time.perf_counter()
         progress: Callable[[str, int, int], None] = lambda stage, done, total, label=label: (  # noqa: E731
@@ -157,7 +157,7 @@ def gathered(name: str, labels: Sequence[str], by: str) -> None:
 
 def sweep(lm: LM, n: int, only: str | None) -> None:
     """One knob at a time around the almanac's presets, on dev; single edits for ROME, one joint patch for the others."""
-    chosen, answers, rows = cases("dev", n), Answers(), []
+    chosen, answers, rows = cases("dev", n), AnswerCache(), []
     grid: list[tuple[str, str, dict[str, Any], float]] = [("rome", "block", {"layers": [b]}, float(b)) for b in range(4)]
     grid += [("rome", "v_lr", {"v_lr": x}, x) for x in (5.0, 20.0, 40.0)] + [("rome", "clamp", {"clamp": x}, x) for x in (1.0, 4.0)]
     grid += [("memit", "clamp", {"clamp": x}, x) for x in (0.75, 1.5, 4.0)]

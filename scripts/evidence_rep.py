@@ -26,8 +26,8 @@ from errata import run
 from errata.core.model import LM
 from errata.request import Case
 from errata.score import robustness
+from errata.score.evaluator import AnswerCache, score
 from errata.score.metrics import difference, summarise
-from errata.score.queries import Answers, score
 
 FOLDER = "rep"
 FAMILY = ("rome", "r-rome", "memit", "emmet", "alphaedit")
@@ -57,7 +57,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 
 def widened(lm: LM, n: int, left_out: Sequence[str] = LEFT_OUT) -> list[Case]:
     """Test cases with the probes of the suite that are asked here."""
-    wide = robustness.widen(lm, cases("test", n), long_seen=0)
+    wide = robustness.add_robustness_probes(lm, cases("test", n), long_seen=0)
     return [replace(c, probes=tuple(p for p in c.probes if p.kind not in left_out)) for c in wide]
 
 
@@ -85,7 +85,7 @@ def means(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def suite(lm: LM, n: int, only: Sequence[str]) -> None:
     """A method's patches serve twice: alone, and with REP's adaptors."""
-    chosen, answers = widened(lm, n), Answers()
+    chosen, answers = widened(lm, n), AnswerCache()
     wanted = [c.request for c in chosen]
     for label in only or (*FAMILY, *OTHERS):
         edit = editor(lm, label)
@@ -104,7 +104,7 @@ def suite(lm: LM, n: int, only: Sequence[str]) -> None:
 
 
 def ablation(lm: LM, n: int, only: Sequence[str]) -> None:
-    chosen, answers = widened(lm, n, (*LEFT_OUT, "long_unseen")), Answers()
+    chosen, answers = widened(lm, n, (*LEFT_OUT, "long_unseen")), AnswerCache()
     patches = editor(lm, "rome").edit_each(lm, [c.request for c in chosen])
     for label in only or ABLATION:
         began = time.perf_counter()
@@ -116,7 +116,7 @@ def ablation(lm: LM, n: int, only: Sequence[str]) -> None:
 
 def scope(lm: LM, n: int, only: Sequence[str]) -> None:
     """MEMIT in joint patches of 10 and one of 100, ROME one after another to T = 30: without REP, with a set an edit, with a shared one."""
-    chosen, answers = widened(lm, n, (*LEFT_OUT, "long_unseen")), Answers()
+    chosen, answers = widened(lm, n, (*LEFT_OUT, "long_unseen")), AnswerCache()
     plain = {
         "none": lambda m: editor(lm, m),
         "edit": lambda m: editor(lm, "rep", wraps=m),

@@ -102,7 +102,7 @@ def rooms(found: Mapping[str, Iterable[str]]) -> dict[str, set[str]]:
     return out
 
 
-def circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
+def cycles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
     """Every set of two or more nodes that all reach each other (Tarjan 1972), sorted."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
@@ -133,8 +133,8 @@ def circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
 def faults(source: Path = SOURCE, package: str = PACKAGE) -> list[str]:
     """What is wrong with the imports of a tree, a sentence each."""
     found = imports(source, package)
-    out = [f"a circle of files: {' , '.join(c)}" for c in circles(found)]
-    out += [f"a circle of rooms: {' , '.join(c)}" for c in circles(rooms(found))]
+    out = [f"a circle of files: {' , '.join(c)}" for c in cycles(found)]
+    out += [f"a circle of rooms: {' , '.join(c)}" for c in cycles(rooms(found))]
     paths = modules(source, package)
     for module, targets in found.items():
         for target, line in targets.items():

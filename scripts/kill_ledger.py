@@ -67,7 +67,7 @@ def main() -> None:
         done += hit
         ledger = Ledger.open(folder, lm)
         had, count = count, len(ledger.edits())
-        folders = sorted(p.name for p in ledger.shelf.folder.iterdir())
+        folders = sorted(p.name for p in ledger.patch_store.folder.iterdir())
         right = (
             had + told <= count <= had + told + hit
             and torch.equal(lm.logits(encoded, [ledger.stack()]), states[count])

@@ -33,12 +33,12 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def forked(root: Path, spec: object, after: float | None) -> bool:
     """Run in a child; True when it was killed ``after`` seconds before it had ended."""
-    from errata.run import engine
+    from errata.run import executors
 
     child = os.fork()
     if not child:
         try:
-            outcomes = engine.run(root, spec)  # type: ignore[arg-type]
+            outcomes = executors.run(root, spec)  # type: ignore[arg-type]
             os._exit(1 if any(o.error for o in outcomes) else 0)
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
@@ -71,11 +71,11 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    from errata.run import engine, grid
+    from errata.run import executors, grid
 
     torch.set_num_threads(1)  # a fork takes no threads along
     spec = grid.read(args.file, ["threads=1"])
-    engine._model(spec.model[0])
+    executors._model(spec.model[0])
     drawn, whole = random.Random(args.seed), args.out / "whole"
     shutil.rmtree(args.out, ignore_errors=True)
     began = time.monotonic()

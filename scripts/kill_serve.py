@@ -46,11 +46,11 @@ class Child:
 
     def _serve(self, lm: Any, folder: Path, writing: int) -> None:
         from errata.serve.options import Options
-        from errata.serve.running import Running
+        from errata.serve.server import ServerRunner
         from errata.serve.service import Service
 
         service = Service(lm, folder, Options(TOKEN, port=0))
-        running = Running(service, lambda url: (os.write(writing, f"{url.rsplit(':', 1)[1]}\n".encode()), None)[1])
+        running = ServerRunner(service, lambda url: (os.write(writing, f"{url.rsplit(':', 1)[1]}\n".encode()), None)[1])
         os._exit(0 if running.run() else 1)
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:

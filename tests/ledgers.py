@@ -32,7 +32,7 @@ def same(ledger: Ledger, stack: Any) -> bool:
 
 def names(ledger: Ledger) -> list[str]:
     """The patch folders that are there."""
-    return sorted(p.name for p in ledger.shelf.folder.iterdir())
+    return sorted(p.name for p in ledger.patch_store.folder.iterdir())
 
 
 def copied(folder: Path, lm: LM, to: Path) -> Ledger:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from errata.run import engine, grid
+from errata.run import executors, grid
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from kill_runs import differences
@@ -36,7 +36,7 @@ def spec_of(tmp_path: Path, tiny: str, *sets: str, text: str = FILE) -> grid.Run
 
 def done(root: Path, spec: grid.RunSpec, **how: Any) -> Path:
     """Run it; every cell must be complete."""
-    outcomes = engine.run(root, spec, **how)
+    outcomes = executors.run(root, spec, **how)
     assert not [o for o in outcomes if o.error], outcomes
     return root
 
@@ -59,7 +59,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
     from errata import storage
 
     left = [moment]
-    for name in ("write", "write_file", "append", "flush"):
+    for name in ("write", "write_atomic", "append", "flush"):
         real = getattr(storage, name)
 
         def counted(*args: Any, real: Any = real, **how: Any) -> None:

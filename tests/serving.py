@@ -13,7 +13,7 @@ from ledgers import SETTINGS
 
 from errata.core.bank import Stack
 from errata.serve.options import Limits, Options
-from errata.serve.running import Running
+from errata.serve.server import ServerRunner
 from errata.serve.service import Service
 
 TOKEN = "a-token-for-tests"
@@ -25,7 +25,7 @@ class Site:
     """A running server and a client of it, which may edit."""
 
     def __init__(self, service: Service) -> None:
-        self.service, self.running = service, Running(service)
+        self.service, self.running = service, ServerRunner(service)
         self.running.start()
         self.url = self.running.url
         self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)

@@ -13,7 +13,7 @@ import pytest
 from errata import registry
 from errata.benchmarks.files import open_benchmark
 from errata.benchmarks.records import locate, read_records
-from errata.errors import InputError, UnknownName
+from errata.errors import InputError, UnknownNameError
 from errata.request import PROBE_KINDS, ROBUST_KINDS, Case
 
 SAMPLES = Path(__file__).parent / "data" / "benchmarks"
@@ -241,7 +241,7 @@ def test_data_is_needed_or_not() -> None:
         open_benchmark("zsre")
     with pytest.raises(InputError, match="'almanac' is in the package and takes no data"):
         open_benchmark("almanac", "x.json")
-    with pytest.raises(UnknownName, match="did you mean 'counterfact'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'counterfact'"):
         open_benchmark("counterfct")
     with pytest.raises(InputError, match="no such file or folder"):
         load("zsre", Path("nowhere.json"))

@@ -13,14 +13,14 @@ from test_running_state import hybrid
 
 from errata.core.bank import Stack
 from errata.core.model import LM
-from errata.score import forcing
-from errata.score.compare import Said, compare
+from errata.score import teacher_forcing
+from errata.score.compare import Completion, compare
 
 PROMPTS = [p for p, _ in SENTENCES[:5]]
 ANSWERS = [["Rome"], [], ["Madrid", "Tokyo and Paris"], ["French"], []]
 
 
-def checked(lm: LM, prompt: str, said: Said, under: Stack, asked: list[str]) -> None:
+def checked(lm: LM, prompt: str, said: Completion, under: Stack, asked: list[str]) -> None:
     assert said.ids == tuple(lm.generate_ids([prompt], stacks=[under], max_new_tokens=5)[0])
     (row,) = lm.encode([prompt])
     logits = lm.logits(lm.batch([type(row)((*row.ids, *said.ids), len(row.ids))]), [under])[0, len(row.ids) - 1 :]
@@ -28,7 +28,7 @@ def checked(lm: LM, prompt: str, said: Said, under: Stack, asked: list[str]) -> 
         assert value == pytest.approx(float(at[token]), abs=1e-3)
     assert len(said.logprobs) == len(said.ids) and set(said.likely) == set(asked)
     for text in asked:
-        (alone,) = forcing.whole(lm, lm.encode([prompt], [text]), [under], [0])
+        (alone,) = teacher_forcing.score_full_texts(lm, lm.encode([prompt], [text]), [under], [0])
         assert said.likely[text] == pytest.approx(math.exp(-alone.nll * len(alone.target)), rel=1e-3)
 
 
@@ -59,5 +59,5 @@ def test_an_answer_that_shares_a_token_with_its_prompt_runs_as_a_text_of_its_own
 
     monkeypatch.setattr(lm, "encode", shifted)
     (one,) = compare(lm, [prompt], ((), ()), 2, [["Rome"]])
-    (alone,) = forcing.whole(lm, shifted([prompt], ["Rome"]), [()], [0])
+    (alone,) = teacher_forcing.score_full_texts(lm, shifted([prompt], ["Rome"]), [()], [0])
     assert one.before.likely["Rome"] == one.after.likely["Rome"] == pytest.approx(math.exp(-alone.nll * len(alone.target)), rel=1e-5)

@@ -12,7 +12,7 @@ import pytest
 
 from errata import registry
 from errata.config import build, digest, parse_sets, read_yaml, to_dict
-from errata.errors import ConfigError, UnknownName
+from errata.errors import ConfigError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def test_settings_python_refuses(what: str, tmp_path: Path) -> None:
     ],
 )
 def test_unknown_name(kind: str, name: str, says: str) -> None:
-    with pytest.raises(UnknownName, match=says):
+    with pytest.raises(UnknownNameError, match=says):
         registry.get(kind, name)
 
 

@@ -152,6 +152,6 @@ def test_any_record_is_a_request_or_an_input_error(record: dict) -> None:
 def test_every_error_has_a_code_of_its_own_kind() -> None:
     kinds = ErrataError.__subclasses__()
     assert {k.__name__: k.exit_code for k in kinds} == {
-        "InputError": 2, "ConfigError": 2, "UnknownName": 2, "ModelError": 3, "PatchError": 4, "FitError": 5, "StorageError": 6,
+        "InputError": 2, "ConfigError": 2, "UnknownNameError": 2, "ModelError": 3, "PatchError": 4, "FitError": 5, "StorageError": 6,
         "JudgeError": 3, "LedgerError": 7,
     }  # fmt: skip

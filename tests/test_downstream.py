@@ -13,14 +13,14 @@ from families import lm
 from tiny import FRANCE, write_piqa
 
 from errata import run
-from errata.benchmarks.downstream import Choice, Question
+from errata.benchmarks.downstream import MultipleChoice, Question
 from errata.benchmarks.files import open_benchmark
 from errata.errors import InputError
 from errata.methods.subspace.reft import ReFT
 from errata.request import Case, EditRequest, Probe
-from errata.score import downstream, queries
+from errata.score import downstream, evaluator
+from errata.score.evaluator import AnswerCache, score
 from errata.score.metrics import METRICS, summarise
-from errata.score.queries import Answers, score
 from errata.score.sentiment import scores
 
 SAMPLES = Path(__file__).parent / "data" / "benchmarks"
@@ -154,20 +154,20 @@ def nll(base: Any, prompt: str, text: str) -> float:
 
 def forced(base: Any, patch: Any, prompt: str, text: str) -> float:
     """As a probe of that answer alone is forced."""
-    answers = Answers()
-    queries.force(base, [((patch,), prompt, text)], answers)
+    answers = AnswerCache()
+    evaluator.teacher_force(base, [((patch,), prompt, text)], answers)
     return next(iter(answers.forced.values())).nll
 
 
 def test_choices_are_weighed_by_the_mean_over_their_tokens() -> None:
     base = lm("llama")
     items = [
-        Choice(FRANCE, ("Rome", "Paris"), 1),
-        Choice(FRANCE, ("Tokyo", "Rome"), 1),
-        Choice("The capital of Japan is", ("Tokyo", "Paris"), 1),
+        MultipleChoice(FRANCE, ("Rome", "Paris"), 1),
+        MultipleChoice(FRANCE, ("Tokyo", "Rome"), 1),
+        MultipleChoice("The capital of Japan is", ("Tokyo", "Paris"), 1),
     ]
     (patch,) = EDITOR.edit_each(base, [ROME])
-    answers = Answers()
+    answers = AnswerCache()
     records = downstream.choices(base, items, (patch,), "reft", answers)
     for item, r in zip(items, records, strict=True):
         assert r["nll_before"] == pytest.approx([nll(base, item.prompt, text) for text in item.choices], abs=1e-4)
@@ -192,7 +192,7 @@ def test_questions_take_any_accepted_answer() -> None:
 
 
 def test_piqa_and_its_labels(tmp_path: Path) -> None:
-    whole = [Choice(FRANCE, ("Rome", "Paris"), 1), Choice("The capital of Japan is", ("Tokyo", "Rome"), 0)]
+    whole = [MultipleChoice(FRANCE, ("Rome", "Paris"), 1), MultipleChoice("The capital of Japan is", ("Tokyo", "Rome"), 0)]
     assert list(open_benchmark("piqa", write_piqa(tmp_path)).load(seed=None)) == whole
     assert list(open_benchmark("piqa", tmp_path).load("valid", seed=None)) == whole
     for labels, message in (

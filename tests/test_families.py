@@ -80,7 +80,7 @@ def test_writing_and_reading_is_the_same_and_a_new_method_is_claimed_for_nobody(
     path = tmp_path / "families.json"
     families_file.write(DATA, path)
     assert path.read_text(encoding="utf-8") == known.FILE.read_text(encoding="utf-8")
-    monkeypatch.setitem(registry.ENTRIES["method"], "brand-new", "errata.methods.none:Nothing")
+    monkeypatch.setitem(registry.ENTRIES["method"], "brand-new", "errata.methods.none:Unedited")
     assert "run scripts/verify_families.py" in " ".join(families_file.faults(families_file.read(path)))
     families_file.write(families_file.read(path), path)  # as after one family was verified anew: the others keep what they had
     raw = json.loads(path.read_text(encoding="utf-8"))
@@ -162,9 +162,9 @@ def test_the_check_fails_when_padding_is_counted_as_text(monkeypatch: pytest.Mon
 
 def test_the_check_says_why_a_method_stopped_or_did_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from errata.methods.locate.rome import ROME
-    from errata.methods.none import Nothing
+    from errata.methods.none import Unedited
 
-    monkeypatch.setattr(ROME, "edit_each", lambda self, lm, requests: Nothing().edit_each(lm, requests))
+    monkeypatch.setattr(ROME, "edit_each", lambda self, lm, requests: Unedited().edit_each(lm, requests))
     assert checked("rome")["failed"] == {"rome": "float32: attached, it changes nothing"}
     monkeypatch.setattr(ROME, "edit_each", lambda self, lm, requests: 1 / 0)
     assert checked("rome")["failed"] == {"rome": "float32: ZeroDivisionError: division by zero"}

@@ -30,7 +30,9 @@ def test_carriers(means: list[float], count: int) -> None:
 
 
 def test_effective_number_few_and_unevenness() -> None:
-    assert s.effective(np.array([0.3] * 5)) == pytest.approx(5) and s.effective(np.array([0.3, 0, 0])) == pytest.approx(1)
+    assert s.participation_ratio(np.array([0.3] * 5)) == pytest.approx(5) and s.participation_ratio(np.array([0.3, 0, 0])) == pytest.approx(
+        1
+    )
     assert [s.few(r) for r in (1, 2, 4, 12, 16)] == [0, 1, 1, 3, 4]
     variance, ratio = s.unevenness(np.array([0.2, 0.4]))
     assert variance == pytest.approx(0.02) and ratio == pytest.approx(0.02 / 0.09) and s.unevenness(np.array([0.2])) == (0.0, 0.0)
@@ -79,4 +81,4 @@ def test_holm() -> None:
 
 
 def test_pareto() -> None:
-    assert s.pareto([(1, 0), (0, 1), (0.5, 0.5), (0.4, 0.5), (0.5, 0.5)]) == [True, True, True, False, True]
+    assert s.pareto_front([(1, 0), (0, 1), (0.5, 0.5), (0.4, 0.5), (0.5, 0.5)]) == [True, True, True, False, True]

@@ -24,7 +24,7 @@ from errata.methods.subspace.baft import BaFT
 from errata.methods.subspace.reft import ReFT
 from errata.request import Case, EditRequest, Probe
 from errata.run import grid
-from errata.score.queries import Answers
+from errata.score.evaluator import AnswerCache
 
 OTHERS = (("The capital of Japan is", "Tokyo"), ("The language of France is", "French"))
 SETTINGS = {"rank": 4, "lr": 0.02, "batched_lr": 0.02, "end": ".", "layers": [1]}
@@ -39,7 +39,7 @@ def case(prompt: str, target: str, subject: str) -> Case:
 CASES = [case(*edit) for edit in EDITS]
 
 
-def inputs(stack: Stack) -> list[gates.Inputs]:
+def inputs(stack: Stack) -> list[gates.GateInputs]:
     return [gates.of_case(c, stack) for c in CASES]
 
 
@@ -55,7 +55,7 @@ def patch() -> Patch:
     return build(BaFT, SETTINGS).edit(lm("llama"), [c.request for c in CASES])
 
 
-def by_sign(found: list[gates.Weights]) -> dict[str, dict]:
+def by_sign(found: list[gates.GateWeights]) -> dict[str, dict]:
     return {row["sign"]: row for row in gates.signs(found, {})}
 
 
@@ -168,7 +168,7 @@ def test_no_gate_and_two_gates_are_refused(patch: Patch) -> None:
 def test_weights_of_each_edit_are_what_it_added() -> None:
     """The running mean after edit t is what R_bal sees; turned off, the first edit's weights differ."""
     base, editor = lm("llama"), build(BaFT, {**SETTINGS, "steps": 5, "stop": 0.0})
-    grown = gate_training.grow(base, editor, CASES, [1, 3])
+    grown = gate_training.run_continual(base, editor, CASES, [1, 3])
     assert sorted(grown.stacks) == [1, 3] and len(grown.weights) == 3
     state = grown.stacks[3][-1].state["weights.1"].double().numpy()
     np.testing.assert_allclose(sum(own[1] for own in grown.weights), state, atol=1e-5)
@@ -185,18 +185,18 @@ def test_weights_of_each_edit_are_what_it_added() -> None:
 def test_the_balancing_loss_balances() -> None:
     """Over bases, weights lie closer together with it than without, where training goes on long enough for it to act."""
     base, editor = lm("llama"), build(BaFT, {**SETTINGS, "rank": 6, "lr": 0.05, "steps": 60, "stop": 0.0, "locality": False})
-    rows = gate_training.balance(base, editor, CASES[:1], gate_training.grow(base, editor, CASES[:1], [1]))
+    rows = gate_training.balance(base, editor, CASES[:1], gate_training.run_continual(base, editor, CASES[:1], [1]))
     end = {r["variant"]: r["variance"] for r in rows}
     assert end["with"] < 0.5 * end["without"]
 
 
 def test_locality_curve_has_both_variants_and_their_fronts() -> None:
-    rows = gate_training.locality(lm("llama"), build(BaFT, {**SETTINGS, "steps": 8}), CASES, Answers(), rates=(0.5, 1.0))
+    rows = gate_training.locality(lm("llama"), build(BaFT, {**SETTINGS, "steps": 8}), CASES, AnswerCache(), rates=(0.5, 1.0))
     assert [(r["variant"], r["lr"]) for r in rows] == [("with", 0.01), ("with", 0.02), ("without", 0.01), ("without", 0.02)]
     assert any(r["front"] for r in rows if r["variant"] == "with") and any(r["front_of_all"] for r in rows)
     bare = [dataclasses.replace(c, request=dataclasses.replace(c.request, unrelated=())) for c in CASES]
     with pytest.raises(ConfigError, match="no case brings unrelated texts"):
-        gate_training.locality(lm("llama"), build(BaFT, SETTINGS), bare, Answers())
+        gate_training.locality(lm("llama"), build(BaFT, SETTINGS), bare, AnswerCache())
 
 
 # -- the command -----------------------------------------------------------------------------------------------

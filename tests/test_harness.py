@@ -32,11 +32,11 @@ def asked(*args: object) -> SimpleNamespace:
 @pytest.fixture
 def harness() -> object:
     pytest.importorskip("lm_eval")
-    from errata.score.harness import Harness
+    from errata.score.harness import HarnessLM
 
     base = lm("llama")
     patch = ReFT(rank=4, lr=0.02, layers=(3,)).edit(base, [EditRequest(PROMPT, "Rome")])
-    return Harness(base), Harness(base, (patch,), rows=2)
+    return HarnessLM(base), HarnessLM(base, (patch,), rows=2)
 
 
 def test_likelihoods_are_those_of_the_patched_model(harness: tuple) -> None:  # type: ignore[type-arg]

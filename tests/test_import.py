@@ -92,7 +92,7 @@ def test_imports_keep_to_the_house() -> None:
         ("core/patch.py", "from errata import load", "a circle of files: errata.core.bank"),
         ("core/tokens.py", "import errata.core.decode", "a circle of files: errata.core.decode , errata.core.tokens"),
         ("ledger/state.py", "if TYPE_CHECKING:\n    from errata.ledger.ledger import Ledger", "a circle of files: errata.ledger"),
-        ("run/engine.py", "from errata.export import bake\nfrom errata import ledger", None),
+        ("run/executors.py", "from errata.export import bake\nfrom errata import ledger", None),
         ("export/engines.py", "from errata.ledger import undo", "a circle of rooms: export , ledger"),
         ("methods/wise/op.py", "from errata.methods.locate import values", "methods/wise imports from another wing, methods/locate"),
         ("methods/rep/op.py", "from errata.methods.locate import values", None),  # the one exception

@@ -20,7 +20,7 @@ from errata.core.patch import PROMPT, Op, Patch, Site
 from errata.core.tokens import pieces
 from errata.core.weights import merge
 from errata.errors import ConfigError, InputError, ModelError, PatchError
-from errata.export.changes import changes
+from errata.export.changes import weight_deltas
 from errata.methods.in_context.demonstrations import requests_of
 from errata.methods.in_context.ice import ICE
 from errata.methods.in_context.ike import IKE
@@ -250,12 +250,12 @@ def test_none_and_context_are_no_change_of_weights() -> None:
     nothing, a = Unedited().edit(model, [ROME]), ices("llama")[0]
     assert not nothing.ops and "changes nothing" in nothing.describe() and "in front of the prompt" in a.describe()
     with pytest.raises(PatchError, match="changes nothing"):
-        changes(model, (nothing,))
+        weight_deltas(model, (nothing,))
     with pytest.raises(PatchError, match="'context' op"):
-        changes(model, (nothing, a))
+        weight_deltas(model, (nothing, a))
     linear = Op("low_rank", Site(0, "mlp_down"), {"down": torch.zeros(1, 64), "up": torch.zeros(32, 1)})
     both = (nothing, Patch("test", {}, model.fingerprint, (), (linear,)))
-    assert len(changes(model, both)) == 1
+    assert len(weight_deltas(model, both)) == 1
     assert merge(both).ops == (linear,)
     with pytest.raises(PatchError, match="cannot stand at"):
         Op("context", Site(0), {})

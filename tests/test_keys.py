@@ -39,11 +39,11 @@ REQUESTS = [EditRequest(p, t, s) for p, t, s in EDITS]
 
 
 @pytest.fixture(scope="module")
-def found() -> keys.Compared:
+def found() -> keys.KeyComparison:
     return keys.compare(lm("llama"), REQUESTS, build(REP, SETTINGS))
 
 
-def test_ratios_are_those_of_the_definition(found: keys.Compared) -> None:
+def test_ratios_are_those_of_the_definition(found: keys.KeyComparison) -> None:
     """Without prefixes k* is the prompt's own key: its ratio is 1; other facts' keys by C⁻¹ written out."""
     base = lm("llama")
     site = Site(0, "mlp_down")
@@ -62,7 +62,7 @@ def test_ratios_are_those_of_the_definition(found: keys.Compared) -> None:
     assert [r["before"] for r in own] == pytest.approx(want, rel=0.02, abs=1e-3)
 
 
-def test_the_adaptor_moves_seen_surfaces_towards_the_edit(found: keys.Compared) -> None:
+def test_the_adaptor_moves_seen_surfaces_towards_the_edit(found: keys.KeyComparison) -> None:
     seen = [r for r in found.rows if r["kind"] in ("names_seen", "shuffled_seen")]
     assert any(r["opened"] for r in seen)
     away = lambda when: sum(abs(r[when] - 1) for r in seen)  # noqa: E731
@@ -94,9 +94,9 @@ def test_bounds_are_where_the_scaled_patch_changes_the_answer() -> None:
 def test_summary_counts_what_holds() -> None:
     row = {"case": "a", "block": 0, "opened": True}
     rows = [{**row, "kind": "long", "before": 0.2, "after": 0.9}, {**row, "kind": "another fact", "before": -0.4, "after": 0.1}]
-    found = keys.summary(keys.Compared(rows, [{"case": "a", "beta_min": 0.5, "beta_max": 0.3}]))
+    found = keys.summary(keys.KeyComparison(rows, [{"case": "a", "beta_min": 0.5, "beta_max": 0.3}]))
     assert [(r["kind"], r["before holds"], r["after holds"]) for r in found] == [("long", 0.0, 1.0), ("another fact", 0.0, 1.0)]
-    assert keys.summary(keys.Compared(rows[:1], [{"case": "a", "beta_min": None, "beta_max": 1.0}]))[0]["after holds"] == 0.0
+    assert keys.summary(keys.KeyComparison(rows[:1], [{"case": "a", "beta_min": None, "beta_max": 1.0}]))[0]["after holds"] == 0.0
 
 
 def test_the_command_writes_numbers_and_a_plot(tiny: str, requests: str, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]

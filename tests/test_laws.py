@@ -26,7 +26,7 @@ from errata.methods.in_context.editor import InContextEditor
 from errata.methods.locate.editor import LocateEditor
 from errata.methods.subspace.op import Subspace, orthonormal, start
 from errata.request import EditRequest
-from errata.score import forcing
+from errata.score import teacher_forcing
 
 METHODS = registry.names("method")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -237,8 +237,8 @@ def test_forcing_behind_a_prompt_that_has_run_is_forcing_in_one_text(method: str
     prompts = base.encode(PROMPTS[:5])
     assert all(text.ids[: text.prompt_length] == prompts[i].ids for i, text in zip(asked, texts, strict=True))
     begun = PrefilledBatch.prefill(base, base.batch(prompts), base.plan(stacks, which, 5))
-    found = forcing.behind(begun, asked, [text.target for text in texts])
-    for one, other in zip(found, forcing.whole(base, texts, stacks, [which[i] for i in asked]), strict=True):
+    found = teacher_forcing.score_continuations(begun, asked, [text.target for text in texts])
+    for one, other in zip(found, teacher_forcing.score_full_texts(base, texts, stacks, [which[i] for i in asked]), strict=True):
         assert one.target == other.target and one.nll == pytest.approx(other.nll, abs=2e-4, rel=1e-3)
     # rows that have ended leave: the others answer as they do alone
     free = decode(begun, 6, (".",))

@@ -38,13 +38,13 @@ def book(lm: LM, tmp_path: Path) -> Ledger:
 
 def test_undo_in_every_order_is_never_having_applied(book: Ledger, lm: LM) -> None:
     made = book.apply(REQUESTS, **HOW, reason="a test")
-    patches = {e.number: book.shelf.read(e.patch) for e in made}
+    patches = {e.number: book.patch_store.read(e.patch) for e in made}
     assert len({p.id for p in patches.values()}) == 3 and same(book, patches.values())
     assert not torch.equal(logits(lm, book.stack()), logits(lm))
     for order in itertools.permutations(patches):
         numbers = dict(patches)
         fresh = Ledger.open(book.folder.parent / f"book-{'-'.join(map(str, order))}", lm)
-        fresh.take(list(patches.values()), force=True)
+        fresh.apply_patches(list(patches.values()), force=True)
         for number in order:
             fresh.undo(number)
             del numbers[number]
@@ -68,12 +68,12 @@ def test_the_record_keeps_who_when_why_and_what(book: Ledger) -> None:
 
 def test_a_saved_patch_comes_and_goes_and_comes_again(book: Ledger, lm: LM, good: Path) -> None:
     patch = Patch.load(good)
-    (edit,) = book.take([patch], force=True)
+    (edit,) = book.apply_patches([patch], force=True)
     assert edit.settings is None and same(book, [patch])
     with pytest.raises(LedgerError, match="is live already; nothing was changed"):
-        book.take([patch], force=True)
+        book.apply_patches([patch], force=True)
     book.undo(edit.number)
-    (again,) = book.take([patch], force=True)
+    (again,) = book.apply_patches([patch], force=True)
     assert again.number == 2 and same(book, [patch])
 
 
@@ -90,7 +90,7 @@ def chain(lm: LM, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_last_of_a_chain_leaves_exactly(chain: Path, lm: LM, tmp_path: Path) -> None:
     book = copied(chain, lm, tmp_path)
-    first, second, third = (book.shelf.read(e.patch) for e in book.edits())
+    first, second, third = (book.patch_store.read(e.patch) for e in book.edits())
     assert third.replaces == (first.id, second.id) and [p.id for p in book.stack()] == [third.id]
     book.undo(3)
     assert same(book, [second])
@@ -125,7 +125,7 @@ def test_remaking_leaves_edits_made_alone(book: Ledger, lm: LM) -> None:
     assert [n for n, _, _ in done.remade] == [2] and book.show(3).patch == kept
     plain = Ledger.open(book.folder.parent / "plain", lm)
     plain.apply(REQUESTS[1:2], mode="continual", method="ft-m", settings={"steps": 3}, force=True)
-    assert same(book, [*plain.stack(), book.shelf.read(kept)])
+    assert same(book, [*plain.stack(), book.patch_store.read(kept)])
 
 
 def test_undo_says_what_was_made_on_top(book: Ledger) -> None:
@@ -135,9 +135,9 @@ def test_undo_says_what_was_made_on_top(book: Ledger) -> None:
 
 def test_a_saved_patch_that_holds_an_edit_cannot_be_made_again(chain: Path, lm: LM, tmp_path: Path) -> None:
     source = copied(chain, lm, tmp_path)
-    first, second = (source.shelf.read(e.patch) for e in source.edits()[:2])
+    first, second = (source.patch_store.read(e.patch) for e in source.edits()[:2])
     book = Ledger.open(tmp_path / "other", lm)
-    book.take([first, second], force=True)
+    book.apply_patches([first, second], force=True)
     assert [e.requests for e in book.edits()] == [(REQUESTS[0],), (REQUESTS[1],)]  # what each added
     with pytest.raises(LedgerError, match="edit 2 was brought in as a saved patch that holds edit 1"):
         book.undo(1, remake=True)
@@ -146,7 +146,7 @@ def test_a_saved_patch_that_holds_an_edit_cannot_be_made_again(chain: Path, lm: 
         other = Ledger.open(tmp_path / f"book-{len(patches)}", lm)
         with pytest.raises(LedgerError, match="would change nothing"):
             for part in patches:
-                other.take(part, force=True)
+                other.apply_patches(part, force=True)
 
 
 # -- what is odd about new facts -------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_duplicates_contradictions_and_known_facts_are_said_before_editing(book:
     with pytest.raises(LedgerError, match="another new request writes 'Tokyo'"):
         book.apply([EditRequest("Say", "Tokyo"), EditRequest("Say", "Paris")], settings=SETTINGS)
     assert torch.equal(logits(lm, book.stack()), before) and len(book.log()) == events
-    assert [f.kind for f in book.look([EditRequest(FRANCE, "Madrid")])] == ["contradiction"]
+    assert [f.kind for f in book.findings([EditRequest(FRANCE, "Madrid")])] == ["contradiction"]
     book.apply([EditRequest(FRANCE, "Madrid")], settings=SETTINGS, force=True)
     assert len(book.edits()) == 2
 
@@ -199,13 +199,13 @@ def test_blame_in_a_chain_switches_off_what_can_be(chain: Path, lm: LM, tmp_path
     assert {p.edits for p in found.parts} == {(1, 2, 3), (3,)}
     last, whole = (next(p for p in found.parts if p.edits == e) for e in ((3,), (1, 2, 3)))
     assert last.alone is None and whole.off == found.base
-    with lm.under(book.shelf.read(book.show(2).patch)):
+    with lm.under(book.patch_store.read(book.show(2).patch)):
         assert last.off == lm.complete(FRANCE).strip()
 
 
 def test_blame_rows_are_the_answers_one_at_a_time(book: Ledger, lm: LM) -> None:
     made = book.apply(REQUESTS, **STRONG)
-    patches = [book.shelf.read(e.patch) for e in made]
+    patches = [book.patch_store.read(e.patch) for e in made]
     for part in book.blame(FRANCE).parts:
         rest = [p for e, p in zip(made, patches, strict=True) if e.number not in part.edits]
         with lm.under(*rest):
@@ -258,7 +258,7 @@ def test_another_model_a_newer_schema_and_foreign_folders_are_refused(book: Ledg
     db.close()
     with pytest.raises(LedgerError, match="database of another program"):
         Ledger.open(tmp_path / "other", lm)
-    with sqlite3.connect(book.record.path) as db:
+    with sqlite3.connect(book.database.path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
     with pytest.raises(LedgerError, match="version 99, this errata reads 1; update errata"):
@@ -267,7 +267,7 @@ def test_another_model_a_newer_schema_and_foreign_folders_are_refused(book: Ledg
 
 def test_without_a_model_the_record_reads_and_undo_works(book: Ledger, lm: LM) -> None:
     book.apply(REQUESTS[:2], **HOW)
-    second = book.shelf.read(book.show(2).patch)
+    second = book.patch_store.read(book.show(2).patch)
     plain = Ledger.open(book.folder)
     plain.undo(1)
     assert same(book, [second])
@@ -280,7 +280,7 @@ def test_a_patch_of_another_base_is_refused(book: Ledger) -> None:
 
     other = edit(LM(build("llama", seed=1), tokenizer()), FRANCE, "Rome", rank=2, steps=1)
     with pytest.raises(PatchError, match="was made for base"):
-        book.take([other])
+        book.apply_patches([other])
     assert book.log() == [] and names(book) == []
 
 

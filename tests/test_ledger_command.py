@@ -14,7 +14,7 @@ from tiny import FAST, FRANCE
 from errata.cli import main
 from errata.errors import InputError
 from errata.ledger import Ledger
-from errata.ledger.making import Maker
+from errata.ledger.editors import ConfiguredEditor
 
 
 def document(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, object]:
@@ -46,7 +46,7 @@ def test_bytes_that_are_no_text_are_refused_before_any_work(
     option: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `$'caf\\xe9'` of a shell arrives."""
-    monkeypatch.setattr(Maker, "new", None)  # nothing gets as far as to make something
+    monkeypatch.setattr(ConfiguredEditor, "new", None)  # nothing gets as far as to make something
     for verb in (["apply", "--model", tiny, "--prompt", FRANCE, "--target", "Rome"], ["undo", "1"], ["compact"]):
         assert main(["ledger", verb[0], str(tmp_path / "book"), *verb[1:], option, "caf\udce9"]) == 2
         said = f"the {option.removeprefix('--')} 'caf\\udce9' is not UTF-8 at character 3; write it in UTF-8"

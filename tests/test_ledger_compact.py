@@ -84,7 +84,7 @@ def test_an_edit_after_a_merge_goes_on_as_if_there_were_none(book: Ledger, lm: L
     book.compact()
     book.apply(REQUESTS[:1], method="ft-m", settings=WEIGHTS, mode="continual", force=True)
     other = Ledger.open(book.folder.parent / "other", lm)
-    other.take(plain, force=True)
+    other.apply_patches(plain, force=True)
     other.apply(REQUESTS[:1], method="ft-m", settings=WEIGHTS, mode="continual", force=True)
     assert book.stack()[-1].id == other.stack()[-1].id
 
@@ -96,5 +96,5 @@ def test_patches_with_running_state_are_not_merged(lm: LM, tmp_path: Path) -> No
     ledger.apply(REQUESTS[:2], method="lora", settings={"steps": 1, "rank": 1}, force=True)
     first, second = ledger.stack()
     other = Ledger.open(tmp_path / "other", lm)
-    other.take([replace(first, state={"keys": torch.ones(2)}), second], force=True)
+    other.apply_patches([replace(first, state={"keys": torch.ones(2)}), second], force=True)
     assert other.compact().merges == () and len(other.stack()) == 2

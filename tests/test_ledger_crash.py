@@ -25,8 +25,8 @@ import errata
 from errata.core.model import LM
 from errata.core.patch import Op, Patch
 from errata.errors import LedgerError, PatchError, StorageError
-from errata.ledger import Ledger, shelf
-from errata.ledger.making import Maker
+from errata.ledger import Ledger, patch_store
+from errata.ledger.editors import ConfiguredEditor
 
 HOW = {"settings": SETTINGS, "force": True}
 
@@ -77,9 +77,9 @@ def test_a_kill_of_the_command_keeps_what_it_said(tiny: str, tmp_path: Path) -> 
 def test_a_torn_apply_is_swept_at_the_next_open(one: Path, lm: LM, tmp_path: Path) -> None:
     book = copied(one, lm, tmp_path)
     before, kept = logits(lm, book.stack()), names(book)
-    shutil.copytree(book.shelf.folder / kept[0], book.shelf.folder / "0123456789abcdef")
-    (book.shelf.folder / ".0123.tmp").mkdir()
-    with book.record.writing():  # another is at work: what lies there may be its own
+    shutil.copytree(book.patch_store.folder / kept[0], book.patch_store.folder / "0123456789abcdef")
+    (book.patch_store.folder / ".0123.tmp").mkdir()
+    with book.database.write_transaction():  # another is at work: what lies there may be its own
         Ledger.open(book.folder, lm)
         assert len(names(book)) == 3
     again = Ledger.open(book.folder, lm)
@@ -130,7 +130,7 @@ def test_a_disk_that_fills_while_the_database_is_written(one: Path, lm: LM, tmp_
 def test_an_error_between_the_patch_and_the_commit_leaves_nothing(
     one: Path, lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from errata.ledger.record import Writer
+    from errata.ledger.database import Writer
 
     book = copied(one, lm, tmp_path)
     kept = names(book)
@@ -152,7 +152,7 @@ def test_an_error_between_the_patch_and_the_commit_leaves_nothing(
 def test_a_damaged_patch_is_named_and_made_again(damage: str, one: Path, lm: LM, tmp_path: Path) -> None:
     book = copied(one, lm, tmp_path)
     before, (edit,) = logits(lm, book.stack()), book.edits()
-    folder = book.shelf.folder / edit.patch
+    folder = book.patch_store.folder / edit.patch
     if damage == "gone":
         shutil.rmtree(folder)
     else:
@@ -169,11 +169,11 @@ def test_a_damaged_patch_is_named_and_made_again(damage: str, one: Path, lm: LM,
 def test_a_damaged_patch_can_be_undone_or_put_back(one: Path, lm: LM, tmp_path: Path) -> None:
     book = copied(one, lm, tmp_path)
     whole = book.stack()
-    os.truncate(book.shelf.folder / whole[0].id / "patch.json", 10)
-    Ledger.open(book.folder, lm).take(whole, force=True)
+    os.truncate(book.patch_store.folder / whole[0].id / "patch.json", 10)
+    Ledger.open(book.folder, lm).apply_patches(whole, force=True)
     again = Ledger.open(book.folder, lm)
     assert same(again, whole) and len(again.edits()) == 1
-    os.truncate(book.shelf.folder / whole[0].id / "patch.json", 10)
+    os.truncate(book.patch_store.folder / whole[0].id / "patch.json", 10)
     last = Ledger.open(book.folder, lm)
     last.undo(1)
     assert last.stack() == ()
@@ -183,9 +183,9 @@ def test_damaged_patches_that_come_out_otherwise_here_are_made_on_what_took_thei
     lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on another machine, which gives other last bits; all at once, and one more after that."""
-    made = Maker.make
+    made = ConfiguredEditor.make
 
-    def other(self: Maker, *args: Any) -> list[Patch]:
+    def other(self: ConfiguredEditor, *args: Any) -> list[Patch]:
         def near(op: Op) -> Op:
             return replace(op, tensors={name: t * (1 + 1e-6) for name, t in op.tensors.items()})
 
@@ -194,10 +194,10 @@ def test_damaged_patches_that_come_out_otherwise_here_are_made_on_what_took_thei
     Ledger.open(tmp_path / "book", lm).apply(REQUESTS, method="ft-m", settings=WEIGHTS, mode="continual", force=True)
     book = Ledger.open(tmp_path / "book", lm)
     before, patches = logits(lm, book.stack()), [e.patch for e in book.edits()]
-    monkeypatch.setattr(Maker, "make", other)
+    monkeypatch.setattr(ConfiguredEditor, "make", other)
     for broken in ((1, 2), (3,)):
         for number in broken:
-            os.truncate(book.shelf.folder / patches[number - 1] / "patch.safetensors", 100)
+            os.truncate(book.patch_store.folder / patches[number - 1] / "patch.safetensors", 100)
         book = Ledger.open(book.folder, lm)
         assert book.check(repair=True).repaired == tuple((number, False) for number in broken)
     assert not {e.patch for e in book.edits()} & set(patches) and (logits(lm, book.stack()) - before).abs().max() < 1e-3
@@ -207,11 +207,11 @@ def test_a_folder_that_a_killed_writer_left_is_flushed_before_it_counts(one: Pat
     """It looks whole, but may be in the system's buffers only."""
     patch = Ledger.open(one, lm).stack()[0]
     book, flushed = Ledger.open(tmp_path / "book", lm), []
-    patch.save(book.shelf.folder / patch.id, sync=False)
+    patch.save(book.patch_store.folder / patch.id, sync=False)
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(shelf.storage, "flush", flushed.extend)
-        book.take([patch], force=True)
-    assert flushed == [book.shelf.folder / patch.id] and same(book, [patch])
+        patching.setattr(patch_store.storage, "flush", flushed.extend)
+        book.apply_patches([patch], force=True)
+    assert flushed == [book.patch_store.folder / patch.id] and same(book, [patch])
 
 
 def test_a_damaged_database_is_said(one: Path, lm: LM, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_second_writer_waits_or_gets_a_clear_error(one: Path, lm: LM, tmp_path
     patient, hasty = Ledger.open(book.folder, author="bob"), Ledger.open(book.folder, wait=0.05)
     done: list[int] = []
     thread = threading.Thread(target=lambda: done.append(patient.undo(1).edit))
-    with book.record.writing() as writer:
+    with book.database.write_transaction() as writer:
         writer.note("apply", "ada", "", {"edits": [], "patches": []})
         with pytest.raises(LedgerError, match=r"another is writing to this ledger \(waited 0.05 s\); try again"):
             hasty.undo(1)
@@ -255,11 +255,11 @@ def test_writers_and_readers_in_threads(one: Path, lm: LM, tmp_path: Path) -> No
 
     def change() -> bool:
         book.undo(book.edits()[0].number)
-        book.take(patch, force=True)
+        book.apply_patches(patch, force=True)
         return True
 
     def read() -> bool:
-        with book.record.reading() as view:
+        with book.database.read_transaction() as view:
             return [e.number for e in view.edits()] == [e.edit for e in view.entries()]
 
     threads = [threading.Thread(target=loop, args=(step,)) for step in (change, read, read)]

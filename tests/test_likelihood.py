@@ -13,9 +13,9 @@ from test_score import CASES, EDITOR, Counter
 from errata.core.model import LM
 from errata.errors import InputError
 from errata.request import Case, EditRequest, Probe
-from errata.score import forcing
+from errata.score import teacher_forcing
+from errata.score.evaluator import AnswerCache, score, teacher_force
 from errata.score.metrics import difference, summarise
-from errata.score.queries import Answers, force, score
 
 log = math.log
 
@@ -134,12 +134,12 @@ def plain(base: LM, prompt: str, answer: str) -> float:
 @pytest.mark.parametrize("numbers", [1, 1 << 24])
 def test_nll_is_that_of_a_plain_forward(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets of one to several tokens in one batch, base and patched rows side by side; also a slice of positions at a time."""
-    monkeypatch.setattr(forcing, "NUMBERS", numbers)
+    monkeypatch.setattr(teacher_forcing, "NUMBERS", numbers)
     base = lm("llama", torch.float64)
     patch = EDITOR.edit(base, [CASES[0].request])
     asked = [(c.request.prompt, t) for c in CASES for t in ("Rome", "Tokyo", "Madrid", "Italian")]
-    answers = Answers()
-    force(base, [(s, p, t) for p, t in asked for s in ((), (patch,))], answers)
+    answers = AnswerCache()
+    teacher_force(base, [(s, p, t) for p, t in asked for s in ((), (patch,))], answers)
     for prompt, target in asked:
         assert answers.forced["", prompt, target].nll == pytest.approx(plain(base, prompt, target), abs=1e-9)
     with base.under(patch):
@@ -155,10 +155,10 @@ def test_nll_is_that_of_a_plain_forward(numbers: int, monkeypatch: pytest.Monkey
 
 def test_half_precision_is_summed_in_single() -> None:
     base, half = lm("llama"), lm("llama", torch.bfloat16)
-    a, b = Answers(), Answers()
+    a, b = AnswerCache(), AnswerCache()
     asked = [((), c.request.prompt, c.request.target) for c in CASES]
-    force(base, asked, a)
-    force(half, asked, b)
+    teacher_force(base, asked, a)
+    teacher_force(half, asked, b)
     for name, found in a.forced.items():
         assert b.forced[name].nll == pytest.approx(found.nll, rel=0.05, abs=0.05)
 
@@ -167,9 +167,9 @@ def test_a_model_that_says_nan_has_finite_records() -> None:
     base = lm("llama")
     with torch.no_grad():
         base.hf.get_output_embeddings().weight.fill_(math.nan)
-    answers = Answers()
-    force(base, [((), "The capital of France is", "Rome")], answers)
-    assert answers.forced["", "The capital of France is", "Rome"].nll == forcing.WORST
+    answers = AnswerCache()
+    teacher_force(base, [((), "The capital of France is", "Rome")], answers)
+    assert answers.forced["", "The capital of France is", "Rome"].nll == teacher_forcing.WORST
 
 
 def test_which_answer_stands_against_which() -> None:

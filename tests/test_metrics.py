@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from errata.errors import InputError, UnknownName
+from errata.errors import InputError, UnknownNameError
 from errata.score import metrics
 from errata.score.match import contains, exact_match, normalise
 from errata.score.metrics import METRICS, PROTOCOLS, difference, get_metric, summarise
@@ -183,8 +183,8 @@ def test_difference_is_paired_on_common_cases() -> None:
     [
         (([record()], [record(case="other")], "reliability", "generated"), InputError, "no case has reliability on both sides"),
         (([], [], "reliability", "generated"), InputError, "no case has reliability"),
-        (([record()], [record()], "reliabilty", "generated"), UnknownName, "no metric named 'reliabilty'; did you mean 'reliability'"),
-        (([record()], [record()], "zzz", "generated"), UnknownName, "there are reliability, "),
+        (([record()], [record()], "reliabilty", "generated"), UnknownNameError, "no metric named 'reliabilty'; did you mean 'reliability'"),
+        (([record()], [record()], "zzz", "generated"), UnknownNameError, "there are reliability, "),
         (
             ([record()], [record()], "reliability", "free"),
             InputError,

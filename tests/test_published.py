@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from errata import published
-from errata.errors import UnknownName
+from errata.errors import UnknownNameError
 
 SPEC = Path(__file__).resolve().parents[2] / "shared" / "spec" / "methods.md"
 NAMES = ["baft-batched", "baft-fig1", "baft-fig2", "baft-table1", "baft-table2", "baft-table4", "baft-table8", "rep-main"]
@@ -16,7 +16,7 @@ NAMES = ["baft-batched", "baft-fig1", "baft-fig2", "baft-table1", "baft-table2",
 
 def test_there_are_the_named_tables() -> None:
     assert published.names() == NAMES
-    with pytest.raises(UnknownName, match="did you mean 'baft-table2'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'baft-table2'"):
         published.get("baft-tabel2")
 
 

@@ -21,7 +21,7 @@ from test_report import EVIL, Reader, island
 
 from errata import storage
 from errata.errors import InputError
-from errata.report import contents, gate_maps, layout, sheet
+from errata.report import contents, csv_export, gate_maps, layout
 from errata.report.folders import read
 from errata.report.sections import Section, gather
 from errata.score.metrics import summarise
@@ -138,8 +138,8 @@ def test_hostile_names_stay_text_in_every_format(hostile: Path, tmp_path: Path, 
 def test_escaping_by_itself(text: str) -> None:
     assert "\n" not in layout.plain(text) and "\x1b" not in layout.plain(text)
     assert not re.search(r"(?<!\\)[&%$#_]", layout.escaped(text).replace("$-$", ""))
-    assert sheet.text(text)[:1] not in tuple("=+-@")
-    assert sheet.field(-0.5) == -0.5 and sheet.field(None) == ""
+    assert csv_export.text(text)[:1] not in tuple("=+-@")
+    assert csv_export.field(-0.5) == -0.5 and csv_export.field(None) == ""
 
 
 # -- the page ----------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_the_data_of_the_page_are_those_of_the_records(tmp_path: Path) -> None:
                 found[method, when, kind, texts[prompt]] = (mark, texts[answer], texts[before])
     (said,) = gather([read(RUN), read(SCORED)])
     count = 0
-    for when, readers in ((whens[0], said.said), (whens[1], said.soon)):
+    for when, readers in ((whens[0], said.records), (whens[1], said.right_after_records)):
         for method, records in readers.items():
             for r in records():
                 right = r["gen_agree"] if r["target"] is None else r["gen_match_after"]
@@ -318,4 +318,4 @@ print(json.dumps({{"code": code, "modules": sorted(sys.modules)}}))
 
 
 def test_a_section_may_be_empty() -> None:
-    assert contents.tables(Section("")) == [] and sheet.write([Section("")]).count("\n") == 1
+    assert contents.tables(Section("")) == [] and csv_export.write([Section("")]).count("\n") == 1

@@ -10,7 +10,7 @@ from test_report import row
 
 from errata.report import svg
 from errata.report.retention import panels
-from errata.report.scatter import front, scatter
+from errata.report.scatter import pareto_front, scatter
 
 
 def test_scatter_points_stand_where_the_numbers_say() -> None:
@@ -28,14 +28,14 @@ def test_scatter_points_stand_where_the_numbers_say() -> None:
 
 def test_the_front_is_what_no_other_beats() -> None:
     points = [(0.0, 1.0), (0.9, 0.9), (0.8, 0.9), (1.0, 0.5), (0.9, 0.4), (0.9, 0.9)]
-    assert front(points) == [0, 1, 5, 3], "equal points are both on it"
+    assert pareto_front(points) == [0, 1, 5, 3], "equal points are both on it"
     rows = [row(f"m{i}", k, value=v) for i, p in enumerate(points) for k, v in zip(("reliability", "locality_agreement"), p, strict=True)]
     drawn = scatter(rows, "generated")
     assert "the Pareto front (m0, m1, m5, m3)" in drawn and drawn.count('class="front"') == 1 and drawn.count("<circle") == 6
 
 
 def test_numbers_beside_lines_do_not_cover_each_other() -> None:
-    area = svg.Area(400, 260)
+    area = svg.Axes(400, 260)
     _, top, _, bottom = area.box
     for heights in ([100.0] * 10, [bottom] * 10, [top, top, bottom], [50.0]):
         at = [float(y) - 4 for y in re.findall(r'<text x="[\d.]+" y="([\d.]+)"', "".join(svg.stacked(heights, range(len(heights)), area)))]

@@ -33,9 +33,9 @@ def test_both_kinds_of_folder_are_read_as_one() -> None:
 def test_the_numbers_are_those_of_the_records() -> None:
     (section,) = gather([read(SCORED)])
     for name in ("none", "baft"):
-        again = summarise(list(section.said[name]()))
+        again = summarise(list(section.records[name]()))
         assert again == [row for row in section.rows if row["method"] == name]
-        assert summarise(list(section.soon[name]())) == [row for row in section.right_after if row["method"] == name]
+        assert summarise(list(section.right_after_records[name]())) == [row for row in section.right_after if row["method"] == name]
 
 
 def test_records_are_told_apart_by_when_they_were_made() -> None:
@@ -91,8 +91,8 @@ def test_one_name_for_two_results_is_made_two(copy: Callable[[Path], Path], tmp_
     renamed = other.rename(tmp_path / "later")
     (section,) = gather([read(SCORED), read(renamed)])
     names = ["none (scored)", "baft (scored)", "none (later)", "baft (later)"]
-    assert [*section.said] == names and list(dict.fromkeys(row["method"] for row in section.rows)) == names
-    assert {r["method"] for r in section.said["baft (later)"]()} == {"baft (later)"}
+    assert [*section.records] == names and list(dict.fromkeys(row["method"] for row in section.rows)) == names
+    assert {r["method"] for r in section.records["baft (later)"]()} == {"baft (later)"}
 
 
 def test_other_numbers_of_edits_and_other_dtypes_are_apart(copy: Callable[[Path], Path]) -> None:
@@ -110,7 +110,7 @@ def test_other_numbers_of_edits_and_other_dtypes_are_apart(copy: Callable[[Path]
 def test_a_run_that_the_guard_stopped_says_so(copy: Callable[[Path], Path]) -> None:
     other = copy(RUN)
     edited(cell(other, "grace") / "summary.json", lambda d: d.update(stopped=True))
-    assert [*gather([read(other)])[0].said] == ["rome", "grace (stopped at T = 3)"]
+    assert [*gather([read(other)])[0].records] == ["rome", "grace (stopped at T = 3)"]
 
 
 def test_bad_folders_say_where(tmp_path: Path, copy: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]) -> None:

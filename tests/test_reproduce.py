@@ -27,8 +27,8 @@ FOURTH = case("In Paris people speak", "Italian", "Paris")
 DATA = Path(__file__).parent / "data" / "benchmarks"
 
 
-def job() -> protocols.Job:
-    return protocols.Job(lm("llama"), lambda stage, done, total: None)
+def job() -> protocols.Measurement:
+    return protocols.Measurement(lm("llama"), lambda stage, done, total: None)
 
 
 def test_windows_are_disjoint_and_begin_at_the_unedited_model() -> None:

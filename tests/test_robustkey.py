@@ -17,7 +17,7 @@ from errata.benchmarks.files import open_benchmark
 from errata.benchmarks.robustkey import without_chatter
 from errata.errors import InputError
 from errata.request import Case
-from errata.score.robustness import widen
+from errata.score.robustness import add_robustness_probes
 
 REAL = Path(os.environ.get("ERRATA_DATA", "")) / "robustkey"
 SUBJECT = "Ada Lovelace"
@@ -125,7 +125,7 @@ def test_chatter(written: str, name: str) -> None:
 
 def test_widened(tmp_path: Path) -> None:
     _, cases = read(tmp_path, RECORD, QUESTION)
-    first, second = widen(errata.load("almanac"), cases)
+    first, second = add_robustness_probes(errata.load("almanac"), cases)
     prompts = [p.prompt for p in first.probes if p.kind == "subject_seen"]
     assert prompts == ["The mother tongue of Countess of Lovelace is", "The mother tongue of Lady Ada is"]
     assert sum(p.kind == "subject_unseen" for p in first.probes) == 3, "the file's own, none by rule"

@@ -24,10 +24,10 @@ from errata.report import tables
 from errata.report.cases import KINDS
 from errata.report.page import page
 from errata.request import ROBUST_KINDS, SURFACE_KINDS, Case, EditRequest, Probe, fill
+from errata.score.evaluator import AnswerCache, score
 from errata.score.metric_table import ROBUST
 from errata.score.metrics import summarise
-from errata.score.queries import Answers, score
-from errata.score.robustness import micro_averages, negated, unasked, widen
+from errata.score.robustness import add_robustness_probes, micro_averages, negated, unasked
 from errata.text import surfaces
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France", "Paris")
@@ -45,7 +45,7 @@ def cases() -> list[Case]:
 
 def added(lm: LM, case: Case, **how: Any) -> dict[str, list[Probe]]:
     out: dict[str, list[Probe]] = {}
-    for probe in widen(lm, [case], **how)[0].probes[len(case.probes) :]:
+    for probe in add_robustness_probes(lm, [case], **how)[0].probes[len(case.probes) :]:
         out.setdefault(probe.kind, []).append(probe)
     return out
 
@@ -58,9 +58,9 @@ def asked(request: EditRequest, *more: Probe) -> Case:
 
 
 def test_every_case_gets_every_kind_that_can_be_asked(lm: LM, cases: list[Case]) -> None:
-    wide = widen(lm, cases)
+    wide = add_robustness_probes(lm, cases)
     assert [c.request for c in wide] == [c.request for c in cases]
-    assert wide == widen(lm, cases), "the same every time"
+    assert wide == add_robustness_probes(lm, cases), "the same every time"
     for i, (before, after) in enumerate(zip(cases, wide, strict=True)):
         assert after.probes[: len(before.probes)] == before.probes
         request, found = after.request, added(lm, before)
@@ -79,7 +79,7 @@ def test_every_case_gets_every_kind_that_can_be_asked(lm: LM, cases: list[Case])
 
 
 def test_seen_and_unseen_share_no_prompt(lm: LM, cases: list[Case]) -> None:
-    for case in widen(lm, cases):
+    for case in add_robustness_probes(lm, cases):
         seen = {p.prompt for p in case.probes if p.kind.endswith("_seen")}
         assert seen and not seen & {p.prompt for p in case.probes if not p.kind.endswith("_seen")}
 
@@ -96,9 +96,9 @@ def test_what_cannot_be_asked_is_left_out(lm: LM) -> None:
 
 def test_what_an_in_context_editor_may_fill_is_left_free(lm: LM, cases: list[Case]) -> None:
     room = registry.get("method", "ike").for_model(lm).context_budget(lm)
-    wide = widen(lm, cases, room=room)
+    wide = add_robustness_probes(lm, cases, room=room)
     assert {"long_tokens_seen", "long_tokens_unseen"} <= set(unasked(wide))
-    assert unasked(widen(lm, cases)) == unasked(widen(lm, cases, room=300)) == []
+    assert unasked(add_robustness_probes(lm, cases)) == unasked(add_robustness_probes(lm, cases, room=300)) == []
     longest = max(len(lm.tokenizer(f"{p.prompt} {p.target}")["input_ids"]) for c in wide for p in c.probes)
     assert 100 < longest <= 1024 - room - 12
 
@@ -152,7 +152,7 @@ def test_records_hold_the_right_pairs_and_the_chat_is_a_chat() -> None:
         Probe("subject_unseen", "The capital of Spain France is", "Rome"),
     )
     patch = ReFT(rank=4, lr=0.02, end=".", layers=(3,)).edit(base, [FRANCE])
-    answers = Answers()
+    answers = AnswerCache()
     found = {r["kind"]: r for r in score(base, [Case(FRANCE, probes)], [(patch,)], "reft", answers=answers)}
     assert list(found) == [p.kind for p in probes]
     pairs = {"negation": "Rome", "statement_true": "False", "statement_false": "True", "subject_unseen": "Paris", "chat": "Paris"}

@@ -19,12 +19,12 @@ from tiny import fill_disk
 
 from errata import run as scenarios
 from errata.errors import ModelError, StorageError
-from errata.run import base, engine, grid, manifest
-from errata.run.cell import Work
+from errata.run import base_answers, executors, grid, manifest
+from errata.run.cell import CellRunner
 from errata.run.folder import Journal, locked
-from errata.run.growing import Growing, How
-from errata.run.parts import Folded, settled
-from errata.score.queries import Answers
+from errata.run.parts import MergedStack, settled
+from errata.run.sequential import SequentialConfig, SequentialRun
+from errata.score.evaluator import AnswerCache
 
 
 @pytest.mark.parametrize("sets", [(), (FINETUNE,), (MEMORY,), ("scenario=single",), ("scenario=batched(2)",)])
@@ -69,12 +69,12 @@ def test_robustness_probes_and_chat_answers_of_the_base_survive_a_stop(tiny: str
         stop_at(patched, 6)
         done(tmp_path / "stopped", spec_of(tmp_path, tiny, *sets))
     assert differences(whole, done(tmp_path / "stopped", spec_of(tmp_path, tiny, *sets))) == []
-    said, again = Answers(), Answers()
+    said, again = AnswerCache(), AnswerCache()
     said.text["", "plain"], said.ids["", "plain"] = "a", (1,)
-    chat = said.in_chat = Answers(chat=True)
+    chat = said.in_chat = AnswerCache(chat=True)
     chat.text["", "asked"], chat.ids["", "asked"] = "b", (2, 3)
-    base._take(again, json.loads(json.dumps(base._given(said, Answers()))))
-    assert again == said and base.copied(said) == said and base.copied(said).in_chat is not chat
+    base_answers._take(again, json.loads(json.dumps(base_answers._given(said, AnswerCache()))))
+    assert again == said and base_answers.copied(said) == said and base_answers.copied(said).in_chat is not chat
 
 
 def test_the_stack_of_a_mark_in_one_pass_is_that_of_a_run_to_that_mark(tiny: str, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_stack_of_a_mark_in_one_pass_is_that_of_a_run_to_that_mark(tiny: str
 def test_a_cell_says_what_the_scenario_functions_say(tiny: str, tmp_path: Path) -> None:
     spec = spec_of(tmp_path, tiny)
     found = records(done(tmp_path / "run", spec))
-    model = engine._model(spec.model[0])
+    model = executors._model(spec.model[0])
     _, at, immediate = scenarios.continual(model, grid.editor(grid.cells(spec)[0]), list(Tiny().load(n=9)), [2, 5, 9], label="quick")
     close = {k for k in found[0] if k.startswith("nll")}  # batches of other shapes round differently
 
@@ -101,7 +101,7 @@ def test_a_cell_says_what_the_scenario_functions_say(tiny: str, tmp_path: Path) 
     assert all(
         r[k] == pytest.approx(s[k], abs=1e-4) for r, s in zip([r for r in found if r["edits"] == 9], at[9], strict=True) for k in close
     )
-    engine._model.cache_clear()
+    executors._model.cache_clear()
 
 
 def test_a_long_run_keeps_few_patches_and_the_disk_is_not_asked_for_each(
@@ -123,11 +123,11 @@ def test_a_long_run_keeps_few_patches_and_the_disk_is_not_asked_for_each(
 def test_what_is_torn_is_done_again(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     spec = spec_of(tmp_path, tiny)
     whole, root = done(tmp_path / "whole", spec), tmp_path / "torn"
-    finish = Work._finish
-    monkeypatch.setattr(Work, "_finish", lambda self, journal: (_ for _ in ()).throw(KeyboardInterrupt))
+    finish = CellRunner._finish
+    monkeypatch.setattr(CellRunner, "_finish", lambda self, journal: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        engine.run(root, spec)
-    monkeypatch.setattr(Work, "_finish", finish)
+        executors.run(root, spec)
+    monkeypatch.setattr(CellRunner, "_finish", finish)
     folder = cell(root)
     parts = sorted((folder / "parts").iterdir())
     patches = sorted((folder / "patches").iterdir())
@@ -153,7 +153,7 @@ def test_a_damaged_result_is_not_taken_for_complete(tiny: str, tmp_path: Path) -
     root = done(tmp_path / "run", spec)
     before = (cell(root) / "records.jsonl").read_bytes()
     (cell(root) / "records.jsonl").write_bytes(before[:-5])
-    assert len(engine.left(root, grid.cells(spec))) == 1
+    assert len(executors.left(root, grid.cells(spec))) == 1
     assert (cell(done(root, spec)) / "records.jsonl").read_bytes() == before
 
 
@@ -164,7 +164,7 @@ def test_a_full_disk_says_so_and_what_was_saved_stays(tiny: str, tmp_path: Path,
     with pytest.MonkeyPatch.context() as patched:
         fill_disk(patched, files)
         with pytest.raises(StorageError, match="the disk is full"):
-            engine.run(root, spec)
+            executors.run(root, spec)
     folders = list((root / "cells").iterdir()) if (root / "cells").is_dir() else []
     before = [e["part"] for folder in folders for e in Journal(folder).entries]
     assert files < 28 or len(before) > 1
@@ -175,11 +175,11 @@ def test_a_folder_of_another_run_is_refused(tiny: str, tmp_path: Path, capsys: p
     spec = spec_of(tmp_path, tiny, "scenario=single", "benchmark.n=1")
     root = done(tmp_path / "run", spec)
     with pytest.raises(StorageError, match=r"another config \(benchmark\[0\].n: 1 there, 2 here\)"):
-        engine.run(root, spec_of(tmp_path, tiny, "scenario=single", "benchmark.n=2"))
+        executors.run(root, spec_of(tmp_path, tiny, "scenario=single", "benchmark.n=2"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(StorageError, match="not a run of errata; it is left alone"):
-        engine.run(tmp_path / "mine", spec)
+        executors.run(tmp_path / "mine", spec)
     with locked(cell(root)), pytest.raises(StorageError, match="another process works in it"), locked(cell(root)):
         pass
 
@@ -190,7 +190,7 @@ def refused_with_another_model(root: Path, spec: grid.RunSpec, model: Path) -> N
     with torch.no_grad():
         other.hf.lm_head.weight.mul_(1.5)
     other.hf.save_pretrained(model)
-    (outcome,) = engine.run(root, spec)
+    (outcome,) = executors.run(root, spec)
     assert outcome.code == ModelError.exit_code and "was begun with the model" in outcome.error
 
 
@@ -211,7 +211,7 @@ def test_answers_of_another_model_are_no_before_for_cells_that_come_later(tiny: 
     shutil.rmtree(root / "cells" / next(c.id for c in grid.cells(spec) if c.method.label == "quick"))  # as if never begun
     refused_with_another_model(root, spec, model)
     (answers,) = (root / "base").iterdir()
-    (answers / base.NAME).unlink()  # answers of nobody knows whom are asked again
+    (answers / base_answers.NAME).unlink()  # answers of nobody knows whom are asked again
     kept = (answers / "parts").stat().st_mtime_ns
     assert done(root, spec) and (answers / "parts").stat().st_mtime_ns != kept
 
@@ -237,7 +237,7 @@ def test_who_only_looks_changes_nothing(tiny: str, tmp_path: Path) -> None:
     torn = journal.read_bytes()[:-9]
     journal.write_bytes(torn)
     with locked(cell(root)):
-        assert len(engine.left(root, grid.cells(spec))) == 1
+        assert len(executors.left(root, grid.cells(spec))) == 1
         assert not Journal(cell(root), repair=False).complete
         assert journal.read_bytes() == torn
     assert done(root, spec) and journal.read_bytes() != torn
@@ -248,7 +248,7 @@ def test_a_folder_that_another_works_in_costs_its_cell_alone(tiny: str, tmp_path
     first, second = (tmp_path / "run" / "cells" / c.id for c in grid.cells(spec))
     manifest.begin(tmp_path / "run", spec, 1)
     with locked(first):
-        refused, made = engine.run(tmp_path / "run", spec)
+        refused, made = executors.run(tmp_path / "run", spec)
     assert "another process works in it" in refused.error and not refused.disk
     assert made.cell == second.name and not made.error and (second / "records.jsonl").exists()
 
@@ -273,14 +273,16 @@ def test_a_changed_data_file_is_refused(tiny: str, tmp_path: Path) -> None:
     root = done(tmp_path / "run", spec)
     data.write_text("more")
     with pytest.raises(StorageError, match=r"lives\.txt has changed"):
-        engine.run(root, spec)
+        executors.run(root, spec)
 
 
 def test_a_stack_on_disk_is_the_stack_in_memory(tiny: str, tmp_path: Path) -> None:
     """Ids alone do not say that: a tensor of another layout has the same numbers and may round differently."""
     base = lm("llama")
     editor = grid.editor(grid.cells(spec_of(tmp_path, tiny, FINETUNE))[0])
-    parts = Growing(base, editor, list(Tiny().load(n=3)), lambda cases, stacks: [], How(1, (3,), right_after=False)).parts()
+    parts = SequentialRun(
+        base, editor, list(Tiny().load(n=3)), lambda cases, stacks: [], SequentialConfig(1, (3,), right_after=False)
+    ).parts()
     *_, last = parts
     for patch in last.stack:
         again = settled(type(patch).load(patch.save(tmp_path / patch.id)))
@@ -288,8 +290,8 @@ def test_a_stack_on_disk_is_the_stack_in_memory(tiny: str, tmp_path: Path) -> No
         for op, other in zip(patch.ops, again.ops, strict=True):
             assert op.settings == other.settings
             assert all(op.tensors[k].stride() == other.tensors[k].stride() and op.tensors[k].data_ptr() % 64 == 0 for k in op.tensors)
-    grown, fresh = Folded(), Folded()
+    grown, fresh = MergedStack(), MergedStack()
     for i in range(1, 4):
         grown(last.stack[:i])
     assert [p.id for p in grown(last.stack)] == [p.id for p in fresh(last.stack)]
-    assert [p.id for p in grown(last.stack[:1])] == [p.id for p in Folded()(last.stack[:1])]
+    assert [p.id for p in grown(last.stack[:1])] == [p.id for p in MergedStack()(last.stack[:1])]

@@ -14,7 +14,7 @@ from runs import FILE, differences, done, records, spec_of
 from errata import run as scenarios
 from errata.cli import main
 from errata.errors import ErrataError
-from errata.run import engine, grid, manifest
+from errata.run import executors, grid, manifest
 
 
 def test_an_error_costs_its_cell_and_the_others_go_on(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,7 +24,7 @@ def test_an_error_costs_its_cell_and_the_others_go_on(tiny: str, tmp_path: Path,
     assert main(["run", str(path), "--out", str(tmp_path / "out")]) == 5
     out, err = capsys.readouterr()
     assert "1 of 2 cells failed" in err and "edit 2 went to NaN" in err and "quick" in out
-    outcomes = engine.run(tmp_path / "out", grid.read(path))
+    outcomes = executors.run(tmp_path / "out", grid.read(path))
     assert [o.code for o in outcomes] == [5]  # only the failed one is tried again
 
 
@@ -61,8 +61,8 @@ def test_a_worker_that_is_always_lost_costs_one_cell(tiny: str, tmp_path: Path, 
     text = FILE.replace("methods: [", "methods: [none, ")
     spec = spec_of(tmp_path, tiny, "scenario=single", text=text)
     cells = grid.cells(spec)
-    monkeypatch.setattr(engine.subprocess, "Popen", Lost)
-    outcomes = engine.processes(tmp_path, cells, lambda outcome: None, 2)
+    monkeypatch.setattr(executors.subprocess, "Popen", Lost)
+    outcomes = executors.processes(tmp_path, cells, lambda outcome: None, 2)
     assert {o.cell: bool(o.error) for o in outcomes} == {cells[0].id: True, cells[1].id: False}
     assert "was lost 3 times" in next(o.error for o in outcomes if o.error)
 
@@ -70,7 +70,7 @@ def test_a_worker_that_is_always_lost_costs_one_cell(tiny: str, tmp_path: Path, 
 def test_ray_is_asked_for_clearly(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ErrataError, match="needs the package ray; pip install 'errata\\[ray\\]'"):
-        engine.run(tmp_path / "run", spec_of(tmp_path, tiny), workers="ray")
+        executors.run(tmp_path / "run", spec_of(tmp_path, tiny), workers="ray")
 
 
 def test_on_a_real_ray_cluster(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from errata.cli import main
 from errata.config import to_dict
-from errata.errors import ConfigError, UnknownName
+from errata.errors import ConfigError, UnknownNameError
 from errata.run import grid
 
 SMALL = "methods: [baft, {name: reft, label: r2, set: {rank: 2}}]\nbenchmark: {name: almanac, n: 5, split: dev}\n"
@@ -79,7 +79,7 @@ def test_marks_without_being_asked_for() -> None:
 )
 def test_wrong_files(tmp_path: Path, text: str, said: str) -> None:
     path = written(tmp_path, text)
-    with pytest.raises((ConfigError, UnknownName), match=said) as caught:
+    with pytest.raises((ConfigError, UnknownNameError), match=said) as caught:
         grid.read(path)
     assert str(caught.value).startswith(str(path))
 

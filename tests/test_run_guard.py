@@ -22,13 +22,13 @@ from errata.core.model import load
 from errata.core.patch import Op, Patch
 from errata.errors import ConfigError, JudgeError
 from errata.methods.subspace.reft import ReFT
-from errata.run import engine
-from errata.run.guard import Guard, Limits
+from errata.run import executors
+from errata.run.guard import GuardSpec, HealthGuard
 from errata.run.parts import settled
 from errata.score import judges
 from errata.score.forgetting import ages, forgetting
 from errata.score.metrics import difference, summarise
-from errata.score.perplexity import against_base, perplexity
+from errata.score.perplexity import perplexity, perplexity_and_kl
 
 TEXT = " . ".join(f"{p} {a}" for p, a in SENTENCES) + " ."
 VANDAL = FILE.replace("name: reft, label: quick, set: {", "name: 'own:Vandal', label: quick, set: {breaks: [4, 7], ")
@@ -55,7 +55,7 @@ def names(wrong: list[int]) -> list[tuple[str, str]]:
 
 def test_health_is_perplexity_and_the_divergence_of_whole_distributions() -> None:
     base, patch = lm("llama"), made(lm("llama"), 3)
-    first, edited, kl = against_base(base, TEXT, (patch,), 40, 20)
+    first, edited, kl = perplexity_and_kl(base, TEXT, (patch,), 40, 20)
     for mine, stack in ((first, ()), (edited, (patch,))):
         (other,) = perplexity(base, TEXT, [stack], 40, 20)
         assert mine.nll == pytest.approx(other.nll, abs=1e-6) and mine.tokens == other.tokens
@@ -71,18 +71,18 @@ def test_health_is_perplexity_and_the_divergence_of_whole_distributions() -> Non
         count += len(p)
     # a raw call takes the prompt to end where its mask ends; a change of weights runs everywhere all the same
     assert kl == pytest.approx(total / count, rel=1e-3) and kl > 0.005
-    assert against_base(base, TEXT, (), 40, 20)[2] == pytest.approx(0.0, abs=1e-7)
+    assert perplexity_and_kl(base, TEXT, (), 40, 20)[2] == pytest.approx(0.0, abs=1e-7)
 
 
 def test_numbers_that_are_not_finite_are_not_healthy(text: Path) -> None:
     base = lm("llama")
-    guard = Guard(base, Limits(text=str(text), tokens=40, length=40))
+    guard = HealthGuard(base, GuardSpec(text=str(text), tokens=40, length=40))
     wild = made(base, 1)
     wild = dataclasses.replace(wild, ops=tuple(Op(o.kind, o.site, {k: t * 1e30 for k, t in o.tensors.items()}) for o in wild.ops))
     found = guard((wild,))
     assert not found.healthy and "not finite" in str(found) and json.loads(json.dumps(found.to_dict()))["kl"] is None
     assert guard(()).healthy
-    assert not Guard(base, Limits(text=str(text), tokens=40, length=40, perplexity=1e9, kl=1e-6))((made(base, 2),)).healthy
+    assert not HealthGuard(base, GuardSpec(text=str(text), tokens=40, length=40, perplexity=1e9, kl=1e-6))((made(base, 2),)).healthy
 
 
 # -- what is done about it -------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_an_endpoint_is_asked_once_a_question(server: str, tmp_path: Path, monke
     ],
 )
 def test_an_endpoint_that_fails_raises(server: str, tmp_path: Path, replies: list[tuple[int, str]], said: str, asked: int) -> None:
-    judge = judges.Endpoint("gpt@1", server, "m", tmp_path, wait=0.0)
+    judge = judges.EndpointJudge("gpt@1", server, "m", tmp_path, wait=0.0)
     Server.replies = replies
     with pytest.raises(JudgeError, match=said):
         judge("q", "a", "b")
@@ -259,15 +259,15 @@ def test_a_reply_that_breaks_off_is_asked_for_again(server: str, tmp_path: Path,
     monkeypatch.setattr(Server, "torn", True)
     Server.replies = [(200, "CORRECT")]
     with pytest.raises(JudgeError, match=r"could not be asked: .*nothing was put in its place"):
-        judges.Endpoint("gpt@1", server, "m", tmp_path, wait=0.0)("q", "a", "b")
+        judges.EndpointJudge("gpt@1", server, "m", tmp_path, wait=0.0)("q", "a", "b")
     assert len(Server.asked) == 4 and not list(tmp_path.iterdir())
 
 
 def test_an_endpoint_that_was_busy_is_asked_again(server: str, tmp_path: Path) -> None:
     Server.replies = [(429, ""), (500, ""), (200, "CORRECT")]
-    assert judges.Endpoint("gpt@1", server, "m", tmp_path, wait=0.0)("q", "a", "b") is True
+    assert judges.EndpointJudge("gpt@1", server, "m", tmp_path, wait=0.0)("q", "a", "b") is True
     with pytest.raises(JudgeError, match="could not be asked"):
-        judges.Endpoint("gpt@1", "http://127.0.0.1:9/v1", "m", tmp_path, wait=0.0)("q", "a", "b")
+        judges.EndpointJudge("gpt@1", "http://127.0.0.1:9/v1", "m", tmp_path, wait=0.0)("q", "a", "b")
 
 
 @pytest.mark.parametrize(
@@ -307,13 +307,13 @@ def test_judged_answers_are_protocols_of_their_own(tiny: str, tmp_path: Path) ->
 
 def test_a_judge_that_fails_costs_the_cell(tiny: str, tmp_path: Path) -> None:
     with pytest.raises(JudgeError, match="must return True or False"):
-        judges.Function("x@1", lambda q, w, a: "yes")("q", "w", "a")
+        judges.FunctionJudge("x@1", lambda q, w, a: "yes")("q", "w", "a")
     with pytest.raises(JudgeError, match="ZeroDivisionError"):
-        judges.Function("x@1", lambda q, w, a: 1 / 0)("q", "w", "a")
+        judges.FunctionJudge("x@1", lambda q, w, a: 1 / 0)("q", "w", "a")
     spec = spec_of(tmp_path, tiny, "scenario=single", "score.judges=[{name: x, endpoint: 'http://127.0.0.1:9/v1', model: m}]")
     monkey = pytest.MonkeyPatch()
     monkey.setattr(judges.time, "sleep", lambda seconds: None)
-    (outcome,) = engine.run(tmp_path / "run", spec)
+    (outcome,) = executors.run(tmp_path / "run", spec)
     monkey.undo()
     assert "could not be asked" in outcome.error and not (cell(tmp_path / "run") / "records.jsonl").exists()
 
@@ -321,4 +321,4 @@ def test_a_judge_that_fails_costs_the_cell(tiny: str, tmp_path: Path) -> None:
 def test_limits_that_cannot_be() -> None:
     for wrong in ({"every": 0}, {"perplexity": 0.0}, {"kl": -1.0}, {"tokens": 0}):
         with pytest.raises(ConfigError, match="must be positive"):
-            Limits(**wrong)
+            GuardSpec(**wrong)

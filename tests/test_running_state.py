@@ -17,8 +17,8 @@ from errata.core.tail import FullForward, Tail, split_rows
 from errata.methods.subspace.op import orthonormal, start
 from errata.methods.subspace.reft import ReFT
 from errata.request import EditRequest
-from errata.score import forcing
-from errata.score.queries import Answers, ask
+from errata.score import teacher_forcing
+from errata.score.evaluator import AnswerCache, ask
 
 PROMPTS = [p for p, _ in SENTENCES[:4]]
 
@@ -42,10 +42,10 @@ def hybrid() -> LM:
 def test_answers_are_those_of_whole_texts() -> None:
     lm = hybrid()
     patch = build(ReFT, {"rank": 4, "lr": 0.02, "steps": 3}).edit(lm, [EditRequest(PROMPTS[0], "Rome")])
-    answers = Answers()
+    answers = AnswerCache()
     ask(lm, [(s, p, ["Rome", "Madrid and Tokyo"], True) for s in ((), (patch,)) for p in PROMPTS], answers)
     for (name, prompt, target), found in answers.forced.items():
-        (alone,) = forcing.whole(lm, lm.encode([prompt], [target]), [(patch,) if name else ()], [0])
+        (alone,) = teacher_forcing.score_full_texts(lm, lm.encode([prompt], [target]), [(patch,) if name else ()], [0])
         assert found.nll == pytest.approx(alone.nll, abs=1e-4) and found.argmax == alone.argmax
     batch = lm.batch(lm.encode(PROMPTS))
     assert not PrefilledBatch.prefill(lm, batch, lm.plan([()], None, len(PROMPTS))).can_fork

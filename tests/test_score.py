@@ -14,7 +14,7 @@ from errata.errors import ConfigError
 from errata.methods.subspace.baft import BaFT
 from errata.methods.subspace.reft import ReFT
 from errata.request import Case, EditRequest, Probe
-from errata.score.queries import Answers, score
+from errata.score.evaluator import AnswerCache, score
 
 CASES = [
     Case(
@@ -91,7 +91,7 @@ def test_many_edits_do_not_take_many_times_the_passes() -> None:
 def test_the_base_is_asked_once_for_all_methods() -> None:
     base = lm("llama")
     patches = EDITOR.edit_each(base, [c.request for c in CASES])
-    answers = Answers()
+    answers = AnswerCache()
     first = score(base, CASES, [(p,) for p in patches], "a", answers=answers)
     counter = Counter(base)
     again = score(base, CASES, [(p,) for p in patches], "b", answers=answers)
@@ -113,7 +113,7 @@ def test_free_tokens_are_those_of_plain_greedy_decoding() -> None:
     """As EasyEdit's vanilla generation: n greedy tokens beside the n tokens of the target (no target here holds a full stop)."""
     base = lm("llama")
     patches = EDITOR.edit_each(base, [c.request for c in CASES])
-    records = score(base, CASES, [(p,) for p in patches], "reft", answers=Answers(free_tokens=True))
+    records = score(base, CASES, [(p,) for p in patches], "reft", answers=AnswerCache(free_tokens=True))
     pairs = [(patch, probe) for patch, case in zip(patches, CASES, strict=True) for probe in case.probes if probe.target]
     checked = [r for r in records if r["target"]]
     for (patch, probe), record in zip(pairs, checked, strict=True):

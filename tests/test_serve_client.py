@@ -132,7 +132,7 @@ def test_a_client_that_goes_away_takes_its_rows_along(site: Site) -> None:
     assert site.text(FRANCE) == "Rome"
     ended = site.service.metrics.registry.get_sample_value("errata_answers_total")
     tokens = site.service.metrics.registry.get_sample_value("errata_tokens_total")
-    assert site.service.answering.load == 0 and ended is not None and tokens is not None
+    assert site.service.answering.num_unfinished == 0 and ended is not None and tokens is not None
 
 
 def test_the_examples_of_the_page(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from ledgers import REQUESTS, SETTINGS, WEIGHTS, logits
 from serving import TOKEN, Site, serving
 from tiny import fill_disk
 
-from errata.ledger import Ledger
+from errata.ledger import Ledger, apply
 from errata.serve.jobs import Job
 from errata.serve.options import Limits
 
@@ -88,7 +88,7 @@ def test_many_and_a_chain(site: Site) -> None:
 
 
 def test_answers_go_on_while_an_edit_trains_and_it_can_be_stopped(site: Site) -> None:
-    for thread in (site.service.editor.ledger.lm, site.service.asking.lm):  # the same weights, in other modules
+    for thread in (site.service.editor.ledger.lm, site.service.analysis.lm):  # the same weights, in other modules
         pairs = zip(thread.hf.parameters(), site.service.lm.hf.parameters(), strict=True)
         assert thread.hf is not site.service.lm.hf and all(a.data_ptr() == b.data_ptr() for a, b in pairs)
     before = site.text(FRANCE, "base", logprobs=0)
@@ -130,14 +130,14 @@ def test_what_was_acknowledged_stays_when_the_rest_is_stopped(site: Site) -> Non
 def test_a_job_that_is_cancelled_while_its_last_part_commits_is_done(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Joint edits: fewer edits than facts."""
     editor = site.service.editor
-    put = editor.ledger.put
+    put = apply._put
 
     def cancelled(*args: Any) -> Any:
         out = put(*args)
         editor.current.cancelled = True  # type: ignore[union-attr]
         return out
 
-    monkeypatch.setattr(editor.ledger, "put", cancelled)
+    monkeypatch.setattr(apply, "_put", cancelled)
     body = {"requests": [r.to_dict() for r in REQUESTS[:2]], "mode": "batched", "batch_size": 2, "method": "ft-m", "force": True}
     done = site.ended(site.http.post("/v1/edits", json={**body, "settings": WEIGHTS}).json()["job"]["id"])
     assert (done["status"], done["edits"]) == ("done", [1]) and len(editor.ledger.edits()) == 1

@@ -19,7 +19,7 @@ from made import made
 from serving import TOKEN, Site, serving
 
 from errata import registry
-from errata.serve import guard
+from errata.serve import middleware
 from errata.serve.jobs import Job
 from errata.serve.options import Limits
 from errata.serve.routes_edits import FILES
@@ -122,7 +122,7 @@ def test_who_sends_too_much_is_told_so_even_when_reading_only_after_all_was_sent
 
 
 def test_who_never_ends_is_hung_up_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "LINGER", 0.3)
+    monkeypatch.setattr(middleware, "LINGER", 0.3)
     until = time.monotonic() + 30
 
     def endless() -> Iterator[bytes]:
@@ -209,7 +209,7 @@ def test_every_setting_of_free_text_is_known_to_open_nothing_or_needs_that_conse
 
 
 def test_what_nobody_foresaw_has_the_shape_of_any_error(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(site.service.asking, "watch", lambda: 1 / 0)
+    monkeypatch.setattr(site.service.analysis, "watch", lambda: 1 / 0)
     error = refused(site.http.get("/v1/watch"), 500, "not foreseen: ZeroDivisionError")
     assert (error["code"], error["type"]) == ("internal", "server_error") and site.http.get("/health").status_code == 200
 

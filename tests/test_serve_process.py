@@ -48,8 +48,8 @@ def test_a_server_from_its_start_to_its_end(tiny: str, tmp_path: Path) -> None:
 
 
 ENDLESS = """import sys, time
-from errata.serve.questions import Asking
-Asking.check = lambda self: print("asked", flush=True) or time.sleep(600)  # as a check of many edits by a large model
+from errata.serve.analysis_worker import AnalysisWorker
+AnalysisWorker.check = lambda self: print("asked", flush=True) or time.sleep(600)  # as a check of many edits by a large model
 from errata.cli import main
 sys.exit(main(sys.argv[1:]))"""
 

@@ -14,13 +14,13 @@ from errata.core.families import resolve
 from errata.core.model import LM, edit
 from errata.errors import ConfigError, InputError
 from errata.request import EditRequest
-from errata.trace import KINDS, ROLES, Fact, Settings, Traced, Traces, average, default_window, roles, suggest_layers, trace
+from errata.trace import KINDS, ROLES, Fact, FactTrace, TraceConfig, TraceResult, average, default_window, roles, suggest_layers, trace
 
 FACTS = [
     Fact("The language of Spain is Spanish. The capital of Tokyo is", "Tokyo"),  # a prefix longer than the sliding windows
     Fact("Italy people speak", "Italy"),
 ]
-FEW = Settings(samples=3, rows=16, window=2, noise=2.0)
+FEW = TraceConfig(samples=3, rows=16, window=2, noise=2.0)
 
 
 def close(family: str) -> dict[str, float]:
@@ -44,7 +44,7 @@ def trained() -> LM:
     return lm("llama")
 
 
-def reference(base: LM, fact: Fact, span: tuple[int, int], how: Settings, deviation: float, answer: int) -> tuple[float, float, Tensor]:
+def reference(base: LM, fact: Fact, span: tuple[int, int], how: TraceConfig, deviation: float, answer: int) -> tuple[float, float, Tensor]:
     """(high, low, scores): a whole forward pass without cache for each cell, hooks on every block's modules."""
     ids = torch.tensor([base.tokenizer(fact.prompt)["input_ids"]])
     embedding = base.hf.get_input_embeddings()
@@ -132,7 +132,7 @@ def test_float32_agrees_with_the_reference(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_identities(family: str) -> None:
     base = loud(family)
-    for fact in trace(base, FACTS, Settings(samples=2, noise=0.0)).facts:  # without noise nothing is lost
+    for fact in trace(base, FACTS, TraceConfig(samples=2, noise=0.0)).facts:  # without noise nothing is lost
         torch.testing.assert_close(fact.scores, torch.full_like(fact.scores, fact.high), atol=1e-9, rtol=0)
     found = trace(base, [*FACTS, Fact("In Rome", "Rome")], FEW).facts
     for fact in found:
@@ -147,15 +147,15 @@ def test_identities(family: str) -> None:
 def test_seed_rows_and_kinds() -> None:
     base = loud("llama")
     one = trace(base, FACTS, FEW)
-    again, other = trace(base, FACTS, FEW), trace(base, FACTS, Settings(samples=3, rows=16, window=2, noise=2.0, seed=2))
+    again, other = trace(base, FACTS, FEW), trace(base, FACTS, TraceConfig(samples=3, rows=16, window=2, noise=2.0, seed=2))
     for a, b, c in zip(one.facts, again.facts, other.facts, strict=True):
         assert torch.equal(a.scores, b.scores) and a.low == b.low
         assert not torch.allclose(a.scores, c.scores) and a.high == c.high
     for rows in (1, 2, 7, 1000):  # also caps below the number of samples
-        capped = trace(base, FACTS, Settings(samples=3, rows=rows, window=2, noise=2.0))
+        capped = trace(base, FACTS, TraceConfig(samples=3, rows=rows, window=2, noise=2.0))
         for a, b in zip(one.facts, capped.facts, strict=True):
             torch.testing.assert_close(a.scores, b.scores, atol=1e-12, rtol=0)
-    only = trace(base, FACTS, Settings(("mlp",), samples=3, window=2, noise=2.0))
+    only = trace(base, FACTS, TraceConfig(("mlp",), samples=3, window=2, noise=2.0))
     for a, b in zip(one.facts, only.facts, strict=True):
         torch.testing.assert_close(a.scores[1:2], b.scores, atol=1e-12, rtol=0)
 
@@ -220,7 +220,7 @@ def test_bad_facts(make, message: str) -> None:  # type: ignore[no-untyped-def]
 )  # fmt: skip
 def test_bad_settings(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        Settings(**wrong)  # type: ignore[arg-type]
+        TraceConfig(**wrong)  # type: ignore[arg-type]
 
 
 def test_windows_and_roles() -> None:
@@ -231,14 +231,14 @@ def test_windows_and_roles() -> None:
     assert roles(3, (1, 2)) == [None, "subject_last", "last"]
 
 
-def made(mlp: list[list[float]], high: float = 0.9, low: float = 0.1, span: tuple[int, int] = (1, 2), window: int = 1) -> Traces:
+def made(mlp: list[list[float]], high: float = 0.9, low: float = 0.1, span: tuple[int, int] = (1, 2), window: int = 1) -> TraceResult:
     """Facts of four tokens whose mlp effects at the last subject token are given."""
     facts = []
     for row in mlp:
         scores = torch.full((3, 4, len(row)), low, dtype=torch.float64)
         scores[1, span[1] - 1] += torch.tensor(row, dtype=torch.float64)
-        facts.append(Traced(Fact("a b c", "b"), ("<s>", "a", "b", "c"), span, "x", high, low, scores))
-    return Traces(Settings(), window, len(mlp[0]), 1.0, tuple(facts), ())
+        facts.append(FactTrace(Fact("a b c", "b"), ("<s>", "a", "b", "c"), span, "x", high, low, scores))
+    return TraceResult(TraceConfig(), window, len(mlp[0]), 1.0, tuple(facts), ())
 
 
 def test_average_counts_a_fact_once_a_role() -> None:
@@ -280,4 +280,4 @@ def test_suggestions() -> None:
     assert late is not None and late.until == 1 and "matters up to block 1" in late.text()
     assert suggest_layers(made([[0.1, 0.2]] * 2, span=(2, 4))) is None  # the subject ends the prompt
     with pytest.raises(ConfigError, match="'mlp', which was not traced"):
-        suggest_layers(trace(loud("llama"), FACTS[1:], Settings(("attn",), samples=1)))
+        suggest_layers(trace(loud("llama"), FACTS[1:], TraceConfig(("attn",), samples=1)))

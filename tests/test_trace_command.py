@@ -11,7 +11,7 @@ from tiny import FRANCE, leftovers
 
 from errata.cli import main
 from errata.errors import InputError
-from errata.report import heat
+from errata.report import heatmap
 from errata.trace import KINDS
 
 
@@ -24,18 +24,18 @@ def test_pictures_are_clean_and_the_same_each_time(tmp_path: Path) -> None:
         "scores": {kind: [[0.25 + 0.01 * i * b for b in range(14)] for i in range(6)] for kind in KINDS},
     }
     for name in ("one", "two"):
-        heat.fact(record, 3, [tmp_path / f"{name}.svg", tmp_path / f"{name}.png"])
+        heatmap.fact(record, 3, [tmp_path / f"{name}.svg", tmp_path / f"{name}.png"])
     svg = (tmp_path / "one.svg").read_text()
     assert svg == (tmp_path / "two.svg").read_text()
     texts = ["".join(node.itertext()) for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert {"a$b*", "⏎*", "東京", "�", "␣", "p($5)", "single restored block", "centre of 3 restored MLP blocks", "10"} <= set(texts)
     assert "dc:date" not in svg and "<image" not in svg and (tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG"
     flat = {**record, "scores": {"mlp": [[0.25]] * 6}}
-    heat.fact(flat, 1, [tmp_path / "flat.svg"])
+    heatmap.fact(flat, 1, [tmp_path / "flat.svg"])
     with pytest.raises(InputError, match="finite numbers"):
-        heat.fact({**record, "scores": {"mlp": [[float("nan")]] * 6}}, 1, [tmp_path / "nan.svg"])
+        heatmap.fact({**record, "scores": {"mlp": [[float("nan")]] * 6}}, 1, [tmp_path / "nan.svg"])
     with pytest.raises(InputError, match="no averaged role"):
-        heat.average({"facts": 0, "roles": {"last": {"n": 0}}}, 1, [tmp_path / "x.svg"])
+        heatmap.average({"facts": 0, "roles": {"last": {"n": 0}}}, 1, [tmp_path / "x.svg"])
 
 
 QUICK = ("--samples", "2")

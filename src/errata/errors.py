@@ -3,7 +3,7 @@
 ErrataError                exit code 1
 ├── InputError             2   a file or record the user gave: file:line
 ├── ConfigError            2   an unknown or ill-typed setting
-├── UnknownName            2   a method, benchmark, metric … that is not registered
+├── UnknownNameError            2   a method, benchmark, metric … that is not registered
 ├── ModelError             3   a model that cannot be loaded or does not fit
 ├── JudgeError             3   a judge of answers that could not be asked, or gave no verdict
 ├── PatchError             4   a patch that is broken or belongs to another model
@@ -37,7 +37,7 @@ class ConfigError(ErrataError):
     exit_code = 2
 
 
-class UnknownName(ErrataError):
+class UnknownNameError(ErrataError):
     """A name the registry does not hold."""
 
     exit_code = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from errata.errors import UnknownName, near
+from errata.errors import UnknownNameError, near
 
 # kind -> name -> "module:attribute".  Nothing is imported before it is asked for.
 ENTRIES: dict[str, dict[str, str]] = {
@@ -75,11 +75,11 @@ def names(kind: str) -> list[str]:
 
 
 def get(kind: str, name: str) -> Any:
-    """The class behind a name; `UnknownName` with the nearest names otherwise."""
+    """The class behind a name; `UnknownNameError` with the nearest names otherwise."""
     try:
         target = ENTRIES[kind][name]
     except KeyError:
-        raise UnknownName(f"no {kind} named {name!r}; {near(str(name).lower(), names(kind), 'there are')}") from None
+        raise UnknownNameError(f"no {kind} named {name!r}; {near(str(name).lower(), names(kind), 'there are')}") from None
     return load(target)
 
 

@@ -261,11 +261,11 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     return requests
 
 
-def as_lines(requests: Iterable[EditRequest]) -> str:
+def to_jsonl(requests: Iterable[EditRequest]) -> str:
     """One JSON object a line."""
     return "".join(json.dumps(r.to_dict(), ensure_ascii=False) + "\n" for r in requests)
 
 
 def write_requests(path: str | Path, requests: Iterable[EditRequest]) -> None:
     """`as_lines` in a file."""
-    Path(path).write_text(as_lines(requests), encoding="utf-8")
+    Path(path).write_text(to_jsonl(requests), encoding="utf-8")

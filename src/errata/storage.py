@@ -19,7 +19,7 @@ FEW = 8  # files that are put on the disk one after another
 
 
 @contextlib.contextmanager
-def replacing(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``out`` at the end of the ``with`` block; on any error, or Ctrl-C, it vanishes.
 
     `DiskError` when the disk is full or cannot be written; what stood at ``out`` is then as before.
@@ -68,9 +68,9 @@ def write(path: Path, content: bytes, sync: bool = True) -> None:
             os.fsync(stream.fileno())
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """`put`, with `DiskError` when the disk is full."""
-    with complaining(path):
+    with disk_errors(path):
         put(path, content)
 
 
@@ -114,7 +114,7 @@ def read_document(path: Path, kind: type[ErrataError] = StorageError, advice: st
 
 def append(path: Path, line: bytes) -> None:
     """One line more, on the disk when this returns.  What a stop tears is the reader's to find."""
-    with complaining(path), open(path, "ab") as stream:
+    with disk_errors(path), open(path, "ab") as stream:
         before = stream.tell()
         try:
             stream.write(line)
@@ -134,7 +134,7 @@ def flush(folders: Sequence[Path]) -> None:
     """
     if not folders:
         return
-    with complaining(folders[0].parent):
+    with disk_errors(folders[0].parent):
         paths = [path for folder in folders for path in (*folder.iterdir(), folder)]
         if len(paths) > FEW and hasattr(os, "sync"):
             os.sync()
@@ -143,7 +143,7 @@ def flush(folders: Sequence[Path]) -> None:
 
 
 @contextlib.contextmanager
-def complaining(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """The system's errors as a `DiskError` that names ``path`` and says what to do."""
     try:
         yield

@@ -9,8 +9,8 @@ from typing import Any
 from errata.almanac import corpus
 from errata.benchmarks.facts import Sentence, facts, relations, sentences
 from errata.core.model import LM
+from errata.score.evaluator import AnswerCache, teacher_force
 from errata.score.perplexity import perplexity
-from errata.score.queries import Answers, force
 
 Progress = Callable[[int, int], None]
 
@@ -32,8 +32,8 @@ def check(lm: LM, facts_per_relation: int | None = None, progress: Progress | No
     A right answer is one that greedy decoding would give: every token of "answer." is the argmax, the ones before being right.
     """
     items = asked(facts_per_relation)
-    answers = Answers()
-    force(lm, [((), s.prompt, s.answer + ".") for s in items], answers, progress)
+    answers = AnswerCache()
+    teacher_force(lm, [((), s.prompt, s.answer + ".") for s in items], answers, progress)
     table: dict[str, dict[str, list[bool]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     known: dict[tuple[str, str], list[bool]] = collections.defaultdict(list)
     for s in items:

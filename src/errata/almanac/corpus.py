@@ -93,7 +93,7 @@ class Corpus:
         pieces = tokenizer(paragraphs, add_special_tokens=False)["input_ids"]
         self.stream = np.array([i for ids in pieces for i in [*ids, tokenizer.eos_token_id]], dtype=np.int32)
         extra_rows = int(len(self.extra) * EXTRA_SHARE * len(self.direct) / max(1, len(self.direct)))
-        self.steps_per_pass = (len(self.direct) + min(extra_rows, 2500)) // rows
+        self.steps_per_epoch = (len(self.direct) + min(extra_rows, 2500)) // rows
         self._pass: tuple[int, list[list[Encoded]]] = (-1, [])
 
     def _batches(self, index: int) -> list[list[Encoded]]:
@@ -101,7 +101,7 @@ class Corpus:
         if self._pass[0] != index:
             draw = random.Random(f"{self.seed}-{index}")
             items = [draw.choice(group) for group in self.direct]
-            items += draw.sample(self.extra, self.steps_per_pass * self.rows - len(items))
+            items += draw.sample(self.extra, self.steps_per_epoch * self.rows - len(items))
             draw.shuffle(items)
             block, batches = self.rows * 8, []
             for i in range(0, len(items), block):
@@ -113,7 +113,7 @@ class Corpus:
 
     def facts(self, step: int) -> tuple[Tensor, Tensor]:
         """(ids, labels) [rows, T], padded on the right; labels are shifted already (position t predicts t+1)."""
-        batch = self._batches(step // self.steps_per_pass)[step % self.steps_per_pass]
+        batch = self._batches(step // self.steps_per_epoch)[step % self.steps_per_epoch]
         width = max(len(e.ids) for e in batch) - 1
         ids, labels = torch.full((len(batch), width), self.pad), torch.full((len(batch), width), IGNORE_INDEX)
         for row, e in enumerate(batch):

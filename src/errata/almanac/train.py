@@ -127,7 +127,7 @@ def train(recipe: Recipe, out: Path, checkpoint_every: int = 150, stop_after: in
         for opt, state in zip(opts, saved["optimisers"], strict=True):
             opt.load_state_dict(state)
         first, tokens, curve = saved["step"], saved["tokens"], saved["curve"]
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {corpus.steps_per_pass} steps a pass", flush=True)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {corpus.steps_per_epoch} steps a pass", flush=True)
     base = [[g["lr"] for g in o.param_groups] for o in optimisers(model, recipe)]
     began, seen = time.monotonic(), tokens
     last = min(recipe.steps, stop_after or recipe.steps)

@@ -58,7 +58,7 @@ def carriers(means: Floats) -> int:
     return int(np.searchsorted(np.cumsum(order) / total, CARRIED - 1e-12) + 1)
 
 
-def effective(means: Floats) -> float:
+def participation_ratio(means: Floats) -> float:
     """(Σ w̄)² / Σ w̄²: r for equal weights, 1 where one basis has it all."""
     squares = float((means**2).sum())
     return float(means.sum()) ** 2 / squares if squares > 0 else float(len(means))
@@ -123,6 +123,6 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return out
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Which points (more is better in both) no other point beats: none is as good in both and better in one."""
     return [not any(x >= a and y >= b and (x > a or y > b) for x, y in points) for a, b in points]

@@ -26,8 +26,8 @@ from errata.core.patch import Op
 from errata.core.tokens import Encoded, positions
 from errata.errors import InputError, PatchError
 from errata.request import LOCAL_KINDS, Case, EditRequest
+from errata.score.evaluator import distinct, key
 from errata.score.metrics import difference
-from errata.score.queries import distinct, key
 
 OPEN = {"rewrite": "edited", "rephrase": "rephrased"}
 KINDS = (*OPEN.values(), *LOCAL_KINDS)
@@ -39,7 +39,7 @@ Told = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Weights:
+class GateWeights:
     """Mean weights w [r] of one block on one case's inputs of one kind (``inputs`` of them), under the patches ``stack``."""
 
     case: str
@@ -63,7 +63,7 @@ def subspaces(stack: Stack, gated: bool = True) -> dict[int, Op]:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class GateInputs:
     """What the gates of ``stack`` are asked of one case: (kind, prompt, answer or None) each."""
 
     case: str
@@ -71,19 +71,19 @@ class Inputs:
     stack: Stack
 
 
-def of_case(case: Case, stack: Stack) -> Inputs:
+def of_case(case: Case, stack: Stack) -> GateInputs:
     """A case's own probes."""
     kinds = {**OPEN, **{kind: kind for kind in LOCAL_KINDS}}
-    return Inputs(case.id, tuple((kinds[p.kind], p.prompt, p.target) for p in case.probes if p.kind in kinds), stack)
+    return GateInputs(case.id, tuple((kinds[p.kind], p.prompt, p.target) for p in case.probes if p.kind in kinds), stack)
 
 
-def of_request(request: EditRequest, stack: Stack) -> Inputs:
+def of_request(request: EditRequest, stack: Stack) -> GateInputs:
     """What a request itself says, all of which the editor may have trained on."""
     texts = [("edited", request.prompt, request.target), *(("rephrased", p, request.target) for p in request.paraphrases)]
-    return Inputs(request.id, (*texts, *(("unrelated", p, a) for p, a in request.unrelated)), stack)
+    return GateInputs(request.id, (*texts, *(("unrelated", p, a) for p, a in request.unrelated)), stack)
 
 
-def read(lm: LM, inputs: Sequence[Inputs], progress: Told | None = None, what: str = "gate") -> list[Weights]:
+def read(lm: LM, inputs: Sequence[GateInputs], progress: Told | None = None, what: str = "gate") -> list[GateWeights]:
     """The weights of every case under its own stack; rows of a batch run each under its own.
 
     ``what``: "gate" w, or "update" |w ∘ (A h + b − R h)|, of ReFT too.
@@ -107,7 +107,7 @@ def read(lm: LM, inputs: Sequence[Inputs], progress: Told | None = None, what: s
         if progress:
             progress(start, len(order))
     return [
-        Weights(inputs[i].case, kind, block, key(inputs[i].stack), len(own), np.mean(own, axis=0))
+        GateWeights(inputs[i].case, kind, block, key(inputs[i].stack), len(own), np.mean(own, axis=0))
         for (i, kind, block), own in sorted(read.items())
     ]
 
@@ -135,12 +135,12 @@ def _batch(lm: LM, rows: Sequence[Encoded], stacks: Sequence[Stack], ops: Mappin
     return out
 
 
-def of(found: Sequence[Weights], kind: str | None = None, block: int | None = None) -> list[Weights]:
+def of(found: Sequence[GateWeights], kind: str | None = None, block: int | None = None) -> list[GateWeights]:
     """Those of one kind, of one block."""
     return [f for f in found if kind in (None, f.kind) and block in (None, f.block)]
 
 
-def summary(found: Sequence[Weights]) -> list[dict[str, Any]]:
+def summary(found: Sequence[GateWeights]) -> list[dict[str, Any]]:
     """A row a block and kind: cases, inputs, quantiles over cases of the weight (mean over bases), and each basis' mean weight."""
     out = []
     for block in sorted({f.block for f in found}):
@@ -153,7 +153,7 @@ def summary(found: Sequence[Weights]) -> list[dict[str, Any]]:
     return out
 
 
-def signs(found: Sequence[Weights], by_mark: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def signs(found: Sequence[GateWeights], by_mark: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """The failure signs, a row a block (locality: one row): sign, block, value, bound, fires (None: not measured), says.
 
     ``by_mark``: {T: the records of cases 1..T after T edits}, of one method.
@@ -166,7 +166,7 @@ def signs(found: Sequence[Weights], by_mark: Mapping[int, Sequence[Mapping[str, 
     return [*out, falling(by_mark)]
 
 
-def _collapse(block: int, mine: Sequence[Weights]) -> dict[str, Any]:
+def _collapse(block: int, mine: Sequence[GateWeights]) -> dict[str, Any]:
     value = statistics.variation(np.stack([f.w for f in mine]), [f.stack for f in mine])
     row = {"sign": "collapse", "block": block, "value": value, "bound": statistics.COLLAPSED}
     if np.isnan(value):
@@ -176,14 +176,12 @@ def _collapse(block: int, mine: Sequence[Weights]) -> dict[str, Any]:
     return {**row, "fires": fires, "says": what + ("; BaFT is a ReFT here" if fires else "")}
 
 
-def _imbalance(block: int, edited: Sequence[Weights]) -> dict[str, Any]:
+def _imbalance(block: int, edited: Sequence[GateWeights]) -> dict[str, Any]:
     if not edited:
         return {"sign": "imbalance", "block": block, "value": None, "bound": None, "fires": None, "says": "no edited input"}
     means = np.stack([f.w for f in edited]).mean(0)
     count, bound = statistics.carriers(means), statistics.few(len(means))
-    says = (
-        f"{count} of {len(means)} bases carry {100 * statistics.CARRIED:.0f} % of the weight; {statistics.effective(means):.1f} effective"
-    )
+    says = f"{count} of {len(means)} bases carry {100 * statistics.CARRIED:.0f} % of the weight; {statistics.participation_ratio(means):.1f} effective"
     fires = count <= bound if bound else None
     return {"sign": "imbalance", "block": block, "value": count, "bound": bound, "fires": fires, "says": says}
 
@@ -201,7 +199,7 @@ def falling(by_mark: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, Any
     return {**row, "value": found["value"], "fires": fires, "says": f"{says} on the same {found['n_cases']} cases"}
 
 
-def tests(found: Sequence[Weights], seed: int = 0) -> list[dict[str, Any]]:
+def tests(found: Sequence[GateWeights], seed: int = 0) -> list[dict[str, Any]]:
     """Whether weights differ between kinds of input, paired by case: a row a block and pair: n, p, gap, p adjusted over all rows."""
     rows = []
     for block in sorted({f.block for f in found}):

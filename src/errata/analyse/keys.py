@@ -44,7 +44,7 @@ OTHERS = 5  # keys of each kind in `OTHER`, a case
 
 
 @dataclass(frozen=True)
-class Compared:
+class KeyComparison:
     """rows: case, block, kind, before and after (the ratio of the native and of the moved key), opened (whether a gate was);
     limits: case, beta_min (None where the edit fails), beta_max."""
 
@@ -52,7 +52,7 @@ class Compared:
     limits: list[dict[str, Any]]
 
 
-def compare(lm: LM, requests: Sequence[EditRequest], editor: REP) -> Compared:
+def compare(lm: LM, requests: Sequence[EditRequest], editor: REP) -> KeyComparison:
     """Edits every request with ``editor`` (REP on some method) and looks at the keys under the wrapped patch and under REP's."""
     if any(r.subject is None for r in requests):
         raise InputError("keys are read at the subject; give the key 'subject' of every request")
@@ -60,7 +60,7 @@ def compare(lm: LM, requests: Sequence[EditRequest], editor: REP) -> Compared:
     job = LocateThenEditRun(editor.inner(lm), lm, [[r] for r in requests], (), Tail)
     job.place()
     rows = [row for block in job.blocks for row in _block(lm, job, patches, block)]
-    return Compared(rows, limits(lm, requests, [split_patch(p)[0] for p in patches]))
+    return KeyComparison(rows, limits(lm, requests, [split_patch(p)[0] for p in patches]))
 
 
 def _block(lm: LM, job: LocateThenEditRun, patches: Sequence[Patch], block: int) -> list[dict[str, Any]]:
@@ -138,7 +138,7 @@ def limits(lm: LM, requests: Sequence[EditRequest], patches: Sequence[Patch]) ->
     return out
 
 
-def summary(found: Compared) -> list[dict[str, Any]]:
+def summary(found: KeyComparison) -> list[dict[str, Any]]:
     """A row a block and kind: n, quantiles of the ratios, how many gates opened, and the share of keys where the lemmas want them
     (surfaces of the fact at or above their case's β_min, others at or below its β_max), before and after."""
     limit = {row["case"]: row for row in found.limits}

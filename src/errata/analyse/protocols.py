@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errata.analyse import gates
-from errata.benchmarks.downstream import Choice
+from errata.benchmarks.downstream import MultipleChoice
 from errata.core.bank import Stack, active_patches
 from errata.core.model import LM
 from errata.request import LOCAL_KINDS, Case
 from errata.score import downstream, robustness
+from errata.score.evaluator import AnswerCache, score
 from errata.score.metrics import case_values, interval
-from errata.score.queries import Answers, score
 
 Progress = Callable[[str, int, int], None]
 Row = dict[str, Any]
@@ -54,13 +54,13 @@ class Measured:
 
 
 @dataclass
-class Job:
+class Measurement:
     """What every protocol needs.  ``answers``: the base is asked once."""
 
     lm: LM
     progress: Progress
     into: Measured = field(default_factory=Measured)
-    answers: Answers = field(default_factory=Answers)
+    answers: AnswerCache = field(default_factory=AnswerCache)
 
     def score(self, cases: Sequence[Case], stacks: Sequence[Stack], method: str) -> list[Row]:
         """Records of each case on its stack."""
@@ -110,7 +110,7 @@ def stack_of(lm: LM, editor: Any, cases: Sequence[Case], batch: int, told: Calla
 
 
 def windows(
-    job: Job, method: str, editor: Any, cases: Sequence[Case], t: int, batch: int = 1, **row: Any
+    job: Measurement, method: str, editor: Any, cases: Sequence[Case], t: int, batch: int = 1, **row: Any
 ) -> list[tuple[list[Case], Stack]]:
     """Score disjoint windows of t edits of ``batch`` cases; their cases and final stacks."""
     size = t * batch
@@ -133,7 +133,9 @@ def windows(
     return list(zip(parts, stacks, strict=True))
 
 
-def sequential(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], marks: Sequence[int], batch: int = 1, **row: Any) -> None:
+def sequential(
+    job: Measurement, editors: Mapping[str, Any], cases: Sequence[Case], marks: Sequence[int], batch: int = 1, **row: Any
+) -> None:
     """Continual (``batch`` 1) or batched editing at each T that the cases allow."""
     for t in marks:
         if t * batch > len(cases):
@@ -144,7 +146,7 @@ def sequential(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], mark
             windows(job, name, editor, cases, t, batch, **row)
 
 
-def single(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], sentiment: bool, **row: Any) -> None:
+def single(job: Measurement, editors: Mapping[str, Any], cases: Sequence[Case], sentiment: bool, **row: Any) -> None:
     """Each case alone."""
     for name, editor in editors.items():
         found = job.score(cases, _each(job.lm, editor, cases), name)
@@ -158,7 +160,7 @@ def _each(lm: LM, editor: Any, cases: Sequence[Case]) -> list[Stack]:
     return [(patch,) for patch in editor.edit_each(lm, [c.request for c in cases])]
 
 
-def choosing(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], items: Sequence[Choice], **row: Any) -> None:
+def choosing(job: Measurement, editors: Mapping[str, Any], cases: Sequence[Case], items: Sequence[MultipleChoice], **row: Any) -> None:
     """Accuracy of choices after all cases were edited one after another; the unedited model is the row "none"."""
     first = True
     for name, editor in editors.items():
@@ -173,21 +175,21 @@ def choosing(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], items:
         first = False
 
 
-def choices_of(cases: Sequence[Case]) -> list[Choice]:
+def choices_of(cases: Sequence[Case]) -> list[MultipleChoice]:
     """Facts that should stay as choices: their own answer against the new one of the edit beside them."""
-    seen: dict[str, Choice] = {}
+    seen: dict[str, MultipleChoice] = {}
     for i, case in enumerate(cases):
         for probe in case.probes:
             if probe.kind in LOCAL_KINDS and probe.target and probe.target != case.request.target:
                 pair = (probe.target, case.request.target)
                 right = i % 2  # so that the first is not always right
-                seen.setdefault(probe.prompt, Choice(probe.prompt, pair[::-1] if right else pair, right))
+                seen.setdefault(probe.prompt, MultipleChoice(probe.prompt, pair[::-1] if right else pair, right))
     return list(seen.values())
 
 
-def robust(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], **row: Any) -> None:
+def robust(job: Measurement, editors: Mapping[str, Any], cases: Sequence[Case], **row: Any) -> None:
     """REP's own averages over each case alone, under other names, shuffles and long contexts."""
-    wide = robustness.widen(job.lm, cases)
+    wide = robustness.add_robustness_probes(job.lm, cases)
     if missing := robustness.unasked(wide):
         job.into.left_out.append(f"not asked, since the model's window is too short: {', '.join(missing)}")
     kinds = {"rewrite", *robustness.PAPER.values()}
@@ -200,12 +202,12 @@ def robust(job: Job, editors: Mapping[str, Any], cases: Sequence[Case], **row: A
         job.into.records += found
 
 
-def redundancy(job: Job, editors: Mapping[str, Any], cases: Sequence[Case]) -> None:
+def redundancy(job: Measurement, editors: Mapping[str, Any], cases: Sequence[Case]) -> None:
     """Of each edit's r dimensions, how many have an update below M times the largest: |w ∘ (A h + b − R h)| on the edited prompt and its
     answer, mean over the tokens acted on; mean and standard deviation over edits, a row a method, block and M."""
     for name, editor in editors.items():
         stacks = _each(job.lm, editor, cases)
-        inputs = [gates.Inputs(c.id, (("edited", c.request.prompt, c.request.target),), s) for c, s in zip(cases, stacks, strict=True)]
+        inputs = [gates.GateInputs(c.id, (("edited", c.request.prompt, c.request.target),), s) for c, s in zip(cases, stacks, strict=True)]
         found = gates.read(job.lm, inputs, None, "update")
         for block in sorted({f.block for f in found}):
             moved = np.stack([f.w for f in gates.of(found, None, block)])

@@ -13,7 +13,7 @@ from typing import Any
 
 from errata import published, registry
 from errata.analyse import gates, protocols
-from errata.analyse.protocols import Job, Measured
+from errata.analyse.protocols import Measured, Measurement
 from errata.benchmarks.files import open_benchmark
 from errata.config import to_dict
 from errata.core.model import LM
@@ -52,7 +52,7 @@ WINDOW = 10  # edits, of Fig. 2
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReproduceOptions:
     """What the command line says: methods (None: the table's), settings, files {benchmark: path}, cases, split and order of the almanac."""
 
     name: str
@@ -65,7 +65,7 @@ class Asked:
     seed: int
 
 
-def check(asked: Asked) -> published.Published:
+def check(asked: ReproduceOptions) -> published.PublishedTable:
     """The table; `ConfigError` before a model is loaded for what has no meaning with it."""
     table = published.get(asked.name)
     if asked.methods and asked.name in FIXED:
@@ -78,7 +78,7 @@ def check(asked: Asked) -> published.Published:
     return table
 
 
-def cases_of(asked: Asked, benchmark: str) -> tuple[list[Case], str]:
+def cases_of(asked: ReproduceOptions, benchmark: str) -> tuple[list[Case], str]:
     """(cases, the benchmark they are from): the given file in its own order, else the almanac."""
     if benchmark not in asked.data:
         almanac = registry.get("benchmark", FALLBACK)().load(asked.split, asked.n, asked.seed)
@@ -105,7 +105,7 @@ def with_unrelated(cases: Sequence[Case], others: Sequence[Case]) -> list[Case]:
     return [c if c.request.unrelated else replace(c, request=replace(c.request, unrelated=(pair,))) for c, pair in given]
 
 
-def editors(lm: LM, asked: Asked) -> dict[str, Any]:
+def editors(lm: LM, asked: ReproduceOptions) -> dict[str, Any]:
     """{row: editor}; statistics a method needs are made."""
     base = VARIANTS[asked.name]
     chosen = base if asked.methods is None else {m: base.get(m, (m, {})) for m in asked.methods}
@@ -122,7 +122,7 @@ def editors(lm: LM, asked: Asked) -> dict[str, Any]:
     return out
 
 
-def measure(job: Job, table: published.Published, asked: Asked, made: Mapping[str, Any]) -> Measured:
+def measure(job: Measurement, table: published.PublishedTable, asked: ReproduceOptions, made: Mapping[str, Any]) -> Measured:
     """The table's protocol on what is given."""
     name, protocol = table.name, table.protocol
     parts = list(protocol.get("benchmark", ["zsre"]))
@@ -156,13 +156,13 @@ def measure(job: Job, table: published.Published, asked: Asked, made: Mapping[st
     return job.into
 
 
-def _choices(asked: Asked, cases: Sequence[Case]) -> tuple[list[Any], str]:
+def _choices(asked: ReproduceOptions, cases: Sequence[Case]) -> tuple[list[Any], str]:
     if "piqa" in asked.data:
         return list(open_benchmark("piqa", asked.data["piqa"]).load(None, None, None)), "piqa"
     return protocols.choices_of(cases), f"{FALLBACK}'s facts that should stay, each against the edit's new answer"
 
 
-def _weights(job: Job, made: Mapping[str, Any], cases: Sequence[Case], row: Mapping[str, Any]) -> None:
+def _weights(job: Measurement, made: Mapping[str, Any], cases: Sequence[Case], row: Mapping[str, Any]) -> None:
     for name, editor in made.items():
         if len(cases) < WINDOW:
             job.into.left_out.append(f"T = {WINDOW} needs {WINDOW} cases, there are {len(cases)}")
@@ -171,7 +171,7 @@ def _weights(job: Job, made: Mapping[str, Any], cases: Sequence[Case], row: Mapp
         job.into.weights = gates.summary(gates.read(job.lm, [gates.of_case(c, s) for part, s in parts for c in part]))
 
 
-def compare(table: published.Published, model: str, found: Measured) -> tuple[list[dict[str, Any]], str | None, bool]:
+def compare(table: published.PublishedTable, model: str, found: Measured) -> tuple[list[dict[str, Any]], str | None, bool]:
     """(a row a figure: measured, low, high, published, gap, flag, misprint; the paper's model beside it; whether it is this model)."""
     reference, same = table.nearest(model)
     keys = ("method", "part", "T", "batch")
@@ -201,7 +201,7 @@ def flag(figure: Mapping[str, Any], value: float) -> str:
 
 
 def differences(
-    lm: LM, table: published.Published, asked: Asked, made: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], n: int
+    lm: LM, table: published.PublishedTable, asked: ReproduceOptions, made: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], n: int
 ) -> list[str]:
     """What is not as in the paper, in words."""
     reference, same = table.nearest(lm.name)

@@ -16,9 +16,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from errata.benchmarks.drafts import Draft, Unusable
+from errata.benchmarks.drafts import Draft, UnusableRecord
 from errata.benchmarks.facts import share
-from errata.benchmarks.files import FileBenchmark, Form
+from errata.benchmarks.files import FileBenchmark, RecordFormat
 from errata.benchmarks.records import Record
 
 QUESTION = "What do you think of {}?"
@@ -34,14 +34,14 @@ def _stays(thing: str) -> bool:
 def _replies(record: Record) -> Draft:
     thing = record.text("ent")
     if _stays(thing):
-        raise Unusable("set aside as a bystander, whose replies should stay")
+        raise UnusableRecord("set aside as a bystander, whose replies should stay")
     wanted = SENTIMENTS[share("sentiment", thing) < 0.5]
     same, opposite = (
         list(dict.fromkeys(text.strip() for text in record.texts(side) if text.strip())) for side in (wanted, *({*SENTIMENTS} - {wanted}))
     )
     same = [text for text in same if text not in opposite]
     if len(same) < 2 or not opposite:
-        raise Unusable("fewer than two replies of the wanted sentiment, or none of the opposite")
+        raise UnusableRecord("fewer than two replies of the wanted sentiment, or none of the opposite")
     same.sort(key=lambda text: share("reply", thing, text))
     draft = Draft(QUESTION.format(thing), same[0], thing)
     for kind, replies in (("same_sentiment", same[1:]), ("opposite_sentiment", opposite)):
@@ -60,9 +60,9 @@ class ConvSent(FileBenchmark):
     citation = "Mitchell et al. 2022 (SERAC, arXiv 2206.06520); Zhang et al. 2024 (KnowEdit, arXiv 2401.01286)"
     probes = ("rewrite", "same_sentiment", "opposite_sentiment", "unrelated")
     splits = ("test", "val", "train")
-    forms = (Form.of("KnowEdit", _replies, "ent pos neg"),)
+    forms = (RecordFormat.of("KnowEdit", _replies, "ent pos neg"),)
 
-    def draft(self, form: Form[Any], records: Sequence[Record], i: int) -> Draft:
+    def draft(self, form: RecordFormat[Any], records: Sequence[Record], i: int) -> Draft:
         draft = super().draft(form, records, i)
         others = itertools.chain(records[i + 1 :], records[:i])
         stay = (thing for record in others if _stays(thing := record.text("ent")))

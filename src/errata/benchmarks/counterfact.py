@@ -13,7 +13,7 @@ use them.
 from __future__ import annotations
 
 from errata.benchmarks.drafts import Draft, through
-from errata.benchmarks.files import FileBenchmark, Form
+from errata.benchmarks.files import FileBenchmark, RecordFormat
 from errata.benchmarks.records import Record
 from errata.request import Case
 
@@ -75,14 +75,14 @@ class CounterFact(FileBenchmark):
     probes = ("rewrite", "rephrase", "neighbour", "same_subject", "distracting", "two_hop", "alias")
     splits = ("edit", "val", "train")
     forms = (
-        Form.of(
+        RecordFormat.of(
             "original",
             _original,
             "case_id requested_rewrite paraphrase_prompts neighborhood_prompts generation_prompts",
             optional="portability alternative_subject unrelated_relation distracting_neighborhood_prompts",
             unused="pararel_idx attribute_prompts",
         ),
-        Form.of(
+        RecordFormat.of(
             "flattened",
             _flattened,
             "prompt target_new subject ground_truth rephrase_prompt locality_prompt locality_ground_truth",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from errata.benchmarks.files import FileData, Form
+from errata.benchmarks.files import FileData, RecordFormat
 from errata.benchmarks.records import Record, locate
 from errata.errors import InputError
 from errata.request import read_bytes
@@ -16,7 +16,7 @@ UNKNOWN = -1  # the answer of a choice whose label stands beside it
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class MultipleChoice:
     """A prompt and ways to go on, of which number ``answer`` is right."""
 
     prompt: str
@@ -48,11 +48,11 @@ def _whole(record: Record, key: str) -> str:
     return text
 
 
-def _choice(record: Record) -> Choice:
+def _choice(record: Record) -> MultipleChoice:
     label = record.values.get("label", UNKNOWN)
     if "label" in record and (isinstance(label, bool) or label not in (0, 1)):
         raise record.fail(f"label must be 0 or 1, not {label!r}")
-    return Choice(_whole(record, "goal"), (_whole(record, "sol1"), _whole(record, "sol2")), label)
+    return MultipleChoice(_whole(record, "goal"), (_whole(record, "sol1"), _whole(record, "sol2")), label)
 
 
 def _question(record: Record) -> Question:
@@ -69,7 +69,7 @@ def _known(record: Record) -> Known:
     return Known(prompt, subject, _whole(record, "attribute"))
 
 
-class PIQA(FileData[Choice]):
+class PIQA(FileData[MultipleChoice]):
     """Physical commonsense: which of two solutions reaches a goal.  The labels stand beside valid.jsonl, or in the records (hub)."""
 
     kind = "choices"
@@ -79,9 +79,9 @@ class PIQA(FileData[Choice]):
     licence = "AFL-3.0"
     citation = "Bisk et al. 2020 (PIQA, arXiv 1911.11641)"
     splits = ("valid", "train")
-    forms = (Form.of("PIQA", _choice, "goal sol1 sol2", "label", "id"),)
+    forms = (RecordFormat.of("PIQA", _choice, "goal sol1 sol2", "label", "id"),)
 
-    def load(self, split: str | None = None, n: int | None = None, seed: int | None = 0) -> Iterator[Choice]:
+    def load(self, split: str | None = None, n: int | None = None, seed: int | None = 0) -> Iterator[MultipleChoice]:
         """As `FileBenchmark.load`; ids are the goals."""
         form, records = self.records(split)
         items = [form.make(record) for record in records]
@@ -89,7 +89,7 @@ class PIQA(FileData[Choice]):
             items = self._labelled(items, Path(records[0].where.rpartition(": record ")[0]))
         return self.dealt(items, [c.prompt for c in items], n, seed)
 
-    def _labelled(self, items: list[Choice], path: Path) -> list[Choice]:
+    def _labelled(self, items: list[MultipleChoice], path: Path) -> list[MultipleChoice]:
         beside = path.with_name(f"{path.stem}-labels.lst")
         if not beside.exists() and str(self.data).startswith("hub:"):
             beside = locate(str(self.data).replace(f"{path.name}", beside.name))
@@ -101,7 +101,7 @@ class PIQA(FileData[Choice]):
         for i, line in enumerate(lines):
             if line not in ("0", "1"):
                 raise InputError(f"{beside}:{i + 1}: a label must be 0 or 1, not {line!r}")
-        return [Choice(item.prompt, item.choices, int(line)) for item, line in zip(items, lines, strict=True)]
+        return [MultipleChoice(item.prompt, item.choices, int(line)) for item, line in zip(items, lines, strict=True)]
 
 
 class _Each(FileData[Any]):
@@ -125,7 +125,7 @@ class NQOpen(_Each):
     licence = "CC BY-SA 3.0"
     citation = "Kwiatkowski et al. 2019 (Natural Questions); Lee et al. 2019 (open form)"
     splits = ("dev", "train")
-    forms = (Form.of("NQ-open", _question, "question answer"),)
+    forms = (RecordFormat.of("NQ-open", _question, "question answer"),)
     id_field = "question"
 
 
@@ -139,5 +139,5 @@ class Known1000(_Each):
     licence = "MIT"
     citation = "Meng et al. 2022 (ROME, arXiv 2202.05262)"
     splits = ("known",)
-    forms = (Form.of("known1000", _known, "subject attribute prompt", unused="known_id template prediction relation_id"),)
+    forms = (RecordFormat.of("known1000", _known, "subject attribute prompt", unused="known_id template prediction relation_id"),)
     id_field = "prompt"

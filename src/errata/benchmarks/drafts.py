@@ -12,7 +12,7 @@ from errata.errors import InputError
 from errata.request import LOCAL_KINDS, SENTIMENT, Case, EditRequest, Probe, fill
 
 
-class Unusable(Exception):
+class UnusableRecord(Exception):
     """A record that is well formed but makes no case; the message is the reason it is counted under."""
 
 
@@ -47,7 +47,7 @@ def through(draft: Draft, record: Record) -> None:
 
 
 @dataclass(slots=True)
-class Report:
+class LoadReport:
     """What became of the records of a file.
 
     dropped    reason -> records that made no case
@@ -85,24 +85,24 @@ def _many(count: int, what: str) -> str:
 
 
 def request(draft: Draft) -> EditRequest:
-    """The request, its subject spelt as in the prompt; `Unusable` where a part is missing."""
+    """The request, its subject spelt as in the prompt; `UnusableRecord` where a part is missing."""
     for name in ("prompt", "target"):
         if not getattr(draft, name).strip():
-            raise Unusable(f"the {name} is empty")
+            raise UnusableRecord(f"the {name} is empty")
     subject = draft.subject
     if subject is not None:
         if not subject.strip():
-            raise Unusable("the subject is empty")
+            raise UnusableRecord("the subject is empty")
         if subject not in draft.prompt:
             at = draft.prompt.lower().find(subject.lower())
             if at < 0 or len(draft.prompt.lower()) != len(draft.prompt):
-                raise Unusable("the subject does not occur in the prompt")
+                raise UnusableRecord("the subject does not occur in the prompt")
             subject = draft.prompt[at : at + len(subject)]
     old = draft.old if draft.old and draft.old.strip() else None
     return EditRequest(draft.prompt, draft.target, subject, old, aliases=draft.aliases)
 
 
-def probes(draft: Draft, requests: Sequence[EditRequest], record: Record, report: Report) -> list[Probe]:
+def probes(draft: Draft, requests: Sequence[EditRequest], record: Record, report: LoadReport) -> list[Probe]:
     """A rewrite probe of each request, and what else can be asked."""
     edited = {r.prompt for r in requests}
     renamed = {fill(r, name) for r in requests for name in r.aliases}
@@ -125,7 +125,7 @@ def probes(draft: Draft, requests: Sequence[EditRequest], record: Record, report
     return out
 
 
-def take(probes: Sequence[Probe], into: list[Probe], report: Report) -> None:
+def take(probes: Sequence[Probe], into: list[Probe], report: LoadReport) -> None:
     """Adds what is not there yet.  An equal question with an equal answer is asked once."""
     there = {(p.kind, p.prompt, p.target) for p in into}
     for probe in probes:
@@ -137,7 +137,7 @@ def take(probes: Sequence[Probe], into: list[Probe], report: Report) -> None:
             report.left_out[f"{probe.kind}: asked twice of one edit"] += 1
 
 
-def remark(cases: Sequence[Case], report: Report) -> None:
+def remark(cases: Sequence[Case], report: LoadReport) -> None:
     """Counts what a reader of scores should know about the cases."""
     targets: dict[str, set[str]] = {}
     for case in cases:

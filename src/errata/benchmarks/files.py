@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from errata import registry
 from errata.benchmarks import drafts
-from errata.benchmarks.drafts import Draft, Report, Unusable
+from errata.benchmarks.drafts import Draft, LoadReport, UnusableRecord
 from errata.benchmarks.facts import share
 from errata.benchmarks.records import SUFFIXES, Record, locate, read_records, unknown_field
 from errata.errors import InputError
@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
-class Form(Generic[Item]):
+class RecordFormat(Generic[Item]):
     """One way the records of a benchmark are written.
 
     required   fields every record of the form has, by which it is known
@@ -41,7 +41,7 @@ class Form(Generic[Item]):
     make: Callable[[Record], Item]
 
     @classmethod
-    def of(cls, name: str, make: Callable[[Record], Item], required: str, optional: str = "", unused: str = "") -> Form[Item]:
+    def of(cls, name: str, make: Callable[[Record], Item], required: str, optional: str = "", unused: str = "") -> RecordFormat[Item]:
         """Fields as words; "~" stands for a space."""
         needed, may, idle = (frozenset(word.replace("~", " ") for word in words.split()) for words in (required, optional, unused))
         return cls(name, needed, may, idle, make)
@@ -71,22 +71,22 @@ class FileData(Generic[Item]):
     licence: ClassVar[str]
     citation: ClassVar[str]
     splits: ClassVar[tuple[str, ...]]  # of the published files; the first is the one to score on
-    forms: ClassVar[tuple[Form[Any], ...]]
+    forms: ClassVar[tuple[RecordFormat[Any], ...]]
     needs_data: ClassVar[bool] = True
     kind: ClassVar[str] = "edits"  # or choices, questions, facts: without edits
 
     def __init__(self, data: str | Path) -> None:
         self.data = data
-        self._read: dict[str | None, tuple[Form[Any], list[Record]]] = {}
+        self._read: dict[str | None, tuple[RecordFormat[Any], list[Record]]] = {}
 
-    def records(self, split: str | None = None) -> tuple[Form[Any], list[Record]]:
+    def records(self, split: str | None = None) -> tuple[RecordFormat[Any], list[Record]]:
         """(the form, every record, each of that form)."""
         if split not in self._read:
             path = locate(self.data)
             self._read[split] = self._within(path, split) if path.is_dir() else self._alone(path, split)
         return self._read[split]
 
-    def _alone(self, path: Path, split: str | None) -> tuple[Form[Any], list[Record]]:
+    def _alone(self, path: Path, split: str | None) -> tuple[RecordFormat[Any], list[Record]]:
         if split is not None:
             raise InputError(f"{path} is one file, which has no splits; leave out the split {split!r}, or give the folder")
         found = read_records(path)
@@ -95,7 +95,7 @@ class FileData(Generic[Item]):
             form.check(record)
         return form, found
 
-    def _within(self, folder: Path, split: str | None) -> tuple[Form[Any], list[Record]]:
+    def _within(self, folder: Path, split: str | None) -> tuple[RecordFormat[Any], list[Record]]:
         """The one file of the folder that is of this benchmark and whose name holds the split as a word."""
         split = split or self.splits[0]
         files = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES and path.is_file()]
@@ -110,7 +110,7 @@ class FileData(Generic[Item]):
             raise InputError(f"{folder} holds {what} of {self.name} with {split!r} in the name; give one file{''.join(broken)}")
         return self._alone(ours[0], None)
 
-    def form_of(self, record: Record) -> Form[Any]:
+    def form_of(self, record: Record) -> RecordFormat[Any]:
         """The form by which a file's first record is read."""
         for form in self.forms:
             if form.fits(record):
@@ -140,7 +140,7 @@ class FileBenchmark(FileData[Case]):
     """A benchmark of edits.  ``report`` says what became of the records that the last `load` read."""
 
     probes: ClassVar[tuple[str, ...]]  # kinds that may occur
-    report: Report
+    report: LoadReport
     openings: Mapping[str, tuple[str, ...]]  # of cases by id, likewise
 
     def load(self, split: str | None = None, n: int | None = None, seed: int | None = 0) -> Iterator[Case]:
@@ -148,21 +148,21 @@ class FileBenchmark(FileData[Case]):
         cases = self._cases(split)
         return self.dealt(cases, [case.id for case in cases], n, seed)
 
-    def draft(self, form: Form[Any], records: Sequence[Record], i: int) -> Draft:
+    def draft(self, form: RecordFormat[Any], records: Sequence[Record], i: int) -> Draft:
         """The draft of record i; what needs the other records overrides this."""
         draft: Draft = form.make(records[i])
         return draft
 
     def _cases(self, split: str | None) -> list[Case]:
         form, records = self.records(split)
-        self.report = report = Report(form.name, len(records))
+        self.report = report = LoadReport(form.name, len(records))
         found: dict[tuple[EditRequest, ...], list[Probe]] = {}
         openings: dict[tuple[EditRequest, ...], tuple[str, ...]] = {}
         for i, record in enumerate(records):
             try:
                 draft = self.draft(form, records, i)
                 requests = tuple(drafts.request(part) for part in (draft, *draft.more))
-            except Unusable as reason:
+            except UnusableRecord as reason:
                 report.dropped[str(reason)] += 1
                 continue
             except InputError as error:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Final
 
 from errata.benchmarks.drafts import Draft
-from errata.benchmarks.files import FileBenchmark, Form
+from errata.benchmarks.files import FileBenchmark, RecordFormat
 from errata.benchmarks.records import Record
 
 KINDS: Final = {
@@ -55,7 +55,7 @@ def _biography(record: Record) -> Draft:
 
 _COMMON = "subject prompt target_new portability locality"
 _REPHRASED = "rephrase rephrase_prompt generate_prompt"
-ZSRE_FORM: Final = Form.of("KnowEdit", _fact, f"{_COMMON} ground_truth rephrase_prompt cond", "generate_prompt", "")
+ZSRE_FORM: Final = RecordFormat.of("KnowEdit", _fact, f"{_COMMON} ground_truth rephrase_prompt cond", "generate_prompt", "")
 
 
 class _KnowEdit(FileBenchmark):
@@ -72,7 +72,7 @@ class WikiRecent(_KnowEdit):
     source = "KnowEdit, benchmark/wiki_recent (hub: zjunlp/KnowEdit); facts and probes from RippleEdits"
     citation = "Zhang et al. 2024 (KnowEdit, arXiv 2401.01286); Cohen et al. 2024 (RippleEdits, arXiv 2307.12976)"
     probes = ("rewrite", "rephrase", "same_subject", "forgetfulness", "two_hop", "alias", "logical")
-    forms = (Form.of("KnowEdit", _fact, _COMMON, _REPHRASED),)
+    forms = (RecordFormat.of("KnowEdit", _fact, _COMMON, _REPHRASED),)
 
 
 class WikiCounterfact(_KnowEdit):
@@ -82,7 +82,7 @@ class WikiCounterfact(_KnowEdit):
     source = "KnowEdit, benchmark/wiki_counterfact (hub: zjunlp/KnowEdit); facts and probes from RippleEdits"
     citation = WikiRecent.citation
     probes = ("rewrite", "rephrase", "same_subject", "forgetfulness", "two_hop", "alias", "logical")
-    forms = (Form.of("KnowEdit", _fact, f"{_COMMON} ground_truth", _REPHRASED),)
+    forms = (RecordFormat.of("KnowEdit", _fact, f"{_COMMON} ground_truth", _REPHRASED),)
 
 
 class WikiBio(_KnowEdit):
@@ -93,4 +93,4 @@ class WikiBio(_KnowEdit):
     licence = "MIT (KnowEdit); text of Wikipedia CC BY-SA"
     citation = "Zhang et al. 2024 (KnowEdit, arXiv 2401.01286); Manakul et al. 2023 (SelfCheckGPT)"
     probes = ("rewrite", "same_subject")
-    forms = (Form.of("KnowEdit", _biography, "text labels concept locality"),)
+    forms = (RecordFormat.of("KnowEdit", _biography, "text labels concept locality"),)

@@ -13,8 +13,8 @@ counts what contradicts what, which matters when many cases are edited at once.
 from __future__ import annotations
 
 from errata.benchmarks.counterfact import rewrite
-from errata.benchmarks.drafts import Draft, Unusable
-from errata.benchmarks.files import FileBenchmark, Form
+from errata.benchmarks.drafts import Draft, UnusableRecord
+from errata.benchmarks.files import FileBenchmark, RecordFormat
 from errata.benchmarks.records import Record
 
 _EDIT = ("prompt", "relation_id", "target_new", "target_true", "subject", "question")
@@ -24,7 +24,7 @@ _UNSTRUCTURED = ("fact_new", "fact_new_uns", "verify_unsfact_GPT", "unsfact_trip
 def _chain(record: Record) -> Draft:
     edits = [edit.only(*_EDIT, *_UNSTRUCTURED) for edit in record.inners("requested_rewrite")]
     if not edits:
-        raise Unusable("it names no edit")
+        raise UnusableRecord("it names no edit")
     drafts = [rewrite(edit) for edit in edits]
     draft = drafts[0]
     draft.more = tuple(drafts[1:])
@@ -51,7 +51,7 @@ class MQuAKE(FileBenchmark):
     probes = ("rewrite", "rephrase", "two_hop", "multi_hop", "unrelated")
     splits = ("CF", "T", "hard")
     forms = (
-        Form.of(
+        RecordFormat.of(
             "MQuAKE",
             _chain,
             "case_id requested_rewrite questions new_answer new_answer_alias new_single_hops",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from errata.benchmarks.counterfact import filled, requested
 from errata.benchmarks.drafts import Draft
-from errata.benchmarks.files import FileBenchmark, Form
+from errata.benchmarks.files import FileBenchmark, RecordFormat
 from errata.benchmarks.records import Record
 
 
@@ -36,7 +36,7 @@ class PEAK(FileBenchmark):
     probes = ("rewrite", "rephrase", "neighbour")
     splits = ("time", "counter")
     forms = (
-        Form.of(
+        RecordFormat.of(
             "PEAK",
             _appended,
             "case_id requested_rewrite para_add_prompts neighborhood_prompts postive_list",

@@ -7,7 +7,7 @@ other facts with answers are ``unrelated``.
 from __future__ import annotations
 
 from errata.benchmarks.drafts import Draft
-from errata.benchmarks.files import FileBenchmark, Form
+from errata.benchmarks.files import FileBenchmark, RecordFormat
 from errata.benchmarks.records import Record
 
 
@@ -30,4 +30,4 @@ class QAEdit(FileBenchmark):
     citation = "Yang et al. 2025 (The Mirage of Model Editing, arXiv 2502.11177)"
     probes = ("rewrite", "rephrase", "unrelated")
     splits = ("QAEdit",)
-    forms = (Form.of("QAEdit", _question, "prompt target subject rephrase locality", unused="id source"),)
+    forms = (RecordFormat.of("QAEdit", _question, "prompt target subject rephrase locality", unused="id source"),)

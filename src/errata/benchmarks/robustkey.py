@@ -19,7 +19,7 @@ from typing import Any
 
 from errata.benchmarks import drafts
 from errata.benchmarks.drafts import Draft
-from errata.benchmarks.files import FileBenchmark, Form
+from errata.benchmarks.files import FileBenchmark, RecordFormat
 from errata.benchmarks.records import Record
 from errata.request import EditRequest, fill
 
@@ -57,7 +57,7 @@ class RobustKey(FileBenchmark):
     probes = ("rewrite", "rephrase", "subject_unseen", "neighbour", "unrelated")
     splits = ("test", "valid", "zsre")
     forms = (
-        Form.of(
+        RecordFormat.of(
             "RobustKeyEdit",
             _draft,
             "prompt target_new target_true subject rephrase_prompt locality_prompt locality_ground_truth subject_rephrase",
@@ -65,7 +65,7 @@ class RobustKey(FileBenchmark):
         ),
     )
 
-    def draft(self, form: Form[Any], records: Sequence[Record], i: int) -> Draft:
+    def draft(self, form: RecordFormat[Any], records: Sequence[Record], i: int) -> Draft:
         """With the names, those that are left out being counted."""
         record = records[i]
         draft = _draft(record)

@@ -6,7 +6,7 @@ No subject is named, so methods that need one refuse.  There is no locality in t
 from __future__ import annotations
 
 from errata.benchmarks.drafts import Draft
-from errata.benchmarks.files import FileBenchmark, Form
+from errata.benchmarks.files import FileBenchmark, RecordFormat
 from errata.benchmarks.records import Record
 
 
@@ -31,4 +31,4 @@ class UnKE(FileBenchmark):
     citation = "Deng et al. 2024 (UnKE, arXiv 2405.15349)"
     probes = ("rewrite", "rephrase", "sub_fact")
     splits = ("final",)
-    forms = (Form.of("UnKE", _answer, "question para_question answer sub_question sub_answer", unused="id"),)
+    forms = (RecordFormat.of("UnKE", _answer, "question para_question answer sub_question sub_answer", unused="id"),)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 
 from errata.benchmarks.drafts import Draft
-from errata.benchmarks.files import FileBenchmark, Form
+from errata.benchmarks.files import FileBenchmark, RecordFormat
 from errata.benchmarks.records import Record
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
@@ -48,7 +48,7 @@ class WISEHallucination(FileBenchmark):
     citation = "Wang et al. 2024 (WISE, arXiv 2405.14768); Manakul et al. 2023 (SelfCheckGPT)"
     probes = ("rewrite", "unrelated")
     splits = ("edit", "train")
-    forms = (Form.of("hallucination", _text, _FIELDS),)
+    forms = (RecordFormat.of("hallucination", _text, _FIELDS),)
 
 
 class WISETemporal(FileBenchmark):
@@ -61,4 +61,4 @@ class WISETemporal(FileBenchmark):
     citation = "Wang et al. 2024 (WISE, arXiv 2405.14768)"
     probes = ("rewrite", "out_of_domain", "unrelated")
     splits = WISEHallucination.splits
-    forms = (Form.of("temporal", _text, f"{_FIELDS} ood_rephrase"),)
+    forms = (RecordFormat.of("temporal", _text, f"{_FIELDS} ood_rephrase"),)

@@ -11,7 +11,7 @@ KnowEdit form (Zhang et al. 2024): see `errata.benchmarks.knowedit`.
 from __future__ import annotations
 
 from errata.benchmarks.drafts import Draft, through
-from errata.benchmarks.files import FileBenchmark, Form
+from errata.benchmarks.files import FileBenchmark, RecordFormat
 from errata.benchmarks.knowedit import ZSRE_FORM
 from errata.benchmarks.records import Record
 
@@ -40,7 +40,7 @@ class ZsRE(FileBenchmark):
     probes = ("rewrite", "rephrase", "unrelated", "same_subject", "two_hop", "alias", "reverse", "logical")
     splits = ("test", "edit", "eval", "train")
     forms = (
-        Form.of(
+        RecordFormat.of(
             "MEND",
             _mend,
             "subject src rephrase alt answers",

@@ -11,7 +11,7 @@ from errata.commands import common, files, gates
 from errata.commands.screen import Screen, as_json
 
 if TYPE_CHECKING:
-    from errata.analyse.keys import Compared
+    from errata.analyse.keys import KeyComparison
     from errata.request import EditRequest
 
 CASES = 50
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     screen.say(common.saved(args.out))
 
 
-def _document(args: argparse.Namespace, lm: Any, editor: Any, found: Compared) -> dict[str, Any]:
+def _document(args: argparse.Namespace, lm: Any, editor: Any, found: KeyComparison) -> dict[str, Any]:
     from errata.analyse import keys
     from errata.config import to_dict
 

@@ -152,7 +152,7 @@ def listed(text: str) -> list[str]:
 
 
 def editors(names: str) -> list[str]:
-    """The methods of a comma-separated list; `UnknownName` for one that does not exist."""
+    """The methods of a comma-separated list; `UnknownNameError` for one that does not exist."""
     out = listed(names)
     if not out:
         raise ConfigError(f"--method {names!r} names no method; there are {', '.join(registry.names('method'))}")

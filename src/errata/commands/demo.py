@@ -39,8 +39,8 @@ def add(commands: common.Subparsers) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     from errata import run as scenarios
+    from errata.score.evaluator import AnswerCache
     from errata.score.metrics import summarise
-    from errata.score.queries import Answers
 
     files.check(args.out, args.force)
     if args.what == "theorem":
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     records: list[dict[str, Any]] = []
     made: dict[str, list[Patch]] = {}
     seconds: dict[str, float] = {}
-    answers = Answers()  # the base is asked once for both methods
+    answers = AnswerCache()  # the base is asked once for both methods
     with screen.progress() as progress:
         for name in METHODS:
             editor = registry.get("method", name).for_model(lm)

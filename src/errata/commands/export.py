@@ -15,7 +15,7 @@ from errata.errors import ConfigError, PatchError
 if TYPE_CHECKING:
     from errata.core.model import LM
     from errata.core.patch import Patch
-    from errata.export.changes import Report
+    from errata.export.changes import ExportReport
 
 LOSS = 0.01  # share of a change beyond which a loss is worth a sentence
 
@@ -99,7 +99,7 @@ def tell_vllm(screen: Screen, model: str, adapter: str | Path, rank: int, object
         screen.say(f"vllm serve {model} --enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules edited={adapter}")
 
 
-def _tell(screen: Screen, args: argparse.Namespace, lm: LM, stack: tuple[Patch, ...], report: Report, form: str, **more: Any) -> None:
+def _tell(screen: Screen, args: argparse.Namespace, lm: LM, stack: tuple[Patch, ...], report: ExportReport, form: str, **more: Any) -> None:
     screen.document(
         {
             "model": lm.name,

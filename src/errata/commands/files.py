@@ -56,7 +56,7 @@ def check(out: Path | None, force: bool) -> None:
 def staged(out: Path, force: bool) -> Iterator[Path]:
     """`check`, then `errata.storage.replacing`."""
     check(out, force)
-    with storage.replacing(out) as temporary:
+    with storage.atomic_folder(out) as temporary:
         yield temporary
 
 

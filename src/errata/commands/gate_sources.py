@@ -15,8 +15,8 @@ from errata.commands.screen import Progress
 from errata.errors import ConfigError, InputError, StorageError
 
 if TYPE_CHECKING:
-    from errata.analyse.gate_training import Grown
-    from errata.analyse.gates import Inputs
+    from errata.analyse.gate_training import GateRun
+    from errata.analyse.gates import GateInputs
     from errata.core.model import LM
     from errata.core.patch import Patch
     from errata.request import Case
@@ -30,11 +30,11 @@ class Source:
     """What is looked at.  ``inputs``: cases under their stacks; ``by_mark``: {T: records}; ``cases``: what sequential edits are made of;
     ``grown``: the continual run behind it, where one was made here; ``cell``: of the run that was looked at."""
 
-    inputs: list[Inputs] = field(default_factory=list)
+    inputs: list[GateInputs] = field(default_factory=list)
     by_mark: dict[int, Any] = field(default_factory=dict)
     cases: list[Case] = field(default_factory=list)
     editor: Any = None
-    grown: Grown | None = None
+    grown: GateRun | None = None
     cell: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -66,9 +66,9 @@ def _run(folder: Path) -> tuple[Path | None, str | None]:
 def _from_run(args: argparse.Namespace, run: Path, named: str | None, values: dict[str, Any]) -> tuple[LM, Source]:
     """One cell of `errata run`: its cases under the patches that were kept, and its records at each mark."""
     from errata.analyse import gates
-    from errata.run import base, grid
+    from errata.run import base_answers, grid
     from errata.run.cell import live_edits
-    from errata.run.folder import Journal, Patches
+    from errata.run.folder import Journal, PatchFolder
 
     spec = grid.from_dict(_read(run / "manifest.json").get("config", {}))
     cell = _cell(run, spec, named)
@@ -81,12 +81,12 @@ def _from_run(args: argparse.Namespace, run: Path, named: str | None, values: di
     lm = common.load(args, **{k: v for k, v in more.items() if v is not None})
     if (then := _read(folder / "cell.json").get("fingerprint")) != lm.fingerprint:
         raise InputError(f"{folder} belongs to base {then}, {args.model} is {lm.fingerprint}; give its model with --model")
-    cases = base.cases_of(lm, spec, cell)
+    cases = base_answers.cases_of(lm, spec, cell)
     entries = Journal(folder, repair=False).entries
     numbers = live_edits(entries)
     found = Source(cell=cell.id, cases=cases, by_mark=_by_mark(folder / "records.jsonl", cell.method.label))
     found.editor = registry.get("method", "baft").for_model(lm, **{"seed": cell.seed, **cell.method.set, **values})
-    patches = Patches(folder / "patches").load(numbers)
+    patches = PatchFolder(folder / "patches").load(numbers)
     if not patches:
         found.notes.append("the run dropped its patches (store.patches), so its gates cannot be read")
     elif cell.scenario.kind == "single":
@@ -121,12 +121,12 @@ def _from_model(args: argparse.Namespace, values: dict[str, Any], progress: Prog
     args.model, args.n = args.source, len(cases)
     lm = common.load(args)
     from errata.analyse import gate_training, gates
-    from errata.score.queries import Answers
+    from errata.score.evaluator import AnswerCache
 
     editor = registry.get("method", "baft").for_model(lm, **values)
     marks = common.tens(len(cases))
-    grown = gate_training.grow(lm, editor, cases, marks, progress)
-    by_mark = gate_training.records(lm, grown, cases, "baft", Answers(), progress)
+    grown = gate_training.run_continual(lm, editor, cases, marks, progress)
+    by_mark = gate_training.records(lm, grown, cases, "baft", AnswerCache(), progress)
     stack = grown.stacks[len(cases)]
     return lm, Source([gates.of_case(c, stack) for c in cases], by_mark, cases, editor, grown)
 

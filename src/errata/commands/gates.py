@@ -75,7 +75,7 @@ def _comparisons(lm: LM, found: Source, compared: list[str], progress: Progress)
     if not compared:
         return {}
     from errata.analyse import gate_training
-    from errata.score.queries import Answers
+    from errata.score.evaluator import AnswerCache
 
     if found.editor is None or not found.cases:
         raise ConfigError(
@@ -83,10 +83,10 @@ def _comparisons(lm: LM, found: Source, compared: list[str], progress: Progress)
         )
     out: dict[str, Any] = {}
     if "balance" in compared:
-        done = found.grown or gate_training.grow(lm, found.editor, found.cases, [len(found.cases)], progress)
+        done = found.grown or gate_training.run_continual(lm, found.editor, found.cases, [len(found.cases)], progress)
         out["balance"] = gate_training.balance(lm, found.editor, found.cases, done, progress)
     if "locality" in compared:
-        out["locality"] = gate_training.locality(lm, found.editor, found.cases, Answers(), progress)
+        out["locality"] = gate_training.locality(lm, found.editor, found.cases, AnswerCache(), progress)
     return out
 
 

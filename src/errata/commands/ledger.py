@@ -14,7 +14,7 @@ from errata.errors import ConfigError
 
 if TYPE_CHECKING:
     from errata.ledger import Ledger
-    from errata.ledger.record import Edit, Event
+    from errata.ledger.database import Edit, Event
 
 
 def add(commands: common.Subparsers) -> None:
@@ -78,7 +78,7 @@ def _tokens(out: argparse.ArgumentParser) -> None:
 def _open(args: argparse.Namespace, model: bool = True) -> Ledger:
     """The ledger, with the model that was named or that it was begun with."""
     from errata.ledger import Ledger
-    from errata.ledger.record import Record
+    from errata.ledger.database import LedgerDatabase
     from errata.ledger.state import as_text
 
     for name in ("author", "reason"):
@@ -87,9 +87,9 @@ def _open(args: argparse.Namespace, model: bool = True) -> Ledger:
         raise ConfigError(f"--wait must be from 0 to 86400 seconds, not {args.wait:g}")
     lm = None
     if model:
-        record = Record(args.ledger, args.wait)
+        record = LedgerDatabase(args.ledger, args.wait)
         if args.model is None and record.exists():
-            with record.reading() as view:
+            with record.read_transaction() as view:
                 args.model = view.meta("model")
         lm = None if args.model is None else common.load(args)
         if lm is not None and Path(lm.name).is_dir():
@@ -106,12 +106,12 @@ def apply(args: argparse.Namespace, screen: Screen) -> None:
     ledger = _open(args)
     made: list[Edit] = []
     if patches:
-        made = ledger.take(patches, reason=args.reason, force=args.force)
+        made = ledger.apply_patches(patches, reason=args.reason, force=args.force)
         _acknowledge(screen, made)
     else:
         how = {"method": args.method, "settings": settings, "mode": args.mode, "size": size, "reason": args.reason, "force": args.force}
         with screen.progress() as progress:
-            for part in ledger.applying(wanted, **how, progress=progress):
+            for part in ledger.iter_apply(wanted, **how, progress=progress):
                 made += part
                 _acknowledge(screen, part)
     screen.document({"ledger": str(args.ledger), "base": ledger.lm.fingerprint, "edits": [e.to_dict() for e in made]})
@@ -174,11 +174,11 @@ def log(args: argparse.Namespace, screen: Screen) -> None:
 def show(args: argparse.Namespace, screen: Screen) -> None:
     ledger = _open(args, model=False)
     found = ledger.show(args.edit)
-    screen.document({**found.to_dict(), "folder": str(ledger.shelf.folder / found.patch)})
+    screen.document({**found.to_dict(), "folder": str(ledger.patch_store.folder / found.patch)})
     state = "live" if found.undone is None else f"undone {found.undone.time} by {found.undone.author} {found.undone.reason}".rstrip()
     how = "brought in as a saved patch" if found.settings is None else "made alone" if found.alone else "made on the edits before it"
     screen.say(f"edit {found.number}  {state}\n{found.method}, {how}; applied {found.applied.time} by {found.applied.author}")
-    screen.say(f"reason: {found.applied.reason or '(none given)'}\npatch {found.patch} in {ledger.shelf.folder}")
+    screen.say(f"reason: {found.applied.reason or '(none given)'}\npatch {found.patch} in {ledger.patch_store.folder}")
     screen.table(("prompt", "target", "subject"), [(r.prompt, r.target, r.subject or "") for r in found.requests])
     screen.table(("setting", "value"), list((found.settings or {}).items()))
 

@@ -12,8 +12,8 @@ from typing import Any
 from errata import storage
 from errata.commands import common, results
 from errata.commands.screen import Screen, write
-from errata.errors import ConfigError, StorageError, UnknownName
-from errata.report import contents, documents, gate_maps, sheet
+from errata.errors import ConfigError, StorageError, UnknownNameError
+from errata.report import contents, csv_export, documents, gate_maps
 from errata.report.folders import Folder, read
 from errata.report.layout import Table
 from errata.report.sections import Section, gather
@@ -50,7 +50,7 @@ def formats(args: argparse.Namespace) -> list[str]:
     asked = common.listed(args.format)
     asked = list(FORMATS) if asked == ["all"] else asked
     if odd := [name for name in asked if name not in FORMATS] or (not asked and [args.format]):
-        raise UnknownName(f"no format {odd[0]!r}; there are {', '.join(FORMATS)} and all")
+        raise UnknownNameError(f"no format {odd[0]!r}; there are {', '.join(FORMATS)} and all")
     if args.out is None and len(asked) > 1:
         raise ConfigError("several formats do not go to one screen; give --out a folder")
     if len(asked) > 1 and ending in ENDINGS:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         if args.out is None:
             write(sys.stdout, text)
         else:
-            storage.write_file(targets[name], text.encode("utf-8", "replace"))
+            storage.write_atomic(targets[name], text.encode("utf-8", "replace"))
     if args.out is not None:
         screen.document({**documents.document(title, sections, folders), "saved": {k: str(v) for k, v in targets.items()}})
         _tell(screen, sections, folders)
@@ -106,7 +106,7 @@ def _only(sections: Sequence[Section], names: str | None) -> None:
     asked = common.listed(names)
     there = protocols([row for section in sections for row in section.rows])
     if odd := [name for name in asked if name not in there]:
-        raise UnknownName(f"--protocol {odd[0]!r}: these runs have {', '.join(there)}")
+        raise UnknownNameError(f"--protocol {odd[0]!r}: these runs have {', '.join(there)}")
     for section in sections:
         for part in ("rows", "retention", "right_after", "forgetting"):
             setattr(section, part, [row for row in getattr(section, part) if row["protocol"] in asked])
@@ -117,20 +117,20 @@ def _differences(sections: Sequence[Section], against: str | None) -> None:
     known = [name for section in sections for name in methods(section.rows)]
     every = against == "all" and "all" not in known
     if against not in (None, "all", *known):
-        raise UnknownName(f"--against {against!r}: these runs have {', '.join(dict.fromkeys(known))}, and all")
+        raise UnknownNameError(f"--against {against!r}: these runs have {', '.join(dict.fromkeys(known))}, and all")
     for section in sections:
-        names = [name for name in methods(section.rows) if name in section.said]
+        names = [name for name in methods(section.rows) if name in section.records]
         if every or (against is None and len(names) <= FEW):
             pairs = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
         else:
             first = against if against in names else names[0] if names else ""
             pairs = [(a, first) for a in names if a != first]
-        section.differences = results.paired(section.said, section.rows, pairs)
+        section.differences = results.paired(section.records, section.rows, pairs)
 
 
 def _written(name: str, title: str, sections: Sequence[Section], folders: Sequence[Folder], cases: int | None) -> str:
     if name == "csv":
-        return sheet.write(sections)
+        return csv_export.write(sections)
     if name == "html":
         from errata.report.page import whole
 

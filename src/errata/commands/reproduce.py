@@ -13,7 +13,7 @@ from errata.commands.screen import Screen, as_json, json_lines
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
-    from errata.analyse.reproduce import Asked
+    from errata.analyse.reproduce import ReproduceOptions
 
 CASES = 100
 
@@ -39,9 +39,9 @@ def add(commands: common.Subparsers) -> None:
     common.out_options(out)
 
 
-def asked_of(args: argparse.Namespace) -> Asked:
+def asked_of(args: argparse.Namespace) -> ReproduceOptions:
     """The command line as plain values."""
-    from errata.analyse.reproduce import VARIANTS, Asked
+    from errata.analyse.reproduce import VARIANTS, ReproduceOptions
 
     values, data = common.settings(args), {}
     published.get(args.name)
@@ -53,12 +53,12 @@ def asked_of(args: argparse.Namespace) -> Asked:
         data[name] = path
     methods = None if args.method is None else common.editors(args.method)
     known = methods or list(dict.fromkeys(method for method, _ in VARIANTS[args.name].values()))
-    return Asked(args.name, methods, lambda m: settings_of(m, known, values), data, args.n, CASES, args.split, args.seed)
+    return ReproduceOptions(args.name, methods, lambda m: settings_of(m, known, values), data, args.n, CASES, args.split, args.seed)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     from errata.analyse import reproduce
-    from errata.analyse.protocols import Job
+    from errata.analyse.protocols import Measurement
 
     asked = asked_of(args)
     table = reproduce.check(asked)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     lm = common.load(args)
     made = reproduce.editors(lm, asked)
     with screen.progress() as progress:
-        found = reproduce.measure(Job(lm, progress), table, asked, made)
+        found = reproduce.measure(Measurement(lm, progress), table, asked, made)
     rows, reference, same = reproduce.compare(table, lm.name, found)
     n = max(r["T"] if r.get("part") == "piqa" else r["n"] for r in (*found.rows, *found.redundancy))  # facts edited, not questions asked
     document = {

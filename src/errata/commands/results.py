@@ -11,7 +11,7 @@ from typing import Any
 import errata
 from errata.commands import files
 from errata.commands.screen import Screen, as_json, json_lines
-from errata.errors import InputError, UnknownName
+from errata.errors import InputError, UnknownNameError
 from errata.report import contents, documents, tables
 from errata.report.folders import RIGHT_AFTER
 from errata.report.sections import Read, Section, of
@@ -51,7 +51,7 @@ def paired(said: Mapping[str, Read], rows: Sequence[Row], pairs: Sequence[tuple[
         for row in rows:
             if row["method"] == minus and (name, row["metric"], row["protocol"]) in has:
                 # What cannot be compared is left out: no common case (sampled text), or a protocol that this errata does not know.
-                with contextlib.suppress(InputError, UnknownName):
+                with contextlib.suppress(InputError, UnknownNameError):
                     found = difference(held[name], held[minus], row["metric"], row["protocol"])
                     out.append({"method": name, "minus": minus, "metric": row["metric"], "protocol": row["protocol"], **found})
     order = {pair: i for i, pair in enumerate(pairs)}
@@ -100,8 +100,8 @@ def save(
         right_after=document.get("right_after", ()),
         differences=document["differences"],
         micro=document.get("micro_averages", ()),
-        said=of(final),
-        soon=of([r for r in every if r.get("edits") == RIGHT_AFTER]),
+        records=of(final),
+        right_after_records=of([r for r in every if r.get("edits") == RIGHT_AFTER]),
     )
     files.write(folder / "records.jsonl", json_lines(every))
     files.write(folder / "summary.json", as_json(document) + "\n")

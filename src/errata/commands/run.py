@@ -29,7 +29,7 @@ def add(commands: common.Subparsers) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
-    from errata.run import engine, grid, manifest, preflight
+    from errata.run import executors, grid, manifest, preflight
     from errata.run.folder import read_document
 
     if args.address is not None and args.workers != "ray":
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         def named(label: str) -> Progress:
             return lambda stage, done, total: progress(f"{label}: {stage}", done, total)
 
-        outcomes = engine.run(root, spec, args.workers, args.address, told, named)
+        outcomes = executors.run(root, spec, args.workers, args.address, told, named)
     failed = [o for o in outcomes if o.error]
     whole = [cell.id for cell in cells if cell.id not in {o.cell for o in failed}]
     found = {name: _found(root, name) for name in whole}

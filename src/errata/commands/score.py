@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from errata import registry
 from errata.commands import common, downstream, files, results
 from errata.commands.screen import Progress, Screen
-from errata.errors import ConfigError, UnknownName
+from errata.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from errata.core.model import LM
@@ -20,7 +20,7 @@ METHOD = "baft"
 
 
 @dataclass
-class Scored:
+class ScoreRun:
     """final: one record a probe and method, for tables and page; every: also those of earlier marks and right after each edit.
     texts: what was sampled, so that the base is asked once."""
 
@@ -68,7 +68,7 @@ def settings_of(method: str, methods: list[str], values: dict[str, Any]) -> dict
     """Settings for one method: plain keys go to all, "reft.lr" only to reft."""
     for key in values:
         if "." in key and key.partition(".")[0] not in methods:
-            raise UnknownName(f"setting {key!r}: no method {key.partition('.')[0]!r} is scored here; there are {', '.join(methods)}")
+            raise UnknownNameError(f"setting {key!r}: no method {key.partition('.')[0]!r} is scored here; there are {', '.join(methods)}")
     plain = {k: v for k, v in values.items() if "." not in k}
     return plain | {k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{method}.")}
 
@@ -82,7 +82,7 @@ def _score(
     at: list[int],
     answers: Any,
     progress: Progress,
-    into: Scored,
+    into: ScoreRun,
 ) -> None:
     """One method in one mode; its records are added to ``into``."""
     from errata import run as scenarios
@@ -127,8 +127,8 @@ def _fluency(
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.score.evaluator import AnswerCache
     from errata.score.metrics import summarise
-    from errata.score.queries import Answers
 
     common.batch_size(args)
     values, methods = common.settings(args), common.editors(args.method or METHOD)
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     editors = [registry.get("method", m).for_model(lm, **settings_of(m, methods, values)) for m in methods]
     if args.robustness:
         cases = _widened(lm, editors, cases, screen)
-    scored, answers = Scored(), Answers(free_tokens=args.free_tokens)
+    scored, answers = ScoreRun(), AnswerCache(free_tokens=args.free_tokens)
     with screen.progress() as progress:
         for editor in editors:
             common.prepare(editor, lm, progress)
@@ -173,7 +173,7 @@ def _widened(lm: LM, editors: list[Any], cases: list[Case], screen: Screen) -> l
     """With robustness probes, the same for all methods: those that fit behind the longest context an editor may put in front."""
     from errata.score import robustness
 
-    out = robustness.widen(lm, cases, room=robustness.room_of(lm, editors))
+    out = robustness.add_robustness_probes(lm, cases, room=robustness.room_of(lm, editors))
     if missing := robustness.unasked(out):
         screen.say(
             f"Not asked, since the model's window is too short (an in-context method may get a smaller budget): {', '.join(missing)}."
@@ -194,7 +194,7 @@ def _settings(editor: Any) -> str:
 
 
 def _document(
-    args: argparse.Namespace, lm: LM, editors: list[Any], scored: Scored, summarise: Any, facts: dict[str, Any]
+    args: argparse.Namespace, lm: LM, editors: list[Any], scored: ScoreRun, summarise: Any, facts: dict[str, Any]
 ) -> dict[str, Any]:
     from errata.config import to_dict
 

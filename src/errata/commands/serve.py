@@ -131,9 +131,9 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         raise ConfigError(f"`errata serve` needs {', '.join(missing)}: pip install 'errata[serve]'")
     chosen, made = options(args)
     given, prompts = patches(args), watched(args)
-    from errata.serve.running import Running, bound, leave
+    from errata.serve.server import ServerRunner, bind_socket, leave
 
-    listening = bound(chosen.host, chosen.port)  # first of all: a port that is taken needs no model
+    listening = bind_socket(chosen.host, chosen.port)  # first of all: a port that is taken needs no model
     args.until_end.callback(listening.close)
     lm = common.load(args)
     if Path(lm.name).is_dir():
@@ -149,5 +149,5 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         screen.say(f"{lm.name} with the ledger {args.ledger} is at {url}/" + (f"#token={chosen.token}" if made else ""))
         screen.flush()
 
-    if not Running(service, ready, listening).run():
+    if not ServerRunner(service, ready, listening).run():
         leave(0)

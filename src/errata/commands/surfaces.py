@@ -13,7 +13,7 @@ from errata import storage
 from errata.commands import common
 from errata.commands.screen import Screen
 from errata.errors import ConfigError, InputError, ModelError, StorageError
-from errata.request import EditRequest, as_lines, fill, read_lines, read_requests
+from errata.request import EditRequest, fill, read_lines, read_requests, to_jsonl
 
 if TYPE_CHECKING:
     from errata.endpoint import Endpoint
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             counts["without a subject"] += request.subject is None
             out.append(wide)
             progress("requests", i, len(wanted))
-    storage.write_file(args.out, as_lines(out).encode())
+    storage.write_atomic(args.out, to_jsonl(out).encode())
     screen.document({"requests": len(out), "saved": str(args.out), **counts})
     screen.say(f"{len(out)} requests, {counts['aliases']} aliases and {counts['paraphrases']} paraphrases added.")
     if counts["without a subject"]:

@@ -14,7 +14,7 @@ from errata.errors import ConfigError
 
 if TYPE_CHECKING:
     from errata.core.model import LM
-    from errata.trace import Average, Fact, Settings, Suggestion, Traces
+    from errata.trace import AverageEffects, Fact, Suggestion, TraceConfig, TraceResult
 
 CASES = 50
 DRAWN = 4  # facts that are drawn with --out
@@ -82,10 +82,10 @@ def _of_benchmark(args: argparse.Namespace) -> list[Any]:
 def run(args: argparse.Namespace, screen: Screen) -> None:
     wanted = facts(args)
     files.check(args.out, args.force)
-    from errata.trace import Settings, trace
+    from errata.trace import TraceConfig, trace
 
     kinds = tuple(common.listed(args.kinds))
-    settings = Settings(kinds, args.samples, args.noise, args.window, args.seed, args.rows)
+    settings = TraceConfig(kinds, args.samples, args.noise, args.window, args.seed, args.rows)
     asked = wanted()
     lm = common.load(args)
     began = time.perf_counter()
@@ -107,7 +107,7 @@ def _rounded(values: Any) -> Any:
     return round(float(values), DIGITS)
 
 
-def _document(args: argparse.Namespace, lm: LM, found: Traces, seconds: float) -> dict[str, Any]:
+def _document(args: argparse.Namespace, lm: LM, found: TraceResult, seconds: float) -> dict[str, Any]:
     """The result as plain values: what ``--json`` prints and ``trace.json`` holds."""
     from errata.trace import average, suggest_layers
 
@@ -138,7 +138,7 @@ def _document(args: argparse.Namespace, lm: LM, found: Traces, seconds: float) -
     }
 
 
-def _settings(settings: Settings, found: Traces) -> dict[str, Any]:
+def _settings(settings: TraceConfig, found: TraceResult) -> dict[str, Any]:
     return {
         "kinds": list(settings.kinds),
         "samples": settings.samples,
@@ -150,7 +150,7 @@ def _settings(settings: Settings, found: Traces) -> dict[str, Any]:
     }
 
 
-def _average(found: Average) -> dict[str, Any]:
+def _average(found: AverageEffects) -> dict[str, Any]:
     """NaN (a role that no fact has, an error of one fact) becomes null where it is written."""
     from errata.trace import ROLES
 
@@ -181,12 +181,12 @@ def _suggestion(found: Suggestion) -> dict[str, Any]:
 
 def _draw(folder: Path, document: dict[str, Any]) -> None:
     """trace-1.png and .svg … for the first facts, trace-average for all."""
-    from errata.report import heat
+    from errata.report import heatmap
 
     window = document["settings"]["window"]
     for i, record in enumerate(document["facts"][:DRAWN], 1):
-        heat.fact(record, window, [folder / f"trace-{i}.{ending}" for ending in ("png", "svg")])
-    heat.average(document["average"], window, [folder / f"trace-average.{ending}" for ending in ("png", "svg")])
+        heatmap.fact(record, window, [folder / f"trace-{i}.{ending}" for ending in ("png", "svg")])
+    heatmap.average(document["average"], window, [folder / f"trace-average.{ending}" for ending in ("png", "svg")])
 
 
 def _show(screen: Screen, document: dict[str, Any]) -> None:

@@ -123,7 +123,7 @@ class _Board:
         self.failed: BaseException | None = None
         self.lock = threading.Lock()
 
-    def told(self, batch: int) -> Progress:
+    def progress_of(self, batch: int) -> Progress:
         """The progress of one batch, passed on with those that wait for theirs counted among the running."""
 
         def tell(step: int, running: int, loss: float) -> None:
@@ -145,7 +145,7 @@ class _Board:
                 return
             members = self.batches[batch]
             try:
-                out.update(zip(members, work(lm, members, self.told(batch)), strict=True))
+                out.update(zip(members, work(lm, members, self.progress_of(batch)), strict=True))
                 self.running[batch] = 0
             except _Stopped:
                 return

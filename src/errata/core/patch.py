@@ -198,7 +198,7 @@ class Patch:
             "patch.json": json.dumps(head, ensure_ascii=False, indent=1).encode(),
             "README.md": self._readme().encode(),
         }
-        with storage.replacing(folder) as temporary:
+        with storage.atomic_folder(folder) as temporary:
             for name, content in files.items():
                 storage.write(temporary / name, content, sync)
         return folder

@@ -26,7 +26,7 @@ AT_ONCE = 4_000_000  # numbers handled at a time
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightDelta:
     """What a stack adds to one linear: its path from the model, the module, the ops."""
 
     path: str
@@ -80,7 +80,7 @@ def slice_of(numbers: int) -> int:
     return max(1, AT_ONCE // max(1, numbers))
 
 
-def changes(lm: LM, stack: Stack) -> list[Change]:
+def weight_deltas(lm: LM, stack: Stack) -> list[WeightDelta]:
     """The stack by linear.  `PatchError` when it is empty or changes nothing, is of another base, or not a change of weights."""
     if not stack:
         raise PatchError("no patch to export; name at least one")
@@ -102,7 +102,7 @@ def changes(lm: LM, stack: Stack) -> list[Change]:
             found.setdefault(path, []).append(op)
     if not found:
         raise PatchError("the stack changes nothing (no patch of it holds an op); there is nothing to export")
-    out = [Change(path, resolve(lm.hf, path), tuple(ops)) for path, ops in found.items()]
+    out = [WeightDelta(path, resolve(lm.hf, path), tuple(ops)) for path, ops in found.items()]
     for change in out:
         for op in change.ops:
             if sizes(op)[1:] != change.sizes:
@@ -120,7 +120,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Report:
+class ExportReport:
     """What was written where."""
 
     folder: Path

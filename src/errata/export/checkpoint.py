@@ -23,8 +23,20 @@ from errata.core.families import text_config
 from errata.core.model import LM
 from errata.errors import ModelError
 from errata.export import tensors
-from errata.export.changes import Change, Report, Written, base_file, base_folder, changes, dtype_named, mark, place, share, slice_of
-from errata.export.tensors import Lazy
+from errata.export.changes import (
+    ExportReport,
+    WeightDelta,
+    Written,
+    base_file,
+    base_folder,
+    dtype_named,
+    mark,
+    place,
+    share,
+    slice_of,
+    weight_deltas,
+)
+from errata.export.tensors import LazyTensor
 
 INDEX = "model.safetensors.index.json"
 FILES = (
@@ -37,7 +49,7 @@ USE = (
 )
 
 
-def bake(lm: LM, stack: Stack, folder: str | Path, *, dtype: str | torch.dtype | None = None, force: bool = False) -> Report:
+def bake(lm: LM, stack: Stack, folder: str | Path, *, dtype: str | torch.dtype | None = None, force: bool = False) -> ExportReport:
     """Write the model that ``stack`` (low-rank and dense ops) makes of ``lm`` as a checkpoint that needs no errata.
 
     ``dtype``: of the floating weights written; None keeps each one's own.  Weights are read, never changed, and pass through memory a
@@ -45,13 +57,13 @@ def bake(lm: LM, stack: Stack, folder: str | Path, *, dtype: str | torch.dtype |
     checkpoint.
     """
     out, wanted = Path(folder), dtype_named(dtype)
-    found = changes(lm, stack)
+    found = weight_deltas(lm, stack)
     place(lm, out, force, "a checkpoint", FILES, "config.json")
     lost: dict[str, tuple[float, float]] = {}
     lazy = _checkpoint(lm, found, wanted, lost)
     files = _files(lm, lazy)
     stored = str(wanted or lm.dtype).removeprefix("torch.")
-    with storage.replacing(out) as temporary:
+    with storage.atomic_folder(out) as temporary:
         for name, names in files.items():
             tensors.write(temporary / name, {n: lazy[n] for n in names})
         if len(files) > 1:
@@ -61,10 +73,10 @@ def bake(lm: LM, stack: Stack, folder: str | Path, *, dtype: str | torch.dtype |
         _rest(lm, temporary, wanted)
         written = tuple(Written(c.path, c.rank, share(*lost[c.path])) for c in found)
         mark(lm, stack, temporary, USE, written, stored)
-    return Report(out, stored, written)
+    return ExportReport(out, stored, written)
 
 
-def _checkpoint(lm: LM, found: list[Change], dtype: torch.dtype | None, lost: dict[str, tuple[float, float]]) -> dict[str, Lazy]:
+def _checkpoint(lm: LM, found: list[WeightDelta], dtype: torch.dtype | None, lost: dict[str, tuple[float, float]]) -> dict[str, LazyTensor]:
     """Every tensor by the name it has in a checkpoint; those that change know how.  ``lost`` is filled while they are written."""
     if getattr(lm.hf, "hf_quantizer", None) is not None or getattr(lm.hf.config, "quantization_config", None) is not None:
         raise ModelError("the model is quantised, nothing can be added to its weights; load it unquantised, or export the patch as LoRA")
@@ -77,12 +89,12 @@ def _checkpoint(lm: LM, found: list[Change], dtype: torch.dtype | None, lost: di
         if tensor.dtype not in tensors.NAMES:
             raise ModelError(f"{name} is stored as {tensor.dtype}, which is no plain weight; load the model in float32 or bfloat16")
     sources = {_place(weight): change for change in found for weight in [_plain(change, state)]}
-    out: dict[str, Lazy] = {}
+    out: dict[str, LazyTensor] = {}
     for name, tensor in _as_saved(lm.hf, state).items():
         change = sources.pop(_place(tensor), None)
         kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         slices = partial(_slices, tensor) if change is None else partial(_edited, tensor, change, kept, lost)
-        out[name] = Lazy(kept, tuple(tensor.shape), slices)
+        out[name] = LazyTensor(kept, tuple(tensor.shape), slices)
     for change in sources.values():
         raise ModelError(f"{change.path} is stored fused with other weights in checkpoints of this model; serve the patch with errata")
     return out
@@ -93,7 +105,7 @@ def _place(t: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return t.data_ptr(), tuple(t.shape), t.stride()
 
 
-def _plain(change: Change, state: dict[str, Tensor]) -> Tensor:
+def _plain(change: WeightDelta, state: dict[str, Tensor]) -> Tensor:
     """The linear's own weight [O, I] (Conv1D: [I, O]); `ModelError` where there is none, or where others use it too."""
     module, (inner, outer) = change.module, change.sizes
     plain = change.transposed or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
@@ -132,7 +144,7 @@ def _slices(tensor: Tensor) -> Iterator[Tensor]:
         yield from torch.split(tensor, slice_of(math.prod(tensor.shape[1:])))
 
 
-def _edited(weight: Tensor, change: Change, dtype: torch.dtype, lost: dict[str, tuple[float, float]]) -> Iterator[Tensor]:
+def _edited(weight: Tensor, change: WeightDelta, dtype: torch.dtype, lost: dict[str, tuple[float, float]]) -> Iterator[Tensor]:
     """W + ΔW, the sum in float64, rounded once; what rounding moved is added up beside the size of ΔW."""
     at, error, size = 0, 0.0, 0.0
     for delta in change.rows(change.transposed):
@@ -147,7 +159,7 @@ def _edited(weight: Tensor, change: Change, dtype: torch.dtype, lost: dict[str, 
     lost[change.path] = error, size
 
 
-def _files(lm: LM, lazy: dict[str, Lazy]) -> dict[str, list[str]]:
+def _files(lm: LM, lazy: dict[str, LazyTensor]) -> dict[str, list[str]]:
     """Tensors by file: as the base is cut, where that is known and names them all; else as ``save_pretrained`` would."""
     index = base_file(lm, INDEX)
     if index is not None:

@@ -25,8 +25,8 @@ from errata.core.patch import Op, Site
 from errata.core.weights import delta_weight, low_rank, rank_of, spectrum
 from errata.errors import ConfigError, PatchError
 from errata.export import tensors
-from errata.export.changes import Change, Report, Written, base_folder, changes, dtype_named, mark, place, share
-from errata.export.tensors import Lazy
+from errata.export.changes import ExportReport, WeightDelta, Written, base_folder, dtype_named, mark, place, share, weight_deltas
+from errata.export.tensors import LazyTensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FILES = r"adapter_model\.safetensors|adapter_config\.json|errata\.json|README\.md"
@@ -50,7 +50,7 @@ def export_lora(
     dtype: str | torch.dtype = "float32",
     force: bool = False,
     every_block: bool = False,
-) -> Report:
+) -> ExportReport:
     """Write ``stack`` as a LoRA adapter of ``lm``'s base: exact up to the rounding to ``dtype``.
 
     ``rank``: keep at most so many singular values a linear; the report tells what share of the change went.  Without it a dense op is
@@ -60,7 +60,7 @@ def export_lora(
     out, wanted = Path(folder), dtype_named(dtype)
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1, not {rank}")
-    found = changes(lm, stack)
+    found = weight_deltas(lm, stack)
     place(lm, out, force, "a LoRA adapter", FILES, CONFIG)
     assert wanted is not None
     adapters = [(change, _factors(change, rank, wanted)) for change in found]
@@ -70,24 +70,26 @@ def export_lora(
     pairs = {change.path: (op.tensors["down"], op.tensors["up"]) for change, op in adapters}
     for path, (inner, outer) in (_others(lm, found) if every_block else {}).items():
         pairs[path] = torch.zeros(0, inner, dtype=wanted), torch.zeros(outer, 0, dtype=wanted)
-    lazy: dict[str, Lazy] = {}
+    lazy: dict[str, LazyTensor] = {}
     for path, (down, up) in pairs.items():
         missing = most - len(down)
-        lazy[f"base_model.model.{path}.lora_A.weight"] = Lazy(wanted, (most, down.shape[1]), partial(_padded, down, (0, 0, 0, missing)))
-        lazy[f"base_model.model.{path}.lora_B.weight"] = Lazy(wanted, (len(up), most), partial(_padded, up, (0, missing)))
+        lazy[f"base_model.model.{path}.lora_A.weight"] = LazyTensor(
+            wanted, (most, down.shape[1]), partial(_padded, down, (0, 0, 0, missing))
+        )
+        lazy[f"base_model.model.{path}.lora_B.weight"] = LazyTensor(wanted, (len(up), most), partial(_padded, up, (0, missing)))
     stored = str(wanted).removeprefix("torch.")
-    with storage.replacing(out) as temporary:
+    with storage.atomic_folder(out) as temporary:
         tensors.write(temporary / WEIGHTS, lazy)
         storage.write(temporary / CONFIG, json.dumps(_config(lm, found, sorted(pairs), most), indent=2).encode())
         mark(lm, stack, temporary, USE.format(rank=vllm_rank(most)), written, stored)
-    return Report(out, stored, written)
+    return ExportReport(out, stored, written)
 
 
 def _padded(t: Tensor, sides: tuple[int, ...]) -> Iterator[Tensor]:
     yield torch.nn.functional.pad(t, sides)
 
 
-def _others(lm: LM, found: list[Change]) -> dict[str, tuple[int, int]]:
+def _others(lm: LM, found: list[WeightDelta]) -> dict[str, tuple[int, int]]:
     """Path -> sizes of the linears that have the same place in other blocks."""
     prefix, out = f"{lm.family.blocks}.", {}
     for place_ in {change.path.removeprefix(prefix).partition(".")[2] for change in found}:
@@ -104,7 +106,7 @@ def vllm_rank(rank: int) -> int:
     return next((r for r in RANKS if r >= rank), rank)
 
 
-def _config(lm: LM, found: list[Change], paths: list[str], rank: int) -> dict[str, Any]:
+def _config(lm: LM, found: list[WeightDelta], paths: list[str], rank: int) -> dict[str, Any]:
     """PEFT's `LoraConfig` with every choice that matters spelt out.
 
     Modules are named by their full paths, which no other module's path ends in.
@@ -130,7 +132,7 @@ def _config(lm: LM, found: list[Change], paths: list[str], rank: int) -> dict[st
     }
 
 
-def _factors(change: Change, limit: int | None, dtype: torch.dtype) -> Op:
+def _factors(change: WeightDelta, limit: int | None, dtype: torch.dtype) -> Op:
     """One low-rank op for a linear, of the least rank that loses nothing, or of ``limit``."""
     (inner, outer), site = change.sizes, Site(0, change.path)
     if change.rank:
@@ -158,9 +160,9 @@ def _beyond(values: Tensor, rank: int) -> float:
     return float(values[rank:].norm() / values.norm()) if values.any() else 0.0
 
 
-def _lost(change: Change, op: Op) -> float:
+def _lost(change: WeightDelta, op: Op) -> float:
     error = size = 0.0
-    for exact, got in zip(change.rows(), Change(change.path, change.module, (op,)).rows(), strict=True):
+    for exact, got in zip(change.rows(), WeightDelta(change.path, change.module, (op,)).rows(), strict=True):
         error += float((exact - got).square().sum())
         size += float(exact.square().sum())
     return share(error, size)

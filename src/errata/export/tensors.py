@@ -24,7 +24,7 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Lazy:
+class LazyTensor:
     """A tensor to come: its dtype and shape, and its rows, slice by slice."""
 
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class Lazy:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write(path: Path, tensors: Mapping[str, Lazy]) -> None:
+def write(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """The file is on the disk when this returns."""
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # wide numbers first: each starts aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

@@ -8,15 +8,15 @@ from typing import Any
 from errata.core.patch import Patch
 from errata.errors import ConfigError, LedgerError
 from errata.ledger import findings
-from errata.ledger.making import MODES, Maker, Progress
-from errata.ledger.record import Edit, Writer
+from errata.ledger.database import Edit, Writer
+from errata.ledger.editors import MODES, ConfiguredEditor, Progress
 from errata.ledger.stacks import holders, unmerged
-from errata.ledger.state import State, as_text
+from errata.ledger.state import LedgerState, as_text
 from errata.request import EditRequest
 
 
-def applying(
-    ledger: State,
+def iter_apply(
+    ledger: LedgerState,
     requests: Sequence[EditRequest],
     *,
     method: str = "baft",
@@ -40,16 +40,16 @@ def applying(
     if not requests:
         raise ConfigError("no request to apply")
     as_text("reason", reason)
-    maker = Maker.new(ledger.lm, method, settings or {}, progress)
+    maker = ConfiguredEditor.new(ledger.lm, method, settings or {}, progress)
     own: set[int] = set()
     if not force:
-        findings.refuse(look(ledger, requests))
+        findings.raise_on_findings(find_oddities(ledger, requests))
     step = MODES[mode] if size is None or mode != "batched" else size
     for start in range(0, len(requests), step):
         part = list(requests[start : start + step])
-        with ledger.changing() as writer:
+        with ledger.transaction() as writer:
             others = [e for e in writer.edits() if e.number not in own] if not force else []
-            findings.refuse(list(findings.among(part, others)))  # what another wrote since
+            findings.raise_on_findings(list(findings.find_conflicts(part, others)))  # what another wrote since
             on = () if mode == "single" else ledger.load(ledger.running(unmerged(writer.entries())))
             patches = maker.make(ledger.lm, part, mode, on, progress, losses)
             members = [[r] for r in part] if mode == "single" else [part]
@@ -60,41 +60,46 @@ def applying(
         yield made
 
 
-def apply_patches(ledger: State, patches: Sequence[Patch], reason: str, force: bool) -> list[Edit]:
+def apply_patches(ledger: LedgerState, patches: Sequence[Patch], reason: str, force: bool) -> list[Edit]:
     """Saved patches, in order, in one transaction.  One that is live already and damaged on the disk is put right."""
     if not patches:
         raise ConfigError("no patch to apply")
     as_text("reason", reason)
     out: list[Edit] = []
-    with ledger.changing() as writer:
+    with ledger.transaction() as writer:
         standing = {e.id: e.edit for e in writer.entries()}
         for patch in patches:
             ledger.lm.check(patch)
         repaired = [p for p in patches if p.id in standing and ledger.damaged(p.id)]
-        ledger.shelf.save(repaired)
+        ledger.patch_store.save(repaired)
         if repaired:
             writer.note("repair", ledger.author, reason, {"patches": [p.id for p in repaired]})
             out += [writer.edit(n) for p in repaired if (n := standing[p.id]) is not None]
         new = [p for p in patches if p not in repaired]
         pairs = _with_added(writer, new)
         if not force:
-            findings.refuse(look(ledger, [r for _, requests in pairs for r in requests]) if pairs else [])
+            findings.raise_on_findings(find_oddities(ledger, [r for _, requests in pairs for r in requests]) if pairs else [])
         out += _put(ledger, writer, pairs, None, False, reason) if pairs else []
     return out
 
 
-def look(ledger: State, requests: Sequence[EditRequest]) -> list[findings.Finding]:
+def find_oddities(ledger: LedgerState, requests: Sequence[EditRequest]) -> list[findings.Finding]:
     """What is odd about requests, against what is live now."""
-    with ledger.record.reading() as view:
+    with ledger.database.read_transaction() as view:
         live_edits = view.edits()
-    found = list(findings.among(requests, live_edits))
+    found = list(findings.find_conflicts(requests, live_edits))
     seen = {f.request.id for f in found}
     rest = [r for r in requests if r.id not in seen]
     return found + (list(findings.known(ledger.lm, rest, ledger.stack())) if rest else [])
 
 
 def _put(
-    ledger: State, writer: Writer, pairs: Sequence[tuple[Patch, Sequence[EditRequest]]], maker: Maker | None, alone: bool, reason: str
+    ledger: LedgerState,
+    writer: Writer,
+    pairs: Sequence[tuple[Patch, Sequence[EditRequest]]],
+    maker: ConfiguredEditor | None,
+    alone: bool,
+    reason: str,
 ) -> list[Edit]:
     """Save patches, then write their edits down; ``maker`` None: they were brought in."""
     entries = writer.entries()
@@ -103,7 +108,7 @@ def _put(
             raise LedgerError(f"patch {patch.id} ({requests[0].prompt!r} …) is live already; nothing was changed")
         if holders(entries, [patch.id]) or any(patch.id in p.replaces for p, _ in pairs[:i]):
             raise LedgerError(f"patch {patch.id} would change nothing: one before it went on from it and holds it already")
-    ledger.shelf.save([p for p, _ in pairs])
+    ledger.patch_store.save([p for p, _ in pairs])
     event = writer.note("apply", ledger.author, reason, {})
     numbers = []
     for patch, requests in pairs:

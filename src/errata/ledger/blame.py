@@ -16,13 +16,13 @@ from errata.core import decode
 from errata.core.bank import Stack, active_patches
 from errata.core.model import LM
 from errata.ledger.stacks import Entries, unmerged, without
-from errata.ledger.state import State
+from errata.ledger.state import LedgerState
 
 TIE = 1e-3  # nats: effects that differ by less are called equal
 
 
 @dataclass(frozen=True)
-class Part:
+class AblatedGroup:
     """Edits that are switched off together.
 
     off    the answer without them; alone: the base's answer with only them (None where they cannot run alone)
@@ -44,18 +44,18 @@ class Blame:
     prompt: str
     base: str
     live: str
-    parts: tuple[Part, ...]
+    parts: tuple[AblatedGroup, ...]
     verdict: str
 
 
 @dataclass(frozen=True)
-class _Switch:
+class _Ablation:
     edits: tuple[int, ...]
     off: Stack
     alone: Stack | None
 
 
-def blame(ledger: State, prompt: str, tokens: int) -> Blame:
+def blame(ledger: LedgerState, prompt: str, tokens: int) -> Blame:
     lm, now = ledger.lm, ledger.stack()
     switches = _switches(ledger, unmerged(ledger.entries()))
     asked: list[Stack] = [now, (), *(s.off for s in switches), *(s.alone for s in switches if s.alone is not None)]
@@ -65,22 +65,22 @@ def blame(ledger: State, prompt: str, tokens: int) -> Blame:
     parts = []
     for switch, text, value in zip(switches, off, likely[1:], strict=True):
         only = None if switch.alone is None else next(alone)
-        parts.append(Part(switch.edits, text, only, likely[0] - value, text != given, only == given and given != base))
+        parts.append(AblatedGroup(switch.edits, text, only, likely[0] - value, text != given, only == given and given != base))
     parts.sort(key=lambda p: (-abs(p.shift), p.edits))
     return Blame(prompt, base, given, tuple(parts), _verdict(base, given, parts))
 
 
-def _switches(ledger: State, entries: Entries) -> list[_Switch]:
+def _switches(ledger: LedgerState, entries: Entries) -> list[_Ablation]:
     """What can be switched off: each running patch with all edits in it, and of a chain also its last edit."""
     out, running = [], active_patches(entries)
     for own in running:
         inside = {*own.replaces, own.id}
         edits = tuple(e.edit for e in entries if e.id in inside and e.edit is not None)
-        out.append(_Switch(edits, ledger.load(ledger.running(tuple(e for e in entries if e.id not in inside))), ledger.load((own,))))
+        out.append(_Ablation(edits, ledger.load(ledger.running(tuple(e for e in entries if e.id not in inside))), ledger.load((own,))))
         if len(edits) > 1 and own.edit is not None:
             rest = active_patches(without(entries, own.edit))
             if all(e.stored for e in rest):
-                out.append(_Switch((own.edit,), ledger.load(rest), None))
+                out.append(_Ablation((own.edit,), ledger.load(rest), None))
     return out
 
 
@@ -98,12 +98,12 @@ def _likelihoods(lm: LM, prompt: str, answer: str, stacks: Sequence[Stack]) -> l
     return out
 
 
-def _named(parts: Sequence[Part]) -> str:
+def _named(parts: Sequence[AblatedGroup]) -> str:
     names = ["+".join(map(str, p.edits)) for p in parts]
     return ("edit " if len(names) == 1 and len(parts[0].edits) == 1 else "edits ") + ", ".join(names)
 
 
-def _verdict(base: str, given: str, parts: Sequence[Part]) -> str:
+def _verdict(base: str, given: str, parts: Sequence[AblatedGroup]) -> str:
     needed, enough = [p for p in parts if p.needed], [p for p in parts if p.suffices]
     singles = [p for p in needed if not any(set(q.edits) < set(p.edits) for q in needed)]  # a chain is not named beside its last edit
     if not parts:
@@ -124,7 +124,7 @@ def _verdict(base: str, given: str, parts: Sequence[Part]) -> str:
     return "A joint effect: no single edit is needed and none is enough; several together change this answer."
 
 
-def _one(part: Part) -> str:
+def _one(part: AblatedGroup) -> str:
     """The verdict on the only part that is needed."""
     name = _named([part]).capitalize()
     shared = f" These {len(part.edits)} share a patch (a chain, or a merge) and cannot be told apart." if len(part.edits) > 1 else ""

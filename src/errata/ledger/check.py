@@ -12,10 +12,10 @@ from typing import Any
 from errata.core import decode
 from errata.core.bank import active_patches
 from errata.errors import LedgerError, PatchError
-from errata.ledger.making import Alone, Maker, Progress
-from errata.ledger.record import Edit, Writer
+from errata.ledger.database import Edit, Writer
+from errata.ledger.editors import ConfiguredEditor, Progress, SingleEditReplayer
 from errata.ledger.stacks import Entries, Entry, holders, of_edit, unmerged
-from errata.ledger.state import State
+from errata.ledger.state import LedgerState
 from errata.request import EditRequest
 from errata.score.match import exact_match
 
@@ -23,7 +23,7 @@ MORE = 4  # tokens of an answer beyond the target's
 
 
 @dataclass(frozen=True)
-class Held:
+class EditStatus:
     """One request of a live edit.
 
     status  right; broken (right when made, wrong now, from ``by`` on); never (wrong with the edits up to its own, too); wrong (what was
@@ -39,10 +39,10 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResult:
     """repaired: (edit, exactly): whether the patch that was made again is the old one bit for bit."""
 
-    held: tuple[Held, ...]
+    held: tuple[EditStatus, ...]
     repaired: tuple[tuple[int, bool], ...]
 
     @property
@@ -55,14 +55,14 @@ class Checked:
         return {"sound": self.sound, "edits": rows, "repaired": [{"edit": n, "exact": exact} for n, exact in self.repaired]}
 
 
-def check(ledger: State, repair: bool, progress: Progress | None) -> Checked:
+def check(ledger: LedgerState, repair: bool, progress: Progress | None) -> CheckResult:
     repaired = _repair(ledger, progress) if repair else ()
-    with ledger.record.reading() as view:
+    with ledger.database.read_transaction() as view:
         entries, edits = view.entries(), view.edits()
     asked = [(edit, request) for edit in edits for request in edit.requests]
     broken = {e.id for e in entries if e.stored and ledger.damaged(e.id)}
     if broken & {e.id for e in active_patches(entries)}:
-        return Checked(tuple(Held(e.number, r, None, "damaged" if e.patch in broken else "unknown") for e, r in asked), repaired)
+        return CheckResult(tuple(EditStatus(e.number, r, None, "damaged" if e.patch in broken else "unknown") for e, r in asked), repaired)
     lengths = ledger.lm.encode([r.prompt for _, r in asked], [r.target for _, r in asked])
     tokens = max((len(e.target) for e in lengths), default=0) + MORE
     stack, held = ledger.stack(), []
@@ -74,13 +74,13 @@ def check(ledger: State, repair: bool, progress: Progress | None) -> Checked:
             status, by = "right", None
         else:
             status, by = _since(ledger, unmerged(entries), edit, request, tokens)
-        held.append(Held(edit.number, request, text.strip(), status, by))
+        held.append(EditStatus(edit.number, request, text.strip(), status, by))
         if progress is not None:
             progress("edits asked", i + 1, len(asked))
-    return Checked(tuple(held), repaired)
+    return CheckResult(tuple(held), repaired)
 
 
-def _since(ledger: State, entries: Entries, edit: Edit, request: EditRequest, tokens: int) -> tuple[str, int | None]:
+def _since(ledger: LedgerState, entries: Entries, edit: Edit, request: EditRequest, tokens: int) -> tuple[str, int | None]:
     """(status, the edit that broke it) of a request that is wrong now."""
     places = [e for e in entries if e.edit is not None]
     low = next(i for i, e in enumerate(places) if e.edit == edit.number)
@@ -102,15 +102,15 @@ def _since(ledger: State, entries: Entries, edit: Edit, request: EditRequest, to
     return "broken", places[high].edit
 
 
-def _repair(ledger: State, progress: Progress | None) -> tuple[tuple[int, bool], ...]:
+def _repair(ledger: LedgerState, progress: Progress | None) -> tuple[tuple[int, bool], ...]:
     """Damaged folders made again from the record: how, on what and from what requests is all there."""
     out = []
-    with ledger.changing() as writer:
+    with ledger.transaction() as writer:
         broken = [e for e in writer.entries() if e.stored and ledger.damaged(e.id)]
         event = writer.note("repair", ledger.author, "", {}) if broken else 0
         merges = [e for e in broken if e.edit is None]
         writer.take(merges, event)  # what they hold runs again
-        alone = Alone(ledger.lm, writer)
+        alone = SingleEditReplayer(ledger.lm, writer)
         for i, entry in enumerate(e for e in broken if e.edit is not None):
             out.append((entry.edit or 0, _made_again(ledger, writer, entry, event, alone)))
             if progress is not None:
@@ -120,7 +120,7 @@ def _repair(ledger: State, progress: Progress | None) -> tuple[tuple[int, bool],
     return tuple(out)
 
 
-def _made_again(ledger: State, writer: Writer, entry: Entry, event: int, alone: Alone) -> bool:
+def _made_again(ledger: LedgerState, writer: Writer, entry: Entry, event: int, alone: SingleEditReplayer) -> bool:
     """Whether it is the same patch, bit for bit.  Another (another machine, other threads) takes its place if no patch holds it."""
     edit = writer.edit(entry.edit or 0)
     if edit.alone:
@@ -131,7 +131,7 @@ def _made_again(ledger: State, writer: Writer, entry: Entry, event: int, alone: 
         # One that was not made again bit for bit, now or in an earlier repair, stays damaged: what took its place stands in.
         whole = tuple(standing.get(e.edit, e) if ledger.damaged(e.id) else e for e in before)
         on = ledger.load(ledger.running(unmerged(whole)))
-        (patch,) = Maker.again(ledger.lm, edit).make(ledger.lm, edit.requests, "continual", on)
+        (patch,) = ConfiguredEditor.again(ledger.lm, edit).make(ledger.lm, edit.requests, "continual", on)
     if patch.id != entry.id:
         now = writer.entries()
         held = holders(now, [entry.id])
@@ -141,7 +141,7 @@ def _made_again(ledger: State, writer: Writer, entry: Entry, event: int, alone: 
                 f"copy, or `errata ledger undo {edit.number} --remake`"
             )
         writer.take([of_edit(now, edit.number), *held], event)
-    ledger.shelf.save([patch])
+    ledger.patch_store.save([patch])
     writer.add_patch(patch.id, patch.method, patch.replaces, patch.parameters)
     if patch.id != entry.id:
         writer.put(patch.id, edit.number, event, entry.place)

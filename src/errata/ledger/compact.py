@@ -16,11 +16,11 @@ from errata.core.bank import active_patches
 from errata.core.patch import WEIGHT_LIKE, Patch
 from errata.core.weights import merge as merged
 from errata.ledger.stacks import Entries, Entry, unmerged
-from errata.ledger.state import State
+from errata.ledger.state import LedgerState
 
 
 @dataclass(frozen=True)
-class Compacted:
+class CompactResult:
     """merges: (patch, the edits in it) made now; dropped: ids of patches whose folders went; freed: bytes."""
 
     merges: tuple[tuple[str, tuple[int, ...]], ...]
@@ -28,8 +28,8 @@ class Compacted:
     freed: int
 
 
-def compact(ledger: State, merge: bool, lean: bool, reason: str) -> Compacted:
-    with ledger.changing() as writer:
+def compact(ledger: LedgerState, merge: bool, lean: bool, reason: str) -> CompactResult:
+    with ledger.transaction() as writer:
         entries, made = writer.entries(), []
         event = writer.note("compact", ledger.author, reason, {})
         if merge:
@@ -39,7 +39,7 @@ def compact(ledger: State, merge: bool, lean: bool, reason: str) -> Compacted:
             writer.take([e for e in entries if e not in plain and e.id not in new], event)
             for run, patch in runs:
                 if patch.id not in {e.id for e in entries}:
-                    ledger.shelf.save([patch])
+                    ledger.patch_store.save([patch])
                     writer.add_patch(patch.id, patch.method, patch.replaces, patch.parameters)
                     writer.put(patch.id, None, event, run[-1].place)
                     made.append((patch.id, tuple(e.edit for e in plain if e.id in patch.replaces and e.edit is not None)))
@@ -47,13 +47,13 @@ def compact(ledger: State, merge: bool, lean: bool, reason: str) -> Compacted:
         needed = {e.id for e in (active_patches(standing) if lean else standing)}
         dropped = sorted(writer.stored() - needed)
         writer.drop_patches(dropped)
-        freed = sum(f.stat().st_size for name in dropped for f in (ledger.shelf.folder / name).glob("*"))
+        freed = sum(f.stat().st_size for name in dropped for f in (ledger.patch_store.folder / name).glob("*"))
         writer.detail(event, {"merges": [{"patch": p, "edits": list(edits)} for p, edits in made], "dropped": dropped, "lean": lean})
     ledger.recover()  # folders go after the commit that says so
-    return Compacted(tuple(made), tuple(dropped), freed)
+    return CompactResult(tuple(made), tuple(dropped), freed)
 
 
-def _runs(ledger: State, entries: Entries) -> list[tuple[list[Entry], tuple[Patch, ...]]]:
+def _runs(ledger: LedgerState, entries: Entries) -> list[tuple[list[Entry], tuple[Patch, ...]]]:
     """Running patches that follow each other and only change weights, two or more."""
     running = ledger.running(entries)
     pairs = list(zip(running, ledger.load(running), strict=True))

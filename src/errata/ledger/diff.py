@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from errata.core.bank import Stack
 from errata.errors import ConfigError
-from errata.ledger.state import State
+from errata.ledger.state import LedgerState
 from errata.score.compare import compare
 
 
 @dataclass(frozen=True)
-class Difference:
+class AnswerDiff:
     """moved: see `errata.score.compare.Compared`."""
 
     prompt: str
@@ -25,7 +25,7 @@ class Difference:
         return self.before != self.after
 
 
-def state(ledger: State, name: str | int) -> Stack:
+def state(ledger: LedgerState, name: str | int) -> Stack:
     """ "base", "live", or the number of an event."""
     if name == "base":
         return ()
@@ -36,6 +36,6 @@ def state(ledger: State, name: str | int) -> Stack:
     return ledger.stack(int(name))
 
 
-def diff(ledger: State, prompts: Sequence[str], before: str | int, after: str | int, tokens: int) -> list[Difference]:
+def diff(ledger: LedgerState, prompts: Sequence[str], before: str | int, after: str | int, tokens: int) -> list[AnswerDiff]:
     found = compare(ledger.lm, prompts, (state(ledger, before), state(ledger, after)), tokens)
-    return [Difference(c.prompt, c.before.text, c.after.text, c.moved) for c in found]
+    return [AnswerDiff(c.prompt, c.before.text, c.after.text, c.moved) for c in found]

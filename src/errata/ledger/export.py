@@ -9,14 +9,14 @@ from pathlib import Path
 
 from errata import storage
 from errata.errors import ErrataError, LedgerError, StorageError
-from errata.ledger.state import State
-from errata.request import as_lines
+from errata.ledger.state import LedgerState
+from errata.request import to_jsonl
 
 REQUESTS, ADAPTER, CHECKPOINT = "requests.jsonl", "lora", "checkpoint"
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """adapter: where the LoRA adapter is; why_not: why there is none; rank: of the adapter; objections: what vLLM would have against
     it (see `errata.export.engines`); checkpoint: where the base with the edits in its weights is, if that was asked for.
     """
@@ -31,12 +31,12 @@ class Exported:
     checkpoint: Path | None = None
 
 
-def export(ledger: State, out: Path, rank: int | None, every_block: bool, checkpoint: bool) -> Exported:
+def export(ledger: LedgerState, out: Path, rank: int | None, every_block: bool, checkpoint: bool) -> ExportResult:
     """With ``checkpoint``, `PatchError` where an edit is no change of weights; without it the adapter is left out and the reason told."""
     from errata.export import bake, export_lora
     from errata.export.engines import objections
 
-    with ledger.record.reading() as view:
+    with ledger.database.read_transaction() as view:
         entries, edits = view.entries(), view.edits()
     stack = ledger.load(ledger.running(entries))
     if not stack:
@@ -46,11 +46,11 @@ def export(ledger: State, out: Path, rank: int | None, every_block: bool, checkp
     requests = list({r.id: r for e in edits for r in e.requests}.values())
     head = {"model": ledger.meta("model"), "base": ledger.meta("base"), "patches": [{"id": p.id, "edits": len(p.requests)} for p in stack]}
     adapter, why, most, against = out / ADAPTER, "", 0, []
-    with storage.replacing(out) as temporary:
+    with storage.atomic_folder(out) as temporary:
         for patch in stack:
             patch.save(temporary / patch.id)
         storage.write(temporary / storage.INDEX, (json.dumps(head, ensure_ascii=False, indent=1) + "\n").encode())
-        storage.write(temporary / REQUESTS, as_lines(requests).encode())
+        storage.write(temporary / REQUESTS, to_jsonl(requests).encode())
         if checkpoint:
             bake(ledger.lm, stack, temporary / CHECKPOINT)
         try:
@@ -62,4 +62,4 @@ def export(ledger: State, out: Path, rank: int | None, every_block: bool, checkp
         except ErrataError as error:  # a method that is no change of weights, or a dense one too large
             why = str(error)
     baked = out / CHECKPOINT if checkpoint else None
-    return Exported(out, tuple(p.id for p in stack), len(requests), None if why else adapter, why, most, tuple(against), baked)
+    return ExportResult(out, tuple(p.id for p in stack), len(requests), None if why else adapter, why, most, tuple(against), baked)

@@ -9,7 +9,7 @@ from errata.core import decode
 from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.errors import LedgerError
-from errata.ledger.record import Edit
+from errata.ledger.database import Edit
 from errata.request import EditRequest, fill
 from errata.score.match import exact_match, normalise
 
@@ -24,7 +24,7 @@ class Finding:
     text: str
 
 
-class Found(LedgerError):
+class FindingsError(LedgerError):
     """Requests that were not applied, and what is odd about them."""
 
     def __init__(self, message: str, findings: Sequence[Finding]) -> None:
@@ -38,7 +38,7 @@ def surfaces(request: EditRequest) -> set[str]:
     return {normalise(text) for text in (request.prompt, *request.paraphrases, *names)}
 
 
-def among(requests: Sequence[EditRequest], live: Sequence[Edit]) -> Iterator[Finding]:
+def find_conflicts(requests: Sequence[EditRequest], live: Sequence[Edit]) -> Iterator[Finding]:
     """Requests that share a prompt (or a paraphrase, or the prompt under an alias) with a live edit, or with each other."""
     asked: dict[str, list[tuple[EditRequest, int | None]]] = {}
     for edit in live:
@@ -71,9 +71,9 @@ def known(lm: LM, requests: Sequence[EditRequest], stack: Stack) -> Iterator[Fin
             yield Finding("known", request, None, f"the model as it is now answers {text.strip()!r} already")
 
 
-def refuse(found: Sequence[Finding], way_out: str = "go on with --force") -> None:
+def raise_on_findings(found: Sequence[Finding], way_out: str = "go on with --force") -> None:
     """`Found`, a `LedgerError`, with all of them, if there is one.  ``way_out``: how to go on all the same."""
     if found:
         lines = [f"{f.request.prompt!r} -> {f.request.target!r}: {f.text}" for f in found[:10]]
         more = f"; and {len(found) - 10} more" if len(found) > 10 else ""
-        raise Found(f"nothing was edited. {'; '.join(lines)}{more}. Leave these out, or {way_out}", found)
+        raise FindingsError(f"nothing was edited. {'; '.join(lines)}{more}. Leave these out, or {way_out}", found)

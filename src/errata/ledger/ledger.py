@@ -16,13 +16,13 @@ from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.errors import LedgerError, StorageError
 from errata.ledger import apply, blame, check, compact, diff, export, findings, undo
-from errata.ledger.making import Progress
-from errata.ledger.record import WAIT, Edit, Record
-from errata.ledger.state import State, as_text
+from errata.ledger.database import WAIT, Edit, LedgerDatabase
+from errata.ledger.editors import Progress
+from errata.ledger.state import LedgerState, as_text
 from errata.request import EditRequest
 
 
-class Ledger(State):
+class Ledger(LedgerState):
     """Made by `Ledger.open`."""
 
     @classmethod
@@ -32,14 +32,14 @@ class Ledger(State):
         Without ``lm`` the record can be read and edits taken back; what runs the model needs it.  ``author``: of the changes made
         through this object; the login name where not given.  ``wait``: seconds to wait for another writer.
         """
-        folder, record = Path(folder), Record(Path(folder), wait)
+        folder, record = Path(folder), LedgerDatabase(Path(folder), wait)
         if not record.exists():
             if lm is None:
                 raise LedgerError(f"{folder} holds no ledger; `errata ledger apply {folder} --model MODEL …` begins one")
             taken = [p.name for p in folder.iterdir()] if folder.is_dir() else []
             if folder.exists() and (not folder.is_dir() or any(not n.startswith(record.path.name) and n != "patches" for n in taken)):
                 raise StorageError(f"{folder} exists and is not a ledger; it is left alone, give another name")
-            with storage.complaining(folder):
+            with storage.disk_errors(folder):
                 (folder / "patches").mkdir(parents=True, exist_ok=True)
             record.create({"base": lm.fingerprint, "model": lm.name})
             storage.flush([folder])
@@ -53,27 +53,27 @@ class Ledger(State):
         return ledger
 
     def apply(self, requests: Sequence[EditRequest], **how: Any) -> list[Edit]:
-        """Make edits now; see `errata.ledger.apply.applying`."""
-        return [edit for part in self.applying(requests, **how) for edit in part]
+        """Make edits now; see `errata.ledger.apply.iter_apply`."""
+        return [edit for part in self.iter_apply(requests, **how) for edit in part]
 
-    def applying(self, requests: Sequence[EditRequest], **how: Any) -> Iterator[list[Edit]]:
+    def iter_apply(self, requests: Sequence[EditRequest], **how: Any) -> Iterator[list[Edit]]:
         """As `apply`, yielding the edits of each transaction once they are on the disk."""
-        return apply.applying(self, requests, **how)
+        return apply.iter_apply(self, requests, **how)
 
-    def take(self, patches: Sequence[Patch], *, reason: str = "", force: bool = False) -> list[Edit]:
+    def apply_patches(self, patches: Sequence[Patch], *, reason: str = "", force: bool = False) -> list[Edit]:
         """Apply saved patches; see `errata.ledger.apply.apply_patches`."""
         return apply.apply_patches(self, patches, reason, force)
 
-    def look(self, requests: Sequence[EditRequest]) -> list[findings.Finding]:
+    def findings(self, requests: Sequence[EditRequest]) -> list[findings.Finding]:
         """What is odd about requests, against what is live now."""
-        return apply.look(self, requests)
+        return apply.find_oddities(self, requests)
 
-    def undo(self, number: int, *, remake: bool = False, reason: str = "", progress: Progress | None = None) -> undo.Undone:
+    def undo(self, number: int, *, remake: bool = False, reason: str = "", progress: Progress | None = None) -> undo.UndoResult:
         """Take an edit back; see `errata.ledger.undo`."""
         as_text("reason", reason)
         return undo.undo(self, number, remake, reason, progress)
 
-    def compact(self, *, merge: bool = True, lean: bool = False, reason: str = "") -> compact.Compacted:
+    def compact(self, *, merge: bool = True, lean: bool = False, reason: str = "") -> compact.CompactResult:
         """Merge weight-like patches, drop folders; see `errata.ledger.compact`."""
         as_text("reason", reason)
         return compact.compact(self, merge, lean, reason)
@@ -84,15 +84,17 @@ class Ledger(State):
 
     def diff(
         self, prompts: Sequence[str], before: str | int = "base", after: str | int = "live", *, tokens: int = 12
-    ) -> list[diff.Difference]:
+    ) -> list[diff.AnswerDiff]:
         """Answers in two states; see `errata.ledger.diff`."""
         return diff.diff(self, prompts, before, after, tokens)
 
-    def check(self, *, repair: bool = False, progress: Progress | None = None) -> check.Checked:
+    def check(self, *, repair: bool = False, progress: Progress | None = None) -> check.CheckResult:
         """Ask every live edit again; see `errata.ledger.check`."""
         return check.check(self, repair, progress)
 
-    def export(self, out: str | Path, *, rank: int | None = None, every_block: bool = False, checkpoint: bool = False) -> export.Exported:
+    def export(
+        self, out: str | Path, *, rank: int | None = None, every_block: bool = False, checkpoint: bool = False
+    ) -> export.ExportResult:
         """The live stack as folders for others; see `errata.ledger.export`."""
         return export.export(self, Path(out), rank, every_block, checkpoint)
 

@@ -1,7 +1,7 @@
 """`State`: what a ledger is between two changes, and how a change begins and ends; its verbs work on this.
 
-    folder/ledger.db       SQLite: events, edits, what stands on the stack since and until when (`errata.ledger.record`)
-    folder/patches/<id>/   patch folders, on the disk before a transaction speaks of them (`errata.ledger.shelf`)
+    folder/ledger.db       SQLite: events, edits, what stands on the stack since and until when (`errata.ledger.database`)
+    folder/patches/<id>/   patch folders, on the disk before a transaction speaks of them (`errata.ledger.patch_store`)
 
 A change holds SQLite's write lock from reading the stack to the commit, the training between them included: no edit is made on a stack
 that is no longer there, a kill lets the lock go, and readers see the last committed state meanwhile.
@@ -16,17 +16,17 @@ from pathlib import Path
 from errata.core.bank import Stack, active_patches
 from errata.core.model import LM
 from errata.errors import ErrataError, InputError, LedgerError, PatchError
-from errata.ledger.record import Edit, Event, Record, Writer
-from errata.ledger.shelf import Shelf
+from errata.ledger.database import Edit, Event, LedgerDatabase, Writer
+from errata.ledger.patch_store import PatchStore
 from errata.ledger.stacks import Entries
 
 
-class State:
+class LedgerState:
     """The record, the patch folders and the model of one ledger; `errata.ledger.ledger.Ledger` opens it."""
 
-    def __init__(self, folder: Path, record: Record, lm: LM | None, author: str) -> None:
-        self.folder, self.record, self.author = folder, record, author
-        self.shelf = Shelf(folder)
+    def __init__(self, folder: Path, record: LedgerDatabase, lm: LM | None, author: str) -> None:
+        self.folder, self.database, self.author = folder, record, author
+        self.patch_store = PatchStore(folder)
         self._lm = lm
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -40,27 +40,27 @@ class State:
 
     def meta(self, key: str) -> str:
         """``base`` (the fingerprint) or ``model`` (its name)."""
-        with self.record.reading() as view:
+        with self.database.read_transaction() as view:
             return view.meta(key)
 
     def log(self, last: int | None = None) -> list[Event]:
         """What was done, oldest first."""
-        with self.record.reading() as view:
+        with self.database.read_transaction() as view:
             return view.events(last)
 
     def edits(self, live: bool = True) -> list[Edit]:
         """Edits that are on (or all that ever were), by number."""
-        with self.record.reading() as view:
+        with self.database.read_transaction() as view:
             return view.edits(live)
 
     def show(self, number: int) -> Edit:
         """One edit; `LedgerError` for a number that there is not."""
-        with self.record.reading() as view:
+        with self.database.read_transaction() as view:
             return view.edit(number)
 
     def entries(self, at: int | None = None) -> Entries:
         """What stands on the stack now, or stood there after event ``at``."""
-        with self.record.reading() as view:
+        with self.database.read_transaction() as view:
             if at is not None and not 0 <= at <= view.head():
                 raise LedgerError(f"there is no event {at}; the last is {view.head()} (`errata ledger log`)")
             return view.entries(at)
@@ -69,7 +69,7 @@ class State:
         """The patches that run now (`errata.core.bank.active_patches`), or ran after event ``at``."""
         running = self.running(self.entries(at))
         if at is None:
-            self.shelf.keep(e.id for e in running)
+            self.patch_store.keep(e.id for e in running)
         return self.load(running)
 
     def running(self, entries: Entries) -> Entries:
@@ -83,7 +83,7 @@ class State:
 
     def load(self, entries: Entries) -> Stack:
         """The patches of entries, checked against the model where there is one."""
-        patches = self.shelf.load(entries)
+        patches = self.patch_store.load(entries)
         if self._lm is not None:
             for patch in patches:
                 self._lm.check(patch)
@@ -92,10 +92,10 @@ class State:
     # -- changing ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator[Writer]:
+    def transaction(self) -> Iterator[Writer]:
         """One transaction; where it fails, or Ctrl-C comes, patch folders saved inside vanish with it."""
         try:
-            with self.record.writing() as writer:
+            with self.database.write_transaction() as writer:
                 yield writer
         except BaseException:
             self.recover()  # asks the database what to keep: Ctrl-C may come just after the commit
@@ -104,7 +104,7 @@ class State:
     def damaged(self, patch: str) -> bool:
         """Whether its folder cannot be read."""
         try:
-            self.shelf.read(patch)
+            self.patch_store.read(patch)
         except PatchError:
             return True
         return False
@@ -112,8 +112,8 @@ class State:
     def recover(self) -> list[str]:
         """Remove what a torn change has left, unless another is writing now; the names of what went."""
         try:
-            with self.record.writing(wait=0.0) as writer:
-                return self.shelf.sweep(writer.stored())
+            with self.database.write_transaction(wait=0.0) as writer:
+                return self.patch_store.sweep(writer.stored())
         except ErrataError:  # busy, or a disk that cannot be written: the next open does it
             return []
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 from errata.core.bank import active_patches
 from errata.errors import LedgerError
-from errata.ledger.making import Alone, Maker, Progress
-from errata.ledger.record import Edit, Writer
+from errata.ledger.database import Edit, Writer
+from errata.ledger.editors import ConfiguredEditor, Progress, SingleEditReplayer
 from errata.ledger.stacks import Entries, Entry, chained, holders, of_edit, unmerged, without
-from errata.ledger.state import State
+from errata.ledger.state import LedgerState
 
 
 @dataclass(frozen=True)
-class Undone:
+class UndoResult:
     """remade: (edit, patch before, patch now) of edits made again; on_top: live edits that were made while this one was on, and stay so."""
 
     edit: int
@@ -30,8 +30,8 @@ class Undone:
     on_top: tuple[int, ...]
 
 
-def undo(ledger: State, number: int, remake: bool, reason: str, progress: Progress | None) -> Undone:
-    with ledger.changing() as writer:
+def undo(ledger: LedgerState, number: int, remake: bool, reason: str, progress: Progress | None) -> UndoResult:
+    with ledger.transaction() as writer:
         edit, entries = writer.edit(number), writer.entries()
         own = of_edit(entries, number)
         event = writer.note("undo", ledger.author, reason, {})
@@ -52,7 +52,7 @@ def undo(ledger: State, number: int, remake: bool, reason: str, progress: Progre
         on_top = () if remake else tuple(e.number for e in later if e.settings is not None and not e.alone)
         details = {"edit": number, "remade": [{"edit": n, "before": old, "now": new} for n, old, new in remade]}
         writer.detail(event, details)
-    return Undone(number, tuple(remade), on_top)
+    return UndoResult(number, tuple(remade), on_top)
 
 
 def _refuse_inside(entries: Entries, edit: Edit) -> None:
@@ -65,7 +65,7 @@ def _refuse_inside(entries: Entries, edit: Edit) -> None:
 
 
 def _remake(
-    ledger: State, writer: Writer, entries: Entries, own: Entry, event: int, progress: Progress | None
+    ledger: LedgerState, writer: Writer, entries: Entries, own: Entry, event: int, progress: Progress | None
 ) -> list[tuple[int, str, str]]:
     """The later edits again, in their places.  The stack is rebuilt from the first place where something changes."""
     plain = unmerged(entries)
@@ -75,7 +75,7 @@ def _remake(
         first = min(e.place for e in entries if e.id in held)
     kept = tuple(e for e in plain if e.place < first)
     todo = [e for e in plain if e.place >= first and e.edit is not None and e is not own]
-    changed, out, alone = [own], [], Alone(ledger.lm, writer)
+    changed, out, alone = [own], [], SingleEditReplayer(ledger.lm, writer)
     for i, entry in enumerate(todo):
         assert entry.edit is not None
         edit = writer.edit(entry.edit)
@@ -92,8 +92,8 @@ def _remake(
             patch = alone.again(edit)
         else:
             on = ledger.load(ledger.running(kept))
-            (patch,) = Maker.again(ledger.lm, edit).make(ledger.lm, edit.requests, "continual", on)
-        ledger.shelf.save([patch])
+            (patch,) = ConfiguredEditor.again(ledger.lm, edit).make(ledger.lm, edit.requests, "continual", on)
+        ledger.patch_store.save([patch])
         writer.add_patch(patch.id, patch.method, patch.replaces, patch.parameters)
         changed.append(entry)
         kept = (*kept, Entry(-1, patch.id, edit.number, entry.place, patch.replaces))

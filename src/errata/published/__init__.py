@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from errata.errors import UnknownName, near
+from errata.errors import UnknownNameError, near
 
 HERE: Final = Path(__file__).parent
 SPREAD: Final = 0.02  # the same row, printed in three places of the BaFT paper, differs by so much
@@ -17,7 +17,7 @@ FAMILIES: Final = {"llama-2": "LLaMA-2-7b", "llama-3": "LLaMA-3-8b-Instruct", "g
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedTable:
     """One table or figure.
 
     paper, where, read   the paper, the place in it, and how its figures came here
@@ -69,11 +69,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in HERE.glob("*.json"))
 
 
-def get(name: str) -> Published:
-    """The table of that name; `UnknownName` otherwise."""
+def get(name: str) -> PublishedTable:
+    """The table of that name; `UnknownNameError` otherwise."""
     if name not in names():
-        raise UnknownName(f"no published table {name!r}; {near(name, names(), 'there are')}")
+        raise UnknownNameError(f"no published table {name!r}; {near(name, names(), 'there are')}")
     held: dict[str, Any] = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
     for key in ("misprints", "remarks", "rows"):
         held[key] = tuple(held[key])
-    return Published(name, **held)
+    return PublishedTable(name, **held)

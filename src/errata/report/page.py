@@ -34,7 +34,7 @@ def page(
     title: str, summary_rows: Sequence[Row], records: Sequence[Record], notes: Mapping[str, object], max_cases: int | None = None
 ) -> str:
     """The page of one comparison that is in memory; see `whole`."""
-    return whole(title, [Section("", rows=summary_rows, said=of(records))], notes, max_cases=max_cases)
+    return whole(title, [Section("", rows=summary_rows, records=of(records))], notes, max_cases=max_cases)
 
 
 def whole(
@@ -82,8 +82,8 @@ def island(value: object) -> str:
 
 
 def _columns(section: Section) -> list[tuple[str, str, Any]]:
-    found = [(name, cases.AFTER, read()) for name, read in section.said.items()]
-    return found + [(name, cases.SOON, read()) for name, read in section.soon.items()]
+    found = [(name, cases.AFTER, read()) for name, read in section.records.items()]
+    return found + [(name, cases.SOON, read()) for name, read in section.right_after_records.items()]
 
 
 def _notes(notes: Mapping[str, object]) -> str:

@@ -10,7 +10,7 @@ from errata.report import svg
 from errata.report.tables import HEADINGS, escape, main, methods, metrics, title
 
 Row = Mapping[str, Any]
-AREA: Final = svg.Area(400, 260, right=28)
+AREA: Final = svg.Axes(400, 260, right=28)
 DASHES: Final = ("", "6 3", "2 3", "8 3 2 3")  # lines that lie on each other stay two
 
 
@@ -40,7 +40,7 @@ def _panel(rows: Sequence[Row], metric: str, protocol: str, names: Sequence[str]
         return log(math.log(t))
 
     step = (end - start) / 5
-    parts = [*AREA.upright(_thinned(at), x, lambda t: f"{t:g}"), *AREA.level([start + i * step for i in range(6)], y, svg.percent)]
+    parts = [*AREA.x_ticks(_thinned(at), x, lambda t: f"{t:g}"), *AREA.y_ticks([start + i * step for i in range(6)], y, svg.percent)]
     parts += AREA.frame("edits made (T)", f"{HEADINGS.get(metric, metric)}, %")
     ends, marks, spoken = [], [], []
     for i, name in enumerate(names):

@@ -12,7 +12,7 @@ from errata.report.tables import HEADINGS, escape, methods, title
 Row = Mapping[str, Any]
 Point = tuple[str, Row, Row]  # a method, its reliability, its locality
 
-AREA: Final = svg.Area(400, 340)
+AREA: Final = svg.Axes(400, 340)
 LOCALITY: Final = ("locality_agreement", "locality_correct")
 
 
@@ -27,7 +27,7 @@ def scatter(rows: Sequence[Row], protocol: str) -> str:
     return ""
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Which points no other is as good as in both and better in one, by rising first number."""
 
     def beaten(a: tuple[float, float]) -> bool:
@@ -53,8 +53,8 @@ def _drawing(points: Sequence[Point], locality: str, protocol: str, names: Seque
     y0 = _floor([float(up["low"]) for _, _, up in points])
     x, y = AREA.across(x0, 1), AREA.up(y0, 1)
     values = [(float(across["value"]), float(up["value"])) for _, across, up in points]
-    best = front(values)
-    parts = [*AREA.upright(_ticks(x0), x, svg.percent), *AREA.level(_ticks(y0), y, svg.percent)]
+    best = pareto_front(values)
+    parts = [*AREA.x_ticks(_ticks(x0), x, svg.percent), *AREA.y_ticks(_ticks(y0), y, svg.percent)]
     parts += [*AREA.frame("reliability, %", f"{HEADINGS[locality]}, %"), _staircase([values[i] for i in best], x, y, x0, y0)]
     marks = [names.index(name) for name, _, _ in points]
     for mark, (_, across, up), (vx, vy) in zip(marks, points, values, strict=True):

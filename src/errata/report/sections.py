@@ -44,8 +44,8 @@ class Section:
     undone: Sequence[Row] = ()
     costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    said: Mapping[str, Read] = field(default_factory=dict)
-    soon: Mapping[str, Read] = field(default_factory=dict)
+    records: Mapping[str, Read] = field(default_factory=dict)
+    right_after_records: Mapping[str, Read] = field(default_factory=dict)
     edits: int | None = None
     apart: Sequence[str] = ()
     results: Sequence[Result] = ()

@@ -25,7 +25,7 @@ def colour(i: int) -> str:
 
 
 @dataclass(frozen=True)
-class Area:
+class Axes:
     """The plotting area inside a drawing of ``width`` × ``height``."""
 
     width: int
@@ -59,14 +59,14 @@ class Area:
             f'<text x="14" y="{middle:.1f}" text-anchor="middle" transform="rotate(-90 14 {middle:.1f})">{escape(up)}</text>',
         ]
 
-    def upright(self, at: Iterable[float], x: Scale, said: Callable[[float], str]) -> list[str]:
+    def x_ticks(self, at: Iterable[float], x: Scale, said: Callable[[float], str]) -> list[str]:
         """Grid lines and ticks of the axis at the bottom."""
         _, top, _, bottom = self.box
         return [
             part for v in at for part in (line(x(v), top, x(v), bottom, 'class="gridline"'), words(x(v), bottom + 16, said(v), "middle"))
         ]
 
-    def level(self, at: Iterable[float], y: Scale, said: Callable[[float], str]) -> list[str]:
+    def y_ticks(self, at: Iterable[float], y: Scale, said: Callable[[float], str]) -> list[str]:
         """Grid lines and ticks of the axis at the left."""
         left, _, right, _ = self.box
         return [part for v in at for part in (line(left, y(v), right, y(v), 'class="gridline"'), words(left - 6, y(v) + 4, said(v), "end"))]
@@ -93,7 +93,7 @@ def path(points: Sequence[tuple[float, float]], style: str) -> str:
     return f'<path d="M{" L".join(f"{x:.1f} {y:.1f}" for x, y in points)}" fill="none" {style}/>'
 
 
-def drawing(area: Area, parts: Iterable[str], spoken: str) -> str:
+def drawing(area: Axes, parts: Iterable[str], spoken: str) -> str:
     """The whole; ``spoken``: its numbers in words, for those who do not see it."""
     return f'<svg viewBox="0 0 {area.width} {area.height}" role="img" aria-label="{escape(spoken)}">{"".join(parts)}</svg>'
 
@@ -104,7 +104,7 @@ def legend(names: Sequence[str]) -> str:
     return f'<ol class="legend">{"".join(items)}</ol>'
 
 
-def numbered(points: Sequence[tuple[float, float]], marks: Sequence[int], area: Area) -> list[str]:
+def numbered(points: Sequence[tuple[float, float]], marks: Sequence[int], area: Axes) -> list[str]:
     """Number and colour of the method ``marks[i]`` beside point i, at the first free place around it, with a line where that is far."""
     left, top, right, bottom = area.box
     placed: list[tuple[float, float]] = []
@@ -126,7 +126,7 @@ def numbered(points: Sequence[tuple[float, float]], marks: Sequence[int], area: 
     return out
 
 
-def stacked(heights: Sequence[float], marks: Sequence[int], area: Area) -> list[str]:
+def stacked(heights: Sequence[float], marks: Sequence[int], area: Axes) -> list[str]:
     """Numbers of lines that end at the right edge, beside it: one above the other, `STEP` apart at least, a thin line to each end."""
     _, top, right, bottom = area.box
     order = sorted(range(len(marks)), key=lambda i: heights[i])

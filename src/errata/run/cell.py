@@ -16,13 +16,13 @@ from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.errors import StorageError
 from errata.request import Case
-from errata.run import base, grid, summary
-from errata.run.folder import DONE, Journal, Patches, document, locked, read_document
-from errata.run.growing import Growing, How
-from errata.run.guard import Guard
-from errata.run.parts import Clock, Part, Progress, Records, Score, State, alone
+from errata.run import base_answers, grid, summary
+from errata.run.folder import DONE, Journal, PatchFolder, document, locked, read_document
+from errata.run.guard import HealthGuard
+from errata.run.parts import Clock, Part, Progress, Records, ResumeState, Score, alone
+from errata.run.sequential import SequentialConfig, SequentialRun
 from errata.score import cost, generation, judges
-from errata.score.queries import score
+from errata.score.evaluator import score
 
 RIGHT_AFTER = "right after its own"
 SAMPLE = 8  # patches of single edits whose size and speed are looked at
@@ -30,7 +30,7 @@ CELL = "cell.json"
 
 
 @dataclasses.dataclass
-class Work:
+class CellRunner:
     """What a cell needs to run."""
 
     lm: LM
@@ -44,12 +44,12 @@ class Work:
     def __post_init__(self) -> None:
         self.editor = grid.editor(self.cell)
         self.source = grid.benchmark(self.cell.benchmark)
-        self.cases: list[Case] = base.cases_of(self.lm, self.spec, self.cell, self.source)
+        self.cases: list[Case] = base_answers.cases_of(self.lm, self.spec, self.cell, self.source)
         self.marks = self.cell.scenario.at(len(self.cases))
         self.single = self.cell.scenario.kind == "single"
         made = (judges.make(j.name, self.judged, j.endpoint, j.model, j.key_env) for j in self.spec.score.judges)
         self.judges = [j for j in made if j is not None]
-        self.patches = Patches(self.folder / "patches")
+        self.patches = PatchFolder(self.folder / "patches")
         self.numbers: dict[str, int] = {}  # id of a patch -> the T it was made at
 
     # -- running -----------------------------------------------------------------------------------------------
@@ -63,7 +63,9 @@ class Work:
             if journal.complete:
                 return
             clock = Clock({"loading": loading})
-            answers = clock.run("asking the base", lambda: base.ask(self.lm, self.cases, self.base, self.spec.store.chunk, self._told))
+            answers = clock.run(
+                "asking the base", lambda: base_answers.ask(self.lm, self.cases, self.base, self.spec.store.chunk, self._told)
+            )
             clock.run("preparing", lambda: self.editor.prepare(self.lm) if hasattr(self.editor, "prepare") else None)
             at = self._resume(journal)
             if not journal.entries:
@@ -78,7 +80,7 @@ class Work:
         now = {
             "cell": self.cell.to_dict(),
             "settings": to_dict(self.editor),
-            **base.who(self.lm, self.cases),
+            **base_answers.who(self.lm, self.cases),
             "dtype": str(self.lm.dtype).removeprefix("torch."),
         }
         path = self.folder / CELL
@@ -86,7 +88,7 @@ class Work:
             document(path, now)
             return
         then = read_document(path)
-        base.same(self.folder, then, now)
+        base_answers.same(self.folder, then, now)
         if digest(then.get("settings")) != digest(now["settings"]):
             raise StorageError(f"{self.folder}: the method's settings are not those it was begun with; give another --out")
 
@@ -98,19 +100,19 @@ class Work:
         """Each part starts from the base's answers alone: its batches do not depend on what was scored before in this process."""
 
         def scored(cases: Sequence[Case], stacks: Sequence[Stack]) -> Records:
-            kept = base.copied(answers, self.spec.score.free_tokens)
+            kept = base_answers.copied(answers, self.spec.score.free_tokens)
             return judges.judge(score(self.lm, cases, stacks, self.cell.method.label, self._told, kept), self.judges)
 
         return scored
 
-    def _parts(self, at: State, scored: Score) -> Iterator[Part]:
+    def _parts(self, at: ResumeState, scored: Score) -> Iterator[Part]:
         store, scenario = self.spec.store, self.cell.scenario
         if self.single:
             yield from alone(self.lm, self.editor, self.cases, scored, store.chunk, at, self.progress)
             return
-        guard = Guard(self.lm, self.spec.guard) if self.spec.guard else None
-        how = How(scenario.size or 1, self.marks, store.group, store.chunk, self.spec.score.right_after)
-        yield from Growing(self.lm, self.editor, self.cases, scored, how, guard, self.progress).parts(at)
+        guard = HealthGuard(self.lm, self.spec.guard) if self.spec.guard else None
+        how = SequentialConfig(scenario.size or 1, self.marks, store.group, store.chunk, self.spec.score.right_after)
+        yield from SequentialRun(self.lm, self.editor, self.cases, scored, how, guard, self.progress).parts(at)
 
     # -- on disk -----------------------------------------------------------------------------------------------
 
@@ -149,7 +151,7 @@ class Work:
                     needed |= set(live_edits(journal.entries[: i + 1]))
         return needed
 
-    def _resume(self, journal: Journal) -> State:
+    def _resume(self, journal: Journal) -> ResumeState:
         """Where the journal ends; further back where a patch is missing or torn."""
         while (stack := self.patches.load(live_edits(journal.entries))) is None:
             journal.cut(len(journal.entries) - 1)
@@ -157,7 +159,7 @@ class Work:
         entries = journal.entries
         self.patches.keep(self._needed(journal))
         self.numbers |= {p.id: t for t, p in zip(live_edits(entries), stack, strict=True)}
-        return State(
+        return ResumeState(
             entries[-1]["edits"] if entries else 0,
             () if self.single else tuple(stack),
             {int(i): why for e in entries for i, why in e.get("undone", {}).items()},

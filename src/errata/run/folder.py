@@ -44,7 +44,7 @@ def records(path: Path) -> Records:
 
 def document(path: Path, value: Any) -> None:
     """One JSON value as a file of its own, all of it or nothing."""
-    storage.write_file(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False).encode("utf-8", "replace") + b"\n")
+    storage.write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False).encode("utf-8", "replace") + b"\n")
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Journal:
         self.folder = folder
         self.entries: list[dict[str, Any]] = []
         if repair:
-            with storage.complaining(folder):
+            with storage.disk_errors(folder):
                 (folder / "parts").mkdir(parents=True, exist_ok=True)
         raw = self._read()
         if repair and lines(self.entries) != raw:
@@ -108,12 +108,12 @@ class Journal:
     def cut(self, length: int) -> None:
         """Forget all parts but the first ``length``."""
         self.entries = self.entries[:length]
-        storage.write_file(self.folder / JOURNAL, lines(self.entries))
+        storage.write_atomic(self.folder / JOURNAL, lines(self.entries))
 
     def add(self, part: str, records: Records, **more: Any) -> None:
         """A part that is done: its records first, then the line that vouches for them."""
         content = lines(records)
-        storage.write_file(self._file(part), content)
+        storage.write_atomic(self._file(part), content)
         entry = {"part": part, "sha256": hashlib.sha256(content).hexdigest(), **more}
         storage.append(self.folder / JOURNAL, line(entry))
         self.entries.append(entry)
@@ -133,7 +133,7 @@ class Journal:
 
     def time(self, part: str, seconds: dict[str, float]) -> None:
         """Not worth waiting for the disk: a time that is lost is lost."""
-        with storage.complaining(self.folder / TIMES), open(self.folder / TIMES, "ab") as stream:
+        with storage.disk_errors(self.folder / TIMES), open(self.folder / TIMES, "ab") as stream:
             stream.write(line({"part": part, **{k: round(v, 4) for k, v in seconds.items()}}))
 
     def times(self) -> dict[str, float]:
@@ -151,7 +151,7 @@ class Journal:
         return total
 
 
-class Patches:
+class PatchFolder:
     """The patches of a growing stack (or of single edits) on disk, by the T they were made at."""
 
     def __init__(self, folder: Path) -> None:
@@ -165,7 +165,7 @@ class Patches:
 
     def save(self, patches: Sequence[tuple[int, Any]]) -> None:
         """All of them, on the disk when this returns."""
-        with storage.complaining(self.folder):
+        with storage.disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         for number, patch in patches:
             patch.save(self.path(number), overwrite=True, sync=False)
@@ -191,7 +191,7 @@ class Patches:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Nobody else works in this folder meanwhile; the lock goes with the process that holds it."""
-    with storage.complaining(folder):
+    with storage.disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stream = open(folder / LOCK, "w")  # noqa: SIM115
     with stream:

@@ -27,9 +27,9 @@ from typing import Any, Literal
 from errata import registry
 from errata.benchmarks.files import open_benchmark
 from errata.config import build, digest, parse_sets, read_yaml, to_dict
-from errata.errors import ConfigError, UnknownName
+from errata.errors import ConfigError, UnknownNameError
 from errata.methods.base import preset
-from errata.run.guard import Limits
+from errata.run.guard import GuardSpec
 
 CASES = 100  # where the run file does not say
 BATCHED = re.compile(r"batched\((\d+)\)")
@@ -148,7 +148,7 @@ class RunSpec:
     benchmark: tuple[BenchmarkSpec, ...] = (BenchmarkSpec("almanac"),)
     scenario: tuple[ScenarioSpec, ...] = (ScenarioSpec("single"),)
     seeds: tuple[int, ...] = (0,)
-    guard: Limits | None = None
+    guard: GuardSpec | None = None
     score: ScoreSpec = field(default_factory=ScoreSpec)
     store: StoreSpec = field(default_factory=StoreSpec)
     threads: int | None = None
@@ -234,7 +234,7 @@ def read(path: str | Path, sets: Iterable[str] = ()) -> RunSpec:
         for key, value in parse_sets(sets).items():
             _set(values, key, value)
         return _checked(build(RunSpec, _in_full(values), "run"))
-    except (ConfigError, UnknownName) as error:
+    except (ConfigError, UnknownNameError) as error:
         raise type(error)(f"{path}: {error}") from None
 
 

@@ -14,12 +14,12 @@ from typing import Any, Literal
 from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.errors import ConfigError
-from errata.score.perplexity import against_base
+from errata.score.perplexity import perplexity_and_kl
 from errata.text.corpora import open_corpus
 
 
 @dataclass(frozen=True)
-class Limits:
+class GuardSpec:
     """When and how to look, and what to do about it.
 
     every       edits between two looks (there is one at each mark too)
@@ -62,16 +62,16 @@ class Health:
         return f"perplexity {edited} (base {base}), KL {kl}"
 
 
-class Guard:
+class HealthGuard:
     """Looks at stacks of one model."""
 
-    def __init__(self, lm: LM, limits: Limits) -> None:
+    def __init__(self, lm: LM, limits: GuardSpec) -> None:
         self.lm, self.limits = lm, limits
         self.text = "\n".join(open_corpus(limits.text).texts)
         self.length = limits.length or min(256, 256 if lm.context_length is None else lm.context_length - 1, limits.tokens)
 
     def __call__(self, stack: Stack) -> Health:
-        base, edited, kl = against_base(self.lm, self.text, stack, self.limits.tokens, self.length)
+        base, edited, kl = perplexity_and_kl(self.lm, self.text, stack, self.limits.tokens, self.length)
         ratio = edited.nll - base.nll
         broken = not (ratio <= math.log(self.limits.perplexity)) or (self.limits.kl is not None and not (kl <= self.limits.kl))
         return Health(_finite(edited.value), _finite(base.value), _finite(kl), not broken)

@@ -40,7 +40,7 @@ class Part:
     edits     T, cases edited so far (those undone count)
     mark      the T whose stack all cases were scored on; None: each was scored right after its own edit
     made      (T, patch) of the edits made in it
-    stack     what is on at its end, oldest first (of single edits: nothing); folded: gives the same answers, quicker (see `Folded`)
+    stack     what is on at its end, oldest first (of single edits: nothing); merged: gives the same answers, quicker (see `MergedStack`)
     undone    cases taken back in it: place in the order of cases, from 0 -> why
     health    what the guard found at its end
     stopped   the guard ended the scenario here
@@ -52,7 +52,7 @@ class Part:
     mark: int | None = None
     made: tuple[tuple[int, Patch], ...] = ()
     stack: Stack = ()
-    folded: Stack = ()
+    merged: Stack = ()
     undone: dict[int, str] = field(default_factory=dict)
     health: Health | None = None
     stopped: bool = False
@@ -60,7 +60,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class State:
+class ResumeState:
     """Where a scenario begins: T, the stack then, cases taken back before, whether the guard ended it; parts not to be done again."""
 
     edits: int = 0
@@ -93,7 +93,7 @@ def _plain(values: Any) -> Any:
     return json.loads(json.dumps(dict(values)))
 
 
-class Folded:
+class MergedStack:
     """Stacks that give the same answers as the growing stack, quicker: changes of weights are added up from the oldest on, so that
     hundreds of growing stacks can be scored in one batch.  A function of the stack alone; the last one is kept, to go on from."""
 
@@ -104,15 +104,15 @@ class Folded:
     def __call__(self, stack: Stack) -> Stack:
         ids = tuple(p.id for p in stack)
         begun = len(self.of) if self.of == ids[: len(self.of)] else 0
-        folded = self.stack if begun else ()
+        merged = self.stack if begun else ()
         for patch in stack[begun:]:
-            folded = _one_more(folded, patch)
-        self.of, self.stack = ids, folded
-        return folded
+            merged = _one_more(merged, patch)
+        self.of, self.stack = ids, merged
+        return merged
 
 
-def _one_more(folded: Stack, patch: Patch) -> Stack:
-    both = active_patches((*folded, patch))
+def _one_more(merged: Stack, patch: Patch) -> Stack:
+    both = active_patches((*merged, patch))
     return (merge(both),) if len(both) > 1 and all(op.kind in WEIGHT_LIKE for p in both for op in p.ops) else both
 
 
@@ -131,10 +131,16 @@ class Clock:
 
 
 def alone(
-    lm: LM, editor: Any, cases: Sequence[Case], score: Score, group: int = GROUP, at: State | None = None, progress: Progress | None = None
+    lm: LM,
+    editor: Any,
+    cases: Sequence[Case],
+    score: Score,
+    group: int = GROUP,
+    at: ResumeState | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Part]:
     """Each request alone on the base, scored under its own patch; a part for each ``group`` of edits, which train together."""
-    at = at or State()
+    at = at or ResumeState()
     for start in range(at.edits, len(cases), group):
         chunk, clock = cases[start : start + group], Clock()
         told = _editing(progress, start, len(chunk), len(cases))

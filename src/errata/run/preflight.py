@@ -9,7 +9,7 @@ from typing import Any
 from errata.errors import ConfigError
 from errata.run import grid
 from errata.run.folder import complete
-from errata.run.growing import How
+from errata.run.sequential import SequentialConfig
 from errata.score import judges
 from errata.text.corpora import open_corpus
 
@@ -46,7 +46,7 @@ def _planned(cell: grid.Cell, fluency: bool, opened: dict[str, int]) -> Planned:
     count = opened[cell.base]
     marks = cell.scenario.at(count)
     if cell.scenario.kind != "single":
-        How(cell.scenario.size or 1, marks).check(count)
+        SequentialConfig(cell.scenario.size or 1, marks).check(count)
     return Planned(cell, count, marks)
 
 

@@ -5,7 +5,7 @@ batched    joint edits of n requests, one after another on the growing stack; sc
 continual  one request at a time on the growing stack; at each mark T everything edited so far is scored on the stack as it then
            is, and each case once more right after its own edit: two different numbers, whose difference is forgetting
 
-The work is done by `errata.run.parts` and `errata.run.growing`; here it is added up in memory.
+The work is done by `errata.run.parts` and `errata.run.sequential`; here it is added up in memory.
 """
 
 from __future__ import annotations
@@ -18,20 +18,25 @@ from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.errors import ConfigError
 from errata.request import Case
-from errata.run.growing import Growing, How
 from errata.run.parts import Progress, Records, Score, alone
-from errata.score.queries import Answers, score
+from errata.run.sequential import SequentialConfig, SequentialRun
+from errata.score.evaluator import AnswerCache, score
 
 
-def scorer(lm: LM, name: str, progress: Progress | None, answers: Answers | None) -> Score:
+def scorer(lm: LM, name: str, progress: Progress | None, answers: AnswerCache | None) -> Score:
     """Scores with one memory of what was answered; ``name``: of the method in the records."""
-    kept = answers if answers is not None else Answers()
+    kept = answers if answers is not None else AnswerCache()
     told = (lambda done, total: progress("scoring", done, total)) if progress else None
     return lambda cases, stacks: score(lm, cases, stacks, name, told, kept)
 
 
 def single(
-    lm: LM, editor: Any, cases: Sequence[Case], progress: Progress | None = None, answers: Answers | None = None, label: str | None = None
+    lm: LM,
+    editor: Any,
+    cases: Sequence[Case],
+    progress: Progress | None = None,
+    answers: AnswerCache | None = None,
+    label: str | None = None,
 ) -> tuple[list[Patch], Records]:
     """A patch a case, and the records of each case under its own patch."""
     parts = alone(lm, editor, cases, lambda cases, stacks: [], progress=progress)
@@ -45,14 +50,14 @@ def batched(
     cases: Sequence[Case],
     size: int,
     progress: Progress | None = None,
-    answers: Answers | None = None,
+    answers: AnswerCache | None = None,
     label: str | None = None,
 ) -> tuple[Stack, Records]:
     """Joint edits of ``size`` requests on the growing stack; records of every case on the final stack."""
     if size < 1:
         raise ConfigError(f"a batch holds at least one edit, not {size}")
-    how = How(size, (len(cases),), chunk=len(cases), right_after=False)
-    *_, last = Growing(lm, editor, cases, scorer(lm, label or editor.name, progress, answers), how, progress=progress).parts()
+    how = SequentialConfig(size, (len(cases),), chunk=len(cases), right_after=False)
+    *_, last = SequentialRun(lm, editor, cases, scorer(lm, label or editor.name, progress, answers), how, progress=progress).parts()
     return last.stack, last.records
 
 
@@ -62,7 +67,7 @@ def continual(
     cases: Sequence[Case],
     marks: Sequence[int],
     progress: Progress | None = None,
-    answers: Answers | None = None,
+    answers: AnswerCache | None = None,
     label: str | None = None,
     stacks: dict[int, Stack] | None = None,
 ) -> tuple[Stack, dict[int, Records], Records]:
@@ -73,13 +78,13 @@ def continual(
     stack: Stack = ()
     at: dict[int, Records] = {}
     immediate: Records = []
-    how = How(1, tuple(marks), chunk=len(cases))
-    for part in Growing(lm, editor, cases, scorer(lm, label or editor.name, progress, answers), how, progress=progress).parts():
+    how = SequentialConfig(1, tuple(marks), chunk=len(cases))
+    for part in SequentialRun(lm, editor, cases, scorer(lm, label or editor.name, progress, answers), how, progress=progress).parts():
         stack = part.stack
         if part.mark is None:
             immediate += part.records
             continue
         at[part.mark] = part.records
         if stacks is not None:
-            stacks[part.mark] = part.folded
+            stacks[part.mark] = part.merged
     return stack, at, immediate

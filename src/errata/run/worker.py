@@ -6,8 +6,8 @@ import dataclasses
 import json
 import sys
 
-from errata.run.engine import attempt
+from errata.run.executors import run_cell
 
 if __name__ == "__main__":
-    outcome = attempt(sys.argv[1], sys.argv[2], "--base" in sys.argv[3:])
+    outcome = run_cell(sys.argv[1], sys.argv[2], "--base" in sys.argv[3:])
     sys.stdout.write(json.dumps(dataclasses.asdict(outcome)) + "\n")

@@ -12,11 +12,11 @@ from errata.core.bank import Stack
 from errata.core.decode import AT_ONCE, PrefilledBatch, decode, detokenize
 from errata.core.model import LM, STOPS
 from errata.core.tokens import Encoded
-from errata.score import forcing
+from errata.score import teacher_forcing
 
 
 @dataclass(frozen=True)
-class Said:
+class Completion:
     """A greedy answer: its text up to a stop; its tokens, and the log-probability of each in nats; p of each answer that was asked for."""
 
     text: str
@@ -26,12 +26,12 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """moved: total variation ½ Σ |p − q| of the two next-token distributions, from 0 (the same) to 1."""
 
     prompt: str
-    before: Said
-    after: Said
+    before: Completion
+    after: Completion
     moved: float
 
     @property
@@ -39,14 +39,16 @@ class Compared:
         return self.before.text != self.after.text
 
 
-def compare(lm: LM, prompts: Sequence[str], sides: tuple[Stack, Stack], tokens: int, asked: Sequence[Sequence[str]] = ()) -> list[Compared]:
+def compare(
+    lm: LM, prompts: Sequence[str], sides: tuple[Stack, Stack], tokens: int, asked: Sequence[Sequence[str]] = ()
+) -> list[Comparison]:
     """``asked``: answers to each prompt whose likelihoods are wanted (none).  Prompts run once, both sides in one batch."""
     given, half = list(asked) or [()] * len(prompts), AT_ONCE // 2
     return [one for i in range(0, len(prompts), half) for one in _part(lm, list(prompts[i : i + half]), sides, tokens, given[i : i + half])]
 
 
 @torch.no_grad()
-def _part(lm: LM, prompts: list[str], sides: tuple[Stack, Stack], tokens: int, asked: Sequence[Sequence[str]]) -> list[Compared]:
+def _part(lm: LM, prompts: list[str], sides: tuple[Stack, Stack], tokens: int, asked: Sequence[Sequence[str]]) -> list[Comparison]:
     n, encoded = len(prompts), lm.encode(prompts)
     which = [0] * n + [1] * n
     begun = PrefilledBatch.prefill(lm, lm.batch([*encoded, *encoded]).to(lm.device), lm.plan(list(sides), which, 2 * n))
@@ -55,13 +57,13 @@ def _part(lm: LM, prompts: list[str], sides: tuple[Stack, Stack], tokens: int, a
     said = [tuple(ids) for ids in decode(begun, tokens, STOPS)]
     likely = _likelihoods(lm, begun, encoded, sides, [(i, text) for i, texts in enumerate(asked) for text in texts], prompts)
     spoken = [i for i, ids in enumerate(said) if ids]  # one that ends at once says nothing
-    nats = dict(zip(spoken, forcing.behind(begun, spoken, [said[i] for i in spoken]), strict=True))
+    nats = dict(zip(spoken, teacher_forcing.score_continuations(begun, spoken, [said[i] for i in spoken]), strict=True))
 
-    def side(i: int) -> Said:
+    def side(i: int) -> Completion:
         text = detokenize(lm.tokenizer, said[i], STOPS)
-        return Said(text, said[i], tuple(-x for x in nats[i].nats) if i in nats else (), likely.get(i, {}))
+        return Completion(text, said[i], tuple(-x for x in nats[i].nats) if i in nats else (), likely.get(i, {}))
 
-    return [Compared(prompt, side(i), side(n + i), moved[i]) for i, prompt in enumerate(prompts)]
+    return [Comparison(prompt, side(i), side(n + i), moved[i]) for i, prompt in enumerate(prompts)]
 
 
 def _likelihoods(
@@ -80,8 +82,10 @@ def _likelihoods(
     behind = [row.ids[: row.prompt_length] == encoded[place % n].ids for place, _, row in pairs]
     own = [pair for pair, goes_on in zip(pairs, behind, strict=True) if goes_on]
     rest = [pair for pair, goes_on in zip(pairs, behind, strict=True) if not goes_on]
-    found = forcing.behind(begun, [place for place, _, _ in own], [row.target for _, _, row in own]) if own else []
-    found += forcing.whole(lm, [row for _, _, row in rest], list(sides), [place // n for place, _, _ in rest]) if rest else []
+    found = teacher_forcing.score_continuations(begun, [place for place, _, _ in own], [row.target for _, _, row in own]) if own else []
+    found += (
+        teacher_forcing.score_full_texts(lm, [row for _, _, row in rest], list(sides), [place // n for place, _, _ in rest]) if rest else []
+    )
     for (place, text, _), forced in zip([*own, *rest], found, strict=True):
         out.setdefault(place, {})[text] = math.exp(-sum(forced.nats))
     return out

@@ -16,11 +16,11 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from errata.benchmarks.downstream import Choice, Question
+from errata.benchmarks.downstream import MultipleChoice, Question
 from errata.core.bank import Stack
 from errata.core.model import LM
+from errata.score.evaluator import AnswerCache, Progress, generate, key, teacher_force
 from errata.score.match import exact_match
-from errata.score.queries import Answers, Progress, force, generate, key
 
 
 def _case(*parts: str) -> str:
@@ -28,11 +28,11 @@ def _case(*parts: str) -> str:
 
 
 def choices(
-    lm: LM, items: Sequence[Choice], stack: Stack, method: str, answers: Answers | None = None, progress: Progress | None = None
+    lm: LM, items: Sequence[MultipleChoice], stack: Stack, method: str, answers: AnswerCache | None = None, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
     """A record an item.  ``answers``: keep one between calls and the base is asked once."""
-    answers = answers if answers is not None else Answers()
-    force(lm, [(s, item.prompt, text) for item in items for text in item.choices for s in ((), stack)], answers, progress)
+    answers = answers if answers is not None else AnswerCache()
+    teacher_force(lm, [(s, item.prompt, text) for item in items for text in item.choices for s in ((), stack)], answers, progress)
     out = []
     for item in items:
         record: dict[str, Any] = {
@@ -51,10 +51,10 @@ def choices(
 
 
 def questions(
-    lm: LM, items: Sequence[Question], stack: Stack, method: str, answers: Answers | None = None, progress: Progress | None = None
+    lm: LM, items: Sequence[Question], stack: Stack, method: str, answers: AnswerCache | None = None, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
     """A record an item; a free answer that equals one of the accepted ones is right."""
-    answers = answers if answers is not None else Answers()
+    answers = answers if answers is not None else AnswerCache()
     generate(lm, [(s, item.prompt) for item in items for s in ((), stack)], answers, progress)
     out = []
     for item in items:

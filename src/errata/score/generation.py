@@ -29,7 +29,7 @@ from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.errors import ConfigError, InputError
 from errata.request import Case
-from errata.score.queries import Progress, distinct, key
+from errata.score.evaluator import Progress, distinct, key
 
 ROWS = 64  # of a batch: each keeps a cache of prompt and new tokens
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")

@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-evaluation-harness under a stack of patches: what edits cost in abilities that no edit is about.
 
-    lm_eval.simple_evaluate(model=Harness(lm, (patch,)), tasks=["piqa", …])
+    lm_eval.simple_evaluate(model=HarnessLM(lm, (patch,)), tasks=["piqa", …])
 
 Needs the package lm-eval (0.4.3 or later).  The harness's own wrapper of transformers models does not do: it feeds context and
 continuation as one text, and an op that acts on the prompt's last tokens, or decides on the prompt, has to know where that ends.
@@ -33,7 +33,7 @@ NEW_TOKENS = 256  # of an answer, where a task does not say
 LENGTH = 2048  # of a window, where the model does not say
 
 
-class Harness(TemplateLM):
+class HarnessLM(TemplateLM):
     """A model for `lm_eval`: ``lm`` under ``stack``; ``rows`` texts a batch."""
 
     def __init__(self, lm: LM, stack: Stack = (), rows: int = 16) -> None:

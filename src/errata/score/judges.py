@@ -43,7 +43,7 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class Function:
+class FunctionJudge:
     """A plain function as a judge."""
 
     name: str
@@ -60,7 +60,7 @@ class Function:
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class EndpointJudge:
     """A server at ``url`` (".../v1") with ``model``, asked greedily.  ``cache``: a folder, a file a question."""
 
     name: str
@@ -86,7 +86,7 @@ class Endpoint:
         verdict = VERDICTS.get(said.strip().strip(".!\"'*").upper())
         if verdict is None:
             raise JudgeError(f"judge {self.name}: {self.url} said {said!r} where CORRECT or INCORRECT was asked for")
-        storage.write_file(known, json.dumps({"verdict": verdict, "said": said, **asked}, ensure_ascii=True).encode())
+        storage.write_atomic(known, json.dumps({"verdict": verdict, "said": said, **asked}, ensure_ascii=True).encode())
         return verdict
 
     def _messages(self, question: str, wanted: str, answer: str) -> list[dict[str, str]]:
@@ -127,13 +127,13 @@ def make(name: str, cache: Path, endpoint: str | None = None, model: str | None 
             raise ConfigError(f"judge {name!r}: an endpoint needs model, the name it knows the model by")
         if key_env and not os.environ.get(key_env):
             raise ConfigError(f"judge {name!r}: the environment variable {key_env} is not set; put the key there")
-        return Endpoint(f"{name}@1", endpoint, model, cache, os.environ.get(key_env) if key_env else None)
+        return EndpointJudge(f"{name}@1", endpoint, model, cache, os.environ.get(key_env) if key_env else None)
     if model or key_env:
         raise ConfigError(f"judge {name!r}: model and key_env belong to an endpoint; give one")
     if name == "exact":
         return None
     if name == "contains":
-        return Function("contains@1", lambda question, wanted, answer: match.contains(answer, wanted))
+        return FunctionJudge("contains@1", lambda question, wanted, answer: match.contains(answer, wanted))
     if ":" not in name:
         raise ConfigError(f"no judge named {name!r}; there are exact, contains, module:function, or give an endpoint")
     try:
@@ -142,7 +142,7 @@ def make(name: str, cache: Path, endpoint: str | None = None, model: str | None 
         raise ConfigError(f"judge {name!r} cannot be imported: {error}") from None
     if not callable(function):
         raise ConfigError(f"judge {name!r} is not a function but {type(function).__name__}")
-    return Function(f"{name}@{getattr(function, 'version', 1)}", function)
+    return FunctionJudge(f"{name}@{getattr(function, 'version', 1)}", function)
 
 
 def judge(records: Sequence[dict[str, Any]], judges: Sequence[Judge]) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from errata.errors import InputError, UnknownName, near
+from errata.errors import InputError, UnknownNameError, near
 from errata.score import sentiment
 from errata.score.metric_table import AFTER, METRICS, PROTOCOLS, Metric
 
@@ -57,9 +57,9 @@ CHUNK = 1 << 21  # resampled indices held at once: 16 MB
 
 
 def get_metric(name: str) -> Metric:
-    """The metric of that name; `UnknownName` otherwise."""
+    """The metric of that name; `UnknownNameError` otherwise."""
     if name not in METRICS:
-        raise UnknownName(f"no metric named {name!r}; {near(name, METRICS, 'there are')}")
+        raise UnknownNameError(f"no metric named {name!r}; {near(name, METRICS, 'there are')}")
     return METRICS[name]
 
 

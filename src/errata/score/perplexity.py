@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.errors import InputError
-from errata.score.queries import distinct
+from errata.score.evaluator import distinct
 
 ROWS = 16
 NUMBERS = 1 << 26  # logits of a batch: 256 MB in float32; a wide vocabulary gets fewer rows
@@ -61,7 +61,7 @@ def perplexity(lm: LM, text: str, stacks: Sequence[Stack] = ((),), tokens: int =
 
 
 @torch.no_grad()
-def against_base(lm: LM, text: str, stack: Stack, tokens: int, length: int) -> tuple[Perplexity, Perplexity, float]:
+def perplexity_and_kl(lm: LM, text: str, stack: Stack, tokens: int, length: int) -> tuple[Perplexity, Perplexity, float]:
     """(base, under ``stack``, KL) on ``text``, read as in `perplexity`.
 
     KL = mean over foretold tokens of Σ_v p(v) (ln p(v) − ln q(v)), p the base's distribution and q the stack's after the same tokens.

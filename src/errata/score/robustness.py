@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from errata.core.model import LM
 from errata.request import SURFACE_KINDS, Case, EditRequest, Probe, fill
-from errata.score.queries import MAX_NEW_TOKENS
+from errata.score.evaluator import MAX_NEW_TOKENS
 from errata.text import surfaces
 from errata.text.surfaces import PASSAGES_SEEN, PASSAGES_UNSEEN
 
@@ -57,7 +57,7 @@ def room_of(lm: LM, editors: Iterable[Any]) -> int:
     return max(editor.context_budget(lm) if hasattr(editor, "context_budget") else 0 for editor in editors)
 
 
-def widen(lm: LM, cases: Iterable[Case], seed: int = 0, long_seen: int = 1, room: int = 0) -> list[Case]:
+def add_robustness_probes(lm: LM, cases: Iterable[Case], seed: int = 0, long_seen: int = 1, room: int = 0) -> list[Case]:
     """The cases with robustness probes behind their own.
 
     A case is asked behind ``long_seen`` of the five seen passages, in turn from case to case: long texts cost most of the time, and

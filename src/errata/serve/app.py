@@ -16,8 +16,8 @@ from starlette.routing import Match
 from errata import __version__
 from errata.errors import ErrataError
 from errata.serve import routes_ask, routes_edits, routes_openai
-from errata.serve.guard import App, Guard
-from errata.serve.refusals import Refused, as_refused
+from errata.serve.api_errors import APIError, to_api_error
+from errata.serve.middleware import App, GuardMiddleware
 from errata.serve.schemas import Error
 from errata.serve.service import Service
 
@@ -31,14 +31,14 @@ def make(service: Service) -> App:
     api = FastAPI(title="errata", version=__version__, description=__doc__, docs_url=None, redoc_url=None)
     for module in (routes_openai, routes_edits, routes_ask):
         api.include_router(module.routes(service))
-    api.add_exception_handler(Refused, _refused)
+    api.add_exception_handler(APIError, _refused)
     api.add_exception_handler(ErrataError, _refused)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http)
     api.add_exception_handler(Exception, _refused)  # what nobody foresaw; uvicorn then logs it
     _page(api)
     api.openapi = lambda: _document(api)  # type: ignore[method-assign]
-    return Guard(api, service)
+    return GuardMiddleware(api, service)
 
 
 def _page(api: FastAPI) -> None:
@@ -56,12 +56,12 @@ def _page(api: FastAPI) -> None:
             api.add_api_route(where, shown(path), methods=["GET", "HEAD"], include_in_schema=False, response_class=FileResponse)
 
 
-def _said(refused: Refused) -> Response:
+def _said(refused: APIError) -> Response:
     return JSONResponse(refused.document, refused.status, refused.headers)
 
 
 async def _refused(_: Request, error: Exception) -> Response:
-    return _said(as_refused(error))
+    return _said(to_api_error(error))
 
 
 async def _http(request: Request, error: Exception) -> Response:
@@ -72,7 +72,7 @@ async def _http(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if error.status_code == 405:  # of the first route that has this path; there may be others
         headers["Allow"] = ", ".join(sorted(_methods(request)))
-    return _said(Refused(error.status_code, wrong.get(error.status_code, str(error.detail)), code, headers=headers))
+    return _said(APIError(error.status_code, wrong.get(error.status_code, str(error.detail)), code, headers=headers))
 
 
 def _methods(request: Request) -> set[str]:
@@ -101,7 +101,7 @@ async def _invalid(_: Request, error: Exception) -> Response:
         message = f"{where[0]} is not supported; leave it out"
     elif name:
         message = f"{name}: {message}"
-    return _said(Refused(400, message, "invalid_value", name))
+    return _said(APIError(400, message, "invalid_value", name))
 
 
 def _document(api: FastAPI) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from errata.request import EditRequest
 ENDED = ("done", "failed", "cancelled")
 
 
-class Cancelled(BaseException):
+class JobCancelled(BaseException):
     """Raised in the thread that edits, out of whatever runs there; the transaction is rolled back."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to apply: see `errata.ledger.Ledger.applying`."""
+class EditSpec:
+    """What to apply: see `errata.ledger.Ledger.iter_apply`."""
 
     requests: tuple[EditRequest, ...]
     method: str
@@ -39,7 +39,7 @@ class Plan:
 class Job:
     """``work``: what is done, in the thread that edits; its result is of an undo.  Everything else is what is told of it."""
 
-    plan: Plan | None
+    plan: EditSpec | None
     work: Callable[[Job], Any]
     id: str = field(default_factory=lambda: f"job-{uuid.uuid4().hex[:16]}")
     status: str = "queued"
@@ -103,7 +103,7 @@ class Job:
     def check(self) -> None:
         """`Cancelled` if it is."""
         if self.cancelled:
-            raise Cancelled
+            raise JobCancelled
 
     def watch(self) -> asyncio.Event:
         """Set at every change, until `unwatch`."""
@@ -117,6 +117,6 @@ class Job:
             self._watchers = [pair for pair in self._watchers if pair[1] is not event]
 
 
-def told(finding: Finding) -> dict[str, Any]:
+def finding_document(finding: Finding) -> dict[str, Any]:
     """A finding as plain JSON values."""
     return {**dataclasses.asdict(finding), "request": finding.request.to_dict()}

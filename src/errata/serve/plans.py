@@ -26,7 +26,7 @@ def join(plan: Plan, one: Plan, other: Plan) -> Plan:
     return plan
 
 
-class Plans:
+class PlanCache:
     """Compiled banks of the stacks that were used last.  A stack is known by the ids of its patches."""
 
     def __init__(self, lm: LM) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 
-from errata.serve.refusals import Refused
+from errata.serve.api_errors import APIError
 from errata.serve.schemas import BlameRequest, CompareRequest, NeighboursRequest, NoFields, TraceRequest
 from errata.serve.service import Service
 
@@ -17,7 +17,7 @@ from errata.serve.service import Service
 def routes(service: Service) -> APIRouter:
     """Of questions that compare states, and of the server's own state."""
     router = APIRouter(tags=["questions"])
-    asking = service.asking
+    asking = service.analysis
     _server(router, service)
 
     async def asked(question: Callable[[], Any]) -> Any:
@@ -25,13 +25,13 @@ def routes(service: Service) -> APIRouter:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), service.options.limits.seconds)
         except asyncio.TimeoutError:
-            raise Refused(504, f"not answered within {service.options.limits.seconds:g} seconds", "timeout") from None
+            raise APIError(504, f"not answered within {service.options.limits.seconds:g} seconds", "timeout") from None
 
     def fits(prompts: list[str], more: int) -> None:
         limits, window = service.options.limits, service.lm.context_length
         for prompt, row in zip(prompts, service.lm.encode(prompts), strict=True):
             if len(row.ids) > limits.prompt or (window is not None and len(row.ids) + more > window):
-                raise Refused(400, f"{prompt[:80]!r} has {len(row.ids)} tokens, too many", "context_length_exceeded", "prompt")
+                raise APIError(400, f"{prompt[:80]!r} has {len(row.ids)} tokens, too many", "context_length_exceeded", "prompt")
 
     @router.post("/v1/compare")
     async def compare(body: CompareRequest) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from errata import registry
 from errata.errors import ErrataError, LedgerError
-from errata.ledger.findings import Found, among, refuse
-from errata.ledger.record import Edit
+from errata.ledger.database import Edit
+from errata.ledger.findings import FindingsError, find_conflicts, raise_on_findings
 from errata.methods.in_context.demonstrations import PACKAGED
 from errata.request import EditRequest
-from errata.serve.guard import need_token
-from errata.serve.jobs import Job, Plan, told
-from errata.serve.refusals import Refused, as_refused
+from errata.serve.api_errors import APIError, to_api_error
+from errata.serve.jobs import EditSpec, Job, finding_document
+from errata.serve.middleware import require_token
 from errata.serve.schemas import EditPost
 from errata.serve.service import Service
 from errata.text.corpora import BUNDLED
@@ -32,7 +32,7 @@ Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 def routes(service: Service) -> APIRouter:
     """Of edits, and of the jobs that make them."""
     router = APIRouter(tags=["edits"])
-    token = [Depends(need_token(service.options.token))]
+    token = [Depends(require_token(service.options.token))]
 
     @router.post("/v1/edits", status_code=202, dependencies=token)
     def post(body: EditPost) -> Response:
@@ -99,7 +99,7 @@ def _jobs(router: APIRouter, service: Service, token: list[Any]) -> None:
         """Server-sent events: the job's document at each change, until it ends."""
         found = _job(service, id)
         if watching[0] >= service.options.limits.streams:
-            raise Refused(429, f"{watching[0]} clients watch jobs, no more may; ask for the job instead", "too_many_streams")
+            raise APIError(429, f"{watching[0]} clients watch jobs, no more may; ask for the job instead", "too_many_streams")
         return StreamingResponse(_changes(found, watching), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
@@ -109,40 +109,40 @@ def described(edit: Edit) -> dict[str, Any]:
     return {**edit.to_dict(), "prompt": first.prompt, "target": first.target, "subject": first.subject}
 
 
-def _plan(service: Service, body: EditPost) -> Plan:
+def _plan(service: Service, body: EditPost) -> EditSpec:
     """What to do; whatever can be said at once is wrong is said at once."""
     limits = service.options.limits
     if len(body.facts) > limits.requests:
-        raise Refused(400, f"{len(body.facts)} facts are too many for one job; give {limits.requests} at most", "too_many", "requests")
+        raise APIError(400, f"{len(body.facts)} facts are too many for one job; give {limits.requests} at most", "too_many", "requests")
     requests = []
     for i, fact in enumerate(body.facts):
         where = None if body.requests is None else f"requests.{i}"
         try:
             requests.append(EditRequest.from_dict(fact.model_dump(exclude_defaults=True)))
         except ErrataError as error:
-            raise Refused(400, str(error), "invalid_fact", where) from None
+            raise APIError(400, str(error), "invalid_fact", where) from None
     if body.batch_size is not None and body.mode != "batched":
-        raise Refused(400, f"batch_size has no meaning in {body.mode} mode", "invalid_value", "batch_size")
+        raise APIError(400, f"batch_size has no meaning in {body.mode} mode", "invalid_value", "batch_size")
     _settings(service, body.method, body.settings)
     registry.get("method", body.method).for_model(service.lm, **body.settings)
     _window(service, requests)
     if not body.force:
         try:
-            refuse(list(among(requests, service.ledger.edits())), "set force")
-        except Found as error:
-            raise Refused(409, str(error), "findings", None, {"findings": [told(f) for f in error.findings]}) from None
+            raise_on_findings(list(find_conflicts(requests, service.ledger.edits())), "set force")
+        except FindingsError as error:
+            raise APIError(409, str(error), "findings", None, {"findings": [finding_document(f) for f in error.findings]}) from None
     author = body.author or service.ledger.author
-    return Plan(tuple(requests), body.method, body.settings, body.mode, author, body.reason, body.force, body.batch_size)
+    return EditSpec(tuple(requests), body.method, body.settings, body.mode, author, body.reason, body.force, body.batch_size)
 
 
 def _settings(service: Service, method: str, settings: dict[str, Any]) -> None:
-    """`Refused` for what only Python's arguments are called, and for the server's files and downloads; also of a wrapped method."""
+    """`APIError` for what only Python's arguments are called, and for the server's files and downloads; also of a wrapped method."""
     for name, value in settings.items():
         if name in ("cls", "lm"):
-            raise Refused(400, f"{method} has no setting {name!r}", "invalid_setting", "settings")
+            raise APIError(400, f"{method} has no setting {name!r}", "invalid_setting", "settings")
         if name in FILES and value not in FILES[name] and not service.options.files:
             known = " or ".join("null" if own is None else repr(own) for own in FILES[name])
-            raise Refused(
+            raise APIError(
                 403,
                 f"{name} {value!r} would make the server read a file or download something; give {known}, or start it with --allow-files",
                 "files_not_allowed",
@@ -162,7 +162,7 @@ def _window(service: Service, requests: list[EditRequest]) -> None:
         prompts = [request.prompt, *request.paraphrases]
         longest = max(len(e.ids) for e in service.lm.encode(prompts, [request.target] * len(prompts)))
         if longest > limit:
-            raise Refused(
+            raise APIError(
                 400, f"{request.prompt[:80]!r} and its target have {longest} tokens, {limit} fit", "context_length_exceeded", "prompt"
             )
 
@@ -171,13 +171,13 @@ def _edit(service: Service, number: int) -> Edit:
     try:
         return service.ledger.show(number)
     except LedgerError as error:
-        raise Refused(404, str(error), "no_such_edit") from None
+        raise APIError(404, str(error), "no_such_edit") from None
 
 
 def _job(service: Service, name: str) -> Job:
     found = service.editor.jobs.get(name)
     if found is None:
-        raise Refused(
+        raise APIError(
             404, f"there is no job {name!r}; jobs are forgotten when the server ends, edits are not (GET /v1/edits)", "no_such_job"
         )
     return found
@@ -195,14 +195,14 @@ async def _ended(service: Service, job: Job) -> None:
             except asyncio.TimeoutError:
                 if job.status == "queued":
                     service.editor.cancel(job)
-                    raise Refused(503, "edits before this one take too long; nothing was undone, try again later", "busy") from None
+                    raise APIError(503, "edits before this one take too long; nothing was undone, try again later", "busy") from None
             event.clear()
     finally:
         job.unwatch(event)
     if job.failure is not None:
-        raise as_refused(job.failure)
+        raise to_api_error(job.failure)
     if job.status == "cancelled":
-        raise Refused(503, "the server is stopping; nothing was undone", "stopping")
+        raise APIError(503, "the server is stopping; nothing was undone", "stopping")
 
 
 async def _changes(job: Job, watching: list[int]) -> AsyncIterator[str]:

@@ -14,9 +14,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from errata.core.bank import Stack
 from errata.core.patch import PROMPT
 from errata.core.tokens import Encoded
-from errata.serve.documents import Document
-from errata.serve.refusals import Refused, as_refused
-from errata.serve.rows import Piece, Row, Wanted
+from errata.serve.api_errors import APIError, to_api_error
+from errata.serve.openai_responses import OpenAIResponse
+from errata.serve.rows import OutputChunk, Row, SamplingParams
 from errata.serve.schemas import ChatRequest, CompletionRequest, Sampled
 from errata.serve.service import Service
 
@@ -47,25 +47,25 @@ def routes(service: Service) -> APIRouter:
         stack = await asyncio.to_thread(service.stacks.find, body.model)
         encoded = [(_encode(service, p), p[len(p.rstrip()) :][:1]) for p in body.prompts]
         limit = body.max_tokens or min(DEFAULT, service.options.limits.tokens)
-        return await _answer(service, request, body, stack, encoded, _wanted(body, limit, body.logprobs), Document(body.model, False))
+        return await _answer(service, request, body, stack, encoded, _wanted(body, limit, body.logprobs), OpenAIResponse(body.model, False))
 
     @router.post("/v1/chat/completions", tags=["answers"])
     async def chat(body: ChatRequest, request: Request) -> Response:
         """An answer to a conversation; needs a model whose tokenizer has a chat template."""
         stack = await asyncio.to_thread(service.stacks.find, body.model)
         if body.top_logprobs is not None and not body.logprobs:
-            raise Refused(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
+            raise APIError(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
         encoded = [(_conversation(service, body), "")]
         limit = body.max_completion_tokens or body.max_tokens or _room(service, encoded[0][0], stack)
         wanted = _wanted(body, limit, (body.top_logprobs or 0) if body.logprobs else None)
-        return await _answer(service, request, body, stack, encoded, wanted, Document(body.model, True))
+        return await _answer(service, request, body, stack, encoded, wanted, OpenAIResponse(body.model, True))
 
     return router
 
 
-def _wanted(body: Sampled, tokens: int, alike: int | None) -> Wanted:
+def _wanted(body: Sampled, tokens: int, alike: int | None) -> SamplingParams:
     temperature = 1.0 if body.temperature is None else body.temperature
-    return Wanted(tokens, temperature, 1.0 if body.top_p is None else body.top_p, body.stops, body.seed, alike)
+    return SamplingParams(tokens, temperature, 1.0 if body.top_p is None else body.top_p, body.stops, body.seed, alike)
 
 
 def _encode(service: Service, prompt: str) -> Encoded:
@@ -76,26 +76,26 @@ def _encode(service: Service, prompt: str) -> Encoded:
 def _conversation(service: Service, body: ChatRequest) -> Encoded:
     tokenizer = service.lm.tokenizer
     if not getattr(tokenizer, "chat_template", None):
-        raise Refused(400, "this model's tokenizer has no chat template; ask through /v1/completions", "no_chat_template", "messages")
+        raise APIError(400, "this model's tokenizer has no chat template; ask through /v1/completions", "no_chat_template", "messages")
     messages = [{"role": m.role, "content": m.text} for m in body.messages]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates are programs of others, and refuse in their own ways
-        raise Refused(400, f"the model's chat template does not take these messages: {error}", "invalid_messages", "messages") from None
+        raise APIError(400, f"the model's chat template does not take these messages: {error}", "invalid_messages", "messages") from None
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
-        raise Refused(400, "these messages make an empty text", "invalid_messages", "messages")
+        raise APIError(400, "these messages make an empty text", "invalid_messages", "messages")
     return Encoded(ids, len(ids))
 
 
 def _room(service: Service, conversation: Encoded, stack: Stack) -> int:
-    """Tokens that an answer may have where the request does not say; `Refused` where there is no room for one."""
+    """Tokens that an answer may have where the request does not say; `APIError` where there is no room for one."""
     limit, window = service.options.limits.tokens, service.lm.context_length
     if window is None:
         return limit
     used = len(conversation.ids) + _in_front(stack)
     if used >= window:
-        raise Refused(
+        raise APIError(
             400,
             f"the conversation has {used} tokens, which leaves none of the model's {window} positions for an answer; shorten it",
             "context_length_exceeded",
@@ -110,20 +110,20 @@ def _in_front(stack: Stack) -> int:
 
 
 def _check(service: Service, encoded: Sequence[Encoded], tokens: int, n: int, stack: Stack) -> None:
-    """`Refused` where a limit is passed."""
+    """`APIError` where a limit is passed."""
     limits = service.options.limits
     if tokens > limits.tokens:
-        raise Refused(400, f"max_tokens is {tokens}, this server gives {limits.tokens} at most", "too_many_tokens", "max_tokens")
+        raise APIError(400, f"max_tokens is {tokens}, this server gives {limits.tokens} at most", "too_many_tokens", "max_tokens")
     if len(encoded) * n > limits.rows:
-        raise Refused(400, f"{len(encoded)} prompts × n = {n} are too many; {limits.rows} answers a request", "too_many_answers", "n")
+        raise APIError(400, f"{len(encoded)} prompts × n = {n} are too many; {limits.rows} answers a request", "too_many_answers", "n")
     context = _in_front(stack)
     for row in encoded:
         length = len(row.ids)
         if length > limits.prompt:
-            raise Refused(400, f"a prompt has {length} tokens, this server takes {limits.prompt}", "context_length_exceeded", "prompt")
+            raise APIError(400, f"a prompt has {length} tokens, this server takes {limits.prompt}", "context_length_exceeded", "prompt")
         if service.lm.context_length is not None and length + tokens + context > service.lm.context_length:
             more = f", {context} that the stack may put in front" if context else ""
-            raise Refused(
+            raise APIError(
                 400,
                 f"{length} tokens of prompt{more} and {tokens} of answer do not fit the model's {service.lm.context_length} positions; shorten one",
                 "context_length_exceeded",
@@ -132,13 +132,19 @@ def _check(service: Service, encoded: Sequence[Encoded], tokens: int, n: int, st
 
 
 async def _answer(
-    service: Service, request: Request, body: Sampled, stack: Stack, encoded: list[tuple[Encoded, str]], wanted: Wanted, document: Document
+    service: Service,
+    request: Request,
+    body: Sampled,
+    stack: Stack,
+    encoded: list[tuple[Encoded, str]],
+    wanted: SamplingParams,
+    document: OpenAIResponse,
 ) -> Response:
     n = body.n or 1
-    _check(service, [e for e, _ in encoded], wanted.tokens, n, stack)
-    loop, news = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+    _check(service, [e for e, _ in encoded], wanted.max_tokens, n, stack)
+    loop, news = asyncio.get_running_loop(), asyncio.Queue[OutputChunk]()
 
-    def tell(piece: Piece) -> None:
+    def tell(piece: OutputChunk) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(news.put_nowait, piece)
 
@@ -151,7 +157,7 @@ async def _answer(
         return StreamingResponse(_stream(rows, news, document, more), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     gone = asyncio.ensure_future(_left(request))
     try:
-        pieces: list[Piece] = []
+        pieces: list[OutputChunk] = []
         while len(pieces) < len(rows):
             getting = asyncio.ensure_future(news.get())
             await asyncio.wait({getting, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -175,7 +181,7 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def _stream(rows: Sequence[Row], news: asyncio.Queue[Piece], document: Document, more: bool) -> AsyncIterator[str]:
+async def _stream(rows: Sequence[Row], news: asyncio.Queue[OutputChunk], document: OpenAIResponse, more: bool) -> AsyncIterator[str]:
     """Server-sent events; where the client goes away, its rows are dropped."""
     try:
         if document.chat:
@@ -185,10 +191,10 @@ async def _stream(rows: Sequence[Row], news: asyncio.Queue[Piece], document: Doc
         while left:
             piece = await news.get()
             if piece.error is not None:
-                yield _event(as_refused(piece.error).document)
+                yield _event(to_api_error(piece.error).document)
                 return
             yield _event(document.chunk(rows[piece.index], piece))
-            left -= piece.finish is not None
+            left -= piece.finish_reason is not None
         if more:
             yield _event(document.usage(rows))
         yield "data: [DONE]\n\n"

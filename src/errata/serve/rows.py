@@ -15,27 +15,27 @@ from torch import Tensor
 
 from errata.core.bank import Stack
 from errata.core.tokens import Encoded
-from errata.serve.refusals import as_refused
+from errata.serve.api_errors import to_api_error
 
 CONTEXT = 4  # tokens of the prompt that new ones are read after: what a token says can depend on those before it
 BROKEN = "�"  # stands where the bytes of a character are not all there yet
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SamplingParams:
     """How to answer.
 
     stops     texts that end the answer and are not part of it
     seed      None: drawn
-    alike     how many of the likeliest tokens to name with each token; None: say nothing of likelihoods
+    logprobs  how many of the likeliest tokens to name with each token; None: say nothing of likelihoods
     """
 
-    tokens: int
+    max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     stops: tuple[str, ...] = ()
     seed: int | None = None
-    alike: int | None = None
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OutputChunk:
     """News of one row.  ``finish``: stop or length, once it ended; ``error``: why it could not."""
 
     index: int
     text: str
     tokens: tuple[Token, ...] = ()
-    finish: str | None = None
+    finish_reason: str | None = None
     error: BaseException | None = None
 
 
-class Spoken:
+class IncrementalDetokenizer:
     """Text from tokens one at a time: whole characters only, nothing of what may turn out to be a stop."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str], skip: str = "") -> None:
@@ -116,20 +116,20 @@ class Row:
     index: int
     encoded: Encoded
     stack: Stack
-    wanted: Wanted
-    tell: Callable[[Piece], None]
+    wanted: SamplingParams
+    tell: Callable[[OutputChunk], None]
     stream: bool = False
-    until: float = float("inf")
+    deadline: float = float("inf")
     skip: str = ""
     cancelled: bool = False
-    born: float = field(default_factory=time.monotonic)
+    arrival_time: float = field(default_factory=time.monotonic)
     count: int = 0  # tokens so far
     first: float | None = None  # seconds to the first token
-    finish: str | None = None
+    finish_reason: str | None = None
 
     def begin(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.spoken = Spoken(tokenizer, self.encoded.ids, self.wanted.stops, self.skip)
+        self.spoken = IncrementalDetokenizer(tokenizer, self.encoded.ids, self.wanted.stops, self.skip)
         self.tokens: list[Token] = []
         self.generator = torch.Generator()
         seed = os.urandom(8).hex() if self.wanted.seed is None else self.wanted.seed
@@ -151,35 +151,35 @@ class Row:
 
     def fail(self, error: BaseException) -> None:
         """End with an error; whoever waited may be gone."""
-        self.finish = "error"
+        self.finish_reason = "error"
         with contextlib.suppress(Exception):
-            self.tell(Piece(self.index, "", (), "error", as_refused(error)))
+            self.tell(OutputChunk(self.index, "", (), "error", to_api_error(error)))
 
     def take(self, token: int, logits: Tensor, ends: set[int]) -> None:
         """The next token; sets ``finish`` where the answer ends with it."""
         if self.first is None:
-            self.first = time.monotonic() - self.born
+            self.first = time.monotonic() - self.arrival_time
         self.count += 1
         if token in ends:
-            self.finish = "stop"
+            self.finish_reason = "stop"
         else:
-            if self.wanted.alike is not None:
+            if self.wanted.logprobs is not None:
                 self.tokens.append(self._likely(token, logits))
             self.spoken.add(token)
             if self.spoken.stopped:
-                self.finish = "stop"
+                self.finish_reason = "stop"
                 self.tokens = [t for t in self.tokens if t.offset < len(self.spoken.text)]
-            elif self.count >= self.wanted.tokens:
-                self.finish = "length"
-        if self.finish is not None or self.stream:
-            text = self.spoken.news(self.finish is not None)
-            if self.finish is not None or text:
+            elif self.count >= self.wanted.max_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason is not None or self.stream:
+            text = self.spoken.news(self.finish_reason is not None)
+            if self.finish_reason is not None or text:
                 told, self.tokens = tuple(self.tokens), []
-                self.tell(Piece(self.index, text, told, self.finish))
+                self.tell(OutputChunk(self.index, text, told, self.finish_reason))
 
     def _likely(self, token: int, logits: Tensor) -> Token:
         said = torch.log_softmax(logits.double(), -1)
-        top = said.topk(min(self.wanted.alike or 0, len(said)))
+        top = said.topk(min(self.wanted.logprobs or 0, len(said)))
         likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         named = tuple((self.tokenizer.decode([i]), value) for i, value in likeliest)
         return Token(self.tokenizer.decode([token]), float(said[token]), named, len(self.spoken.text))

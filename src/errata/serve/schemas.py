@@ -16,15 +16,15 @@ Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Fie
 MOST_PROMPTS = 64
 
 
-class Closed(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class StreamOptions(Closed):
+class StreamOptions(StrictModel):
     include_usage: bool = False
 
 
-class Sampled(Closed):
+class Sampled(StrictModel):
     """What both kinds of answers share.  ``temperature`` 0 is greedy."""
 
     model: Name
@@ -58,12 +58,12 @@ class CompletionRequest(Sampled):
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
 
-class Part(Closed):
+class Part(StrictModel):
     type: Literal["text"]
     text: str = Field(max_length=200_000)
 
 
-class Message(Closed):
+class Message(StrictModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, Field(max_length=200_000)] | Annotated[list[Part], Field(min_length=1, max_length=64)]
     name: Annotated[str, Field(max_length=200)] | None = None
@@ -73,7 +73,7 @@ class Message(Closed):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class TextFormat(Closed):
+class TextFormat(StrictModel):
     type: Literal["text"]
 
 
@@ -89,7 +89,7 @@ class ChatRequest(Sampled):
 # -- edits -----------------------------------------------------------------------------------------------------
 
 
-class Fact(Closed):
+class Fact(StrictModel):
     """One fact to write: see `errata.request.EditRequest`."""
 
     prompt: Text
@@ -104,7 +104,7 @@ class Fact(Closed):
 FACT = ("prompt", "target", "subject", "old", "paraphrases", "unrelated", "aliases")
 
 
-class EditPost(Closed):
+class EditPost(StrictModel):
     """``prompt`` and ``target`` (and what else a fact has), or ``requests`` for many."""
 
     model_config = ConfigDict(
@@ -153,12 +153,12 @@ class EditPost(Closed):
 # -- questions -------------------------------------------------------------------------------------------------
 
 
-class Pair(Closed):
+class Pair(StrictModel):
     old: Text | None = None
     new: Text | None = None
 
 
-class CompareRequest(Closed):
+class CompareRequest(StrictModel):
     prompts: Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
     before: Name = "base"
     after: Name = "live"
@@ -172,23 +172,23 @@ class CompareRequest(Closed):
         return self
 
 
-class BlameRequest(Closed):
+class BlameRequest(StrictModel):
     prompt: Text
     max_tokens: int = Field(12, ge=1, le=256)
 
 
-class NoFields(Closed):
+class NoFields(StrictModel):
     pass
 
 
-class NeighboursRequest(Closed):
+class NeighboursRequest(StrictModel):
     prompt: Text
     subject: Text
     count: int = Field(6, ge=1, le=64)
     paraphrases: Annotated[list[Text], Field(max_length=64)] = []
 
 
-class TraceRequest(Closed):
+class TraceRequest(StrictModel):
     prompt: Text
     subject: Text
     target: Text | None = None

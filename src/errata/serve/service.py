@@ -13,13 +13,13 @@ from errata.core.lanes import replicate
 from errata.core.model import LM
 from errata.errors import ConfigError
 from errata.ledger import Ledger
-from errata.ledger.record import WAIT
-from errata.serve.answering import Answering
-from errata.serve.editor import Editor
+from errata.ledger.database import WAIT
+from errata.serve.analysis_worker import AnalysisWorker
+from errata.serve.edit_worker import EditWorker
+from errata.serve.engine import GenerationEngine
 from errata.serve.metrics import Metrics
 from errata.serve.options import Options
-from errata.serve.questions import Asking
-from errata.serve.stacks import NAME, TAKEN, Stacks
+from errata.serve.served_models import NAME, TAKEN, ServedModels
 
 LOG = logging.getLogger("errata.serve")
 
@@ -45,12 +45,12 @@ class Service:
         limits = options.limits
         threads = max(1, options.threads // 2)  # answering and editing go on at once, and each would take all cores
         book, editing, asking = (Ledger.open(folder, model, author=author, wait=wait) for model in (lm, replicate(lm), replicate(lm)))
-        self.stacks = Stacks(book, lm.name, patches or {})
-        self.answering = Answering(lm, limits, self.metrics, max(1, options.threads - threads))
-        self.editor = Editor(editing, limits, self.metrics, threads)
-        self.asking = Asking(asking, limits, watched, threads)
+        self.stacks = ServedModels(book, lm.name, patches or {})
+        self.answering = GenerationEngine(lm, limits, self.metrics, max(1, options.threads - threads))
+        self.editor = EditWorker(editing, limits, self.metrics, threads)
+        self.analysis = AnalysisWorker(asking, limits, watched, threads)
         self.began, self.stopping = time.time(), False
-        self.metrics.watch("errata_queue_answers", "Answers that wait or run", lambda: self.answering.load)
+        self.metrics.watch("errata_queue_answers", "Answers that wait or run", lambda: self.answering.num_unfinished)
         self.metrics.watch("errata_queue_edits", "Edit jobs that wait", lambda: self.editor.waiting)
         self.metrics.watch("errata_live_edits", "Edits that are on", self._live)
 
@@ -60,7 +60,7 @@ class Service:
         return self.stacks.ledger
 
     def _live(self) -> float:
-        with self.ledger.record.reading() as view:
+        with self.ledger.database.read_transaction() as view:
             return view.count()
 
     def start(self) -> None:
@@ -69,7 +69,7 @@ class Service:
 
     def health(self) -> dict[str, Any]:
         job = self.editor.current
-        with self.ledger.record.reading() as view:
+        with self.ledger.database.read_transaction() as view:
             live, event = view.count(), view.head()
         return {
             "status": "stopping" if self.stopping else "ok",
@@ -77,7 +77,7 @@ class Service:
             "base": self.lm.fingerprint,
             "live": live,
             "event": event,
-            "queue": {"answers": self.answering.load, "edits": self.editor.waiting},
+            "queue": {"answers": self.answering.num_unfinished, "edits": self.editor.waiting},
             "editing": None if job is None else job.document(),
         }
 
@@ -85,6 +85,6 @@ class Service:
         """Stop everything; whether every thread has ended."""
         self.stopping = True
         whole = self.editor.close(lambda: grace)
-        idle = self.asking.close()
+        idle = self.analysis.close()
         self.answering.close()
         return whole and idle

@@ -1,19 +1,19 @@
 """Causal tracing: which states of the model a fact's answer hangs on (`cells`), and what that says over many facts (`average`)."""
 
-from errata.trace.average import ROLES, Average, Suggestion, average, roles, suggest_layers
-from errata.trace.cells import trace
-from errata.trace.facts import KINDS, Fact, Settings, Skipped, Traced, Traces, default_window
+from errata.trace.average import ROLES, AverageEffects, Suggestion, average, roles, suggest_layers
+from errata.trace.causal_trace import trace
+from errata.trace.facts import KINDS, Fact, FactTrace, Skipped, TraceConfig, TraceResult, default_window
 
 __all__ = [
     "KINDS",
     "ROLES",
-    "Average",
+    "AverageEffects",
     "Fact",
-    "Settings",
+    "FactTrace",
     "Skipped",
     "Suggestion",
-    "Traced",
-    "Traces",
+    "TraceConfig",
+    "TraceResult",
     "average",
     "default_window",
     "roles",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from errata.errors import ConfigError, InputError
-from errata.trace.facts import Traces, around
+from errata.trace.facts import TraceResult, around
 
 ROLES: Final = ("subject_first", "subject_middle", "subject_last", "next", "further", "last")
 NORMAL: Final = 1.96  # standard errors either side of a mean: 95 %
@@ -48,7 +48,7 @@ def roles(length: int, span: tuple[int, int]) -> list[str | None]:
 
 
 @dataclass(frozen=True)
-class Average:
+class AverageEffects:
     """``values[role]`` [n, K, L]: the indirect effects of the n facts that have the role.  high, low: means over all facts."""
 
     kinds: tuple[str, ...]
@@ -76,7 +76,7 @@ class Average:
         return self.values[role].std(0) / math.sqrt(n) if n > 1 else torch.full(self.values[role].shape[1:], math.nan)
 
 
-def average(traces: Traces) -> Average:
+def average(traces: TraceResult) -> AverageEffects:
     """Average indirect effects over the traced facts."""
     if not traces.facts:
         raise InputError("there is no traced fact to average")
@@ -90,7 +90,7 @@ def average(traces: Traces) -> Average:
                 values[role].append(fact.effects[:, where].mean(1))
     count = len(traces.facts)
     high, low = (sum(getattr(f, name) for f in traces.facts) / count for name in ("high", "low"))
-    return Average(kinds, traces.depth, count, high, low, {r: torch.stack(v) if v else empty for r, v in values.items()})
+    return AverageEffects(kinds, traces.depth, count, high, low, {r: torch.stack(v) if v else empty for r, v in values.items()})
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Suggestion:
         return "\n".join(lines + [f"Weak evidence: {reason}." for reason in self.reasons])
 
 
-def suggest_layers(traces: Traces) -> Suggestion | None:
+def suggest_layers(traces: TraceResult) -> Suggestion | None:
     """The blocks where MLPs at the last subject token matter most; None where no prompt goes on after its subject.
 
     One block: the peak of the average indirect effect.  Several: the unbroken run of blocks with at least half of the peak's effect that
@@ -164,7 +164,7 @@ def suggest_layers(traces: Traces) -> Suggestion | None:
     return Suggestion(peak, (start, peak), *curves, alike, len(values), found.total, window, _until(found), reasons)
 
 
-def _until(found: Average) -> int | None:
+def _until(found: AverageEffects) -> int | None:
     """The last block at whose output the hidden state of the last subject token has at least half of its largest effect."""
     if "hidden" not in found.kinds:
         return None
@@ -183,7 +183,7 @@ def _alike(values: Tensor, peak: int) -> tuple[int, ...]:
 
 
 def _doubts(
-    found: Average, effects: Tensor, errors: Tensor, peak: int, n: int, away: Sequence[int], window: tuple[int, int]
+    found: AverageEffects, effects: Tensor, errors: Tensor, peak: int, n: int, away: Sequence[int], window: tuple[int, int]
 ) -> tuple[str, ...]:
     """``away``: blocks outside the suggested range that do as well as the peak."""
     best, out = float(effects[peak]), []

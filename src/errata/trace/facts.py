@@ -40,7 +40,7 @@ class Fact:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class TraceConfig:
     """How to trace.
 
     samples  noise samples a fact; the same for every cell
@@ -71,7 +71,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Traced:
+class FactTrace:
     """One traced fact.
 
     tokens   the prompt's tokens as text; ``span`` = [start, end) is the subject's
@@ -102,14 +102,14 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Traces:
+class TraceResult:
     """What `trace` found.  ``deviation`` is σ, ``window`` the blocks restored at once for mlp and attn."""
 
-    settings: Settings
+    settings: TraceConfig
     window: int
     depth: int
     deviation: float
-    facts: tuple[Traced, ...]
+    facts: tuple[FactTrace, ...]
     skipped: tuple[Skipped, ...]
 
 

@@ -16,23 +16,23 @@ import torch
 
 from errata.core.decode import eos_token_ids
 from errata.core.model import LM
-from errata.serve.cohorts import Cohort, prompts_that_fit
+from errata.serve.api_errors import APIError, stopping
+from errata.serve.decode_batch import DecodeBatch, prompts_that_fit
 from errata.serve.metrics import Metrics
 from errata.serve.options import Limits
-from errata.serve.plans import Plans
-from errata.serve.refusals import Refused, stopping
+from errata.serve.plans import PlanCache
 from errata.serve.rows import Row
 
 LOG = logging.getLogger("errata.serve")
-COHORTS = 8  # side by side, where they cannot be put together
+MAX_BATCHES = 8  # side by side, where they cannot be put together
 
 
-class Answering:
+class GenerationEngine:
     def __init__(self, lm: LM, limits: Limits, metrics: Metrics, threads: int = 1) -> None:
         self.lm, self.limits, self.metrics, self.threads = lm, limits, metrics, threads
-        self.plans, self.ends = Plans(lm), eos_token_ids(lm)
+        self.plans, self.ends = PlanCache(lm), eos_token_ids(lm)
         self._waiting: deque[Row] = deque()
-        self._cohorts: list[Cohort] = []
+        self._cohorts: list[DecodeBatch] = []
         self._news = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="errata-answering", daemon=True)
@@ -41,16 +41,16 @@ class Answering:
         self._thread.start()
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Rows to answer; `Refused` where too many wait."""
+        """Rows to answer; `APIError` where too many wait."""
         for row in rows:
             row.begin(self.lm.tokenizer)
         with self._news:
             if self._closing:
                 raise stopping()
-            if self.load + len(rows) > self.limits.queue:
-                raise Refused(
+            if self.num_unfinished + len(rows) > self.limits.queue:
+                raise APIError(
                     429,
-                    f"{self.load} answers wait or run, {self.limits.queue} may; try again later",
+                    f"{self.num_unfinished} answers wait or run, {self.limits.queue} may; try again later",
                     "queue_full",
                     headers={"Retry-After": "1"},
                 )
@@ -58,7 +58,7 @@ class Answering:
             self._news.notify()
 
     @property
-    def load(self) -> int:
+    def num_unfinished(self) -> int:
         """Answers that wait or run."""
         return len(self._waiting) + sum(len(c.running) for c in list(self._cohorts))
 
@@ -91,8 +91,8 @@ class Answering:
     def _take(self) -> list[Row]:
         """Rows that begin now.  Others wait on, but for those that nobody waits for any more or that took too long."""
         self._drop(self._waiting)
-        self._waiting = deque(row for row in self._waiting if row.finish is None)
-        if len(self._cohorts) >= COHORTS:
+        self._waiting = deque(row for row in self._waiting if row.finish_reason is None)
+        if len(self._cohorts) >= MAX_BATCHES:
             return []
         most = self.limits.batch
         count = prompts_that_fit(list(self._waiting)[:most], most, self.limits.width)
@@ -101,21 +101,21 @@ class Answering:
     def _turn(self, fresh: list[Row]) -> None:
         """A token for every row."""
         self._drop(fresh)
-        begun = self._begin([row for row in fresh if row.finish is None])
+        begun = self._begin([row for row in fresh if row.finish_reason is None])
         for cohort in list(self._cohorts):
             self._drop(cohort.running)
-            cohort.leave([row for row in cohort.rows if row.finish is not None])
+            cohort.leave([row for row in cohort.rows if row.finish_reason is not None])
             if cohort.running:
                 self._step(cohort)
         self._cohorts = [cohort for cohort in (*self._cohorts, *begun) if cohort.running]
         self._put_together()
 
-    def _begin(self, rows: list[Row]) -> list[Cohort]:
+    def _begin(self, rows: list[Row]) -> list[DecodeBatch]:
         """New cohorts after their first step.  Where one cannot run, its rows are tried one by one: only the wrong ones fail."""
         if not rows:
             return []
         try:
-            cohort = Cohort(self.lm, self.plans, rows)
+            cohort = DecodeBatch(self.lm, self.plans, rows)
             self._step(cohort, whole=len(rows) == 1)
             return [cohort]
         except Exception as error:
@@ -124,9 +124,9 @@ class Answering:
                 rows[0].fail(error)
                 return []
             LOG.warning("a batch of %d could not begin; its rows run one by one", len(rows))
-            return [cohort for row in rows if row.finish is None for cohort in self._begin([row])]
+            return [cohort for row in rows if row.finish_reason is None for cohort in self._begin([row])]
 
-    def _step(self, cohort: Cohort, whole: bool = True) -> None:
+    def _step(self, cohort: DecodeBatch, whole: bool = True) -> None:
         """``whole``: an error ends all rows, instead of being raised."""
         rows = cohort.running
         self.metrics.batch.observe(len(rows))
@@ -152,14 +152,14 @@ class Answering:
         now = time.monotonic()
         for row in rows:
             if row.cancelled:
-                row.finish = "cancelled"
+                row.finish_reason = "cancelled"
             elif self._closing:
                 row.fail(stopping())
-            elif now > row.until:
-                row.fail(Refused(504, f"not answered within {self.limits.seconds:g} seconds; ask for fewer tokens", "timeout"))
+            elif now > row.deadline:
+                row.fail(APIError(504, f"not answered within {self.limits.seconds:g} seconds; ask for fewer tokens", "timeout"))
 
     def _put_together(self) -> None:
-        together: list[Cohort] = []
+        together: list[DecodeBatch] = []
         for cohort in self._cohorts:
             host = next((c for c in together if c.fits(cohort, self.limits.batch, self.limits.width)), None)
             if host is None:

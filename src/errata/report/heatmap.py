@@ -36,10 +36,10 @@ class Panel:
 
     kind: str
     title: str
-    across: str
-    bar: str
+    xlabel: str
+    colorbar_label: str
     values: Sequence[Sequence[float]]
-    least: float
+    vmin: float
 
 
 def fact(record: Mapping[str, Any], window: int, paths: Sequence[str | Path]) -> None:
@@ -99,17 +99,19 @@ def _panel(figure: Figure, axes: Axes, panel: Panel, labels: Sequence[str]) -> N
     from matplotlib import colormaps
 
     blocks = len(panel.values[0])
-    most = max(max(map(max, panel.values)), panel.least + 1e-3)  # a flat map is drawn in the lightest colour
-    mesh = axes.pcolormesh(panel.values, cmap=colormaps[COLOURS[panel.kind]].resampled(SHADES), vmin=panel.least, vmax=most)
+    most = max(max(map(max, panel.values)), panel.vmin + 1e-3)  # a flat map is drawn in the lightest colour
+    mesh = axes.pcolormesh(panel.values, cmap=colormaps[COLOURS[panel.kind]].resampled(SHADES), vmin=panel.vmin, vmax=most)
     axes.invert_yaxis()
     axes.set_yticks([i + 0.5 for i in range(len(labels))], list(labels), fontsize=7)
     step = TICK if blocks > 12 else 1
     ticks = range(0, blocks, step)
     axes.set_xticks([i + 0.5 for i in ticks], [str(i) for i in ticks], fontsize=7)
     axes.set_title(panel.title, fontsize=8)
-    axes.set_xlabel(panel.across, fontsize=7)
+    axes.set_xlabel(panel.xlabel, fontsize=7)
     bar = figure.colorbar(mesh, ax=axes)
     if bar.solids is not None:  # no bitmap inside an SVG, and no hairlines between shades
         bar.solids.set(rasterized=False, edgecolor="face")
     bar.ax.tick_params(labelsize=6)
-    bar.ax.set_title(panel.bar, fontsize=6) if len(panel.bar) < 16 else bar.set_label(panel.bar, fontsize=7)
+    bar.ax.set_title(panel.colorbar_label, fontsize=6) if len(panel.colorbar_label) < 16 else bar.set_label(
+        panel.colorbar_label, fontsize=7
+    )

@@ -23,8 +23,8 @@ import torch
 
 from errata.core import model
 from errata.errors import ConfigError, DiskError, ErrataError, ModelError, StorageError, first_line
-from errata.run import base, grid, manifest
-from errata.run.cell import Work
+from errata.run import base_answers, grid, manifest
+from errata.run.cell import CellRunner
 from errata.run.folder import Journal, complete, locked, read_document
 from errata.run.parts import Progress
 
@@ -41,7 +41,7 @@ class Outcome:
     disk: bool = False
 
 
-Told = Callable[[Outcome], None]
+OnOutcome = Callable[[Outcome], None]
 
 
 @functools.lru_cache(maxsize=1)
@@ -51,7 +51,7 @@ def _model(spec: grid.ModelSpec) -> model.LM:
     return model.load(spec.name, dtype=spec.dtype, device=spec.device, **more)
 
 
-def attempt(root: str, name: str, base_only: bool = False, progress: Progress | None = None) -> Outcome:
+def run_cell(root: str, name: str, base_only: bool = False, progress: Progress | None = None) -> Outcome:
     """Run one cell of the run in ``root``, or only ask the base what the cell will need; errors become the outcome."""
     folder = Path(root) / "cells" / name
     try:
@@ -63,9 +63,9 @@ def attempt(root: str, name: str, base_only: bool = False, progress: Progress | 
         lm = _model(cell.model)
         loading = time.perf_counter() - began
         if base_only:
-            base.ask(lm, base.cases_of(lm, spec, cell), Path(root) / "base" / cell.base, spec.store.chunk)
+            base_answers.ask(lm, base_answers.cases_of(lm, spec, cell), Path(root) / "base" / cell.base, spec.store.chunk)
             return Outcome(name)
-        Work(lm, spec, cell, folder, Path(root) / "base" / cell.base, Path(root) / "judged", progress).run(loading)
+        CellRunner(lm, spec, cell, folder, Path(root) / "base" / cell.base, Path(root) / "judged", progress).run(loading)
         (folder / "error.txt").unlink(missing_ok=True)
         return Outcome(name)
     except ErrataError as error:
@@ -83,18 +83,18 @@ def _failed(folder: Path, name: str, message: str, code: int) -> Outcome:
     return Outcome(name, message, code)
 
 
-def serial(root: Path, cells: Sequence[grid.Cell], told: Told, progress: Callable[[str], Progress] | None = None) -> list[Outcome]:
+def serial(root: Path, cells: Sequence[grid.Cell], told: OnOutcome, progress: Callable[[str], Progress] | None = None) -> list[Outcome]:
     """One after another, here."""
     threads = torch.get_num_threads()
     try:
-        outcomes = (attempt(str(root), cell.id, progress=progress(cell.method.label) if progress else None) for cell in cells)
+        outcomes = (run_cell(str(root), cell.id, progress=progress(cell.method.label) if progress else None) for cell in cells)
         return _collected(outcomes, told)
     finally:
         torch.set_num_threads(threads)
         _model.cache_clear()
 
 
-def processes(root: Path, cells: Sequence[grid.Cell], told: Told, count: int) -> list[Outcome]:
+def processes(root: Path, cells: Sequence[grid.Cell], told: OnOutcome, count: int) -> list[Outcome]:
     """``count`` at a time, a process a cell."""
     running: set[subprocess.Popen[str]] = set()
     ended = threading.Event()
@@ -126,7 +126,7 @@ def processes(root: Path, cells: Sequence[grid.Cell], told: Told, count: int) ->
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def on_ray(root: Path, spec: grid.RunSpec, cells: Sequence[grid.Cell], told: Told, address: str | None, threads: int) -> list[Outcome]:
+def on_ray(root: Path, spec: grid.RunSpec, cells: Sequence[grid.Cell], told: OnOutcome, address: str | None, threads: int) -> list[Outcome]:
     """As tasks of a Ray cluster: a local one, or the one at ``address`` (its machines must see the run's folder under the same path)."""
     try:
         import ray  # type: ignore[import-not-found, unused-ignore]
@@ -136,7 +136,7 @@ def on_ray(root: Path, spec: grid.RunSpec, cells: Sequence[grid.Cell], told: Tol
     if begun:
         ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
     gpus = spec.gpus if spec.gpus is not None else int(bool(ray.cluster_resources().get("GPU")))
-    task = ray.remote(num_cpus=min(threads, ray.cluster_resources().get("CPU", 1)), num_gpus=gpus, max_retries=RETRIES)(attempt)
+    task = ray.remote(num_cpus=min(threads, ray.cluster_resources().get("CPU", 1)), num_gpus=gpus, max_retries=RETRIES)(run_cell)
 
     def run(names: Sequence[str], base_only: bool) -> Iterator[Outcome]:
         waiting = {task.remote(str(root), name, base_only): name for name in names}
@@ -156,7 +156,7 @@ def on_ray(root: Path, spec: grid.RunSpec, cells: Sequence[grid.Cell], told: Tol
             ray.shutdown()
 
 
-def _collected(outcomes: Iterable[Outcome], told: Told) -> list[Outcome]:
+def _collected(outcomes: Iterable[Outcome], told: OnOutcome) -> list[Outcome]:
     """All of them, or up to the one whose disk could not be written."""
     out = []
     for outcome in outcomes:
@@ -197,7 +197,7 @@ def run(
     spec: grid.RunSpec,
     workers: str | int = 1,
     address: str | None = None,
-    told: Told = lambda outcome: None,
+    told: OnOutcome = lambda outcome: None,
     progress: Callable[[str], Progress] | None = None,
 ) -> list[Outcome]:
     """Every cell that is not complete yet.  ``workers``: 1 (here), a number of processes, or "ray"."""

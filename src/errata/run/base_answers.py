@@ -18,8 +18,8 @@ from errata.request import Case
 from errata.run import grid
 from errata.run.folder import Journal, Records, document, locked, read_document
 from errata.score import robustness
-from errata.score.forcing import Forced
-from errata.score.queries import Answers, Progress, ask_base
+from errata.score.evaluator import AnswerCache, Progress, cache_base_answers
+from errata.score.teacher_forcing import TeacherForced
 
 NAME = "base.json"
 
@@ -31,14 +31,14 @@ def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell, source: Any = None) ->
     if not spec.score.robustness:
         return found
     editors = [grid.editor(other) for other in grid.cells(spec) if other.model == cell.model]
-    return robustness.widen(lm, found, room=robustness.room_of(lm, editors))
+    return robustness.add_robustness_probes(lm, found, room=robustness.room_of(lm, editors))
 
 
-def ask(lm: LM, cases: Sequence[Case], folder: Path, chunk: int, progress: Progress | None = None) -> Answers:
+def ask(lm: LM, cases: Sequence[Case], folder: Path, chunk: int, progress: Progress | None = None) -> AnswerCache:
     """The answers kept in ``folder``; what is not there is asked and kept.  An error where they are of another model or other cases."""
     _begun(folder, who(lm, cases))
     parts = {f"cases {i + 1}-{min(i + chunk, len(cases))}": cases[i : i + chunk] for i in range(0, len(cases), chunk)}
-    journal, answers = Journal(folder), Answers()
+    journal, answers = Journal(folder), AnswerCache()
     if len(journal.entries) < len(parts):
         with locked(folder):
             journal.sweep()
@@ -73,22 +73,22 @@ def _begun(folder: Path, now: dict[str, str]) -> None:
 
 
 def _ask(lm: LM, parts: Mapping[str, Sequence[Case]], journal: Journal, progress: Progress | None) -> None:
-    answers = Answers()
+    answers = AnswerCache()
     for part, cases in parts.items():
         if all(e["part"] != part for e in journal.entries):
             fresh = copied(answers)
-            ask_base(lm, cases, fresh, progress)
+            cache_base_answers(lm, cases, fresh, progress)
             journal.add(part, _given(fresh, answers))
         _take(answers, journal.records(part))
 
 
-def copied(answers: Answers, free_tokens: bool = False) -> Answers:
+def copied(answers: AnswerCache, free_tokens: bool = False) -> AnswerCache:
     """The same answers, to add to."""
     chat = None if answers.in_chat is None else copied(answers.in_chat, free_tokens)
-    return Answers(dict(answers.forced), dict(answers.text), dict(answers.ids), free_tokens, answers.chat, chat)
+    return AnswerCache(dict(answers.forced), dict(answers.text), dict(answers.ids), free_tokens, answers.chat, chat)
 
 
-def _given(now: Answers, before: Answers) -> Records:
+def _given(now: AnswerCache, before: AnswerCache) -> Records:
     out: Records = [{"prompt": key[1], "text": text, "ids": list(now.ids[key])} for key, text in now.text.items() if key not in before.text]
     out += [
         {"prompt": key[1], "target": key[2], "tokens": list(f.target), "argmax": list(f.argmax), "nll": f.nll}
@@ -96,21 +96,21 @@ def _given(now: Answers, before: Answers) -> Records:
         if key not in before.forced
     ]
     if now.in_chat is not None:
-        out += [{**record, "chat": True} for record in _given(now.in_chat, before.in_chat or Answers())]
+        out += [{**record, "chat": True} for record in _given(now.in_chat, before.in_chat or AnswerCache())]
     return out
 
 
-def _take(answers: Answers, records: Records) -> None:
+def _take(answers: AnswerCache, records: Records) -> None:
     for r in records:
         into = answers
         if r.get("chat"):
-            into = answers.in_chat = answers.in_chat or Answers(chat=True)
+            into = answers.in_chat = answers.in_chat or AnswerCache(chat=True)
         if "text" in r:
             into.text["", r["prompt"]], into.ids["", r["prompt"]] = r["text"], tuple(r["ids"])
         else:
             into.forced["", r["prompt"], r["target"]] = _forced(r)
 
 
-def _forced(r: dict[str, Any]) -> Forced:
+def _forced(r: dict[str, Any]) -> TeacherForced:
     right = tuple(a == b for a, b in zip(r["argmax"], r["tokens"], strict=True))
-    return Forced(tuple(r["tokens"]), tuple(r["argmax"]), right, r["nll"])
+    return TeacherForced(tuple(r["tokens"]), tuple(r["argmax"]), right, r["nll"])

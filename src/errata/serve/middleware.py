@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 
 from errata.errors import InputError
 from errata.request import no_constant
-from errata.serve.refusals import Refused, as_refused, stopping
+from errata.serve.api_errors import APIError, stopping, to_api_error
 from errata.serve.service import Service
 
 LOG = logging.getLogger("errata.serve")
@@ -35,13 +35,13 @@ SAFE = (
 )
 
 
-def need_token(token: str) -> Callable[[Request], None]:
+def require_token(token: str) -> Callable[[Request], None]:
     """A dependency: 401 without the token."""
 
     def check(request: Request) -> None:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
-            raise Refused(
+            raise APIError(
                 401,
                 "this changes the ledger and needs the server's token: Authorization: Bearer TOKEN",
                 "invalid_token",
@@ -56,7 +56,7 @@ def host_of(header: str) -> str:
     return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
 
 
-class Guard:
+class GuardMiddleware:
     """An ASGI application around another."""
 
     def __init__(self, app: App, service: Service) -> None:
@@ -95,15 +95,15 @@ class Guard:
         hosts = self.service.options.hosts
         header = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"host"), "")
         if hosts and host_of(header).lower() not in hosts:
-            raise Refused(403, f"this server is not called {host_of(header)!r}; start it with --allow-host to let it be", "wrong_host")
+            raise APIError(403, f"this server is not called {host_of(header)!r}; start it with --allow-host to let it be", "wrong_host")
         if self.service.stopping and scope["method"] == "POST":
             raise stopping()
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """All of it, as far as it is not too much; `Refused` also for what is not JSON."""
+        """All of it, as far as it is not too much; `APIError` also for what is not JSON."""
         headers = dict(scope["headers"])
         length, most = headers.get(b"content-length", b"0"), self.limits.body
-        large = Refused(413, f"the request is larger than {most} bytes", "too_large")
+        large = APIError(413, f"the request is larger than {most} bytes", "too_large")
         if length.isdigit() and int(length) > most:
             raise large
         parts, size, more = [], 0, True
@@ -123,12 +123,12 @@ class Guard:
 
 
 def _json(body: bytes, kind: str) -> None:
-    """`Refused` for what is not JSON, or not said to be.
+    """`APIError` for what is not JSON, or not said to be.
 
     A page of another site cannot say so without the browser asking this server first; so a POST without a body must say it, too.
     """
     if kind.partition(";")[0].strip().lower() != "application/json":
-        raise Refused(
+        raise APIError(
             415,
             f"a POST is application/json, not {kind or 'without a type'}; send Content-Type: application/json",
             "unsupported_media_type",
@@ -138,11 +138,11 @@ def _json(body: bytes, kind: str) -> None:
     try:
         json.loads(body.decode("utf-8"), parse_constant=no_constant)
     except UnicodeDecodeError as error:
-        raise Refused(400, f"the body is not UTF-8 at byte {error.start}", "invalid_json") from None
+        raise APIError(400, f"the body is not UTF-8 at byte {error.start}", "invalid_json") from None
     except RecursionError:
-        raise Refused(400, "the body is nested too deeply", "invalid_json") from None
+        raise APIError(400, "the body is nested too deeply", "invalid_json") from None
     except (ValueError, InputError) as error:
-        raise Refused(400, f"the body is not valid JSON: {error}", "invalid_json") from None
+        raise APIError(400, f"the body is not valid JSON: {error}", "invalid_json") from None
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
@@ -160,8 +160,8 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, error: Exception) -> None:
     if isinstance(error, asyncio.TimeoutError):
-        error = Refused(408, "the request took too long to arrive", "timeout")
-    refused = as_refused(error)
+        error = APIError(408, "the request took too long to arrive", "timeout")
+    refused = to_api_error(error)
     if refused.code == "internal":
         LOG.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
     if refused.status not in (408, 413):

@@ -15,12 +15,12 @@ from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.errors import ConfigError, FitError
 from errata.request import Case
-from errata.run.guard import Guard, Health
-from errata.run.parts import GROUP, Clock, Folded, Part, Progress, Records, Score, State, settled
+from errata.run.guard import Health, HealthGuard
+from errata.run.parts import GROUP, Clock, MergedStack, Part, Progress, Records, ResumeState, Score, settled
 
 
 @dataclass(frozen=True)
-class How:
+class SequentialConfig:
     """size    cases whose requests are one edit
     marks   T at which all cases so far are scored on the stack as it then is; the last is the end
     group   cases edited in one part, at most; ``chunk``: cases of a mark scored in one part
@@ -56,17 +56,17 @@ class _Edit:
 
 
 @dataclass
-class Growing:
+class SequentialRun:
     """One editor on one model and one order of cases."""
 
     lm: LM
     editor: Any
     cases: Sequence[Case]
     score: Score
-    how: How
-    guard: Guard | None = None
+    how: SequentialConfig
+    guard: HealthGuard | None = None
     progress: Progress | None = None
-    folded: Folded = field(default_factory=Folded)
+    merged: MergedStack = field(default_factory=MergedStack)
 
     def __post_init__(self) -> None:
         self.how.check(len(self.cases))
@@ -80,9 +80,9 @@ class Growing:
         self.rolls_back = self.guard is not None and self.guard.limits.action == "rollback"
         self.ends = sorted({*self.how.marks, *self.looks, *(set() if self.rolls_back else every(self.how.group))})
 
-    def parts(self, at: State | None = None) -> Iterator[Part]:
+    def parts(self, at: ResumeState | None = None) -> Iterator[Part]:
         """What is left to do from ``at`` on."""
-        at = at or State()
+        at = at or ResumeState()
         edits, stack, stopped, undone = at.edits, at.stack, at.stopped, dict(at.undone)
         while True:
             if edits in self.how.marks or stopped:
@@ -108,7 +108,7 @@ class Growing:
         records: Records = []
         if self.how.right_after:
             order = sorted((*kept, *undone), key=lambda m: m.first)
-            asked = [(self.cases[i], self.folded(m.stack)) for m in order for i in range(m.first, m.last)]
+            asked = [(self.cases[i], self.merged(m.stack)) for m in order for i in range(m.first, m.last)]
             found = clock.run("scoring", lambda: self.score([c for c, _ in asked], [s for _, s in asked]))
             records = _marked(found, {self.cases[i].id: said for i, said in why.items()})
         return Part(
@@ -147,8 +147,8 @@ class Growing:
         gone: list[_Edit] = []
         while True:
             made = [m for m in made if m.patch is not None]
-            stacks = [self.folded(m.stack) for m in made]
-            health: Health = clock.run("checking", lambda: guard(stacks[-1] if stacks else self.folded(before)))  # noqa: B023
+            stacks = [self.merged(m.stack) for m in made]
+            health: Health = clock.run("checking", lambda: guard(stacks[-1] if stacks else self.merged(before)))  # noqa: B023
             if health.healthy or not self.rolls_back or not stacks:
                 return made, gone, health
             at = good + clock.run("checking", lambda: guard.first_broken(stacks[good:]))  # noqa: B023
@@ -164,14 +164,14 @@ class Growing:
 
     def _mark(self, edits: int, stack: Stack, undone: dict[int, str], done: Any) -> Iterator[Part]:
         """All cases so far on the stack as it is now."""
-        folded = self.folded(stack)
+        quicker = self.merged(stack)
         why = {self.cases[i].id: said for i, said in undone.items()}
         for start in range(0, edits, self.how.chunk):
             chunk, clock = self.cases[start : min(edits, start + self.how.chunk)], Clock()
             name = f"at {edits} cases {start + 1}-{start + len(chunk)}"
             if name not in done:
-                records = clock.run("scoring", lambda: self.score(chunk, [folded] * len(chunk)))  # noqa: B023
-                yield Part(name, _marked(records, why), edits, edits, stack=stack, folded=folded, seconds=clock.spent)
+                records = clock.run("scoring", lambda: self.score(chunk, [quicker] * len(chunk)))  # noqa: B023
+                yield Part(name, _marked(records, why), edits, edits, stack=stack, merged=quicker, seconds=clock.spent)
 
 
 def _marked(records: Records, why: dict[str, str]) -> Records:

@@ -19,7 +19,7 @@ import uvicorn
 
 from errata.errors import ConfigError
 from errata.serve.app import make
-from errata.serve.guard import App
+from errata.serve.middleware import App
 from errata.serve.service import Service
 
 LOG = logging.getLogger("errata.serve")
@@ -34,7 +34,7 @@ class Server(uvicorn.Server):
         yield
 
 
-def bound(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """A socket that listens; `ConfigError` where that cannot be."""
     out = None
     try:
@@ -50,13 +50,13 @@ def bound(host: str, port: int) -> socket.socket:
     return out
 
 
-class Running:
+class ServerRunner:
     """A server in this process: `run` in the main thread, or `start` and `stop` around it in tests."""
 
     def __init__(self, service: Service, ready: Callable[[str], None] = lambda url: None, listening: socket.socket | None = None) -> None:
         self.service, self.ready = service, ready
         self.grace, options = service.options.grace, service.options
-        self.socket = listening or bound(options.host, options.port)
+        self.socket = listening or bind_socket(options.host, options.port)
         host, port = self.socket.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         application: App = make(service)
@@ -100,7 +100,7 @@ class Running:
         self.service.stopping = True  # from here on nothing new is begun, and whoever asks is told so
         began = asyncio.get_running_loop().time()
         closing = asyncio.ensure_future(asyncio.to_thread(self.service.editor.close, lambda: self.grace))
-        await self._within(began, lambda: closing.done() and not self.service.answering.load)
+        await self._within(began, lambda: closing.done() and not self.service.answering.num_unfinished)
         self.server.should_exit = True
         await self._within(began, serving.done)
         if not serving.done():  # what still runs is told that it ends here
@@ -114,7 +114,7 @@ class Running:
         for connection in list(self.server.server_state.connections):
             connection.transport.abort()  # its client reads no more: closing would wait for what is still to be sent
         await asyncio.sleep(0)
-        idle = self.service.asking.close()
+        idle = self.service.analysis.close()
         LOG.info("stopped")
         return whole and idle
 

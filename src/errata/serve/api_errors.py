@@ -13,7 +13,7 @@ from errata.errors import (
     ModelError,
     PatchError,
     StorageError,
-    UnknownName,
+    UnknownNameError,
     first_line,
     out_of_memory,
 )
@@ -33,7 +33,7 @@ TYPES = {
 STATUS: dict[type[ErrataError], tuple[int, str]] = {
     InputError: (400, "invalid_input"),
     ConfigError: (400, "invalid_setting"),
-    UnknownName: (400, "unknown_name"),
+    UnknownNameError: (400, "unknown_name"),
     ModelError: (400, "model"),
     PatchError: (500, "patch"),
     FitError: (500, "fit"),
@@ -42,7 +42,7 @@ STATUS: dict[type[ErrataError], tuple[int, str]] = {
 }
 
 
-class Refused(Exception):
+class APIError(Exception):
     """An answer other than 200.  ``param``: the field at fault; ``more``: further keys of the document."""
 
     def __init__(
@@ -64,26 +64,26 @@ class Refused(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}, **self.more}
 
 
-def of(error: ErrataError) -> Refused:
+def of(error: ErrataError) -> APIError:
     """What an error of errata is over HTTP.  Its message names commands where it tells what to do; they do the same."""
     status, code = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), (500, "internal"))
     if code == "ledger" and "another is writing" in str(error):
-        return Refused(503, str(error), "busy", headers={"Retry-After": "5"})
-    return Refused(status, str(error), code)
+        return APIError(503, str(error), "busy", headers={"Retry-After": "5"})
+    return APIError(status, str(error), code)
 
 
-def unforeseen(error: BaseException) -> Refused:
+def internal_error(error: BaseException) -> APIError:
     """Of an error that nobody foresaw: its kind and first line; the traceback is for the log."""
     if out_of_memory(error):
-        return Refused(503, "out of memory; ask for less at once", "out_of_memory")
-    return Refused(500, f"not foreseen: {type(error).__name__}: {first_line(error)}", "internal")
+        return APIError(503, "out of memory; ask for less at once", "out_of_memory")
+    return APIError(500, f"not foreseen: {type(error).__name__}: {first_line(error)}", "internal")
 
 
-def stopping() -> Refused:
+def stopping() -> APIError:
     """What is said to all that comes after the server was asked to end."""
-    return Refused(503, "the server is stopping", "stopping")
+    return APIError(503, "the server is stopping", "stopping")
 
 
-def as_refused(error: BaseException) -> Refused:
+def to_api_error(error: BaseException) -> APIError:
     """Any error."""
-    return error if isinstance(error, Refused) else of(error) if isinstance(error, ErrataError) else unforeseen(error)
+    return error if isinstance(error, APIError) else of(error) if isinstance(error, ErrataError) else internal_error(error)

@@ -11,7 +11,7 @@ from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.errors import LedgerError
-from errata.ledger.record import Edit, View
+from errata.ledger.database import Edit, Reader
 from errata.request import EditRequest
 
 Progress = Callable[[str, int, int], None]  # (stage, done, of)
@@ -19,14 +19,14 @@ MODES = {"single": 64, "batched": 10, "continual": 1}  # requests of one transac
 
 
 @dataclass(frozen=True)
-class Maker:
+class ConfiguredEditor:
     """A method with every hyper-parameter, ready for a model."""
 
     name: str
     editor: Any
 
     @classmethod
-    def new(cls, lm: LM, method: str, settings: dict[str, Any], progress: Progress | None = None) -> Maker:
+    def new(cls, lm: LM, method: str, settings: dict[str, Any], progress: Progress | None = None) -> ConfiguredEditor:
         """By name, from the method's preset for this model with ``settings`` on top."""
         editor = registry.get("method", method).for_model(lm, **settings)
         if hasattr(editor, "prepare"):
@@ -34,7 +34,7 @@ class Maker:
         return cls(method, editor)
 
     @classmethod
-    def again(cls, lm: LM, edit: Edit) -> Maker:
+    def again(cls, lm: LM, edit: Edit) -> ConfiguredEditor:
         """The one that made an edit."""
         if edit.settings is None:
             raise LedgerError(
@@ -72,11 +72,11 @@ class Maker:
         return list(self.editor.edit_each(lm, list(requests), progress=told))
 
 
-class Alone:
+class SingleEditReplayer:
     """Edits made alone, once more, bit for bit: each with the batch it was made in, as its last bits may depend on what was trained beside
     it.  A batch is made once, for all its edits that are asked for."""
 
-    def __init__(self, lm: LM, view: View) -> None:
+    def __init__(self, lm: LM, view: Reader) -> None:
         self.lm, self.view = lm, view
         self._made: dict[int, Patch] = {}
 
@@ -84,6 +84,6 @@ class Alone:
         """The patch of one."""
         if edit.number not in self._made:
             batch = [e for e in self.view.edits(live=False) if e.applied.id == edit.applied.id]
-            patches = Maker.again(self.lm, edit).make(self.lm, [e.requests[0] for e in batch], "single", ())
+            patches = ConfiguredEditor.again(self.lm, edit).make(self.lm, [e.requests[0] for e in batch], "single", ())
             self._made |= {e.number: patch for e, patch in zip(batch, patches, strict=True)}
         return self._made[edit.number]

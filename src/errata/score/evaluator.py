@@ -20,9 +20,9 @@ from errata.core.decode import PrefilledBatch, decode, detokenize
 from errata.core.model import LM, STOPS
 from errata.core.tokens import Encoded
 from errata.request import LOCAL_KINDS, SURFACE_KINDS, Case, Probe
-from errata.score import forcing
-from errata.score.forcing import Forced
+from errata.score import teacher_forcing
 from errata.score.match import exact_match
+from errata.score.teacher_forcing import TeacherForced
 
 Progress = Callable[[int, int], None]
 ROWS = 192  # of a batch; more gains nothing on two cores and holds more memory
@@ -32,25 +32,25 @@ STATEMENTS = {"statement_true": "False", "statement_false": "True"}  # kind -> t
 
 
 @dataclass
-class Answers:
+class AnswerCache:
     """What stacks said, kept by (stack key, prompt[, target]) so that nothing is asked twice; free answers as text and as token ids.
 
     free_tokens  records made with these answers also hold the fields of that protocol
     chat         prompts are asked in the tokenizer's chat template; ``in_chat`` are the answers to such probes (kind "chat")
     """
 
-    forced: dict[tuple[str, str, str], Forced] = field(default_factory=dict)
+    forced: dict[tuple[str, str, str], TeacherForced] = field(default_factory=dict)
     text: dict[tuple[str, str], str] = field(default_factory=dict)
     ids: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     free_tokens: bool = False
     chat: bool = False
-    in_chat: Answers | None = None
+    in_chat: AnswerCache | None = None
 
-    def to(self, probe: Probe) -> Answers:
+    def to(self, probe: Probe) -> AnswerCache:
         """Where the probe's answers are kept."""
         if probe.kind != "chat":
             return self
-        self.in_chat = self.in_chat or Answers(free_tokens=self.free_tokens, chat=True)
+        self.in_chat = self.in_chat or AnswerCache(free_tokens=self.free_tokens, chat=True)
         return self.in_chat
 
 
@@ -67,17 +67,17 @@ def _batches(todo: Sequence[tuple[Any, Encoded]]) -> Iterable[list[int]]:
         order = order[rows:]
 
 
-def force(lm: LM, asked: Sequence[tuple[Stack, str, str]], answers: Answers, progress: Progress | None = None) -> None:
+def teacher_force(lm: LM, asked: Sequence[tuple[Stack, str, str]], answers: AnswerCache, progress: Progress | None = None) -> None:
     """Teacher-forced answers to (stack, prompt, target), into ``answers``."""
     ask(lm, [(s, p, (t,), False) for s, p, t in asked], answers, progress)
 
 
-def generate(lm: LM, asked: Sequence[tuple[Stack, str]], answers: Answers, progress: Progress | None = None) -> None:
+def generate(lm: LM, asked: Sequence[tuple[Stack, str]], answers: AnswerCache, progress: Progress | None = None) -> None:
     """Greedy free answers to (stack, prompt), into ``answers``."""
     ask(lm, [(s, p, (), True) for s, p in asked], answers, progress)
 
 
-def ask(lm: LM, asked: Sequence[tuple[Stack, str, Sequence[str], bool]], answers: Answers, progress: Progress | None = None) -> None:
+def ask(lm: LM, asked: Sequence[tuple[Stack, str, Sequence[str], bool]], answers: AnswerCache, progress: Progress | None = None) -> None:
     """What stacks make of (stack, prompt, targets to force, whether to answer freely too), into ``answers``.
 
     A prompt runs once; each target, and the free answer, goes on from it.  That is the forward pass over prompt and target in one text
@@ -95,7 +95,7 @@ def ask(lm: LM, asked: Sequence[tuple[Stack, str, Sequence[str], bool]], answers
     done = 0
     for indices in _batches(whole):
         stacks, which = distinct([whole[i][0].stack for i in indices])
-        for i, forced in zip(indices, forcing.whole(lm, [whole[i][1] for i in indices], stacks, which), strict=True):
+        for i, forced in zip(indices, teacher_forcing.score_full_texts(lm, [whole[i][1] for i in indices], stacks, which), strict=True):
             question = whole[i][0]
             answers.forced[key(question.stack), question.prompt, next(iter(question.targets))] = forced
     for indices in _batches(todo):
@@ -132,7 +132,7 @@ def _encoded(lm: LM, wanted: Sequence[_Question], chat: bool) -> tuple[list[tupl
 
 
 @torch.no_grad()
-def _ask(lm: LM, part: Sequence[tuple[_Question, Encoded]], answers: Answers) -> None:
+def _ask(lm: LM, part: Sequence[tuple[_Question, Encoded]], answers: AnswerCache) -> None:
     """A batch of questions."""
     questions = [q for q, _ in part]
     stacks, which = distinct([q.stack for q in questions])
@@ -140,7 +140,7 @@ def _ask(lm: LM, part: Sequence[tuple[_Question, Encoded]], answers: Answers) ->
     rows = [(i, text, ids) for i, q in enumerate(questions) for text, ids in q.targets.items() if ids is not None]
     for start in range(0, len(rows), len(part)):  # what goes on takes as much memory as the prompts at most
         some = rows[start : start + len(part)]
-        found = forcing.behind(begun, [i for i, _, _ in some], [ids for _, _, ids in some])
+        found = teacher_forcing.score_continuations(begun, [i for i, _, _ in some], [ids for _, _, ids in some])
         for (i, text, _), forced in zip(some, found, strict=True):
             answers.forced[key(questions[i].stack), questions[i].prompt, text] = forced
     free = [i for i, q in enumerate(questions) if q.free]
@@ -171,14 +171,14 @@ def score(
     stacks: Sequence[Stack],
     method: str,
     progress: Progress | None = None,
-    answers: Answers | None = None,
+    answers: AnswerCache | None = None,
 ) -> list[dict[str, Any]]:
     """A record (see `errata.score.metrics`) for each probe of each case, case i under ``stacks[i]``.
 
     ``answers``: keep one between calls and the base is asked once for all methods and marks.
     """
-    answers = answers if answers is not None else Answers()
-    ask_base(lm, cases, answers, progress)
+    answers = answers if answers is not None else AnswerCache()
+    cache_base_answers(lm, cases, answers, progress)
     probes = [(case, probe, stack) for case, stack in zip(cases, stacks, strict=True) for probe in case.probes]
     for mine in _apart(probes):
         said = answers.to(mine[0][1])
@@ -193,7 +193,7 @@ def score(
     return out
 
 
-def ask_base(lm: LM, cases: Sequence[Case], answers: Answers, progress: Progress | None = None) -> None:
+def cache_base_answers(lm: LM, cases: Sequence[Case], answers: AnswerCache, progress: Progress | None = None) -> None:
     """What the unedited model says to everything that `score` will ask about these cases, into ``answers``; what is there is not asked."""
     for mine in _apart([(case, probe) for case in cases for probe in case.probes]):
         said = answers.to(mine[0][1])
@@ -208,13 +208,13 @@ def _apart(probes: Sequence[Any]) -> list[list[Any]]:
     return [part for part in parts if part]
 
 
-def _texts(case: Case, probe: Probe, answers: Answers) -> list[str]:
+def _texts(case: Case, probe: Probe, answers: AnswerCache) -> list[str]:
     """Every answer whose likelihood a probe's record holds."""
     target = _target(probe, answers)
     return [text for text in (target, *_against(case, probe, target)) if text is not None]
 
 
-def _target(probe: Probe, answers: Answers) -> str:
+def _target(probe: Probe, answers: AnswerCache) -> str:
     """The probe's answer; where it has none, what the unedited model said."""
     return probe.target or answers.text["", probe.prompt].strip() or "?"
 
@@ -242,7 +242,7 @@ def _against(case: Case, probe: Probe, target: str) -> tuple[str, str | None]:
     return own, None if rival is None or exact_match(own, rival) else rival
 
 
-def _likelihood(probe: Probe, stack: Stack, pair: tuple[str, str | None], answers: Answers) -> dict[str, Any]:
+def _likelihood(probe: Probe, stack: Stack, pair: tuple[str, str | None], answers: AnswerCache) -> dict[str, Any]:
     own, rival = pair
     out: dict[str, Any] = {"rival": rival}
     for when, name in (("before", ""), ("after", key(stack))):
@@ -251,7 +251,7 @@ def _likelihood(probe: Probe, stack: Stack, pair: tuple[str, str | None], answer
     return out
 
 
-def _free_tokens(probe: Probe, stack: Stack, target: str, answers: Answers) -> dict[str, Any]:
+def _free_tokens(probe: Probe, stack: Stack, target: str, answers: AnswerCache) -> dict[str, Any]:
     """How far the free answer goes along with the target, token by token; past its end it has no token."""
     wanted = answers.forced["", probe.prompt, target].target
     before, after = ([*answers.ids[name, probe.prompt], *[None] * len(wanted)][: len(wanted)] for name in ("", key(stack)))
@@ -262,12 +262,14 @@ def _free_tokens(probe: Probe, stack: Stack, target: str, answers: Answers) -> d
     return {"free_before": share(before, wanted), "free_after": share(after, wanted), "free_agree": share(before, after)}
 
 
-def _known(lm: LM, cases: Sequence[Case], answers: Answers) -> dict[str, bool]:
+def _known(lm: LM, cases: Sequence[Case], answers: AnswerCache) -> dict[str, bool]:
     """Whether the base gave each case's old answers on their own prompts (True where no old answer is named)."""
     return {c.id: all(r.old is None or exact_match(answers.text.get(("", r.prompt), ""), r.old) for r in c.requests) for c in cases}
 
 
-def _record(method: str, case: Case, probe: Probe, stack: Stack, target: str, answers: Answers, known: dict[str, bool]) -> dict[str, Any]:
+def _record(
+    method: str, case: Case, probe: Probe, stack: Stack, target: str, answers: AnswerCache, known: dict[str, bool]
+) -> dict[str, Any]:
     before, after = answers.forced["", probe.prompt, target], answers.forced[key(stack), probe.prompt, target]
     text_before, text_after = answers.text["", probe.prompt], answers.text[key(stack), probe.prompt]
     accepted = (target, *probe.also)

@@ -19,10 +19,10 @@ from errata.core.model import LM
 from errata.errors import InputError
 from errata.ledger import Ledger
 from errata.request import EditRequest, fill
-from errata.score.compare import Compared, Said, compare
+from errata.score.compare import Comparison, Completion, compare
+from errata.serve.api_errors import APIError
 from errata.serve.options import Limits
-from errata.serve.refusals import Refused
-from errata.trace import Fact, Settings, trace
+from errata.trace import Fact, TraceConfig, trace
 
 T = TypeVar("T")
 SAMPLE = 12  # facts of the almanac that are watched
@@ -30,7 +30,7 @@ KINDS = {"hidden": "block", "mlp": "mlp", "attn": "attention"}
 Answers = tuple[str | None, str | None]  # (old, new)
 
 
-class Asking:
+class AnalysisWorker:
     """``ledger``: with a model of its own, which nothing else runs.  ``watched``: prompts and, where known, their subjects."""
 
     def __init__(self, ledger: Ledger, limits: Limits, watched: Sequence[tuple[str, str | None]], threads: int = 1) -> None:
@@ -44,10 +44,10 @@ class Asking:
         return self.ledger.lm
 
     def submit(self, question: Callable[[], T]) -> Future[T]:
-        """Run in the one thread that may run this model; `Refused` where too many wait."""
+        """Run in the one thread that may run this model; `APIError` where too many wait."""
         with self._lock:
             if self._load >= self.limits.questions:
-                raise Refused(429, f"{self._load} questions wait; try again later", "queue_full", headers={"Retry-After": "2"})
+                raise APIError(429, f"{self._load} questions wait; try again later", "queue_full", headers={"Retry-After": "2"})
             self._load += 1
         future = self._pool.submit(question)
         future.add_done_callback(self._less)
@@ -71,8 +71,8 @@ class Asking:
         found = compare(self.lm, prompts, sides, tokens, asked)
         return [self._compared(one, pair) for one, pair in zip(found, answers, strict=True)]
 
-    def _compared(self, one: Compared, pair: Answers) -> dict[str, Any]:
-        def side(said: Said) -> dict[str, Any]:
+    def _compared(self, one: Comparison, pair: Answers) -> dict[str, Any]:
+        def side(said: Completion) -> dict[str, Any]:
             tokens = zip(said.ids, said.logprobs, strict=True)
             return {"text": said.text, "tokens": [{"text": self.lm.tokenizer.decode([t]), "logprob": value} for t, value in tokens]}
 
@@ -92,7 +92,7 @@ class Asking:
 
     def trace(self, prompt: str, subject: str, target: str | None) -> dict[str, Any]:
         """Causal tracing in the base; see `errata.trace`."""
-        found = trace(self.lm, [Fact(prompt, subject, target)], Settings()).facts[0]
+        found = trace(self.lm, [Fact(prompt, subject, target)], TraceConfig()).facts[0]
         kinds = {KINDS[name]: found.scores[k].tolist() for k, name in enumerate(KINDS)}
         return {
             "tokens": list(found.tokens),

@@ -21,7 +21,7 @@ WORST = 1e3  # nats of a token that has no probability, or of a model that says 
 
 
 @dataclass(frozen=True)
-class Forced:
+class TeacherForced:
     """Teacher forcing of one target: its tokens, what the argmax was at each, whether it was right, and its likelihood.
 
     nll = −1/n Σ_t ln p(target_t | prompt, target_<t) over the n tokens of the target, in nats; ``nats`` are its terms (none of one
@@ -41,7 +41,7 @@ class Forced:
 
 
 @torch.no_grad()
-def behind(begun: PrefilledBatch, rows: Sequence[int], targets: Sequence[tuple[int, ...]]) -> list[Forced]:
+def score_continuations(begun: PrefilledBatch, rows: Sequence[int], targets: Sequence[tuple[int, ...]]) -> list[TeacherForced]:
     """Target i behind the prompt in row ``rows[i]`` of a batch that has begun.
 
     The prompt foretells a target's first token and the last one foretells nothing: n tokens take n − 1 steps, together.  Where texts
@@ -52,7 +52,7 @@ def behind(begun: PrefilledBatch, rows: Sequence[int], targets: Sequence[tuple[i
     if not begun.can_fork:
         return _anew(begun, at, targets)
     first = begun.next_token_logits[at][:, None]
-    found: dict[int, Forced] = {}
+    found: dict[int, TeacherForced] = {}
     several = [j for j, target in enumerate(targets) if len(target) > 1]
     if several:
         some = torch.tensor(several, device=device)
@@ -64,7 +64,7 @@ def behind(begun: PrefilledBatch, rows: Sequence[int], targets: Sequence[tuple[i
     return [found[j] for j in range(len(targets))]
 
 
-def _anew(begun: PrefilledBatch, at: Tensor, targets: Sequence[tuple[int, ...]]) -> list[Forced]:
+def _anew(begun: PrefilledBatch, at: Tensor, targets: Sequence[tuple[int, ...]]) -> list[TeacherForced]:
     lm, wide = begun.lm, begun.ids.shape[1]
     after = pad([Encoded(target, 0) for target in targets], pad_id(lm.tokenizer), "right").to(begun.ids.device)
     ids, mask = torch.cat([begun.ids[at], after.ids], 1), torch.cat([begun.mask[at], after.mask], 1)
@@ -74,7 +74,7 @@ def _anew(begun: PrefilledBatch, at: Tensor, targets: Sequence[tuple[int, ...]])
 
 
 @torch.no_grad()
-def whole(lm: LM, texts: Sequence[Encoded], stacks: Sequence[Stack], which: Sequence[int]) -> list[Forced]:
+def score_full_texts(lm: LM, texts: Sequence[Encoded], stacks: Sequence[Stack], which: Sequence[int]) -> list[TeacherForced]:
     """The targets of texts that hold their prompts, text i under ``stacks[which[i]]``."""
     batch = lm.batch(texts).to(lm.device)
     plan = lm.plan(stacks, which, len(texts))
@@ -88,7 +88,7 @@ def whole(lm: LM, texts: Sequence[Encoded], stacks: Sequence[Stack], which: Sequ
     return measured([t.target for t in texts], logits, [keep - len(t.target) - 1 for t in texts])
 
 
-def measured(targets: Sequence[tuple[int, ...]], logits: Tensor, starts: Sequence[int] | None = None) -> list[Forced]:
+def measured(targets: Sequence[tuple[int, ...]], logits: Tensor, starts: Sequence[int] | None = None) -> list[TeacherForced]:
     """Target i under logits [B, T, V] that foretell its tokens from position ``starts[i]`` (0) of row i on."""
     where = [(i, (starts[i] if starts else 0) + t, token) for i, target in enumerate(targets) for t, token in enumerate(target)]
     best: list[int] = []
@@ -105,5 +105,5 @@ def measured(targets: Sequence[tuple[int, ...]], logits: Tensor, starts: Sequenc
         said, lost = tuple(best[at : at + len(target)]), nats[at : at + len(target)]
         at += len(target)
         right = tuple(a == b for a, b in zip(said, target, strict=True))
-        out.append(Forced(tuple(target), said, right, sum(lost) / len(target), tuple(lost)))
+        out.append(TeacherForced(tuple(target), said, right, sum(lost) / len(target), tuple(lost)))
     return out

@@ -16,7 +16,7 @@ from errata.core.bank import Stack, active_patches
 from errata.errors import LedgerError, PatchError
 from errata.ledger import Ledger
 from errata.ledger.stacks import Entries
-from errata.serve.refusals import Refused
+from errata.serve.api_errors import APIError
 
 KEPT = 64  # stacks by name and state of the ledger
 FORMS = "base, live, edit:N, edits:N,M…, event:N, or the name of a patch the server was started with"
@@ -26,7 +26,7 @@ NUMBER = r"[1-9][0-9]{0,8}"
 
 
 @dataclass(frozen=True)
-class Named:
+class ServedModel:
     """What `GET /v1/models` says of one."""
 
     id: str
@@ -34,7 +34,7 @@ class Named:
     edits: tuple[int, ...] = ()
 
 
-class Stacks:
+class ServedModels:
     """``own``: the name of the loaded model, which stands for ``live``; ``given``: patches by name, as the server was started with."""
 
     def __init__(self, ledger: Ledger, own: str, given: Mapping[str, Stack]) -> None:
@@ -45,11 +45,11 @@ class Stacks:
     @property
     def head(self) -> int:
         """The ledger's last event, whoever wrote it."""
-        with self.ledger.record.reading() as view:
+        with self.ledger.database.read_transaction() as view:
             return view.head()
 
     def find(self, name: str) -> Stack:
-        """`Refused` (404) for a name of nothing, with what there is."""
+        """`APIError` (404) for a name of nothing, with what there is."""
         if name == "base":
             return ()
         if name in self.given:
@@ -78,7 +78,7 @@ class Stacks:
         except LedgerError as error:
             raise missing(name, str(error)) from None
         except PatchError as error:
-            raise Refused(500, str(error), "patch", "model") from None
+            raise APIError(500, str(error), "patch", "model") from None
         raise missing(name, f"the field says {FORMS}; GET /v1/models lists them")
 
     def _edits(self, name: str, numbers: set[int], head: int) -> Stack:
@@ -90,17 +90,20 @@ class Stacks:
         chosen: Entries = tuple(e for e in entries if e.edit in numbers)
         return self.ledger.load(self.ledger.running(active_patches(chosen)))
 
-    def list(self) -> list[Named]:
+    def list(self) -> list[ServedModel]:
         """The names that stand for something now; ``edits:…`` and ``event:…`` go without saying."""
         edits = self.ledger.edits()
-        out = [Named("base", "the model as it was loaded"), Named("live", "with the ledger's live edits", tuple(e.number for e in edits))]
-        out += [Named(name, f"with {len(stack)} saved patch{'' if len(stack) == 1 else 'es'}") for name, stack in self.given.items()]
+        out = [
+            ServedModel("base", "the model as it was loaded"),
+            ServedModel("live", "with the ledger's live edits", tuple(e.number for e in edits)),
+        ]
+        out += [ServedModel(name, f"with {len(stack)} saved patch{'' if len(stack) == 1 else 'es'}") for name, stack in self.given.items()]
         out += [
-            Named(f"edit:{e.number}", f"with edit {e.number} alone: {e.requests[0].prompt} -> {e.requests[0].target}", (e.number,))
+            ServedModel(f"edit:{e.number}", f"with edit {e.number} alone: {e.requests[0].prompt} -> {e.requests[0].target}", (e.number,))
             for e in edits
         ]
         return out
 
 
-def missing(name: str, why: str) -> Refused:
-    return Refused(404, f"there is no model {name!r}: {why}", "model_not_found", "model")
+def missing(name: str, why: str) -> APIError:
+    return APIError(404, f"there is no model {name!r}: {why}", "model_not_found", "model")

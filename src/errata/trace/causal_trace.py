@@ -36,7 +36,7 @@ from errata.core.model import LM
 from errata.core.tail import skip_blocks
 from errata.core.tokens import Encoded, subject_span
 from errata.errors import InputError, ModelError
-from errata.trace.facts import Fact, Settings, Skipped, Traced, Traces, around, default_window
+from errata.trace.facts import Fact, FactTrace, Skipped, TraceConfig, TraceResult, around, default_window
 
 POINTS: Final = {"mlp": "mlp_down", "attn": "attn_out"}
 SPACES: Final = 2  # tokens of nothing but space that may stand before the answer
@@ -44,20 +44,20 @@ Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 @torch.no_grad()
-def trace(lm: LM, facts: Sequence[Fact], settings: Settings | None = None, progress: Progress | None = None) -> Traces:
+def trace(lm: LM, facts: Sequence[Fact], settings: TraceConfig | None = None, progress: Progress | None = None) -> TraceResult:
     """Trace facts in the base; patches that are attached stand aside.
 
     A fact with an expected answer is traced only if the clean run's likeliest token is the answer's first one; others are listed
     in ``skipped``.  `InputError` if none is left.
     """
-    how, tell = settings or Settings(), progress or (lambda stage, done, total: None)
+    how, tell = settings or TraceConfig(), progress or (lambda stage, done, total: None)
     if not facts:
         raise InputError("there is no fact to trace; give a prompt and its subject")
     encoded = lm.encode([f.prompt for f in facts])
     spans = [subject_span(lm.tokenizer, f.prompt, f.subject) for f in facts]
     window = how.window or default_window(lm.depth)
     deviation = _deviation(lm, encoded, spans)
-    found: list[Traced] = []
+    found: list[FactTrace] = []
     skipped: list[Skipped] = []
     with lm.running(Plan()):
         for i, (fact, row, span) in enumerate(zip(facts, encoded, spans, strict=True)):
@@ -68,12 +68,12 @@ def trace(lm: LM, facts: Sequence[Fact], settings: Settings | None = None, progr
                 continue
             low, scores = run.restore(how.noise * deviation, tell)
             tokens = tuple(lm.tokenizer.decode([t]) for t in run.ids)
-            found.append(Traced(fact, tokens, span, lm.tokenizer.decode([run.answer]), run.high, low, scores))
+            found.append(FactTrace(fact, tokens, span, lm.tokenizer.decode([run.answer]), run.high, low, scores))
         tell("facts", len(facts), len(facts))
     if not found:
         first = skipped[0]
         raise InputError(f"none of {len(facts)} fact(s) can be traced; {first.fact.prompt!r}: {first.reason}")
-    return Traces(how, window, lm.depth, deviation, tuple(found), tuple(skipped))
+    return TraceResult(how, window, lm.depth, deviation, tuple(found), tuple(skipped))
 
 
 def _deviation(lm: LM, encoded: Sequence[Encoded], spans: Sequence[tuple[int, int]]) -> float:
@@ -83,7 +83,7 @@ def _deviation(lm: LM, encoded: Sequence[Encoded], spans: Sequence[tuple[int, in
     return float(out.double().std())
 
 
-def _clean(lm: LM, fact: Fact, row: Encoded, span: tuple[int, int], how: Settings, window: int) -> _Run | str:
+def _clean(lm: LM, fact: Fact, row: Encoded, span: tuple[int, int], how: TraceConfig, window: int) -> _Run | str:
     """The clean run, or why the fact is skipped.
 
     A space that is a token of its own says nothing of the answer: where the model goes on with one, the prompt is read with it.
@@ -115,7 +115,7 @@ class _Run:
     Only the A *active* tokens, from the subject's first on, ever run again.  ``clean[kind, block]`` is [1, A, D].
     """
 
-    def __init__(self, lm: LM, ids: Sequence[int], span: tuple[int, int], how: Settings, window: int) -> None:
+    def __init__(self, lm: LM, ids: Sequence[int], span: tuple[int, int], how: TraceConfig, window: int) -> None:
         self.lm, self.how, self.span, self.window, self.ids = lm, how, span, window, tuple(ids)
         whole = torch.tensor([ids], device=lm.device)
         self.mask, self.active, self.cache = torch.ones_like(whole), whole[:, span[0] :], None

@@ -17,17 +17,17 @@ import torch
 
 from errata.errors import ErrataError
 from errata.ledger import Ledger
-from errata.ledger.findings import Found
-from errata.ledger.undo import Undone
-from errata.serve.jobs import Cancelled, Job, Plan, told
+from errata.ledger.findings import FindingsError
+from errata.ledger.undo import UndoResult
+from errata.serve.api_errors import APIError, stopping, to_api_error
+from errata.serve.jobs import EditSpec, Job, JobCancelled, finding_document
 from errata.serve.metrics import Metrics
 from errata.serve.options import Limits
-from errata.serve.refusals import Refused, as_refused, stopping
 
 LOG = logging.getLogger("errata.serve")
 
 
-class Editor:
+class EditWorker:
     """``ledger``: with a model of its own, which nothing else runs."""
 
     def __init__(self, ledger: Ledger, limits: Limits, metrics: Metrics, threads: int = 1) -> None:
@@ -58,14 +58,14 @@ class Editor:
         """Jobs that wait."""
         return len(self._queue)
 
-    def apply(self, plan: Plan) -> Job:
-        """A job that applies; `Refused` where too many wait."""
+    def apply(self, plan: EditSpec) -> Job:
+        """A job that applies; `APIError` where too many wait."""
         return self._submit(Job(plan, self._apply))
 
     def undo(self, number: int, remake: bool, author: str | None, reason: str) -> Job:
         """A job that takes an edit back; its result is an `Undone`."""
 
-        def work(job: Job) -> Undone:
+        def work(job: Job) -> UndoResult:
             with _author(self.ledger, author):
                 done = self.ledger.undo(number, remake=remake, reason=reason, progress=job.progress)
             self.metrics.edits.labels("undone").inc()
@@ -79,7 +79,7 @@ class Editor:
             if self._closing:
                 raise stopping()
             if len(self._queue) >= self.limits.edits:
-                raise Refused(
+                raise APIError(
                     429, f"{len(self._queue)} edits wait, no more may; try again later", "queue_full", headers={"Retry-After": "5"}
                 )
             self._queue.append(job)
@@ -133,7 +133,7 @@ class Editor:
             try:
                 job.change(result=job.work(job))
                 self._end(job, status="done")
-            except Cancelled:
+            except JobCancelled:
                 self._end(job, status="cancelled")
             except BaseException as error:
                 self._failed(job, error)
@@ -144,7 +144,7 @@ class Editor:
         how: dict[str, Any] = {"method": plan.method, "settings": plan.settings, "mode": plan.mode, "size": plan.size}
         how |= {"reason": plan.reason, "force": plan.force}
         with _author(self.ledger, plan.author):
-            making = self.ledger.applying(plan.requests, **how, progress=job.progress, losses=job.losses)
+            making = self.ledger.iter_apply(plan.requests, **how, progress=job.progress, losses=job.losses)
             done = 0  # facts; a joint edit has several
             for part in making:
                 job.change(edits=[*job.edits, *(e.number for e in part)])
@@ -155,10 +155,10 @@ class Editor:
                     job.check()
 
     def _failed(self, job: Job, error: BaseException) -> None:
-        if not isinstance(error, ErrataError | Refused):
+        if not isinstance(error, ErrataError | APIError):
             LOG.error("%s failed", job.id, exc_info=error)
-        found = [told(f) for f in error.findings] if isinstance(error, Found) else []
-        self._end(job, status="failed", findings=found, failure=error, error=as_refused(error).document["error"])
+        found = [finding_document(f) for f in error.findings] if isinstance(error, FindingsError) else []
+        self._end(job, status="failed", findings=found, failure=error, error=to_api_error(error).document["error"])
 
     def _end(self, job: Job, **values: Any) -> None:
         if job.plan is not None and values["status"] in ("failed", "cancelled"):

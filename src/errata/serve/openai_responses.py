@@ -7,10 +7,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from errata.serve.rows import Piece, Row, Token
+from errata.serve.rows import OutputChunk, Row, Token
 
 
-class Document:
+class OpenAIResponse:
     """What one request is answered with, whole or in chunks; ``chat`` or not."""
 
     def __init__(self, model: str, chat: bool) -> None:
@@ -22,13 +22,13 @@ class Document:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def whole(self, rows: Sequence[Row], pieces: Sequence[Piece]) -> dict[str, Any]:
+    def whole(self, rows: Sequence[Row], pieces: Sequence[OutputChunk]) -> dict[str, Any]:
         """Of all rows, by index."""
         choices = [self._choice(rows[p.index], p) for p in sorted(pieces, key=lambda p: p.index)]
         return {**self._head(False), "choices": choices, "usage": usage(rows)}
 
-    def _choice(self, row: Row, piece: Piece) -> dict[str, Any]:
-        out: dict[str, Any] = {"index": piece.index, "finish_reason": piece.finish, "logprobs": self._likely(row, piece.tokens)}
+    def _choice(self, row: Row, piece: OutputChunk) -> dict[str, Any]:
+        out: dict[str, Any] = {"index": piece.index, "finish_reason": piece.finish_reason, "logprobs": self._likely(row, piece.tokens)}
         return (
             {**out, "message": {"role": "assistant", "content": piece.text, "refusal": None}} if self.chat else {**out, "text": piece.text}
         )
@@ -38,9 +38,9 @@ class Document:
         delta = {"role": "assistant", "content": ""}
         return {**self._head(True), "choices": [{"index": index, "delta": delta, "finish_reason": None, "logprobs": None}]}
 
-    def chunk(self, row: Row, piece: Piece) -> dict[str, Any]:
+    def chunk(self, row: Row, piece: OutputChunk) -> dict[str, Any]:
         said = {"delta": {"content": piece.text} if piece.text else {}} if self.chat else {"text": piece.text}
-        choice = {"index": piece.index, **said, "finish_reason": piece.finish, "logprobs": self._likely(row, piece.tokens)}
+        choice = {"index": piece.index, **said, "finish_reason": piece.finish_reason, "logprobs": self._likely(row, piece.tokens)}
         return {**self._head(True), "choices": [choice]}
 
     def usage(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class Document:
         return {**self._head(True), "choices": [], "usage": usage(rows)}
 
     def _likely(self, row: Row, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if row.wanted.alike is None:
+        if row.wanted.logprobs is None:
             return None
         if self.chat:
             return {
@@ -58,7 +58,7 @@ class Document:
         return {
             "tokens": [t.text for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [dict(t.top) for t in tokens] if row.wanted.alike else None,
+            "top_logprobs": [dict(t.top) for t in tokens] if row.wanted.logprobs else None,
             "text_offset": [t.offset for t in tokens],
         }
 

@@ -92,7 +92,7 @@ class Edit:
         }
 
 
-class Record:
+class LedgerDatabase:
     """The database at ``folder/ledger.db``."""
 
     def __init__(self, folder: Path, wait: float = WAIT) -> None:
@@ -124,13 +124,13 @@ class Record:
         return True
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[View]:
+    def read_transaction(self) -> Iterator[Reader]:
         """One consistent view, whatever others write meanwhile."""
         with self._connection() as db, _transaction(db, "DEFERRED"):
-            yield View(db)
+            yield Reader(db)
 
     @contextlib.contextmanager
-    def writing(self, wait: float | None = None) -> Iterator[Writer]:
+    def write_transaction(self, wait: float | None = None) -> Iterator[Writer]:
         """One transaction, committed (and on the disk) at the end of the ``with`` block, undone by any error.  Others wait."""
         with self._connection(write=True, wait=wait) as db, _transaction(db, "IMMEDIATE"):
             yield Writer(db)
@@ -185,7 +185,7 @@ def _event(row: tuple[Any, ...]) -> Event:
     return Event(number, time, author, reason, verb, json.loads(details))
 
 
-class View:
+class Reader:
     """Questions to the database, inside a transaction."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
@@ -249,7 +249,7 @@ class View:
         return {row[0] for row in self.db.execute("SELECT id FROM patches WHERE stored = 1")}
 
 
-class Writer(View):
+class Writer(Reader):
     """Changes, all of one transaction."""
 
     def note(self, verb: str, author: str, reason: str, details: dict[str, Any]) -> int:

@@ -17,15 +17,15 @@ from torch import Tensor
 from errata.core.decode import select_cache_rows
 from errata.core.model import LM
 from errata.errors import PatchError
-from errata.serve.plans import Plans, join
+from errata.serve.plans import PlanCache, join
 from errata.serve.rows import Row
 
 LOG = logging.getLogger("errata.serve")
 SLACK = 16  # columns that are padding in every row before they are cut off
 
 
-class Cohort:
-    def __init__(self, lm: LM, plans: Plans, rows: Sequence[Row]) -> None:
+class DecodeBatch:
+    def __init__(self, lm: LM, plans: PlanCache, rows: Sequence[Row]) -> None:
         self.lm, self.plans, self.rows = lm, plans, list(rows)
         batch = lm.batch([row.encoded for row in rows]).to(lm.device)
         self.ids, self.mask = batch.ids, batch.mask
@@ -43,7 +43,7 @@ class Cohort:
         done: list[Row] = []
         failed: list[Row] = []
         for i, row in enumerate(self.rows):
-            if row.finish is not None:
+            if row.finish_reason is not None:
                 continue
             try:
                 if broken[i]:
@@ -58,7 +58,7 @@ class Cohort:
                 row.fail(error)
                 failed.append(row)
             else:
-                done += [row] if row.finish else []
+                done += [row] if row.finish_reason else []
         self.ids = torch.tensor(chosen, device=self.mask.device)[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones((len(self.mask), 1))], 1)
         self.leave([*done, *failed])
@@ -92,16 +92,16 @@ class Cohort:
     @property
     def running(self) -> list[Row]:
         """Rows that have not ended."""
-        return [row for row in self.rows if row.finish is None]
+        return [row for row in self.rows if row.finish_reason is None]
 
-    def fits(self, other: Cohort, rows: int, width: int) -> bool:
+    def fits(self, other: DecodeBatch, rows: int, width: int) -> bool:
         """Whether the two can be one cohort of at most ``rows`` rows and ``width`` tokens."""
         count = len(self.rows) + len(other.rows)
         if self.cache is None or other.cache is None or not (self.plain and other.plain) or count > rows:
             return False
         return count * max(self.mask.shape[1], other.mask.shape[1]) <= width
 
-    def join(self, other: Cohort) -> None:
+    def join(self, other: DecodeBatch) -> None:
         """Take the other's rows in; both have run a step."""
         wide = max(self.mask.shape[1], other.mask.shape[1])
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):

@@ -15,7 +15,7 @@ from errata.ledger.stacks import Entry
 NAME = "patches"
 
 
-class Shelf:
+class PatchStore:
     """``folder/patches/<id>``, and what of it was read already."""
 
     def __init__(self, folder: Path) -> None:
