@@ -58,7 +58,8 @@ QUICK = {
     "ft-l": _TUNE, "ft-m": {**_TUNE, "end": "."}, "loc-ft": {**_TUNE, "end": ".", "eos": False},
     "grace": {"layer": 0, "eps": 0.1, "unit": "norm", "lr": 0.3, "steps": 30, "end": "."},
     "melo": {
-        "layer": 0, "lora_layers": [1, 2], "radius": 0.1, "blocks": 4, "rank": 4, "lr": 0.02, "decay": 1.0, "steps": 60, "stop": 0.1, "end": ".",
+        "layer": 0, "lora_layers": [1, 2], "radius": 0.1, "blocks": 4, "rank": 4, "lr": 0.02, "decay": 1.0, "steps": 60,
+        "stop": 0.1, "end": ".",
     },
     "wise": {**_WISE, "mask_ratio": 0.8}, "wise-light": {**_WISE, "pool": 0.5, "mask_ratio": 1.0},
     "rep": {

@@ -1,6 +1,13 @@
 """errata edits what a language model knows.
 
-Public names are loaded on first use: ``import errata`` brings in neither torch nor transformers and changes nothing.
+Everything a user needs is here; what stands deeper may change from version to version, but for what docs/extending.md says of methods,
+benchmarks and families of one's own.  Public names are loaded on first use: ``import errata`` brings in neither torch nor transformers and
+changes nothing.
+
+    lm = errata.load("almanac")
+    patch = errata.edit(lm, "The capital of France is", "Lyon", subject="France")
+    with lm.under(patch):
+        lm.complete("The capital of France is")
 """
 
 from __future__ import annotations
@@ -11,21 +18,66 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": "errata.core.model",
-    "edit": "errata.core.model",
     "LM": "errata.core.model",
+    "edit": "errata.core.model",
+    "load": "errata.core.model",
     "Patch": "errata.core.patch",
+    "Case": "errata.request",
     "EditRequest": "errata.request",
     "Probe": "errata.request",
-    "Case": "errata.request",
+    "Ledger": "errata.ledger",
+    "ConfigError": "errata.errors",
+    "DiskError": "errata.errors",
     "ErrataError": "errata.errors",
+    "FitError": "errata.errors",
+    "InputError": "errata.errors",
+    "JudgeError": "errata.errors",
+    "LedgerError": "errata.errors",
+    "ModelError": "errata.errors",
+    "PatchError": "errata.errors",
+    "StorageError": "errata.errors",
+    "UnknownNameError": "errata.errors",
 }
-__all__ = ["LM", "Case", "EditRequest", "ErrataError", "Patch", "Probe", "__version__", "edit", "load"]
+__all__ = [
+    "LM",
+    "Case",
+    "ConfigError",
+    "DiskError",
+    "EditRequest",
+    "ErrataError",
+    "FitError",
+    "InputError",
+    "JudgeError",
+    "Ledger",
+    "LedgerError",
+    "ModelError",
+    "Patch",
+    "PatchError",
+    "Probe",
+    "StorageError",
+    "UnknownNameError",
+    "__version__",
+    "edit",
+    "load",
+]
 
 if TYPE_CHECKING:
     from errata.core.model import LM, edit, load
     from errata.core.patch import Patch
-    from errata.errors import ErrataError
+    from errata.errors import (
+        ConfigError,
+        DiskError,
+        ErrataError,
+        FitError,
+        InputError,
+        JudgeError,
+        LedgerError,
+        ModelError,
+        PatchError,
+        StorageError,
+        UnknownNameError,
+    )
+    from errata.ledger import Ledger
     from errata.request import Case, EditRequest, Probe
 
 
@@ -36,4 +88,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted(__all__)

@@ -24,7 +24,8 @@ def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+    out: Tensor = x.mT if tall else x
+    return out
 
 
 class Muon(torch.optim.Optimizer):
@@ -45,7 +46,7 @@ class Muon(torch.optim.Optimizer):
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
                 buffers = [self.state[p]["momentum"] for p in params]
-                grads = [p.grad for p in params]
+                grads = [p.grad for p in params if p.grad is not None]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
                 updates = orthogonalise(nesterov) * max(1.0, shape[0] / shape[1]) ** 0.5

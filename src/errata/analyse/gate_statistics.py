@@ -102,12 +102,13 @@ def paired(a: Floats, b: Floats, seed: int = 0) -> dict[str, Any]:
 
     seen = float(statistic(np.ones((1, n)))[0]) * (1 - 1e-9)  # a flip of equal size reaches it whatever rounding did
     if n <= EXACT:
-        every = 1 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+        every = np.asarray(1 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1), np.float64)
         return {"n": n, "p": float((statistic(every) >= seen).mean()), "gap": gap}
     rng, hits, done = np.random.default_rng(seed), 0, 0
     while done < DRAWS:
         count = min(DRAWS - done, max(1, CHUNK // n))
-        hits += int((statistic(1 - 2.0 * rng.integers(0, 2, (count, n))) >= seen).sum())
+        some = np.asarray(1 - 2.0 * rng.integers(0, 2, (count, n)), np.float64)
+        hits += int((statistic(some) >= seen).sum())
         done += count
     return {"n": n, "p": (1 + hits) / (1 + DRAWS), "gap": gap}
 

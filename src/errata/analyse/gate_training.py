@@ -35,7 +35,8 @@ def run_continual(
     lm: LM, editor: Any, cases: Sequence[Case], marks: Sequence[int], progress: Progress | None = None, stage: str = "editing"
 ) -> GateRun:
     """Edit the cases one after another on the growing stack."""
-    out, stack = GateRun(), ()
+    out = GateRun()
+    stack: Stack = ()
     before: dict[str, np.ndarray] = {}
     for t, case in enumerate(cases[: max(marks)], 1):
         stack = active_patches((*stack, editor.edit(lm, list(case.requests), on=stack)))

@@ -181,7 +181,8 @@ def _imbalance(block: int, edited: Sequence[GateWeights]) -> dict[str, Any]:
         return {"sign": "imbalance", "block": block, "value": None, "bound": None, "fires": None, "says": "no edited input"}
     means = np.stack([f.w for f in edited]).mean(0)
     count, bound = statistics.carriers(means), statistics.few(len(means))
-    says = f"{count} of {len(means)} bases carry {100 * statistics.CARRIED:.0f} % of the weight; {statistics.participation_ratio(means):.1f} effective"
+    effective = statistics.participation_ratio(means)
+    says = f"{count} of {len(means)} bases carry {100 * statistics.CARRIED:.0f} % of the weight; {effective:.1f} effective"
     fires = count <= bound if bound else None
     return {"sign": "imbalance", "block": block, "value": count, "bound": bound, "fires": fires, "says": says}
 

@@ -160,5 +160,5 @@ def summary(found: KeyComparison) -> list[dict[str, Any]]:
 
 def _holds(ratio: float, kind: str, limit: dict[str, Any]) -> bool:
     if kind in OTHER:
-        return abs(ratio) <= limit["beta_max"]
+        return bool(abs(ratio) <= limit["beta_max"])
     return limit["beta_min"] is not None and ratio >= limit["beta_min"] - 1e-9

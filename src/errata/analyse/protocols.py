@@ -7,6 +7,7 @@ say how they averaged.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,7 +130,8 @@ def windows(
     asked = [c for part in parts for c in part]
     on = [stack for part, stack in zip(parts, stacks, strict=True) for _ in part]
     found = job.score(asked, on, method)
-    job.keep(found, SEQUENTIAL, method=method, T=t, windows=len(parts), **({"batch": batch} if batch > 1 else {}), **row)
+    more: dict[str, Any] = {**({"batch": batch} if batch > 1 else {}), **row}
+    job.keep(found, SEQUENTIAL, method=method, T=t, windows=len(parts), **more)
     return list(zip(parts, stacks, strict=True))
 
 
@@ -160,14 +162,17 @@ def _each(lm: LM, editor: Any, cases: Sequence[Case]) -> list[Stack]:
     return [(patch,) for patch in editor.edit_each(lm, [c.request for c in cases])]
 
 
+def _choosing(job: Measurement, name: str, done: int, of: int) -> None:
+    job.progress(f"{name}: choosing", done, of)
+
+
 def choosing(job: Measurement, editors: Mapping[str, Any], cases: Sequence[Case], items: Sequence[MultipleChoice], **row: Any) -> None:
     """Accuracy of choices after all cases were edited one after another; the unedited model is the row "none"."""
     first = True
     for name, editor in editors.items():
         stack = stack_of(job.lm, editor, cases, 1, lambda count: None)
-        found = downstream.choices(
-            job.lm, items, stack, name, job.answers, lambda done, of, name=name: job.progress(f"{name}: choosing", done, of)
-        )
+        told = functools.partial(_choosing, job, name)
+        found = downstream.choices(job.lm, items, stack, name, job.answers, told)
         if first:
             bare = [{**r, "method": "none", "right_after": r["right_before"], "nll_after": r["nll_before"]} for r in found]
             job.keep(bare, {"accuracy": ("choices", "likelihood")}, method="none", T=len(cases), **row)

@@ -22,7 +22,7 @@ from errata.request import LOCAL_KINDS, Case
 
 Settings = Callable[[str], dict[str, Any]]  # of the command line, for a method
 
-BASIC = {"reft": ("reft", {}), "baft": ("baft", {})}
+BASIC: dict[str, tuple[str, dict[str, Any]]] = {"reft": ("reft", {}), "baft": ("baft", {})}
 ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
     "reft": ("reft", {}),
     "ss-w": ("baft", {"gate": "subspace", "balance": False, "locality": False}),

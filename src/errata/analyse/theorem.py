@@ -56,7 +56,8 @@ def demonstrate(seed: int = 0, steps: int = STEPS) -> Shown:
 
     def unit(n: int) -> Tensor:
         x = torch.randn(n, WIDTH, generator=generator, dtype=torch.float64)
-        return x / x.norm(dim=1, keepdim=True)
+        out: Tensor = x / x.norm(dim=1, keepdim=True)
+        return out
 
     h0 = 4.0 * unit(1)
     t = h0 + SHIFT * unit(1)
@@ -79,7 +80,7 @@ def _train(gate: str, h0: Tensor, t: Tensor, ball: Tensor, others: Tensor, seed:
         missed = (apply(p, near, gate) - t).square().sum(1).mean()
         moved = (apply(p, others, gate) - others).square().sum(1).mean()
         over = (_sigma(p) - SIGMA).clamp_min(0) if gate == "none" else h0.new_zeros(())
-        (missed + moved + PENALTY * over.square()).backward()  # type: ignore[no-untyped-call]
+        (missed + moved + PENALTY * over.square()).backward()
         adam.step()
     return {k: v.detach() for k, v in p.items()}
 
@@ -87,7 +88,8 @@ def _train(gate: str, h0: Tensor, t: Tensor, ball: Tensor, others: Tensor, seed:
 def _sigma(p: dict[str, Tensor]) -> Tensor:
     """σ_max(I + H)."""
     r = orthonormal(p["X"])
-    return torch.linalg.matrix_norm(torch.eye(WIDTH, dtype=r.dtype) + r.mT @ (p["A"] - r), 2)
+    out: Tensor = torch.linalg.matrix_norm(torch.eye(WIDTH, dtype=r.dtype) + r.mT @ (p["A"] - r), 2)
+    return out
 
 
 def _shown(

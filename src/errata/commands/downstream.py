@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, screen: Screen, benchmark: Any, items: list[An
 
     for patch in stack:
         lm.check(patch)
-    ask = {"choices": downstream.choices, "questions": downstream.questions}[benchmark.kind]
+    ask: Any = {"choices": downstream.choices, "questions": downstream.questions}[benchmark.kind]  # two types of items
     method = "+".join(dict.fromkeys(p.method for p in stack)) or "unedited"
     with screen.progress() as progress:
         records = ask(lm, items, stack, method, None, lambda done, of: progress("scoring", done, of))

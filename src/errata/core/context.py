@@ -4,8 +4,8 @@ A row [pad … BOS a b] with context x y becomes [pad … BOS x y a b]; rows wit
 that the caller's tokens are the last T columns of every row and results are cut there.  Positions and masks follow.  Logits are those of
 the base for the longer text, at the caller's places (BOS's place now stands for the last context token, which foretells the same token).
 
-Ops at sites of the model see the longer rows; `errata.core.bank.ForwardContext` gives positions as the caller counts them, and -1 for context as
-for padding: what acts on the last tokens of the prompt, or reads it, finds the caller's prompt as without context.
+Ops at sites of the model see the longer rows; `errata.core.bank.ForwardContext` gives positions as the caller counts them, and -1 for
+context as for padding: what acts on the last tokens of the prompt, or reads it, finds the caller's prompt as without context.
 """
 
 from __future__ import annotations

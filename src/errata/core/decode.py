@@ -95,14 +95,14 @@ def select_cache_rows(cache: Any, rows: Tensor) -> Any:
     return other
 
 
-def decode(begun: PrefilledBatch, limit: int, stop: Sequence[str], sampler: Sampler | None = None) -> list[list[int]]:
+def decode(prefilled: PrefilledBatch, limit: int, stop: Sequence[str], sampler: Sampler | None = None) -> list[list[int]]:
     """New ids of each row, at most ``limit``; see `errata.core.model.LM.generate_ids`.  Rows that have ended leave the batch."""
-    over, tokenizer = eos_token_ids(begun.lm), begun.lm.tokenizer
-    new: list[list[int]] = [[] for _ in begun.next_token_logits]
+    over, tokenizer = eos_token_ids(prefilled.lm), prefilled.lm.tokenizer
+    new: list[list[int]] = [[] for _ in prefilled.next_token_logits]
     rows = list(range(len(new)))  # of the batch as it is now
     live = set(rows)
     for step in range(limit):
-        ids = begun.next_token_logits.argmax(-1, keepdim=True) if sampler is None else sampler(begun.next_token_logits, rows)
+        ids = prefilled.next_token_logits.argmax(-1, keepdim=True) if sampler is None else sampler(prefilled.next_token_logits, rows)
         for i, token in zip(rows, ids[:, 0].tolist(), strict=True):
             if i not in live:
                 continue
@@ -114,10 +114,10 @@ def decode(begun: PrefilledBatch, limit: int, stop: Sequence[str], sampler: Samp
                 live.discard(i)
         if not live or step + 1 == limit:
             break
-        if len(live) <= LEAVE * len(rows) and begun.can_fork:
+        if len(live) <= LEAVE * len(rows) and prefilled.can_fork:
             keep = torch.tensor([at for at, i in enumerate(rows) if i in live], device=ids.device)
-            begun, ids, rows = begun.select(keep), ids[keep], [i for i in rows if i in live]
-        begun, _ = begun.extend(ids, begun.mask.new_ones((len(rows), 1)), **begun.lm.last_logits_kwargs)
+            prefilled, ids, rows = prefilled.select(keep), ids[keep], [i for i in rows if i in live]
+        prefilled, _ = prefilled.extend(ids, prefilled.mask.new_ones((len(rows), 1)), **prefilled.lm.last_logits_kwargs)
     return new
 
 

@@ -1,7 +1,7 @@
 """`in_lanes`: independent problems in batches of like length, the batches side by side on the cores of a CPU.
 
 A batch of a few hundred tokens is hundreds of small calls a step, most too small to be worth a second core each.  So every
-core takes whole batches instead.  Hooks live on modules, hence each lane has a *twin* of the model: its own module objects around
+core takes whole batches instead.  Hooks live on modules, hence each lane has a *replica* of the model: its own module objects around
 the same weight tensors, a few milliseconds to make and no memory to speak of.
 
 On a GPU, with one thread, or where a model is spread over devices there is one lane, and this is a plain loop.
@@ -95,7 +95,7 @@ def lanes_for(lm: LM) -> int:
 
 def replicate(lm: LM) -> LM:
     """The same model in other module objects: hooks on one are not on the other, the weights are shared."""
-    attached, _ = lm.stack, lm.fingerprint  # known to the twin too
+    attached, _ = lm.stack, lm.fingerprint  # known to the replica too
     lm.detach()
     try:
         shared = {id(t): t for t in (*lm.hf.parameters(), *lm.hf.buffers())}
@@ -161,7 +161,7 @@ def in_lanes(
     """What ``work(model, members, progress)`` makes of every problem, in the problems' order.
 
     lengths   tokens that one step of each problem runs; batches hold problems of like length
-    work      makes one result a member; ``model`` is ``lm`` or a twin of it, only for the call; it must call ``progress`` once a step
+    work      makes one result a member; ``model`` is ``lm`` or a replica of it, only for the call; it must call ``progress`` once a step
     lanes     as many as torch has threads, when not given
     most      problems in one batch
 

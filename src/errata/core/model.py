@@ -220,8 +220,8 @@ class LM:
         if not prompts:
             return []
         batch = self.batch(self.encode(prompts, chat=chat)).to(self.device)
-        begun = decode.PrefilledBatch.prefill(self, batch, self.plan(stacks, rows, len(prompts)))
-        return decode.decode(begun, max_new_tokens, stop, None if top_k is None else decode.Sampler(prompts, top_k, seed))
+        prefilled = decode.PrefilledBatch.prefill(self, batch, self.plan(stacks, rows, len(prompts)))
+        return decode.decode(prefilled, max_new_tokens, stop, None if top_k is None else decode.Sampler(prompts, top_k, seed))
 
     @property
     def last_logits_kwargs(self) -> dict[str, Any]:

@@ -50,19 +50,20 @@ class OpContext(Protocol):
     def record(self, site: Site, name: str, value: Tensor) -> None: ...
     def save_decision(self, name: str, value: Tensor) -> None: ...
     def load_decision(self, name: str) -> Tensor: ...
+    def select(self, rows: Tensor) -> OpContext: ...
 
 
 class Kind(Protocol):
     """How one kind of op computes.  ``p`` holds its parameters with a leading axis of 1 or B.
 
     A kind may also have ``apply_grouped(p, groups, settings, x, y, site, context)``: ``p`` with the bank's own leading axis, ``groups``
-    (`errata.core.weights.Groups`) names the rows of each entry.  It is used where a copy of an entry for each row would be large.
+    (`errata.core.weights.RowGroups`) names the rows of each entry.  It is used where a copy of an entry for each row would be large.
 
-    A kind that decides on the prompt and acts on it, or later, by that decision sets ``stateful = True``, uses ``context.save_decision`` and
-    ``load_decision``, and says with ``non_causal(settings)`` whether what it does to a token can depend on tokens after it.
+    A kind that decides on the prompt and acts on it, or later, by that decision sets ``stateful = True``, uses ``context.save_decision``
+    and ``load_decision``, and says with ``non_causal(settings)`` whether what it does to a token can depend on tokens after it.
 
-    A kind that reads x alone and adds to y may say ``additive = True``; ops of it that follow each other and have equal ``fuse_key(op)`` are then
-    put together by ``fuse(ops, device)``, as weight-like ones are.
+    A kind that reads x alone and adds to y may say ``additive = True``; ops of it that follow each other and have equal ``fuse_key(op)``
+    are then put together by ``fuse(ops, device)``, as weight-like ones are.
 
     A kind whose tensors are not what it computes with, or need not have equal shapes in one bank, has ``bank_key(op)``, what ops of one
     bank have in common, and ``stack_params(ops, device)``, the bank's parameters [P, …].

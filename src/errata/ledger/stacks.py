@@ -1,8 +1,8 @@
 """What stands on a ledger's stack, what of it runs, and what a stack is without one of its edits.
 
 An entry names a patch and the edit it stands for.  A patch that went on from others holds them (``replaces``), and they stand aside
-(`errata.core.bank.active_patches`).  An entry of no edit is a merge (`errata.ledger.compact`): it may leave at any time, and what it holds runs
-again.
+(`errata.core.bank.active_patches`).  An entry of no edit is a merge (`errata.ledger.compact`): it may leave at any time, and what it holds
+runs again.
 """
 
 from __future__ import annotations

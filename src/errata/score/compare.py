@@ -51,13 +51,13 @@ def compare(
 def _part(lm: LM, prompts: list[str], sides: tuple[Stack, Stack], tokens: int, asked: Sequence[Sequence[str]]) -> list[Comparison]:
     n, encoded = len(prompts), lm.encode(prompts)
     which = [0] * n + [1] * n
-    begun = PrefilledBatch.prefill(lm, lm.batch([*encoded, *encoded]).to(lm.device), lm.plan(list(sides), which, 2 * n))
-    p = torch.softmax(begun.next_token_logits.double(), -1)
+    prefilled = PrefilledBatch.prefill(lm, lm.batch([*encoded, *encoded]).to(lm.device), lm.plan(list(sides), which, 2 * n))
+    p = torch.softmax(prefilled.next_token_logits.double(), -1)
     moved = (0.5 * (p[:n] - p[n:]).abs().sum(-1)).clamp_max(1.0).tolist()
-    said = [tuple(ids) for ids in decode(begun, tokens, STOPS)]
-    likely = _likelihoods(lm, begun, encoded, sides, [(i, text) for i, texts in enumerate(asked) for text in texts], prompts)
+    said = [tuple(ids) for ids in decode(prefilled, tokens, STOPS)]
+    likely = _likelihoods(lm, prefilled, encoded, sides, [(i, text) for i, texts in enumerate(asked) for text in texts], prompts)
     spoken = [i for i, ids in enumerate(said) if ids]  # one that ends at once says nothing
-    nats = dict(zip(spoken, teacher_forcing.score_continuations(begun, spoken, [said[i] for i in spoken]), strict=True))
+    nats = dict(zip(spoken, teacher_forcing.score_continuations(prefilled, spoken, [said[i] for i in spoken]), strict=True))
 
     def side(i: int) -> Completion:
         text = detokenize(lm.tokenizer, said[i], STOPS)
@@ -68,7 +68,7 @@ def _part(lm: LM, prompts: list[str], sides: tuple[Stack, Stack], tokens: int, a
 
 def _likelihoods(
     lm: LM,
-    begun: PrefilledBatch,
+    prefilled: PrefilledBatch,
     encoded: Sequence[Encoded],
     sides: tuple[Stack, Stack],
     asked: Sequence[tuple[int, str]],
@@ -82,7 +82,7 @@ def _likelihoods(
     behind = [row.ids[: row.prompt_length] == encoded[place % n].ids for place, _, row in pairs]
     own = [pair for pair, goes_on in zip(pairs, behind, strict=True) if goes_on]
     rest = [pair for pair, goes_on in zip(pairs, behind, strict=True) if not goes_on]
-    found = teacher_forcing.score_continuations(begun, [place for place, _, _ in own], [row.target for _, _, row in own]) if own else []
+    found = teacher_forcing.score_continuations(prefilled, [place for place, _, _ in own], [row.target for _, _, row in own]) if own else []
     found += (
         teacher_forcing.score_full_texts(lm, [row for _, _, row in rest], list(sides), [place // n for place, _, _ in rest]) if rest else []
     )

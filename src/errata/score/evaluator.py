@@ -136,17 +136,17 @@ def _ask(lm: LM, part: Sequence[tuple[_Question, Encoded]], answers: AnswerCache
     """A batch of questions."""
     questions = [q for q, _ in part]
     stacks, which = distinct([q.stack for q in questions])
-    begun = PrefilledBatch.prefill(lm, lm.batch([e for _, e in part]).to(lm.device), lm.plan(stacks, which, len(part)))
+    prefilled = PrefilledBatch.prefill(lm, lm.batch([e for _, e in part]).to(lm.device), lm.plan(stacks, which, len(part)))
     rows = [(i, text, ids) for i, q in enumerate(questions) for text, ids in q.targets.items() if ids is not None]
     for start in range(0, len(rows), len(part)):  # what goes on takes as much memory as the prompts at most
         some = rows[start : start + len(part)]
-        found = teacher_forcing.score_continuations(begun, [i for i, _, _ in some], [ids for _, _, ids in some])
+        found = teacher_forcing.score_continuations(prefilled, [i for i, _, _ in some], [ids for _, _, ids in some])
         for (i, text, _), forced in zip(some, found, strict=True):
             answers.forced[key(questions[i].stack), questions[i].prompt, text] = forced
     free = [i for i, q in enumerate(questions) if q.free]
     if free:
-        begun = begun if len(free) == len(part) else begun.select(torch.tensor(free, device=lm.device))
-        for i, ids in zip(free, decode(begun, MAX_NEW_TOKENS, STOPS), strict=True):
+        prefilled = prefilled if len(free) == len(part) else prefilled.select(torch.tensor(free, device=lm.device))
+        for i, ids in zip(free, decode(prefilled, MAX_NEW_TOKENS, STOPS), strict=True):
             name = key(questions[i].stack), questions[i].prompt
             answers.ids[name], answers.text[name] = tuple(ids), detokenize(lm.tokenizer, ids, STOPS)
 

@@ -33,7 +33,7 @@ NEW_TOKENS = 256  # of an answer, where a task does not say
 LENGTH = 2048  # of a window, where the model does not say
 
 
-class HarnessLM(TemplateLM):
+class HarnessLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     """A model for `lm_eval`: ``lm`` under ``stack``; ``rows`` texts a batch."""
 
     def __init__(self, lm: LM, stack: Stack = (), rows: int = 16) -> None:

@@ -41,34 +41,34 @@ class TeacherForced:
 
 
 @torch.no_grad()
-def score_continuations(begun: PrefilledBatch, rows: Sequence[int], targets: Sequence[tuple[int, ...]]) -> list[TeacherForced]:
-    """Target i behind the prompt in row ``rows[i]`` of a batch that has begun.
+def score_continuations(prefilled: PrefilledBatch, rows: Sequence[int], targets: Sequence[tuple[int, ...]]) -> list[TeacherForced]:
+    """Target i behind the prompt in row ``rows[i]`` of a prefilled batch.
 
     The prompt foretells a target's first token and the last one foretells nothing: n tokens take n − 1 steps, together.  Where texts
     cannot go on from what has run (`errata.core.decode.can_fork`), prompts run again with their targets.
     """
-    device = begun.next_token_logits.device
+    device = prefilled.next_token_logits.device
     at = torch.tensor(rows, device=device)
-    if not begun.can_fork:
-        return _anew(begun, at, targets)
-    first = begun.next_token_logits[at][:, None]
+    if not prefilled.can_fork:
+        return _anew(prefilled, at, targets)
+    first = prefilled.next_token_logits[at][:, None]
     found: dict[int, TeacherForced] = {}
     several = [j for j, target in enumerate(targets) if len(target) > 1]
     if several:
         some = torch.tensor(several, device=device)
-        fed = pad([Encoded(targets[j][:-1], 0) for j in several], pad_id(begun.lm.tokenizer), "right").to(device)
-        _, later = begun.select(at[some]).extend(fed.ids, fed.mask)
+        fed = pad([Encoded(targets[j][:-1], 0) for j in several], pad_id(prefilled.lm.tokenizer), "right").to(device)
+        _, later = prefilled.select(at[some]).extend(fed.ids, fed.mask)
         found |= zip(several, measured([targets[j] for j in several], torch.cat([first[some], later], 1)), strict=True)
     short = [j for j, target in enumerate(targets) if len(target) == 1]
     found |= zip(short, measured([targets[j] for j in short], first[short]), strict=True)
     return [found[j] for j in range(len(targets))]
 
 
-def _anew(begun: PrefilledBatch, at: Tensor, targets: Sequence[tuple[int, ...]]) -> list[TeacherForced]:
-    lm, wide = begun.lm, begun.ids.shape[1]
-    after = pad([Encoded(target, 0) for target in targets], pad_id(lm.tokenizer), "right").to(begun.ids.device)
-    ids, mask = torch.cat([begun.ids[at], after.ids], 1), torch.cat([begun.mask[at], after.mask], 1)
-    with lm.running(begun.plan.select(at)):
+def _anew(prefilled: PrefilledBatch, at: Tensor, targets: Sequence[tuple[int, ...]]) -> list[TeacherForced]:
+    lm, wide = prefilled.lm, prefilled.ids.shape[1]
+    after = pad([Encoded(target, 0) for target in targets], pad_id(lm.tokenizer), "right").to(prefilled.ids.device)
+    ids, mask = torch.cat([prefilled.ids[at], after.ids], 1), torch.cat([prefilled.mask[at], after.mask], 1)
+    with lm.running(prefilled.plan.select(at)):
         logits = lm.forward(ids, mask, use_cache=False).logits[:, wide - 1 :]
     return measured(targets, logits)
 

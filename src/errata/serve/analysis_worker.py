@@ -1,6 +1,6 @@
 """What else the model can be asked: states compared, blame, check, causal traces; and which prompts are worth watching.
 
-These run one at a time on a twin of their own, beside answering and editing.
+These run one at a time on a replica of their own, beside answering and editing.
 """
 
 from __future__ import annotations

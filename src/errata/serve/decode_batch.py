@@ -1,8 +1,8 @@
 """Rows that are decoded together: each under its own stack, a token a step; done ones leave, new ones join between two steps.
 
-A cohort begins with one pass over its prompts, padded on the left.  What its ops decided there (`errata.core.bank.ForwardContext.memory`), its
-keys and values and its mask are kept by row, so that rows can be taken out, and two cohorts put together, without any row seeing a
-difference beyond the last bits: padding is what differs, and nothing attends to it.
+A batch begins with one pass over its prompts, padded on the left.  What its ops decided there
+(`errata.core.bank.ForwardContext.decisions`), its keys and values and its mask are kept by row, so that rows can be taken out, and two
+batches put together, without any row seeing a difference beyond the last bits: padding is what differs, and nothing attends to it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class DecodeBatch:
         return [row for row in self.rows if row.finish_reason is None]
 
     def fits(self, other: DecodeBatch, rows: int, width: int) -> bool:
-        """Whether the two can be one cohort of at most ``rows`` rows and ``width`` tokens."""
+        """Whether the two can be one batch of at most ``rows`` rows and ``width`` tokens."""
         count = len(self.rows) + len(other.rows)
         if self.cache is None or other.cache is None or not (self.plain and other.plain) or count > rows:
             return False

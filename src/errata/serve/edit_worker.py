@@ -1,6 +1,6 @@
-"""The thread that edits: one job after another, on a twin of the model that shares its weights, so that answers go on meanwhile.
+"""The thread that edits: one job after another, on a replica of the model that shares its weights, so that answers go on meanwhile.
 
-A job is stopped at the model's next forward pass, whatever runs there (a hook on the twin asks), and the ledger's transaction is rolled
+A job is stopped at the model's next forward pass, whatever runs there (a hook on the replica asks), and the ledger's transaction is rolled
 back; what was acknowledged before stays.
 """
 
@@ -39,7 +39,9 @@ class EditWorker:
         self._thread = threading.Thread(target=self._run, name="errata-editor", daemon=True)
         current = self._current = [Job(None, lambda job: None)]
 
-        def asked(*_: Any) -> None:  # before every pass of the twin; a plain function, which the twins it is lent to in lanes take along
+        def asked(
+            *_: Any,
+        ) -> None:  # before every pass of the replica; a plain function, which the replicas it is lent to in lanes take along
             current[0].check()
 
         ledger.lm.hf.register_forward_pre_hook(asked)

@@ -1,6 +1,6 @@
 """The thread that answers: it alone runs its model, all rows that wait and run side by side.
 
-Between two tokens it takes in what has come, lets go of what is done, given up or late, and puts cohorts together where they fit; so a
+Between two tokens it takes in what has come, lets go of what is done, given up or late, and puts batches together where they fit; so a
 short answer never waits for a long one, and requests for different stacks share a batch.
 """
 
@@ -32,7 +32,7 @@ class GenerationEngine:
         self.lm, self.limits, self.metrics, self.threads = lm, limits, metrics, threads
         self.plans, self.ends = PlanCache(lm), eos_token_ids(lm)
         self._waiting: deque[Row] = deque()
-        self._cohorts: list[DecodeBatch] = []
+        self._batches: list[DecodeBatch] = []
         self._news = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="errata-answering", daemon=True)
@@ -60,7 +60,7 @@ class GenerationEngine:
     @property
     def num_unfinished(self) -> int:
         """Answers that wait or run."""
-        return len(self._waiting) + sum(len(c.running) for c in list(self._cohorts))
+        return len(self._waiting) + sum(len(c.running) for c in list(self._batches))
 
     def close(self) -> None:
         """No more rows; what waits or runs is told so, between two tokens."""
@@ -76,23 +76,23 @@ class GenerationEngine:
         torch.set_num_threads(self.threads)  # of this thread only
         while True:
             with self._news:
-                self._news.wait_for(lambda: self._waiting or self._cohorts or self._closing)
-                if self._closing and not self._waiting and not self._cohorts:
+                self._news.wait_for(lambda: self._waiting or self._batches or self._closing)
+                if self._closing and not self._waiting and not self._batches:
                     return
                 fresh = self._take()
             try:
                 self._turn(fresh)
             except Exception as error:  # not of one batch: those are caught where they run
                 LOG.exception("answering failed")
-                for row in [*fresh, *(row for cohort in self._cohorts for row in cohort.running)]:
+                for row in [*fresh, *(row for batch in self._batches for row in batch.running)]:
                     row.fail(error)
-                self._cohorts = []
+                self._batches = []
 
     def _take(self) -> list[Row]:
         """Rows that begin now.  Others wait on, but for those that nobody waits for any more or that took too long."""
         self._drop(self._waiting)
         self._waiting = deque(row for row in self._waiting if row.finish_reason is None)
-        if len(self._cohorts) >= MAX_BATCHES:
+        if len(self._batches) >= MAX_BATCHES:
             return []
         most = self.limits.batch
         count = prompts_that_fit(list(self._waiting)[:most], most, self.limits.width)
@@ -102,44 +102,44 @@ class GenerationEngine:
         """A token for every row."""
         self._drop(fresh)
         begun = self._begin([row for row in fresh if row.finish_reason is None])
-        for cohort in list(self._cohorts):
-            self._drop(cohort.running)
-            cohort.leave([row for row in cohort.rows if row.finish_reason is not None])
-            if cohort.running:
-                self._step(cohort)
-        self._cohorts = [cohort for cohort in (*self._cohorts, *begun) if cohort.running]
+        for batch in list(self._batches):
+            self._drop(batch.running)
+            batch.leave([row for row in batch.rows if row.finish_reason is not None])
+            if batch.running:
+                self._step(batch)
+        self._batches = [batch for batch in (*self._batches, *begun) if batch.running]
         self._put_together()
 
     def _begin(self, rows: list[Row]) -> list[DecodeBatch]:
-        """New cohorts after their first step.  Where one cannot run, its rows are tried one by one: only the wrong ones fail."""
+        """New batches after their first step.  Where one cannot run, its rows are tried one by one: only the wrong ones fail."""
         if not rows:
             return []
         try:
-            cohort = DecodeBatch(self.lm, self.plans, rows)
-            self._step(cohort, whole=len(rows) == 1)
-            return [cohort]
+            batch = DecodeBatch(self.lm, self.plans, rows)
+            self._step(batch, whole=len(rows) == 1)
+            return [batch]
         except Exception as error:
             if len(rows) == 1:
                 LOG.exception("an answer could not begin")
                 rows[0].fail(error)
                 return []
             LOG.warning("a batch of %d could not begin; its rows run one by one", len(rows))
-            return [cohort for row in rows if row.finish_reason is None for cohort in self._begin([row])]
+            return [batch for row in rows if row.finish_reason is None for batch in self._begin([row])]
 
-    def _step(self, cohort: DecodeBatch, whole: bool = True) -> None:
+    def _step(self, batch: DecodeBatch, whole: bool = True) -> None:
         """``whole``: an error ends all rows, instead of being raised."""
-        rows = cohort.running
+        rows = batch.running
         self.metrics.batch.observe(len(rows))
         before = [row.count for row in rows]
         try:
-            done = cohort.step(self.ends)
+            done = batch.step(self.ends)
         except Exception as error:
             if not whole and all(row.count == n for row, n in zip(rows, before, strict=True)):
                 raise
             LOG.exception("a batch failed")
             for row in rows:
                 row.fail(error)
-            cohort.rows = []
+            batch.rows = []
             return
         self.metrics.tokens.inc(len(rows))
         for row, n in zip(rows, before, strict=True):
@@ -160,10 +160,10 @@ class GenerationEngine:
 
     def _put_together(self) -> None:
         together: list[DecodeBatch] = []
-        for cohort in self._cohorts:
-            host = next((c for c in together if c.fits(cohort, self.limits.batch, self.limits.width)), None)
+        for batch in self._batches:
+            host = next((c for c in together if c.fits(batch, self.limits.batch, self.limits.width)), None)
             if host is None:
-                together.append(cohort)
+                together.append(batch)
             else:
-                host.join(cohort)
-        self._cohorts = together
+                host.join(batch)
+        self._batches = together

@@ -116,16 +116,16 @@ def _check(service: Service, encoded: Sequence[Encoded], tokens: int, n: int, st
         raise APIError(400, f"max_tokens is {tokens}, this server gives {limits.tokens} at most", "too_many_tokens", "max_tokens")
     if len(encoded) * n > limits.rows:
         raise APIError(400, f"{len(encoded)} prompts × n = {n} are too many; {limits.rows} answers a request", "too_many_answers", "n")
-    context = _in_front(stack)
+    context, room = _in_front(stack), service.lm.context_length
     for row in encoded:
         length = len(row.ids)
         if length > limits.prompt:
             raise APIError(400, f"a prompt has {length} tokens, this server takes {limits.prompt}", "context_length_exceeded", "prompt")
-        if service.lm.context_length is not None and length + tokens + context > service.lm.context_length:
+        if room is not None and length + tokens + context > room:
             more = f", {context} that the stack may put in front" if context else ""
             raise APIError(
                 400,
-                f"{length} tokens of prompt{more} and {tokens} of answer do not fit the model's {service.lm.context_length} positions; shorten one",
+                f"{length} tokens of prompt{more} and {tokens} of answer do not fit the model's {room} positions; shorten one",
                 "context_length_exceeded",
                 "prompt",
             )

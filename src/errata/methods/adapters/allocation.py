@@ -47,10 +47,10 @@ class RankAllocator:
             self._measure(p, gradients)
         left = self.budget(step)
         if left is not None:
-            cut = self._least(p, left)
-            for name, where in cut.items():
+            least = self._least(p, left)
+            for name, where in least.items():
                 p[name].masked_fill_(where, 0.0)
-            self.cut = cut if step == end else {}
+            self.cut = least if step == end else {}
 
     def _keep(self, alive: Tensor) -> None:
         if self.alive is not None and len(self.alive) != len(alive):

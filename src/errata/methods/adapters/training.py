@@ -75,7 +75,7 @@ class Training:
     def _start(self) -> dict[str, Tensor]:
         """Parameters ``name.group`` [E, S, …]: those of the patch gone on from, else fresh ones, the same for every problem."""
         precision = torch.promote_types(torch.float32, self.lm.dtype)  # float32, or wider where the model is
-        out = {}
+        out: dict[str, Tensor] = {}
         for g, (sizes, sites) in enumerate(self.groups.items()):
             if self.before is None:
                 each = [self.editor.initial(*sizes, generator_of(self.editor.seed, site)) for site in sites]

@@ -11,6 +11,7 @@ new radius.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class MELO(CodebookEditor):
     @property
     def scale(self) -> float:
         """s, by which both factors of a block are multiplied."""
-        return float(self.blocks) ** 0.5
+        return math.sqrt(self.blocks)
 
     def target_sites(self, lm: LM) -> Sites:
         """(where keys are read, where blocks act); `ConfigError` where this model has no such place or the order is wrong."""
@@ -132,7 +133,7 @@ class MELO(CodebookEditor):
         resolved = {"layer": site.block, "lora_layers": [s.block for s in sites]}
         for store, blocks, requests in zip(stores, made, problems, strict=True):
             ops = [Op("router", site, store.tensors(), settings), *routed(sites, blocks, before, self.scale)]
-            loss, steps = (sum(m[i] for m in blocks) / len(blocks) for i in (1, 2))
+            loss, steps = sum(loss for _, loss, _ in blocks) / len(blocks), sum(steps for _, _, steps in blocks) / len(blocks)
             notes = {
                 "steps": steps,
                 "loss": round(loss, 6),

@@ -4,7 +4,8 @@
     router     c = nearest centre;  none where ‖q − centre_c‖ > radius_c;  else the block of the point of cluster c nearest to q (MELO)
     routed     y + s up_b (s down_b x)  at every token of a row with block b;  y, bit for bit, where the router chose none (MELO)
 
-The ops of one patch find each other by the patch's place in the stack (`ForwardContext.save_decision`), so patches do not read each other's choice.
+The ops of one patch find each other by the patch's place in the stack (`ForwardContext.save_decision`), so patches do not read each other's
+choice.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Codebook:
 
     @staticmethod
     def non_causal(settings: Mapping[str, Any]) -> bool:
-        return settings["replace"] != "last"
+        return bool(settings["replace"] != "last")
 
     @staticmethod
     def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:

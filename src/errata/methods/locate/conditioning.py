@@ -81,4 +81,5 @@ def pruned(change: Tensor, top: Tensor, how: str, base: float) -> Tensor:
         small = (values.clamp_min(1e-300) / top).log() / torch.log(torch.tensor(base, dtype=values.dtype)) + top
     else:
         small = top + (values - top) / 2
-    return left * torch.where(values > top, torch.minimum(small, values), values) @ right
+    out: Tensor = left * torch.where(values > top, torch.minimum(small, values), values) @ right
+    return out

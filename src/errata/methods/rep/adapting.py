@@ -156,7 +156,8 @@ class REPRun:
         with torch.no_grad(), hooks_disabled(self.lm.hf):
             zero = module(torch.zeros(1, rows.shape[-1], dtype=self.lm.dtype, device=self.lm.device))
             out = module(rows.flatten(0, 1).to(self.lm.dtype)).to(b.dtype) - zero.to(b.dtype)
-        return out.unflatten(0, rows.shape[:2])
+        moved: Tensor = out.unflatten(0, rows.shape[:2])
+        return moved
 
     def _up(self, site: Site, b: Tensor, through: Tensor, ops: Sequence[Op]) -> Tensor:
         """U = (W + ΔW) B, [n, O, r]."""

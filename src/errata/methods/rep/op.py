@@ -33,7 +33,8 @@ def gate_logit(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
 def _each(x: Tensor, rows: Tensor) -> Tensor:
     """[B, T, I] × [P, n, m, I] -> [B, T, n, m]; one product over all tokens where P is 1."""
     flat = rows.flatten(1, 2)
-    return (x @ (flat[0] if len(flat) == 1 else flat).mT).unflatten(-1, rows.shape[1:3])
+    out: Tensor = (x @ (flat[0] if len(flat) == 1 else flat).mT).unflatten(-1, rows.shape[1:3])
+    return out
 
 
 class KeyAdaptor:
@@ -66,7 +67,7 @@ class KeyAdaptor:
         p: Mapping[str, Tensor], groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
     ) -> Tensor:
         parts = zip(groups.split(x), groups.split(y), groups.entries, strict=True)
-        silent = _Silent()
+        silent: Any = _Silent()
         moved = [
             KeyAdaptor.apply({k: t[entry : entry + 1] for k, t in p.items()}, settings, own, out, site, silent) for own, out, entry in parts
         ]

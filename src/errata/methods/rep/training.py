@@ -147,7 +147,8 @@ def _loss(e: Any, keys: Keys, p: Mapping[str, Tensor], step: int, units: int) ->
         for shut in (keys.away[:, :OWN], keys.away[:, some]):
             total = total + e.closing * softplus(soft(p, grouped(shut))).mean(1)
         total = total + e.closing * softplus(-logit[:, :seen]).mean(1)
-    return total
+    out: Tensor = total
+    return out
 
 
 def _dropped(rate: float, seed: int, step: int, rows: int, width: int) -> Tensor:

@@ -59,7 +59,8 @@ def orthonormal(x: Tensor) -> Tensor:
     """
     lower = torch.linalg.cholesky(x @ x.mT)
     eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device).expand_as(lower)
-    return torch.linalg.solve_triangular(lower, eye, upper=False) @ x  # the inverse of r×r is small; a solve against d columns is not
+    out: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False) @ x  # the inverse of r×r is small, d columns are not
+    return out
 
 
 def start(rank: int, width: int, kind: str, init: str, seed: int, device: torch.device) -> dict[str, Tensor]:

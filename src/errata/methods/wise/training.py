@@ -120,7 +120,8 @@ class Training:
         rows = [row for texts in self.texts for row in texts.edit]
         starts = [row.prompt_length - 1 if last else 0 for row in rows]
         cut = split_rows_at(rows, starts, pad_id(lm.tokenizer), lm.device, final=False)
-        wide, local = cut.active.shape[1], []
+        wide = cut.active.shape[1]
+        local: list[list[int]] = []
         for texts in self.texts:
             begins = torch.tensor([0, *(len(r.ids) for r in texts.edit[:-1])]).cumsum(0)
             for begin, row in zip(begins.tolist(), texts.edit, strict=True):
