@@ -19,7 +19,7 @@ from errata.commands import about, analyse, ask, demo, edit, ledger, report, rep
 from errata.commands.screen import Screen, clean, write
 from errata.errors import ErrataError, first_line, out_of_memory
 
-INTERRUPTED, PIPE_CLOSED = 130, 141
+_INTERRUPTED, _PIPE_CLOSED = 130, 141
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED, args.debug, kind="")
+        return _fail("interrupted", _INTERRUPTED, args.debug, kind="")
     except BrokenPipeError:
         _discard_stdout()
-        return PIPE_CLOSED
+        return _PIPE_CLOSED
     except ErrataError as error:
         return _fail(str(error), error.exit_code, args.debug)
     except OSError as error:

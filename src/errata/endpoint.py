@@ -18,7 +18,7 @@ PATH: Final = "/chat/completions"
 AGAIN: Final = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that may pass
 TRIES: Final = 3
 WAIT: Final = 1.0  # seconds before the second try; twice as long before the third
-LARGEST: Final = 1 << 24  # bytes of a reply
+_LARGEST: Final = 1 << 24  # bytes of a reply
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
@@ -80,9 +80,9 @@ class Endpoint:
         for attempt in range(1, TRIES + 1):
             try:
                 with opener.open(request, timeout=self.seconds) as response:
-                    return bytes(response.read(LARGEST))
+                    return bytes(response.read(_LARGEST))
             except urllib.error.HTTPError as error:
-                why = f"HTTP {error.code} {error.reason}: {_beginning(error.read(LARGEST))}"
+                why = f"HTTP {error.code} {error.reason}: {_beginning(error.read(_LARGEST))}"
                 passing = error.code in AGAIN
                 error.close()
             except (OSError, http.client.HTTPException) as error:  # no connection, a timeout, a broken reply

@@ -20,8 +20,8 @@ from errata.text.corpora import bundled
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-EXTRA_SHARE = 0.5  # of alias, reverse and chain sentences join each pass over the facts
+BOS, EOS, _PAD = "<s>", "</s>", "<pad>"
+_EXTRA_SHARE = 0.5  # of alias, reverse and chain sentences join each pass over the facts
 IGNORE_INDEX = -100
 SHOWN = ("training", "alias", "reverse", "chain")  # kinds of sentences; the others are held out
 
@@ -40,7 +40,7 @@ def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, BOS, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size, special_tokens=[_PAD, BOS, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
 
     def lines() -> Iterator[str]:
@@ -54,7 +54,7 @@ def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=1024, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=_PAD, model_max_length=1024, clean_up_tokenization_spaces=False
     )
 
 
@@ -92,7 +92,7 @@ class Corpus:
         random.Random(seed).shuffle(paragraphs)
         pieces = tokenizer(paragraphs, add_special_tokens=False)["input_ids"]
         self.stream = np.array([i for ids in pieces for i in [*ids, tokenizer.eos_token_id]], dtype=np.int32)
-        extra_rows = int(len(self.extra) * EXTRA_SHARE * len(self.direct) / max(1, len(self.direct)))
+        extra_rows = int(len(self.extra) * _EXTRA_SHARE * len(self.direct) / max(1, len(self.direct)))
         self.steps_per_epoch = (len(self.direct) + min(extra_rows, 2500)) // rows
         self._pass: tuple[int, list[list[Encoded]]] = (-1, [])
 

@@ -12,12 +12,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the quintic of the Muon note
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the quintic of the Muon note
 
 
 def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
     """Approximately U Vᵀ of each matrix of ``m`` [N, r, c], from its singular value decomposition U S Vᵀ."""
-    a, b, c = COEFFICIENTS
+    a, b, c = _COEFFICIENTS
     tall = m.shape[1] > m.shape[2]
     x = m.mT if tall else m
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -63,7 +63,7 @@ def build(recipe: Recipe, pad: int, bos: int, eos: int) -> Any:
     return LlamaForCausalLM(config)
 
 
-def optimisers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def _optimisers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
@@ -96,7 +96,7 @@ def losses(model: Any, corpus: Corpus, step: int) -> tuple[Tensor, Tensor, int]:
     return fact, text, ids.numel() + text_ids.numel()
 
 
-def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
+def _save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     """Write beside, then rename: a stop at any moment leaves a whole file."""
     beside = path.with_suffix(".part")
     torch.save(payload, beside)
@@ -120,7 +120,7 @@ def train(recipe: Recipe, out: Path, checkpoint_every: int = 150, stop_after: in
             raise SystemExit(f"{checkpoint} was made with another recipe; give another --out or remove it")
     tokenizer, corpus = prepared(recipe.vocab, recipe.seed, recipe.rows, recipe.text_rows, recipe.length)
     model = build(recipe, tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-    opts = optimisers(model, recipe)
+    opts = _optimisers(model, recipe)
     first, tokens, curve = 0, 0, []
     if saved is not None:
         model.load_state_dict(saved["model"])
@@ -128,7 +128,7 @@ def train(recipe: Recipe, out: Path, checkpoint_every: int = 150, stop_after: in
             opt.load_state_dict(state)
         first, tokens, curve = saved["step"], saved["tokens"], saved["curve"]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {corpus.steps_per_epoch} steps a pass", flush=True)
-    base = [[g["lr"] for g in o.param_groups] for o in optimisers(model, recipe)]
+    base = [[g["lr"] for g in o.param_groups] for o in _optimisers(model, recipe)]
     began, seen = time.monotonic(), tokens
     last = min(recipe.steps, stop_after or recipe.steps)
     for step in range(first, last):
@@ -148,7 +148,7 @@ def train(recipe: Recipe, out: Path, checkpoint_every: int = 150, stop_after: in
             print(f"step {step + 1} tokens {tokens:,} fact {fact.item():.4f} text {text.item():.3f} {rate:.0f} tokens/s", flush=True)
         if (step + 1) % checkpoint_every == 0 or step + 1 == last:
             state = {"recipe": asdict(recipe), "model": model.state_dict(), "optimisers": [o.state_dict() for o in opts]}
-            save_checkpoint(checkpoint, {**state, "step": step + 1, "tokens": tokens, "curve": curve})
+            _save_checkpoint(checkpoint, {**state, "step": step + 1, "tokens": tokens, "curve": curve})
     return export(model, tokenizer, out / "model", {"recipe": asdict(recipe), "tokens": tokens, "curve": curve})
 
 

@@ -27,7 +27,7 @@ COLLAPSED = 0.01  # a constant leaves no more of the weights' squares: a coeffic
 FALL = 0.05  # of locality
 EXACT = 12  # pairs up to which all 2^n signs are tried
 DRAWS = 9999  # of signs beyond that
-ALPHA = 0.05
+_ALPHA = 0.05
 CHUNK = 1 << 22  # signs held at once
 
 

@@ -17,7 +17,7 @@ from errata.run.scenarios import scorer
 from errata.score.evaluator import AnswerCache
 from errata.score.metrics import summarise
 
-RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the learning rate: what a reliability-locality curve goes along
+_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the learning rate: what a reliability-locality curve goes along
 METRICS = ("reliability", "locality_agreement")
 
 Progress = Callable[[str, int, int], None]
@@ -80,7 +80,7 @@ def balance(lm: LM, editor: Any, cases: Sequence[Case], done: GateRun, progress:
 
 
 def locality(
-    lm: LM, editor: Any, cases: Sequence[Case], answers: AnswerCache, progress: Progress | None = None, rates: Sequence[float] = RATES
+    lm: LM, editor: Any, cases: Sequence[Case], answers: AnswerCache, progress: Progress | None = None, rates: Sequence[float] = _RATES
 ) -> list[dict[str, Any]]:
     """Reliability and locality (teacher-forced) after all edits, with and without the locality term, along learning rates; which of
     each variant's points are on its own front, and which on the front of all."""

@@ -1,7 +1,7 @@
 """Where a gated patch (BaFT, eq. 2) opens: its weights on edited, rephrased and other inputs, its failure signs, and a paired test.
 
 An input is a probe's prompt with its answer behind it, its weights the mean of w(h) over the tokens the patch acts on (the last prompt
-tokens and the answer).  Kinds: `OPEN`, where gates should open, and the benchmark's local kinds, where they should not.
+tokens and the answer).  Kinds: `_OPEN`, where gates should open, and the benchmark's local kinds, where they should not.
 
 The signs (`errata.analyse.gate_statistics` has formulas and bounds):
 
@@ -29,8 +29,8 @@ from errata.request import LOCAL_KINDS, Case, EditRequest
 from errata.score.evaluator import distinct, key
 from errata.score.metrics import difference
 
-OPEN = {"rewrite": "edited", "rephrase": "rephrased"}
-KINDS = (*OPEN.values(), *LOCAL_KINDS)
+_OPEN = {"rewrite": "edited", "rephrase": "rephrased"}
+KINDS = (*_OPEN.values(), *LOCAL_KINDS)
 ROWS = 64  # of a batch
 LEAST = 10  # cases behind a sign of falling locality: resampling a handful says nothing
 LOCALITY = ("locality_agreement", "teacher_forced")
@@ -50,7 +50,7 @@ class GateWeights:
     w: np.ndarray
 
 
-def subspaces(stack: Stack, gated: bool = True) -> dict[int, Op]:
+def _subspaces(stack: Stack, gated: bool = True) -> dict[int, Op]:
     """{block: the op of BaFT, without ``gated`` also of ReFT}; `PatchError` where two patches of the stack have one at one block."""
     found: dict[int, Op] = {}
     for op in (op for patch in active_patches(stack) for op in patch.ops if op.kind == "subspace"):
@@ -73,7 +73,7 @@ class GateInputs:
 
 def of_case(case: Case, stack: Stack) -> GateInputs:
     """A case's own probes."""
-    kinds = {**OPEN, **{kind: kind for kind in LOCAL_KINDS}}
+    kinds = {**_OPEN, **{kind: kind for kind in LOCAL_KINDS}}
     return GateInputs(case.id, tuple((kinds[p.kind], p.prompt, p.target) for p in case.probes if p.kind in kinds), stack)
 
 
@@ -88,7 +88,7 @@ def read(lm: LM, inputs: Sequence[GateInputs], progress: Told | None = None, wha
 
     ``what``: "gate" w, or "update" |w ∘ (A h + b − R h)|, of ReFT too.
     """
-    ops = [subspaces(one.stack, what == "gate") for one in inputs]
+    ops = [_subspaces(one.stack, what == "gate") for one in inputs]
     if not ops or not all(ops):
         raise InputError("there is no gate to look at: make the patch with baft")
     texts = [(i, *text) for i, one in enumerate(inputs) for text in one.texts]
@@ -205,7 +205,7 @@ def tests(found: Sequence[GateWeights], seed: int = 0) -> list[dict[str, Any]]:
     rows = []
     for block in sorted({f.block for f in found}):
         there = [k for k in KINDS if of(found, k, block)]
-        pairs = [(a, b) for i, a in enumerate(there) for b in there[i + 1 :] if a in OPEN.values()]
+        pairs = [(a, b) for i, a in enumerate(there) for b in there[i + 1 :] if a in _OPEN.values()]
         for a, b in pairs:
             sides = [{(f.case, f.stack): f.w for f in of(found, kind, block)} for kind in (a, b)]
             common = [c for c in sides[0] if c in sides[1]]

@@ -38,9 +38,9 @@ from errata.request import EditRequest
 from errata.text import surfaces
 
 FACT = ("prompt", "names_seen", "names_unseen", "shuffled_seen", "shuffled_unseen", "prefixed", "long")  # where the edit should act
-OTHER = ("same prompt, another name", "another fact")  # and where it should not
+_OTHER = ("same prompt, another name", "another fact")  # and where it should not
 STEPS = 20  # of s
-OTHERS = 5  # keys of each kind in `OTHER`, a case
+OTHERS = 5  # keys of each kind in `_OTHER`, a case
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ def _places(lm: LM, requests: Sequence[EditRequest], i: int, before: Sequence[st
     texts += [(kind, head + request.prompt, len(head) + end()) for kind, head in heads if head]
     step = max(1, len(strangers()) // OTHERS)
     names = strangers()[i % step :: step][:OTHERS]
-    texts += [(OTHER[0], surfaces.fill(request, name), end(name)) for name in names]
+    texts += [(_OTHER[0], surfaces.fill(request, name), end(name)) for name in names]
     out = list(zip([kind for kind, _, _ in texts], placed(lm, [t for _, t, _ in texts], [s for _, _, s in texts]), strict=True))
     others = [requests[(i + j) % len(requests)] for j in range(1, min(OTHERS, len(requests) - 1) + 1)]
-    return [*out, *((OTHER[1], original(lm, other, "subject_last", "keys")) for other in others)]
+    return [*out, *((_OTHER[1], original(lm, other, "subject_last", "keys")) for other in others)]
 
 
 def limits(lm: LM, requests: Sequence[EditRequest], patches: Sequence[Patch]) -> list[dict[str, Any]]:
@@ -144,7 +144,7 @@ def summary(found: KeyComparison) -> list[dict[str, Any]]:
     limit = {row["case"]: row for row in found.limits}
     out = []
     for block in sorted({r["block"] for r in found.rows}):
-        for kind in (*FACT, *OTHER):
+        for kind in (*FACT, *_OTHER):
             mine = [r for r in found.rows if r["block"] == block and r["kind"] == kind]
             if not mine:
                 continue
@@ -159,6 +159,6 @@ def summary(found: KeyComparison) -> list[dict[str, Any]]:
 
 
 def _holds(ratio: float, kind: str, limit: dict[str, Any]) -> bool:
-    if kind in OTHER:
+    if kind in _OTHER:
         return bool(abs(ratio) <= limit["beta_max"])
     return limit["beta_min"] is not None and ratio >= limit["beta_min"] - 1e-9

@@ -100,7 +100,7 @@ def _average(drawn: NDArray[np.float64]) -> NDArray[np.float64]:
     return out
 
 
-def stack_of(lm: LM, editor: Any, cases: Sequence[Case], batch: int, told: Callable[[int], None]) -> Stack:
+def _stack_of(lm: LM, editor: Any, cases: Sequence[Case], batch: int, told: Callable[[int], None]) -> Stack:
     """The cases edited in joint edits of ``batch``, one after another."""
     stack: Stack = ()
     for start in range(0, len(cases), batch):
@@ -126,7 +126,7 @@ def windows(
     if size == 1 and all(not c.more for c in cases):
         stacks = _each(job.lm, editor, cases)
     else:
-        stacks = [stack_of(job.lm, editor, part, batch, told) for part in parts]
+        stacks = [_stack_of(job.lm, editor, part, batch, told) for part in parts]
     asked = [c for part in parts for c in part]
     on = [stack for part, stack in zip(parts, stacks, strict=True) for _ in part]
     found = job.score(asked, on, method)
@@ -170,7 +170,7 @@ def choosing(job: Measurement, editors: Mapping[str, Any], cases: Sequence[Case]
     """Accuracy of choices after all cases were edited one after another; the unedited model is the row "none"."""
     first = True
     for name, editor in editors.items():
-        stack = stack_of(job.lm, editor, cases, 1, lambda count: None)
+        stack = _stack_of(job.lm, editor, cases, 1, lambda count: None)
         told = functools.partial(_choosing, job, name)
         found = downstream.choices(job.lm, items, stack, name, job.answers, told)
         if first:

@@ -22,7 +22,7 @@ from errata.request import LOCAL_KINDS, Case
 
 Settings = Callable[[str], dict[str, Any]]  # of the command line, for a method
 
-BASIC: dict[str, tuple[str, dict[str, Any]]] = {"reft": ("reft", {}), "baft": ("baft", {})}
+_BASIC: dict[str, tuple[str, dict[str, Any]]] = {"reft": ("reft", {}), "baft": ("baft", {})}
 ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
     "reft": ("reft", {}),
     "ss-w": ("baft", {"gate": "subspace", "balance": False, "locality": False}),
@@ -37,17 +37,17 @@ ROBUST: dict[str, tuple[str, dict[str, Any]]] = {
 }
 VARIANTS: dict[str, Mapping[str, tuple[str, dict[str, Any]]]] = {
     "baft-table1": WITHOUT,
-    "baft-table2": BASIC,
+    "baft-table2": _BASIC,
     "baft-table4": ABLATION,
-    "baft-batched": BASIC,
-    "baft-table8": BASIC,
+    "baft-batched": _BASIC,
+    "baft-table8": _BASIC,
     "baft-fig1": {"reft": ("reft", {})},
     "baft-fig2": {"baft": ("baft", {})},
     "rep-main": ROBUST,
 }
-FIXED = ("baft-table4", "baft-fig2", "rep-main")  # whose methods are the point
-FALLBACK = "almanac"
-SILENT = ("gate", "rescale", "stop_on", "loss", "weight_decay", "end")  # settings of BaFT and ReFT that the paper does not state
+_FIXED = ("baft-table4", "baft-fig2", "rep-main")  # whose methods are the point
+_FALLBACK = "almanac"
+_SILENT = ("gate", "rescale", "stop_on", "loss", "weight_decay", "end")  # settings of BaFT and ReFT that the paper does not state
 WINDOW = 10  # edits, of Fig. 2
 
 
@@ -68,7 +68,7 @@ class ReproduceOptions:
 def check(asked: ReproduceOptions) -> published.PublishedTable:
     """The table; `ConfigError` before a model is loaded for what has no meaning with it."""
     table = published.get(asked.name)
-    if asked.methods and asked.name in FIXED:
+    if asked.methods and asked.name in _FIXED:
         raise ConfigError(f"--method: {asked.name} compares {', '.join(VARIANTS[asked.name])}; leave it out")
     needed = list(table.protocol.get("benchmark", ["zsre"]))
     if odd := [name for name in asked.data if name not in needed]:
@@ -81,8 +81,8 @@ def check(asked: ReproduceOptions) -> published.PublishedTable:
 def cases_of(asked: ReproduceOptions, benchmark: str) -> tuple[list[Case], str]:
     """(cases, the benchmark they are from): the given file in its own order, else the almanac."""
     if benchmark not in asked.data:
-        almanac = registry.get("benchmark", FALLBACK)().load(asked.split, asked.n, asked.seed)
-        return list(itertools.islice(almanac, asked.n or asked.most)), FALLBACK
+        almanac = registry.get("benchmark", _FALLBACK)().load(asked.split, asked.n, asked.seed)
+        return list(itertools.islice(almanac, asked.n or asked.most)), _FALLBACK
     opened = open_benchmark(benchmark, asked.data[benchmark])
     if asked.n:
         list(opened.load(None, asked.n, None))  # says how many there are where n is too large
@@ -131,7 +131,7 @@ def measure(job: Measurement, table: published.PublishedTable, asked: ReproduceO
     if name == "baft-table1":
         for part in parts:
             cases, used = cases_of(asked, part)
-            if used == FALLBACK and part != parts[0]:
+            if used == _FALLBACK and part != parts[0]:
                 continue  # the almanac once
             protocols.single(job, made, cases, (part, used) == ("convsent", "convsent"), part=part, benchmark=used)
     elif name in ("baft-table2", "baft-table4"):
@@ -159,7 +159,7 @@ def measure(job: Measurement, table: published.PublishedTable, asked: ReproduceO
 def _choices(asked: ReproduceOptions, cases: Sequence[Case]) -> tuple[list[Any], str]:
     if "piqa" in asked.data:
         return list(open_benchmark("piqa", asked.data["piqa"]).load(None, None, None)), "piqa"
-    return protocols.choices_of(cases), f"{FALLBACK}'s facts that should stay, each against the edit's new answer"
+    return protocols.choices_of(cases), f"{_FALLBACK}'s facts that should stay, each against the edit's new answer"
 
 
 def _weights(job: Measurement, made: Mapping[str, Any], cases: Sequence[Case], row: Mapping[str, Any]) -> None:
@@ -226,12 +226,12 @@ def differences(
     for name, title in (("baft", "BaFT"), ("reft", "ReFT")):
         silent = made.get(name) or next((e for e in made.values() if e.name == name), None)
         if silent is not None:
-            how = ", ".join(f"{k}={getattr(silent, k)!r}" for k in SILENT if hasattr(silent, k))
+            how = ", ".join(f"{k}={getattr(silent, k)!r}" for k in _SILENT if hasattr(silent, k))
             out.append(f"where the paper is silent on {title}: {how}")
     run = {row["method"] for row in rows}
     missing = sorted({r["method"] for r in (table.of(reference) if reference else ())} - run)
     if missing:
-        out.append(f"not run here: {', '.join(missing)}" + ("" if asked.name in FIXED else " (add them with --method)"))
+        out.append(f"not run here: {', '.join(missing)}" + ("" if asked.name in _FIXED else " (add them with --method)"))
     return out
 
 
@@ -241,4 +241,4 @@ def _away(editor: Any, own: Mapping[str, Any]) -> str:
         return ""
     values, kind = to_dict(editor), type(editor)
     plain = {f.name: f.default for f in fields(kind)}
-    return ", ".join(f"{k}={v}" for k, v in values.items() if k not in own and k not in SILENT and v != plain[k])
+    return ", ".join(f"{k}={v}" for k, v in values.items() if k not in own and k not in _SILENT and v != plain[k])

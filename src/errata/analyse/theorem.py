@@ -24,12 +24,12 @@ from errata.core.patch import Site
 from errata.errors import ConfigError
 from errata.methods.subspace.op import Subspace, orthonormal, start
 
-WIDTH, RANK, RADIUS, SHIFT = 32, 4, 0.5, 10.0  # d, r, ε₀, ‖t − h₀‖ wanted
-OTHERS = 24  # unrelated states, at distances from 1.2 ε₀ to `FAR` ‖t − h₀‖
-FAR = 1.2
-BALL = 64  # states of the ball that training sees
-STEPS, RATE = 600, 0.02
-SIGMA, PENALTY = 1.2, 100.0  # ReFT's σ_max(I + H) is held below the first: ε_t = 1.2 ε₀
+WIDTH, RANK, _RADIUS, _SHIFT = 32, 4, 0.5, 10.0  # d, r, ε₀, ‖t − h₀‖ wanted
+OTHERS = 24  # unrelated states, at distances from 1.2 ε₀ to `_FAR` ‖t − h₀‖
+_FAR = 1.2
+_BALL = 64  # states of the ball that training sees
+STEPS, _RATE = 600, 0.02
+_SIGMA, _PENALTY = 1.2, 100.0  # ReFT's σ_max(I + H) is held below the first: ε_t = 1.2 ε₀
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def demonstrate(seed: int = 0, steps: int = STEPS) -> Shown:
         return out
 
     h0 = 4.0 * unit(1)
-    t = h0 + SHIFT * unit(1)
-    ball = h0 + RADIUS * unit(BALL)
-    distance = torch.linspace(1.2 * RADIUS, FAR * SHIFT, OTHERS, dtype=torch.float64)[:, None]
+    t = h0 + _SHIFT * unit(1)
+    ball = h0 + _RADIUS * unit(_BALL)
+    distance = torch.linspace(1.2 * _RADIUS, _FAR * _SHIFT, OTHERS, dtype=torch.float64)[:, None]
     others = h0 + distance * unit(OTHERS)
     reft, baft = (_train(kind, h0, t, ball, others, seed, steps) for kind in ("none", "shared_logit"))
     with torch.no_grad():
@@ -73,14 +73,14 @@ def _train(gate: str, h0: Tensor, t: Tensor, ball: Tensor, others: Tensor, seed:
     """Mean squared distance from t over h₀ and the ball, and that of unrelated states from themselves.  ReFT keeps the whole ball near t
     where σ_max(I + H) is small, BaFT is nonlinear and sees the ball's states only."""
     p = {k: v.double().requires_grad_() for k, v in start(RANK, WIDTH, gate, "identity", seed, torch.device("cpu")).items()}
-    adam = torch.optim.Adam(p.values(), lr=RATE)
+    adam = torch.optim.Adam(p.values(), lr=_RATE)
     near = torch.cat([h0, ball])
     for _ in range(steps):
         adam.zero_grad()
         missed = (apply(p, near, gate) - t).square().sum(1).mean()
         moved = (apply(p, others, gate) - others).square().sum(1).mean()
-        over = (_sigma(p) - SIGMA).clamp_min(0) if gate == "none" else h0.new_zeros(())
-        (missed + moved + PENALTY * over.square()).backward()
+        over = (_sigma(p) - _SIGMA).clamp_min(0) if gate == "none" else h0.new_zeros(())
+        (missed + moved + _PENALTY * over.square()).backward()
         adam.step()
     return {k: v.detach() for k, v in p.items()}
 
@@ -99,15 +99,15 @@ def _shown(
     h = r.mT @ (reft["A"] - r)
     t = apply(reft, h0, "none")
     largest = float(_sigma(reft))
-    eps_t, shift = largest * RADIUS, float((t - h0).norm())
+    eps_t, shift = largest * _RADIUS, float((t - h0).norm())
     moved = {gate: (apply(p, others, gate) - others).norm(dim=1) for p, gate in ((reft, "none"), (baft, "shared_logit"))}
     bound = shift - (largest + 1) * distance
     points = [
-        {"distance": float(d), "reft": float(a), "baft": float(b), "bound": float(low), "reft leaves": bool(a > d - RADIUS)}
+        {"distance": float(d), "reft": float(a), "baft": float(b), "bound": float(low), "reft leaves": bool(a > d - _RADIUS)}
         for d, a, b, low in zip(distance, moved["none"], moved["shared_logit"], bound, strict=True)
     ]
-    reach = (shift - eps_t - RADIUS) * RADIUS / (eps_t + 2 * RADIUS)
-    facts = {"width": WIDTH, "rank": RANK, "eps_0": RADIUS, "eps_t": eps_t, "shift": shift, "sigma(I + H)": largest}
+    reach = (shift - eps_t - _RADIUS) * _RADIUS / (eps_t + 2 * _RADIUS)
+    facts = {"width": WIDTH, "rank": RANK, "eps_0": _RADIUS, "eps_t": eps_t, "shift": shift, "sigma(I + H)": largest}
     facts |= {"sigma(H)": float(torch.linalg.matrix_norm(h, 2)), "eps_ir below": reach}
     for name, p, gate in (("reft", reft, "none"), ("baft", baft, "shared_logit")):
         near = apply(p, torch.cat([h0, ball]), gate)

@@ -22,18 +22,18 @@ from errata.benchmarks.facts import Fact, share
 from errata.errors import InputError
 from errata.request import Case, EditRequest, Probe
 
-PROBES: Final = ("rewrite", "rephrase", "neighbour", "unrelated", "two_hop", "reverse", "alias")
+_PROBES: Final = ("rewrite", "rephrase", "neighbour", "unrelated", "two_hop", "reverse", "alias")
 SPLITS: Final = ("dev", "test")
-SIZE: Final = {"dev": 500, "test": 1000}  # cases aimed at; the smaller relations run out first
-DEV_SHARE = 1 / 3  # of the subjects
-EDITED_SHARE = 0.4  # at most, of a relation's facts in a split; the others are what locality is measured on
+_SIZE: Final = {"dev": 500, "test": 1000}  # cases aimed at; the smaller relations run out first
+_DEV_SHARE = 1 / 3  # of the subjects
+_EDITED_SHARE = 0.4  # at most, of a relation's facts in a split; the others are what locality is measured on
 BYSTANDERS = 6  # at least, left for each relation
-PAIR_SHARE = 0.15  # of the bystanders only ever serve as `unrelated` training pairs
-PAIR_RELATION = 20  # bystanders a relation must have before some are set aside for pairs: small relations keep all as probes
-REPHRASES, NEIGHBOURS, UNRELATED, PAIRS, TWO_HOPS = 3, 3, 2, 2, 2
+_PAIR_SHARE = 0.15  # of the bystanders only ever serve as `unrelated` training pairs
+_PAIR_RELATION = 20  # bystanders a relation must have before some are set aside for pairs: small relations keep all as probes
+_REPHRASES, _NEIGHBOURS, _UNRELATED, _PAIRS, _TWO_HOPS = 3, 3, 2, 2, 2
 
 # Objects of one relation that do not exclude each other, though they share no word.
-SAME = (frozenset({"Islam", "Muslim"}), frozenset({"Christianity", "Catholicism"}), frozenset({"soccer", "football"}))
+_SAME = (frozenset({"Islam", "Muslim"}), frozenset({"Christianity", "Catholicism"}), frozenset({"soccer", "football"}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def _key(subject: str) -> str:
 
 
 def _split_of(subject: str) -> str:
-    return "dev" if share("split", _key(subject)) < DEV_SHARE else "test"
+    return "dev" if share("split", _key(subject)) < _DEV_SHARE else "test"
 
 
 def _by_relation(rows: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
@@ -75,7 +75,7 @@ def _choose_edited(mine: dict[str, tuple[Fact, ...]], size: int) -> tuple[Fact, 
     """
     order = sorted(mine, key=lambda r: (len(mine[r]), r))
     queues = {r: iter(sorted(mine[r], key=lambda f: share("edit", f.subject, f.relation))) for r in order}
-    room = {r: int(EDITED_SHARE * len(mine[r])) for r in order}
+    room = {r: int(_EDITED_SHARE * len(mine[r])) for r in order}
     held_by: dict[str, list[str]] = {}
     for fact in itertools.chain.from_iterable(mine.values()):
         held_by.setdefault(_key(fact.subject), []).append(fact.relation)
@@ -104,18 +104,18 @@ def _choose_edited(mine: dict[str, tuple[Fact, ...]], size: int) -> tuple[Fact, 
 @functools.cache
 def _split(name: str) -> _Split:
     mine = _by_relation(f for f in data.facts() if _split_of(f.subject) == name)
-    edited = _choose_edited(mine, SIZE[name])
+    edited = _choose_edited(mine, _SIZE[name])
     taken = {_key(f.subject) for f in edited}
     still = {r: tuple(f for f in rows if _key(f.subject) not in taken) for r, rows in mine.items()}
     # By subject, not by fact: a pair about a subject would also teach the editor to keep the subject's other facts.
     aside = {
         _key(f.subject)
         for rows in still.values()
-        if len(rows) >= PAIR_RELATION
+        if len(rows) >= _PAIR_RELATION
         for f in rows
-        if share("pair", _key(f.subject)) < PAIR_SHARE
+        if share("pair", _key(f.subject)) < _PAIR_SHARE
     }
-    small = {_key(f.subject) for rows in still.values() if len(rows) < PAIR_RELATION for f in rows}
+    small = {_key(f.subject) for rows in still.values() if len(rows) < _PAIR_RELATION for f in rows}
     aside -= small
     everyone = [f for rows in still.values() for f in rows]
     return _Split(
@@ -135,7 +135,7 @@ def _prompt(fact: Fact, *salt: str) -> str:
 def _contradicts(old: str, new: str) -> bool:
     """Whether ``new`` is clearly another answer than ``old``: other first word, neither inside the other, no known synonym."""
     a, b = old.casefold(), new.casefold()
-    return a.split()[0] != b.split()[0] and a not in b and b not in a and not any({old, new} <= same for same in SAME)
+    return a.split()[0] != b.split()[0] and a not in b and b not in a and not any({old, new} <= same for same in _SAME)
 
 
 @functools.cache
@@ -159,7 +159,7 @@ def _two_hops(fact: Fact, target: str, edited: frozenset[tuple[str, str]]) -> li
         before = data.by_subject().get((fact.object, chain.second))
         if before is None or _contradicts(before.object, onward.object):
             out.append(Probe("two_hop", chain.template.format(fact.subject), onward.object))
-    return sorted(out, key=lambda p: share("two_hop", p.prompt))[:TWO_HOPS]
+    return sorted(out, key=lambda p: share("two_hop", p.prompt))[:_TWO_HOPS]
 
 
 def _target(fact: Fact, used: set[tuple[str, str]], edited: frozenset[tuple[str, str]]) -> str:
@@ -196,7 +196,7 @@ def _rephrase(fact: Fact, prompt: str) -> list[Probe]:
     first = next((t for t in ranked if t in held), None)
     asks = first if first in relation.questions else next((t for t in ranked if t in relation.questions), None)
     order = dict.fromkeys(t for t in (first, asks, *ranked) if t is not None)
-    return [Probe("rephrase", t.format(fact.subject)) for t in itertools.islice(order, REPHRASES)]
+    return [Probe("rephrase", t.format(fact.subject)) for t in itertools.islice(order, _REPHRASES)]
 
 
 def _neighbours(fact: Fact, target: str, template: str, asked: tuple[Fact, ...]) -> list[Probe]:
@@ -208,7 +208,7 @@ def _neighbours(fact: Fact, target: str, template: str, asked: tuple[Fact, ...])
     def rank(other: Fact) -> tuple[bool, bool, float]:
         return other.object != fact.object, template not in data.templates(other)[0], share("near", fact.subject, other.subject)
 
-    near = sorted((f for f in asked if f.object != target), key=rank)[:NEIGHBOURS]
+    near = sorted((f for f in asked if f.object != target), key=rank)[:_NEIGHBOURS]
     prompts = [template if template in data.templates(f)[0] else _prompt(f, fact.subject) for f in near]
     return [Probe("neighbour", t.format(f.subject), f.object) for f, t in zip(near, prompts, strict=True)]
 
@@ -230,12 +230,12 @@ def _alias(fact: Fact, template: str, names: frozenset[str]) -> list[tuple[str, 
 def _case(fact: Fact, target: str, split: _Split, edited: frozenset[tuple[str, str]], names: frozenset[str]) -> Case:
     template = _prompt(fact)
     prompt = template.format(fact.subject)
-    pairs = tuple(_elsewhere(fact, split.pairs, PAIRS, "pair"))
+    pairs = tuple(_elsewhere(fact, split.pairs, _PAIRS, "pair"))
     request = EditRequest(prompt, target, subject=fact.subject, old=fact.object, unrelated=pairs)
     probes = [Probe("rewrite", prompt, target)]
     probes += [Probe(p.kind, p.prompt, target) for p in _rephrase(fact, prompt)]
     probes += _neighbours(fact, target, template, split.asked[fact.relation])
-    probes += [Probe("unrelated", text, answer) for text, answer in _elsewhere(fact, split.asked, UNRELATED, "unrelated")]
+    probes += [Probe("unrelated", text, answer) for text, answer in _elsewhere(fact, split.asked, _UNRELATED, "unrelated")]
     probes += _two_hops(fact, target, edited)
     probes += [Probe("reverse", t.format(target), fact.subject) for t in data.relations()[fact.relation].reverse]
     probes += [Probe(kind, text, target) for kind, text in _alias(fact, template, names)]
@@ -279,7 +279,7 @@ class Almanac:
     SPLITS = SPLITS
     splits = ("test", "dev")
     kind = "edits"
-    probes = PROBES
+    probes = _PROBES
     needs_data = False
 
     def load(self, split: str | None = None, n: int | None = None, seed: int | None = 0) -> Iterator[Case]:

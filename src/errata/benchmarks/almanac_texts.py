@@ -12,10 +12,10 @@ from errata.benchmarks.facts import Fact, share
 from errata.errors import InputError
 from errata.request import Case
 
-TEMPLATES = 2  # beginnings besides the bare name
+_TEMPLATES = 2  # beginnings besides the bare name
 
 
-def fact_of(case: Case) -> Fact:
+def _fact_of(case: Case) -> Fact:
     """The fact that a case edits, found again from its request."""
     request = case.request
     for name, relation in data.relations().items():
@@ -47,12 +47,12 @@ def collection() -> tuple[str, ...]:
 def generation(case: Case) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(prompts, references).
 
-    prompts     the subject's name, and a declarative template each of up to `TEMPLATES` other relations that it has or that
+    prompts     the subject's name, and a declarative template each of up to `_TEMPLATES` other relations that it has or that
                 are about its kind of thing; those it has come first, the rest by hash.  Never the edited prompt, another
                 probe's or a training pair's.
     references  the training texts of all subjects whose object of the edited relation truly is the new one
     """
-    fact, request = fact_of(case), case.request
+    fact, request = _fact_of(case), case.request
     kind = data.relations()[fact.relation].subject_kind
     taken = {request.prompt, *request.paraphrases, *(p for p, _ in request.unrelated), *(p.prompt for p in case.probes)}
     ranked = sorted(
@@ -65,7 +65,7 @@ def generation(case: Case) -> tuple[tuple[str, ...], tuple[str, ...]]:
             continue
         order = sorted(relation.templates, key=lambda t: share("generation", fact.subject, name, t))
         prompts += [p for t in order if (p := t.format(fact.subject)) not in taken][:1]
-        if len(prompts) > TEMPLATES:
+        if len(prompts) > _TEMPLATES:
             break
     documents = _documents()
     return tuple(prompts), tuple(documents[subject] for subject in _having(fact.relation, request.target))

@@ -12,7 +12,7 @@ from errata.benchmarks.records import Record, locate
 from errata.errors import InputError
 from errata.request import read_bytes
 
-UNKNOWN = -1  # the answer of a choice whose label stands beside it
+_UNKNOWN = -1  # the answer of a choice whose label stands beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def _whole(record: Record, key: str) -> str:
 
 
 def _choice(record: Record) -> MultipleChoice:
-    label = record.values.get("label", UNKNOWN)
+    label = record.values.get("label", _UNKNOWN)
     if "label" in record and (isinstance(label, bool) or label not in (0, 1)):
         raise record.fail(f"label must be 0 or 1, not {label!r}")
     return MultipleChoice(_whole(record, "goal"), (_whole(record, "sol1"), _whole(record, "sol2")), label)

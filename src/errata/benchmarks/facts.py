@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DATA = Path(__file__).parent / "data" / "almanac"
-HELD_OUT_SHARE = 0.5  # of the facts have two templates which training never shows with their subject
-HELD_OUT_TEMPLATES = 2
-CHAIN_SHARE = 0.6  # of the chain questions are shown in training, the others only asked
+_HELD_OUT_SHARE = 0.5  # of the facts have two templates which training never shows with their subject
+_HELD_OUT_TEMPLATES = 2
+_CHAIN_SHARE = 0.6  # of the chain questions are shown in training, the others only asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +111,10 @@ def templates(fact: Fact) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(templates shown in training with this subject, templates never shown with it); questions included in either."""
     relation = relations()[fact.relation]
     every = (*relation.templates, *relation.questions)
-    if len(relation.templates) < 4 or share("held", fact.subject, fact.relation) >= HELD_OUT_SHARE:
+    if len(relation.templates) < 4 or share("held", fact.subject, fact.relation) >= _HELD_OUT_SHARE:
         return every, ()
     ranked = sorted(every, key=lambda t: share("rank", fact.subject, fact.relation, t))
-    held = set(ranked[:HELD_OUT_TEMPLATES])
+    held = set(ranked[:_HELD_OUT_TEMPLATES])
     return tuple(t for t in every if t not in held), tuple(t for t in every if t in held)
 
 
@@ -125,12 +125,12 @@ def chain_sentences(fact: Fact) -> Iterator[Sentence]:
             continue
         onward = by_subject().get((fact.object, chain.second))
         if onward is not None:
-            shown = share("chain", fact.subject, chain.template) < CHAIN_SHARE
+            shown = share("chain", fact.subject, chain.template) < _CHAIN_SHARE
             kind = "chain" if shown else "chain_held_out"
             yield Sentence(chain.template.format(fact.subject), onward.object, kind, fact)
 
 
-def reverse_sentences(fact: Fact) -> Iterator[Sentence]:
+def _reverse_sentences(fact: Fact) -> Iterator[Sentence]:
     """The fact said backwards, where only this subject has the object."""
     if _object_counts()[fact.relation, fact.object] == 1:
         for template in relations()[fact.relation].reverse:
@@ -144,4 +144,4 @@ def sentences(fact: Fact) -> list[Sentence]:
     out += [Sentence(t.format(fact.subject), fact.object, "held_out", fact) for t in held]
     if fact.alias is not None:
         out += [Sentence(t.format(fact.alias), fact.object, "alias", fact) for t in shown]
-    return [*out, *chain_sentences(fact), *reverse_sentences(fact)]
+    return [*out, *chain_sentences(fact), *_reverse_sentences(fact)]

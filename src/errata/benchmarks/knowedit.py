@@ -26,7 +26,7 @@ KINDS: Final = {
 }
 
 
-def ripples(draft: Draft, record: Record) -> Draft:
+def _ripples(draft: Draft, record: Record) -> Draft:
     """The draft with the record's portability and locality."""
     for field, kinds in KINDS.items():
         if field in record:
@@ -46,11 +46,11 @@ def _fact(record: Record) -> Draft:
             draft.ask("rephrase", record.text(field), draft.target)
     for prompt in record.texts("generate_prompt") if "generate_prompt" in record else ():
         draft.ask("rephrase", prompt, draft.target)
-    return ripples(draft, record)
+    return _ripples(draft, record)
 
 
 def _biography(record: Record) -> Draft:
-    return ripples(Draft(record.text("text"), record.text("labels"), record.text("concept")), record)
+    return _ripples(Draft(record.text("text"), record.text("labels"), record.text("concept")), record)
 
 
 _COMMON = "subject prompt target_new portability locality"

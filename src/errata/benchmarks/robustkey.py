@@ -24,10 +24,10 @@ from errata.benchmarks.records import Record
 from errata.request import EditRequest, fill
 
 NQ = "nq question:"  # begins ZsRE's locality questions: other facts altogether, no neighbours
-CHATTER = re.compile(
+_CHATTER = re.compile(
     r"(?<=\S)\s*\(?(?:Please (?:let|note)|If (?:you|there|[\"“])|These (?:variations|phrases)|Note(?: that|:)|Each of these).*", re.S
 )
-ADVICE = "a name ended in words of the chat model that wrote it, which were cut off"
+_ADVICE = "a name ended in words of the chat model that wrote it, which were cut off"
 UNNAMED = "a rephrase does not name the subject as the prompt does"
 
 
@@ -43,7 +43,7 @@ def _draft(record: Record) -> Draft:
 
 def without_chatter(name: str) -> str:
     """A name in single spaces, without what a chat model says behind it."""
-    return " ".join(CHATTER.sub("", name).split())
+    return " ".join(_CHATTER.sub("", name).split())
 
 
 class RobustKey(FileBenchmark):
@@ -73,8 +73,8 @@ class RobustKey(FileBenchmark):
         written = record.texts("subject_rephrase")
         names = [without_chatter(name) for name in written]
         asked = [prompt for kind, prompt, _ in draft.probes if kind == "rephrase"]
-        if any(CHATTER.search(name) for name in written):
-            self.report.remarks[ADVICE] += 1
+        if any(_CHATTER.search(name) for name in written):
+            self.report.remarks[_ADVICE] += 1
         if any(str(request.subject) not in prompt for prompt in asked):
             self.report.remarks[UNNAMED] += 1
         middle = (len(names) + 1) // 2

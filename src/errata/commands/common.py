@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Any]"
 MODES = ("single", "batched", "continual")
-BATCH = 10  # requests in one joint patch, where not given
+_BATCH = 10  # requests in one joint patch, where not given
 
 
 def positive(text: str) -> int:
@@ -65,7 +65,7 @@ def mode_options(out: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--mode", choices=MODES, default="single", help="a patch a request; joint patches of N on a growing stack; one after another"
     )
-    out.add_argument("--batch-size", type=positive, metavar="N", help=f"requests in one joint patch (batched mode; {BATCH})")
+    out.add_argument("--batch-size", type=positive, metavar="N", help=f"requests in one joint patch (batched mode; {_BATCH})")
     out.add_argument(
         "--set", action="append", default=[], metavar="K=V", help="a hyper-parameter of the method; may be repeated (see `errata methods`)"
     )
@@ -83,7 +83,7 @@ def out_options(out: argparse.ArgumentParser) -> None:
     out.add_argument("--force", action="store_true", help="replace an earlier result of errata at --out (as a whole)")
 
 
-def seed_or_file(text: str) -> int | None:
+def _seed_or_file(text: str) -> int | None:
     """The argument --seed where "file" means the file's own order: None."""
     if text == "file":
         return None
@@ -103,7 +103,7 @@ def benchmark_options(out: argparse.ArgumentParser, default: str | None, cases: 
 def case_options(out: argparse.ArgumentParser, cases: int) -> None:
     """`benchmark_options` on the almanac, and the order of the cases."""
     benchmark_options(out, "almanac", cases)
-    out.add_argument("--seed", type=seed_or_file, default=0, help="of the order of the cases (0); file: the file's own order")
+    out.add_argument("--seed", type=_seed_or_file, default=0, help="of the order of the cases (0); file: the file's own order")
 
 
 def items(args: argparse.Namespace, most: int, packaged: str, seed: int | None) -> tuple[Any, list[Any]]:
@@ -132,7 +132,7 @@ def tens(count: int) -> list[int]:
 def batch_size(args: argparse.Namespace) -> int:
     if args.batch_size is not None and args.mode != "batched":
         raise ConfigError(f"--batch-size has no meaning in {args.mode} mode; add --mode batched")
-    return int(args.batch_size or BATCH)
+    return int(args.batch_size or _BATCH)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

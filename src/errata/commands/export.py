@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from errata.core.patch import Patch
     from errata.export.changes import ExportReport
 
-LOSS = 0.01  # share of a change beyond which a loss is worth a sentence
+_LOSS = 0.01  # share of a change beyond which a loss is worth a sentence
 
 
 def add(group: common.Subparsers) -> None:
@@ -66,7 +66,7 @@ def bake(args: argparse.Namespace, screen: Screen) -> None:
     lm, stack = _loaded(args)
     report = write(lm, stack, args.out, dtype=args.dtype, force=args.force)
     _tell(screen, args, lm, stack, report, "transformers")
-    if report.lost > LOSS:
+    if report.lost > _LOSS:
         screen.say(
             f"Rounding to {report.dtype} moved the edited weights by up to {report.lost:.1%} of the change; ask it before you rely on it."
         )
@@ -83,7 +83,7 @@ def export(args: argparse.Namespace, screen: Screen) -> None:
     report = export_lora(lm, stack, args.out, rank=args.rank, dtype=args.dtype, force=args.force, every_block=args.every_block)
     against = objections(args.out, lm.hf.config.model_type)
     _tell(screen, args, lm, stack, report, args.format, vllm_objections=against)
-    if report.lost > LOSS:
+    if report.lost > _LOSS:
         screen.say(f"The adapter lacks up to {report.lost:.1%} of the change's norm; ask it before you rely on it.")
     screen.say(f"Load it without errata: PeftModel.from_pretrained(base, {str(args.out)!r})")
     tell_vllm(screen, args.model, args.out, max(w.rank for w in report.linears), against)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 INDEX = storage.INDEX  # of `errata edit --out`, `errata ledger export`
 RESULTS = frozenset({INDEX, "patches", "records.jsonl", "summary.json", "report.html", "report.md"})
-ANALYSES = re.compile(  # of `errata trace`, `errata analyse`, `errata reproduce` and `errata demo theorem`
+_ANALYSES = re.compile(  # of `errata trace`, `errata analyse`, `errata reproduce` and `errata demo theorem`
     r"(trace|keys|gates|reproduce|theorem)\.json|reproduce\.md"
     r"|(trace-(average|\d+)|keys|gates-(weights|balance|locality)|reproduce-(marks|weights|redundancy)|theorem)\.(png|svg)"
 )
@@ -33,7 +33,7 @@ def ours(folder: Path) -> bool:
         return all(e.name in PATCH for e in entries)
     return all(
         (e.name == "patches" and ours(e))
-        or ((e.name in RESULTS or ANALYSES.fullmatch(e.name)) and e.is_file())
+        or ((e.name in RESULTS or _ANALYSES.fullmatch(e.name)) and e.is_file())
         or ((e / "patch.json").is_file() and ours(e))
         for e in entries
     )

@@ -13,7 +13,7 @@ from errata.errors import ConfigError
 if TYPE_CHECKING:
     from errata.core.model import LM
 
-COMPARE = ("balance", "locality")
+_COMPARE = ("balance", "locality")
 
 
 def add(commands: common.Subparsers) -> None:
@@ -35,8 +35,8 @@ def add(commands: common.Subparsers) -> None:
 def run(args: argparse.Namespace, screen: Screen) -> None:
     values = common.settings(args)
     compared = common.listed(args.compare)
-    if odd := [part for part in compared if part not in COMPARE]:
-        raise ConfigError(f"--compare {odd[0]!r}: there are {' and '.join(COMPARE)}")
+    if odd := [part for part in compared if part not in _COMPARE]:
+        raise ConfigError(f"--compare {odd[0]!r}: there are {' and '.join(_COMPARE)}")
     files.check(args.out, args.force)
     with screen.progress() as progress:
         lm, found = gate_sources.read(args, values, bool(compared), progress)
@@ -156,11 +156,11 @@ def _show_comparisons(screen: Screen, document: dict[str, Any]) -> None:
                     f"{r['lr']:.1e}",
                     cell(r["reliability"]),
                     cell(r["locality_agreement"]),
-                    *("yes" if r[k] else "" for k in FRONTS),
+                    *("yes" if r[k] else "" for k in _FRONTS),
                 )
                 for r in rows
             ],
         )
 
 
-FRONTS = ("front", "front_of_all")
+_FRONTS = ("front", "front_of_all")

@@ -19,9 +19,9 @@ from errata.report.layout import Table
 from errata.report.sections import Section, gather
 from errata.report.tables import methods, protocols
 
-FORMATS = {"terminal": "txt", "markdown": "md", "latex": "tex", "csv": "csv", "html": "html"}
+_FORMATS = {"terminal": "txt", "markdown": "md", "latex": "tex", "csv": "csv", "html": "html"}
 FEW = 5  # methods of which every pair is compared
-ENDINGS = {**{f".{ending}": name for name, ending in FORMATS.items()}, ".htm": "html"}
+_ENDINGS = {**{f".{ending}": name for name, ending in _FORMATS.items()}, ".htm": "html"}
 
 
 def add(commands: common.Subparsers) -> None:
@@ -29,7 +29,7 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="folders of `errata run`, cells of one, `errata score --out` or `demo --out`"
     )
-    out.add_argument("--format", metavar="NAME[,NAME]", help=f"{', '.join(FORMATS)} or all (terminal; with --out, by its ending)")
+    out.add_argument("--format", metavar="NAME[,NAME]", help=f"{', '.join(_FORMATS)} or all (terminal; with --out, by its ending)")
     out.add_argument("--out", type=Path, metavar="PATH", help="a file for one format; a folder for several (report.md, report.tex …)")
     out.add_argument("--force", action="store_true", help="replace what is there")
     out.add_argument("--title", help="of the page")
@@ -44,18 +44,18 @@ def formats(args: argparse.Namespace) -> list[str]:
     """What to write, in the usual order; checked against --out."""
     ending = args.out.suffix.lower() if args.out is not None else ""
     if args.format is None:
-        return ["terminal"] if args.out is None else [ENDINGS[ending]] if ending in ENDINGS else list(FORMATS)
+        return ["terminal"] if args.out is None else [_ENDINGS[ending]] if ending in _ENDINGS else list(_FORMATS)
     if args.json and args.out is None:
         raise ConfigError("--json prints a document of its own; leave out --format, or give --out")
     asked = common.listed(args.format)
-    asked = list(FORMATS) if asked == ["all"] else asked
-    if odd := [name for name in asked if name not in FORMATS] or (not asked and [args.format]):
-        raise UnknownNameError(f"no format {odd[0]!r}; there are {', '.join(FORMATS)} and all")
+    asked = list(_FORMATS) if asked == ["all"] else asked
+    if odd := [name for name in asked if name not in _FORMATS] or (not asked and [args.format]):
+        raise UnknownNameError(f"no format {odd[0]!r}; there are {', '.join(_FORMATS)} and all")
     if args.out is None and len(asked) > 1:
         raise ConfigError("several formats do not go to one screen; give --out a folder")
-    if len(asked) > 1 and ending in ENDINGS:
+    if len(asked) > 1 and ending in _ENDINGS:
         raise ConfigError(f"--out {args.out} is one file and {len(asked)} formats were asked for; give a folder")
-    return [name for name in FORMATS if name in asked]
+    return [name for name in _FORMATS if name in asked]
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
@@ -88,7 +88,7 @@ def _targets(args: argparse.Namespace, wanted: Sequence[str]) -> dict[str, Path]
     if args.out is None:
         return {}
     single = len(wanted) == 1 and not args.out.is_dir() and (args.out.suffix or args.format is not None)
-    out = {name: args.out if single else args.out / f"report.{FORMATS[name]}" for name in wanted}
+    out = {name: args.out if single else args.out / f"report.{_FORMATS[name]}" for name in wanted}
     if taken := [path for path in out.values() if path.exists() and not (args.force and path.is_file())]:
         raise StorageError(f"{taken[0]} exists already; give another name, or --force to replace it")
     folder = args.out.parent if single else args.out

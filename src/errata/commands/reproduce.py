@@ -39,7 +39,7 @@ def add(commands: common.Subparsers) -> None:
     common.out_options(out)
 
 
-def asked_of(args: argparse.Namespace) -> ReproduceOptions:
+def _asked_of(args: argparse.Namespace) -> ReproduceOptions:
     """The command line as plain values."""
     from errata.analyse.reproduce import VARIANTS, ReproduceOptions
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from errata.analyse import reproduce
     from errata.analyse.protocols import Measurement
 
-    asked = asked_of(args)
+    asked = _asked_of(args)
     table = reproduce.check(asked)
     files.check(args.out, args.force)
     for benchmark in dict.fromkeys([*asked.data]):

@@ -10,7 +10,7 @@ from errata.commands import common
 from errata.commands.screen import Progress, Screen, quiet
 from errata.errors import ConfigError, ErrataError
 
-ENGINES = "a number of processes, or 'ray'"
+_ENGINES = "a number of processes, or 'ray'"
 
 
 def workers(text: str) -> str | int:
@@ -24,7 +24,7 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--set", action="append", default=[], metavar="K=V", help="a setting on top: benchmark.n=10, methods.baft.rank=6 …")
     out.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/NAME OF THE FILE); gone on with where it is there")
     out.add_argument("--dry-run", action="store_true", help="check everything but the model and print the grid")
-    out.add_argument("--workers", type=workers, default=1, metavar="N|ray", help=f"{ENGINES} (1: cells one after another)")
+    out.add_argument("--workers", type=workers, default=1, metavar="N|ray", help=f"{_ENGINES} (1: cells one after another)")
     out.add_argument("--address", help="of a Ray cluster (--workers ray); without it a local one")
 
 

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 # progress(stage, done, total), as in `errata.run`
 Progress = Callable[[str, int, int], None]
-PIPE_WIDTH = 10_000  # a pipe has no edge: nothing is wrapped there
+_PIPE_WIDTH = 10_000  # a pipe has no edge: nothing is wrapped there
 
 
 def clean(text: object) -> str:
@@ -36,7 +36,7 @@ def said(text: str | None) -> str:
     return "–" if text is None else text or "(nothing)"
 
 
-def is_terminal(stream: Any) -> bool:
+def _is_terminal(stream: Any) -> bool:
     return bool(getattr(stream, "isatty", lambda: False)())
 
 
@@ -91,8 +91,8 @@ class Screen:
         from rich.table import Table
         from rich.text import Text
 
-        terminal = is_terminal(sys.stdout)
-        console = Console(file=sys.stdout, highlight=False, width=None if terminal else PIPE_WIDTH)
+        terminal = _is_terminal(sys.stdout)
+        console = Console(file=sys.stdout, highlight=False, width=None if terminal else _PIPE_WIDTH)
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for i, heading in enumerate(headings):
             flush = i in right or (-1 in right and i > 0)
@@ -106,7 +106,7 @@ class Screen:
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
         """Bars on stderr with rate and time left, one a stage, gone at the end; nothing where stderr is no terminal."""
-        if not is_terminal(sys.stderr):
+        if not _is_terminal(sys.stderr):
             yield lambda stage, done, total: None
             return
         from rich.console import Console

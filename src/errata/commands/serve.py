@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from errata.serve.options import Options
 
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
-SHORTEST = 16  # characters of a token that was given
+_SHORTEST = 16  # characters of a token that was given
 
 
 def add(commands: common.Subparsers) -> None:
@@ -77,8 +77,8 @@ def token(args: argparse.Namespace) -> tuple[str, bool]:
             f"{args.host} can be reached from elsewhere, so edits need a token of yours: --token-env NAME or --token-file FILE"
         )
     given = given.strip()
-    if len(given) < SHORTEST or not given.isascii() or not given.isprintable() or " " in given:
-        raise ConfigError(f"the token in {where} must be at least {SHORTEST} printable ASCII characters without spaces")
+    if len(given) < _SHORTEST or not given.isascii() or not given.isprintable() or " " in given:
+        raise ConfigError(f"the token in {where} must be at least {_SHORTEST} printable ASCII characters without spaces")
     return given, False
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from errata.core.model import LM
     from errata.text.statistics import Moments
 
-THRESHOLD = 2e-2  # AlphaEdit's
+_THRESHOLD = 2e-2  # AlphaEdit's
 
 
 def add(commands: common.Subparsers) -> None:
@@ -24,7 +24,7 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--tokens", type=common.positive, default=100_000, metavar="N", help="tokens to read (100000)")
     out.add_argument("--layers", metavar="A,B,…", help="blocks; without it those that the methods edit in this model")
     out.add_argument("--batch-tokens", type=common.positive, default=4096, metavar="N", help="tokens at once: a cap on memory (4096)")
-    out.add_argument("--threshold", type=float, default=THRESHOLD, help="eigenvalues below it count as AlphaEdit's null space (0.02)")
+    out.add_argument("--threshold", type=float, default=_THRESHOLD, help="eigenvalues below it count as AlphaEdit's null space (0.02)")
 
 
 def _layers(args: argparse.Namespace, lm: LM) -> list[int]:

@@ -18,14 +18,14 @@ from errata.request import EditRequest, fill, read_lines, read_requests, to_json
 if TYPE_CHECKING:
     from errata.endpoint import Endpoint
 
-NAMES, PARAPHRASES = 10, 5
-ASK_NAMES = """Give {count} other names or descriptions by which readers would recognise "{subject}", the subject of this sentence:
+NAMES, _PARAPHRASES = 10, 5
+_ASK_NAMES = """Give {count} other names or descriptions by which readers would recognise "{subject}", the subject of this sentence:
 
 {prompt}
 
 Each must fit into the sentence in place of "{subject}" and mean the same thing. Do not mention what the sentence says about it.
 Answer with a JSON list of {count} texts and nothing else."""
-ASK_PROMPTS = """Rephrase the beginning of this statement, or this question, in {count} ways:
+_ASK_PROMPTS = """Rephrase the beginning of this statement, or this question, in {count} ways:
 
 {prompt}
 
@@ -52,7 +52,7 @@ def add(commands: common.Subparsers) -> None:
         "--endpoint-key", default="OPENAI_API_KEY", metavar="VARIABLE", help="environment variable with the key (OPENAI_API_KEY)"
     )
     out.add_argument("--names", type=common.positive, metavar="N", help=f"names to ask the endpoint for ({NAMES})")
-    out.add_argument("--paraphrases", type=common.positive, metavar="N", help=f"paraphrases to ask the endpoint for ({PARAPHRASES})")
+    out.add_argument("--paraphrases", type=common.positive, metavar="N", help=f"paraphrases to ask the endpoint for ({_PARAPHRASES})")
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
@@ -62,11 +62,11 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with screen.progress() as progress:
         for i, request in enumerate(wanted, 1):
             try:
-                request = by_templates(request, relations)
+                request = _by_templates(request, relations)
                 wide = (
                     by_rule(request)
                     if endpoint is None
-                    else by_model(request, endpoint, args.names or NAMES, args.paraphrases or PARAPHRASES)
+                    else _by_model(request, endpoint, args.names or NAMES, args.paraphrases or _PARAPHRASES)
                 )
             except ModelError as error:
                 raise ModelError(f"{error} (at request {i} of {len(wanted)}; nothing was written)") from None
@@ -127,7 +127,7 @@ def _relations(source: str | None) -> list[tuple[str, ...]]:
     return out
 
 
-def by_templates(request: EditRequest, relations: Iterable[Sequence[str]]) -> EditRequest:
+def _by_templates(request: EditRequest, relations: Iterable[Sequence[str]]) -> EditRequest:
     """With the other templates of its relation as paraphrases; a request that has some as it is."""
     from errata.text.surfaces import templated
 
@@ -143,14 +143,14 @@ def by_rule(request: EditRequest) -> EditRequest:
     return replace(request, aliases=halves(variants(request.subject))[0])
 
 
-def by_model(request: EditRequest, endpoint: Endpoint, names: int, paraphrases: int) -> EditRequest:
+def _by_model(request: EditRequest, endpoint: Endpoint, names: int, paraphrases: int) -> EditRequest:
     """With what the endpoint says; aliases or paraphrases that a request brings stay, and none are asked for."""
     if request.subject is not None and not request.aliases:
-        said = endpoint.listed(ASK_NAMES.format(count=names, subject=request.subject, prompt=request.prompt))
+        said = endpoint.listed(_ASK_NAMES.format(count=names, subject=request.subject, prompt=request.prompt))
         kept = _usable(request, said[:names], lambda name: fill(request, name) != request.prompt)
         request = replace(request, aliases=kept or _nothing(endpoint, "name", request, said))
     if not request.paraphrases:
-        said = endpoint.listed(ASK_PROMPTS.format(count=paraphrases, prompt=request.prompt))
+        said = endpoint.listed(_ASK_PROMPTS.format(count=paraphrases, prompt=request.prompt))
         kept = _usable(request, said[:paraphrases], lambda prompt: prompt != request.prompt.rstrip())
         request = replace(request, paraphrases=kept or _nothing(endpoint, "paraphrase", request, said))
     return request

@@ -15,8 +15,8 @@ from torch import Tensor
 from errata.core.tokens import Batch
 
 AT_ONCE = 64  # prompts answered in one batch
-BRANCHING = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers of a cache that hold keys and values and nothing else
-LEAVE = 0.75  # ended rows leave when no more than this share of a batch goes on: leaving copies the cache, as every step does
+_BRANCHING = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers of a cache that hold keys and values and nothing else
+_LEAVE = 0.75  # ended rows leave when no more than this share of a batch goes on: leaving copies the cache, as every step does
 
 
 def greedy_answers(lm: Any, asked: Iterable[tuple[str, Sequence[Any]]], tokens: int) -> list[str]:
@@ -77,7 +77,7 @@ class PrefilledBatch:
 def can_fork(cache: Any) -> bool:
     """Whether a text can go on from this cache in several ways, and by several tokens at once.  Layers that keep a running state (linear
     attention) change it in place and take several tokens only where a text begins."""
-    return all(type(layer).__name__ in BRANCHING for layer in cache.layers)
+    return all(type(layer).__name__ in _BRANCHING for layer in cache.layers)
 
 
 def fork(cache: Any) -> Any:
@@ -114,7 +114,7 @@ def decode(prefilled: PrefilledBatch, limit: int, stop: Sequence[str], sampler: 
                 live.discard(i)
         if not live or step + 1 == limit:
             break
-        if len(live) <= LEAVE * len(rows) and prefilled.can_fork:
+        if len(live) <= _LEAVE * len(rows) and prefilled.can_fork:
             keep = torch.tensor([at for at, i in enumerate(rows) if i in live], device=ids.device)
             prefilled, ids, rows = prefilled.select(keep), ids[keep], [i for i in rows if i in live]
         prefilled, _ = prefilled.extend(ids, prefilled.mask.new_ones((len(rows), 1)), **prefilled.lm.last_logits_kwargs)

@@ -67,7 +67,7 @@ def states(hf: Any, family: Family, ids: Tensor, position: Tensor, blocks: Seque
     return seen
 
 
-def pooled(h: Tensor, position: Tensor, lengths: Tensor, pool: str) -> Tensor:
+def _pooled(h: Tensor, position: Tensor, lengths: Tensor, pool: str) -> Tensor:
     """[B, D], float32 or wider, of the prompt's last token or the mean over its tokens but the first (BOS, where there is one).
 
     h [B, T, D]; lengths [B] tokens of the prompts.
@@ -88,7 +88,7 @@ def embed(hf: Any, family: Family, tokenizer: Any, ids: Tensor, position: Tensor
         rows = zip(ids.tolist(), position.tolist(), lengths.tolist(), strict=True)
         prompts = [[t for t, p in zip(row, at, strict=True) if 0 <= p < n] for row, at, n in rows]
         return encode([tokenizer.decode(row, skip_special_tokens=True) for row in prompts], how["encoder"], ids.device)
-    h = pooled(states(hf, family, ids, position, [how["block"]])[how["block"]], position, lengths, how["pool"])
+    h = _pooled(states(hf, family, ids, position, [how["block"]])[how["block"]], position, lengths, how["pool"])
     return F.normalize(h, dim=-1)
 
 

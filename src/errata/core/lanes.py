@@ -27,7 +27,7 @@ Work = Callable[[LM, list[int], Progress], Sequence[T]]
 MOST_ROWS = 128  # of a batch
 FIXED_TOKENS = 32  # the cost of a batch's calls in tokens, measured with the almanac, a thread a lane
 FIXED_TOKENS_ALONE = 100  # the same where one batch has both cores, or a GPU
-SHIFTS = (-16, -8, -4, -2, -1, 1, 2, 4, 8, 16)  # rows that a cut is tried to move by
+_SHIFTS = (-16, -8, -4, -2, -1, 1, 2, 4, 8, 16)  # rows that a cut is tried to move by
 
 
 def bucket_by_length(lengths: Sequence[int], most: int, fixed: int) -> list[list[int]]:
@@ -76,7 +76,7 @@ def plan_batches(lengths: Sequence[int], lanes: int, most: int = MOST_ROWS) -> l
         for cut in sorted(cuts):
             rest = cuts - {cut}
             yield rest
-            yield from (rest | {cut + shift} for shift in SHIFTS if 0 < cut + shift < len(order))
+            yield from (rest | {cut + shift} for shift in _SHIFTS if 0 < cut + shift < len(order))
         yield from (cuts | {i} for i in range(1, len(order)) if longest[i] != longest[i - 1])
 
     batches = max(lanes, -(-len(order) // most))
@@ -87,7 +87,7 @@ def plan_batches(lengths: Sequence[int], lanes: int, most: int = MOST_ROWS) -> l
     return sorted((order[a:b] for a, b in pairwise(edges)), key=lambda rows: -(len(rows) * lengths[rows[-1]]))
 
 
-def lanes_for(lm: LM) -> int:
+def _lanes_for(lm: LM) -> int:
     """Lanes this model can run in now."""
     spread = getattr(lm.hf, "hf_device_map", None) is not None
     return 1 if lm.device.type != "cpu" or spread else max(1, torch.get_num_threads())
@@ -168,7 +168,7 @@ def in_lanes(
     The first error of any lane is raised here and the others stop at their next step; so does Ctrl-C.
     """
     threads = torch.get_num_threads()
-    lanes = min(lanes or lanes_for(lm), max(1, len(lengths)))
+    lanes = min(lanes or _lanes_for(lm), max(1, len(lengths)))
     board: _Board = _Board(plan_batches(lengths, lanes, most), progress)
     lanes = min(lanes, len(board.batches))
     out: dict[int, T] = {}

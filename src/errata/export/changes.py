@@ -21,7 +21,7 @@ from errata.core.patch import WEIGHT_LIKE, Op
 from errata.core.weights import sizes
 from errata.errors import ConfigError, PatchError, StorageError
 
-MARK = "errata.json"  # says that errata wrote the folder, and from what
+_MARK = "errata.json"  # says that errata wrote the folder, and from what
 AT_ONCE = 4_000_000  # numbers handled at a time
 
 
@@ -194,5 +194,5 @@ def mark(lm: LM, stack: Stack, folder: Path, use: str, written: Sequence[Written
     facts = [f"- {r.prompt} **{r.target}**" for p in active_patches(stack) for r in p.requests]
     shown = facts[:100] + ([f"- … {len(facts) - 100} more"] if len(facts) > 100 else [])
     text = f"# {lm.name or 'A model'}, edited by errata\n\n{use}\n\n## Edits\n\n" + "\n".join(shown) + "\n"
-    storage.write(folder / MARK, json.dumps(head, ensure_ascii=False, indent=1).encode())
+    storage.write(folder / _MARK, json.dumps(head, ensure_ascii=False, indent=1).encode())
     storage.write(folder / "README.md", text.encode("utf-8", "replace"))

@@ -17,12 +17,12 @@ from errata.errors import PatchError
 from errata.export.lora import CONFIG, RANKS, WEIGHTS
 
 # model_type -> whether vLLM's class of it takes LoRA ("supported models" of its documentation); types without a row are not judged
-VLLM_LORA = {
+_VLLM_LORA = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"), True),
     **dict.fromkeys(("gpt2", "gptj", "gpt_neox"), False),
 }
-PREFIX = "base_model.model."
-LINEARS = frozenset(
+_PREFIX = "base_model.model."
+_LINEARS = frozenset(
     ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 )  # that vLLM's classes of the types above wrap
 
@@ -43,7 +43,7 @@ def objections(folder: str | Path, model_type: str) -> list[str]:
 
 
 def _of_model(model_type: str) -> list[str]:
-    if VLLM_LORA.get(model_type, True):
+    if _VLLM_LORA.get(model_type, True):
         return []
     return [f"vLLM runs {model_type} without LoRA; give it the baked checkpoint"]
 
@@ -68,17 +68,17 @@ def _of_config(config: dict[str, Any]) -> list[str]:
 def _of_tensors(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], model_type: str) -> list[str]:
     found, paths = [], set()
     for name, shape in sorted(shapes.items()):
-        path, _, kind = name.removeprefix(PREFIX).rpartition(".lora_")
-        if not name.startswith(PREFIX) or kind not in ("A.weight", "B.weight") or len(shape) != 2:
-            found.append(f"{name} is no {PREFIX}PATH.lora_A.weight or .lora_B.weight")
+        path, _, kind = name.removeprefix(_PREFIX).rpartition(".lora_")
+        if not name.startswith(_PREFIX) or kind not in ("A.weight", "B.weight") or len(shape) != 2:
+            found.append(f"{name} is no {_PREFIX}PATH.lora_A.weight or .lora_B.weight")
             continue
         paths.add(path)
         rank = shape[0 if kind == "A.weight" else 1]
         if rank != config.get("r"):
             found.append(f"{name} has rank {rank}, the adapter {config.get('r')}: llama.cpp would scale it by their ratio")
-        if f"{PREFIX}{path}.lora_{'B' if kind == 'A.weight' else 'A'}.weight" not in shapes:
+        if f"{_PREFIX}{path}.lora_{'B' if kind == 'A.weight' else 'A'}.weight" not in shapes:
             found.append(f"{name} has no partner")
-        if VLLM_LORA.get(model_type) and path.rpartition(".")[2] not in LINEARS:
+        if _VLLM_LORA.get(model_type) and path.rpartition(".")[2] not in _LINEARS:
             found.append(f"{path} is no linear that vLLM adapts")
     targets = config.get("target_modules")
     if not isinstance(targets, list) or set(targets) != paths:

@@ -38,7 +38,7 @@ USE = (
 # adds σ of about ε √(k / min(O, I)), far below.
 EXACT = 16 * torch.finfo(torch.float32).eps
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices for --max-lora-rank
-HINT = 64  # the rank whose loss the refusal tells
+_HINT = 64  # the rank whose loss the refusal tells
 
 
 def export_lora(
@@ -150,7 +150,7 @@ def _factors(change: WeightDelta, limit: int | None, dtype: torch.dtype) -> Op:
     if limit is None and not change.rank and true * (inner + outer) > inner * outer:
         raise PatchError(
             f"the change of {change.path} is dense and of rank {true}: as LoRA it would be larger than the matrix; bake it into a "
-            f"checkpoint, or accept a loss with rank=N (--rank N): {HINT} would lose {_beyond(values, HINT):.1%} of its norm"
+            f"checkpoint, or accept a loss with rank=N (--rank N): {_HINT} would lose {_beyond(values, _HINT):.1%} of its norm"
         )
     return low_rank(site, left, values, right, min(true, limit or true), dtype)
 

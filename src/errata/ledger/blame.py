@@ -18,7 +18,7 @@ from errata.core.model import LM
 from errata.ledger.stacks import Entries, unmerged, without
 from errata.ledger.state import LedgerState
 
-TIE = 1e-3  # nats: effects that differ by less are called equal
+_TIE = 1e-3  # nats: effects that differ by less are called equal
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _verdict(base: str, given: str, parts: Sequence[AblatedGroup]) -> str:
     if len(singles) == 1:
         return _one(singles[0])
     if singles:
-        tie = abs(abs(singles[0].shift) - abs(singles[1].shift)) < TIE
+        tie = abs(abs(singles[0].shift) - abs(singles[1].shift)) < _TIE
         return f"A joint effect: {_named(singles)} are each needed{', with equal effect (a tie)' if tie else ''}."
     if len(enough) > 1:
         return f"A tie: {_named(enough)} each give this answer alone, so with one off another still does."

@@ -19,7 +19,7 @@ from errata.ledger.state import LedgerState
 from errata.request import EditRequest
 from errata.score.match import exact_match
 
-MORE = 4  # tokens of an answer beyond the target's
+_MORE = 4  # tokens of an answer beyond the target's
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def check(ledger: LedgerState, repair: bool, progress: Progress | None) -> Check
     if broken & {e.id for e in active_patches(entries)}:
         return CheckResult(tuple(EditStatus(e.number, r, None, "damaged" if e.patch in broken else "unknown") for e, r in asked), repaired)
     lengths = ledger.lm.encode([r.prompt for _, r in asked], [r.target for _, r in asked])
-    tokens = max((len(e.target) for e in lengths), default=0) + MORE
+    tokens = max((len(e.target) for e in lengths), default=0) + _MORE
     stack, held = ledger.stack(), []
     texts = decode.greedy_answers(ledger.lm, [(r.prompt, stack) for _, r in asked], tokens)
     for i, ((edit, request), text) in enumerate(zip(asked, texts, strict=True)):

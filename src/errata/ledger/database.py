@@ -25,9 +25,9 @@ from errata.ledger.stacks import Entry
 from errata.request import EditRequest
 
 NAME = "ledger.db"
-APPLICATION, VERSION = 0x65727261, 1  # "erra"; raised with every change of the tables
+_APPLICATION, VERSION = 0x65727261, 1  # "erra"; raised with every change of the tables
 WAIT = 30.0  # seconds a writer waits for another
-SCHEMA = (
+_SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE events (id INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT NOT NULL, author TEXT NOT NULL, reason TEXT NOT NULL, "
     "verb TEXT NOT NULL, details TEXT NOT NULL)",
@@ -102,10 +102,10 @@ class LedgerDatabase:
         """Tables, in one transaction; nothing where another made them first."""
         with self._connection(write=True) as db, _transaction(db, "IMMEDIATE"):
             if db.execute("PRAGMA user_version").fetchone()[0] == 0:
-                for statement in SCHEMA:
+                for statement in _SCHEMA:
                     db.execute(statement)
                 db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-                db.execute(f"PRAGMA application_id = {APPLICATION}")
+                db.execute(f"PRAGMA application_id = {_APPLICATION}")
                 db.execute(f"PRAGMA user_version = {VERSION}")
 
     def exists(self) -> bool:
@@ -117,7 +117,7 @@ class LedgerDatabase:
             tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if not tables and not version:  # killed before its tables were there
             return False
-        if application != APPLICATION:
+        if application != _APPLICATION:
             raise LedgerError(f"{self.path} is a database of another program; it is left alone, give another folder")
         if version != VERSION:
             raise LedgerError(f"{self.path} has tables of version {version}, this errata reads {VERSION}; update errata to open it")

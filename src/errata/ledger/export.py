@@ -12,7 +12,7 @@ from errata.errors import ErrataError, LedgerError, StorageError
 from errata.ledger.state import LedgerState
 from errata.request import to_jsonl
 
-REQUESTS, ADAPTER, CHECKPOINT = "requests.jsonl", "lora", "checkpoint"
+REQUESTS, _ADAPTER, _CHECKPOINT = "requests.jsonl", "lora", "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,21 @@ def export(ledger: LedgerState, out: Path, rank: int | None, every_block: bool, 
         raise StorageError(f"{out} exists already; it is left alone, give another name")
     requests = list({r.id: r for e in edits for r in e.requests}.values())
     head = {"model": ledger.meta("model"), "base": ledger.meta("base"), "patches": [{"id": p.id, "edits": len(p.requests)} for p in stack]}
-    adapter, why, most, against = out / ADAPTER, "", 0, []
+    adapter, why, most, against = out / _ADAPTER, "", 0, []
     with storage.atomic_folder(out) as temporary:
         for patch in stack:
             patch.save(temporary / patch.id)
         storage.write(temporary / storage.INDEX, (json.dumps(head, ensure_ascii=False, indent=1) + "\n").encode())
         storage.write(temporary / REQUESTS, to_jsonl(requests).encode())
         if checkpoint:
-            bake(ledger.lm, stack, temporary / CHECKPOINT)
+            bake(ledger.lm, stack, temporary / _CHECKPOINT)
         try:
-            report = export_lora(ledger.lm, stack, temporary / ADAPTER, rank=rank, every_block=every_block)
+            report = export_lora(ledger.lm, stack, temporary / _ADAPTER, rank=rank, every_block=every_block)
             most = max(w.rank for w in report.linears)
-            against = objections(temporary / ADAPTER, ledger.lm.hf.config.model_type)
+            against = objections(temporary / _ADAPTER, ledger.lm.hf.config.model_type)
         except StorageError:
             raise
         except ErrataError as error:  # a method that is no change of weights, or a dense one too large
             why = str(error)
-    baked = out / CHECKPOINT if checkpoint else None
+    baked = out / _CHECKPOINT if checkpoint else None
     return ExportResult(out, tuple(p.id for p in stack), len(requests), None if why else adapter, why, most, tuple(against), baked)

@@ -10,7 +10,7 @@ from errata.core.model import LM
 from errata.errors import ConfigError
 
 E = TypeVar("E", bound="Editor")
-SEEDS = 2**32
+_SEEDS = 2**32
 
 
 def preset(cls: type, name: str) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Editor:
 
     def require_seed(self, seed: int) -> None:
         """`ConfigError` for a seed that a generator does not take."""
-        self.require(0 <= seed < SEEDS, f"seed must be from 0 to {SEEDS - 1}, not {seed}")
+        self.require(0 <= seed < _SEEDS, f"seed must be from 0 to {_SEEDS - 1}, not {seed}")
 
     def require_requests(self, problems: Sequence[Any]) -> None:
         """`ConfigError` where one of ``problems``, the requests of a patch each, holds none."""

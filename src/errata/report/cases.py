@@ -51,8 +51,8 @@ KINDS: Final[dict[str, str]] = {
     "statement_false": "true or false",
     "negation": "negated",
 }
-AVOIDED: Final = frozenset({"negation"})  # kinds where the target is the one wrong answer
-UNSAID: Final = frozenset({"generation", "choice"})  # no question with an answer: long sampled texts, likelihoods
+_AVOIDED: Final = frozenset({"negation"})  # kinds where the target is the one wrong answer
+_UNSAID: Final = frozenset({"generation", "choice"})  # no question with an answer: long sampled texts, likelihoods
 LONGEST: Final = 400  # characters of a prompt that are shown; the whole is in the records
 AFTER, SOON = "after all edits", "right after its own edit"
 
@@ -84,7 +84,7 @@ def browser(columns: Sequence[tuple[str, str, Iterable[Record]]], texts: Texts, 
     for c, (_, _, records) in enumerate(columns):
         for record in records:
             name = str(record["case"])
-            if record["kind"] in UNSAID:
+            if record["kind"] in _UNSAID:
                 continue
             if name not in cases and most is not None and len(cases) >= most:
                 left_out.add(name)
@@ -104,7 +104,7 @@ def browser(columns: Sequence[tuple[str, str, Iterable[Record]]], texts: Texts, 
 def _probe(record: Record, texts: Texts, columns: int) -> list[Any]:
     target = record["target"]
     before = record.get("gen_before")
-    wanted = -1 if target is None else texts(f"not {target}" if record["kind"] in AVOIDED else str(target))
+    wanted = -1 if target is None else texts(f"not {target}" if record["kind"] in _AVOIDED else str(target))
     mark = "-" if target is None else _mark(record, "gen_match_before")
     return [
         *(str(record["kind"]), texts(shortened(str(record["prompt"]))), wanted, -2 if before is None else texts(str(before))),
@@ -126,7 +126,7 @@ def _answer(probe: list[Any], record: Record, column: int, texts: Texts) -> None
 def _mark(record: Record, field: str) -> str:
     if record.get(field) is None:
         return "-"
-    return "y" if bool(record[field]) != (record["kind"] in AVOIDED) else "n"
+    return "y" if bool(record[field]) != (record["kind"] in _AVOIDED) else "n"
 
 
 def _case(name: str, probes: Mapping[tuple[str, str, str], list[Any]], texts: Texts) -> list[Any]:

@@ -13,17 +13,17 @@ from errata.report.sections import Section
 from errata.report.tables import HEADINGS, cell, main, methods, metrics, percent, protocols, scores, span, title
 
 Row = Mapping[str, Any]
-MICRO: Final = "As REP averages: percent of all items of all records, every token of the answer right, the answer being fed"
+_MICRO: Final = "As REP averages: percent of all items of all records, every token of the answer right, the answer being fed"
 SPENT: Final = ("loading", "asking the base", "preparing", "editing", "scoring", "checking", "sampling", "timing", "saving")
 TIMES: Final = (
     "Percent, 95 % intervals over cases. T: all edits so far, on the model as it is after T edits; right after: each on the model as its "
     "own edit left it."
 )
-AGES: Final = (
+_AGES: Final = (
     "Of the edits that held right after they were made, percent that hold at the end, by the number of edits that came later; "
     "95 % intervals over edits."
 )
-CLOCK: Final = (
+_CLOCK: Final = (
     "Wall-clock seconds on the machine of the run. Loading the model and asking it unedited is done once for the methods that share it."
 )
 CLEAR: Final = "*"  # behind a difference whose interval leaves out 0
@@ -44,7 +44,7 @@ def micro(rows: Sequence[Row]) -> Table:
     for method in methods(rows):
         found = [at.get((method, name)) for name in names]
         lines.append([method, *("–" if row is None else f"{percent(row['value'])} of {row['n']}" for row in found)])
-    return Table(MICRO, ["method", *names], lines, key="micro")
+    return Table(_MICRO, ["method", *names], lines, key="micro")
 
 
 def gap(row: Row) -> str:
@@ -102,7 +102,7 @@ def forgetting(rows: Sequence[Row]) -> list[Table]:
         at = {(row["method"], int(row["age_low"]), int(row["age_high"])): row for row in mine}
         lines = [[name, *(_held(at.get((name, *age))) for age in ages)] for name in methods(mine)]
         heads = ["method", *(f"{low} later" if low == high else f"{low}–{high} later" for low, high in ages)]
-        out.append(Table(f"Forgetting by age. {title(protocol)}", heads, lines, AGES, key=protocol))
+        out.append(Table(f"Forgetting by age. {title(protocol)}", heads, lines, _AGES, key=protocol))
     return out
 
 
@@ -124,7 +124,7 @@ def times(costs: Mapping[str, Mapping[str, Any]]) -> Table:
             each = spent[name]["editing"] / cost["edits"]
         if spent[name] or each is not None:
             lines.append([name, *(_number(spent[name].get(k), 2) for k in kinds), _number(each, 4)])
-    return Table("Time", ["method", *(f"{k}, s" for k in kinds), "an edit, s"], lines, CLOCK, key="time")
+    return Table("Time", ["method", *(f"{k}, s" for k in kinds), "an edit, s"], lines, _CLOCK, key="time")
 
 
 def memory(costs: Mapping[str, Mapping[str, Any]]) -> Table:

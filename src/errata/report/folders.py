@@ -24,7 +24,7 @@ Record = Mapping[str, Any]
 Row = Mapping[str, Any]
 RIGHT_AFTER = "right after its own"  # ``edits`` of a record that was made when its own edit was the last
 GATES = ("gates.json", "reproduce.json")
-NEEDED = ("method", "case", "kind", "prompt", "target")
+_NEEDED = ("method", "case", "kind", "prompt", "target")
 SAMPLED = "generation"  # of some cases only, and no question: no part of what was asked
 
 
@@ -112,7 +112,7 @@ def _record(line: bytes, where: str) -> Record:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not a line of JSON ({error}); was the run stopped while it was written? run it again") from None
-    if not isinstance(found, dict) or (lacking := [k for k in NEEDED if k not in found]):
+    if not isinstance(found, dict) or (lacking := [k for k in _NEEDED if k not in found]):
         what = "not a record" if not isinstance(found, dict) else f"a record without {lacking[0]!r}"
         raise InputError(f"{where}: {what}; it was not written by errata's scorer")
     return found
@@ -224,12 +224,12 @@ def _benchmark(name: object, version: object, where: object, n: object, order: o
 
 def _scored(path: Path) -> Folder:
     document, records = _summary(path)
-    results = of_document(path, document, records)
+    results = _of_document(path, document, records)
     told = ("summary", "retention", "right_after", "differences", "micro_averages", "settings")
     return Folder(path, tuple(results), {k: v for k, v in document.items() if k not in told}, {}, _gates(path))
 
 
-def of_document(path: Path, document: Mapping[str, Any], records: Records | None) -> list[Result]:
+def _of_document(path: Path, document: Mapping[str, Any], records: Records | None) -> list[Result]:
     """The methods of a document that `errata score` writes."""
     mode = str(document.get("mode", "single"))
     where = document.get("data") or document.get("split") or "test"

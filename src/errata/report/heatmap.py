@@ -26,8 +26,8 @@ ROLES = {
     "further": "further tokens",
     "last": "last token",
 }
-SHADES = 64
-TICK = 5  # blocks from one labelled tick to the next, on a model of more than 12
+_SHADES = 64
+_TICK = 5  # blocks from one labelled tick to the next, on a model of more than 12
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ def _panel(figure: Figure, axes: Axes, panel: Panel, labels: Sequence[str]) -> N
 
     blocks = len(panel.values[0])
     most = max(max(map(max, panel.values)), panel.vmin + 1e-3)  # a flat map is drawn in the lightest colour
-    mesh = axes.pcolormesh(panel.values, cmap=colormaps[COLOURS[panel.kind]].resampled(SHADES), vmin=panel.vmin, vmax=most)
+    mesh = axes.pcolormesh(panel.values, cmap=colormaps[COLOURS[panel.kind]].resampled(_SHADES), vmin=panel.vmin, vmax=most)
     axes.invert_yaxis()
     axes.set_yticks([i + 0.5 for i in range(len(labels))], list(labels), fontsize=7)
-    step = TICK if blocks > 12 else 1
+    step = _TICK if blocks > 12 else 1
     ticks = range(0, blocks, step)
     axes.set_xticks([i + 0.5 for i in ticks], [str(i) for i in ticks], fontsize=7)
     axes.set_title(panel.title, fontsize=8)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 UNHOLDABLE: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-LATEX: Final = {
+_LATEX: Final = {
     **{c: "\\" + c for c in "&%$#_{}"},
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -103,7 +103,7 @@ def latex(tables: Iterable[Table]) -> str:
 
 def escaped(text: object) -> str:
     """A text for LaTeX: nothing in it is a command."""
-    return "".join(LATEX.get(c, c) for c in plain(text))
+    return "".join(_LATEX.get(c, c) for c in plain(text))
 
 
 def _latex(table: Table) -> str:

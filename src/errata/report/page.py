@@ -21,7 +21,7 @@ from errata.request import LOCAL_KINDS
 Row = Mapping[str, Any]
 Record = Mapping[str, Any]
 
-POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 STAYS: Final = (*LOCAL_KINDS, "same_subject", "forgetfulness")  # kinds that an edit should leave as they are
 SAID: Final = (
     "Greedy text before and after each edit; ✓ and ✗ compare it with the wanted answer, or with the text before where nothing should "
@@ -63,7 +63,7 @@ def whole(
         body.append(f'<script type="application/json" id="cases-data">{island(data)}</script>')
     head = [
         '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title>",
         f"<style>\n{_file('page.css')}</style>",

@@ -11,7 +11,7 @@ from errata.report.tables import HEADINGS, escape, main, methods, metrics, title
 
 Row = Mapping[str, Any]
 AREA: Final = svg.Axes(400, 260, right=28)
-DASHES: Final = ("", "6 3", "2 3", "8 3 2 3")  # lines that lie on each other stay two
+_DASHES: Final = ("", "6 3", "2 3", "8 3 2 3")  # lines that lie on each other stay two
 
 
 def panels(rows: Sequence[Row], protocol: str) -> list[str]:
@@ -65,7 +65,7 @@ def _thinned(at: Sequence[int]) -> list[int]:
 
 def _line(rows: Sequence[Row], i: int, x: svg.Scale, y: svg.Scale) -> list[str]:
     stroke = f'stroke="{svg.colour(i)}"'
-    dash = f' stroke-dasharray="{DASHES[i % 4]}"' if DASHES[i % 4] else ""
+    dash = f' stroke-dasharray="{_DASHES[i % 4]}"' if _DASHES[i % 4] else ""
     out = [svg.path([(x(row["T"]), y(float(row["value"]))) for row in rows], f'{stroke} stroke-width="1.75"{dash}')]
     for row in rows:
         out.append(svg.line(x(row["T"]), y(float(row["low"])), x(row["T"]), y(float(row["high"])), f'{stroke} stroke-width="1"'))

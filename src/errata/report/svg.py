@@ -16,7 +16,7 @@ Scale = Callable[[float], float]
 COLOURS: Final = 10  # --c0 … --c9 of the page's style
 STEP: Final = 12.0
 NEAR: Final = 13.0  # two labels nearer than this would be read as one
-AROUND: Final = [(r * math.cos(a), r * math.sin(a)) for r in (13, 22, 31, 40) for a in (k * math.pi / 4 - math.pi / 2 for k in range(8))]
+_AROUND: Final = [(r * math.cos(a), r * math.sin(a)) for r in (13, 22, 31, 40) for a in (k * math.pi / 4 - math.pi / 2 for k in range(8))]
 
 
 def colour(i: int) -> str:
@@ -117,7 +117,7 @@ def numbered(points: Sequence[tuple[float, float]], marks: Sequence[int], area: 
             outside = not (left + 5 <= at[0] <= right - 2 and top - 8 <= at[1] <= bottom - 6)
             return 100.0 * outside + sum(max(0.0, NEAR - math.dist(at, p)) for p in (*placed, *others))  # noqa: B023
 
-        dx, dy = min(AROUND, key=lambda d: (crowded(*d), math.hypot(*d)))
+        dx, dy = min(_AROUND, key=lambda d: (crowded(*d), math.hypot(*d)))
         placed.append((x + dx, y + dy))
         if math.hypot(dx, dy) > 15:
             out.append(line(x, y, x + 0.75 * dx, y + 0.75 * dy, f'stroke="{colour(mark)}" stroke-width="0.75"'))

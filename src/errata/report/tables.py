@@ -14,7 +14,7 @@ from errata.report.layout import UNHOLDABLE, Table
 
 Row = Mapping[str, Any]
 
-# What `errata score --robustness` adds: a table of its own, beside `REFERENCE`, what the edit does where nothing is changed.
+# What `errata score --robustness` adds: a table of its own, beside `_REFERENCE`, what the edit does where nothing is changed.
 ROBUST: Final[dict[str, str]] = {
     "paraphrase_seen": "given paraphrases (seen)",
     "subject_seen": "subject paraphrased (seen)",
@@ -31,7 +31,7 @@ ROBUST: Final[dict[str, str]] = {
     "true_false": "true or false (chance 50)",
     "negation": "negated: new answer not said",
 }
-REFERENCE: Final = ("reliability", "generality", "ES", "PS")
+_REFERENCE: Final = ("reliability", "generality", "ES", "PS")
 # Metric -> heading, in reading order: the edit, what follows from it, what should stay.  Others follow under their own name.
 HEADINGS: Final[dict[str, str]] = {
     "reliability": "reliability",
@@ -71,7 +71,7 @@ PROTOCOLS: Final[dict[str, str]] = {
     "likelihood": "Likelihood: the wanted answer against its rival; ES, PS, NS share where it is likelier, EM, PM, NM by how much",
     "sampled": "Sampled: longer text; n-gram entropy in bits (GE) and likeness to texts about the new answer (RS)",
 }
-BEFORE: Final = "unedited model"
+_BEFORE: Final = "unedited model"
 JUDGED: Final = "judged "  # a judge's protocol is this and its name
 
 
@@ -132,7 +132,7 @@ def grid(rows: Sequence[Row], protocol: str) -> tuple[list[str], list[list[str]]
     }
     distinct = list({tuple(line): line for line in before.values()}.values())
     same = len(distinct) == 1
-    lines = [[BEFORE if same else f"{BEFORE}, cases of {name}", *line] for name, line in before.items()]
+    lines = [[_BEFORE if same else f"{_BEFORE}, cases of {name}", *line] for name, line in before.items()]
     lines = lines[:1] if same else lines
     lines += [[name, *(cell(at.get((name, column))) for column in columns)] for name in names]
     return ["method", *(HEADINGS.get(column, column) for column in columns)], lines
@@ -153,10 +153,10 @@ def main(rows: Iterable[Row]) -> list[Row]:
 
 
 def robust(rows: Iterable[Row]) -> list[Row]:
-    """The rows of the robustness table, `REFERENCE` first; none without a robustness metric."""
+    """The rows of the robustness table, `_REFERENCE` first; none without a robustness metric."""
     rows = list(rows)
     there = {row["protocol"] for row in rows if row["metric"] in ROBUST}
-    return [row for row in rows if row["protocol"] in there and (row["metric"] in ROBUST or row["metric"] in REFERENCE)]
+    return [row for row in rows if row["protocol"] in there and (row["metric"] in ROBUST or row["metric"] in _REFERENCE)]
 
 
 def scores(rows: Sequence[Row]) -> list[Table]:

@@ -28,7 +28,7 @@ from errata.run.cell import CellRunner
 from errata.run.folder import Journal, complete, locked, read_document
 from errata.run.parts import Progress
 
-RETRIES = 2  # more tries of a cell whose worker was lost
+_RETRIES = 2  # more tries of a cell whose worker was lost
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _failed(folder: Path, name: str, message: str, code: int) -> Outcome:
     return Outcome(name, message, code)
 
 
-def serial(root: Path, cells: Sequence[grid.Cell], told: OnOutcome, progress: Callable[[str], Progress] | None = None) -> list[Outcome]:
+def _serial(root: Path, cells: Sequence[grid.Cell], told: OnOutcome, progress: Callable[[str], Progress] | None = None) -> list[Outcome]:
     """One after another, here."""
     threads = torch.get_num_threads()
     try:
@@ -102,7 +102,7 @@ def processes(root: Path, cells: Sequence[grid.Cell], told: OnOutcome, count: in
     def one(name: str, base_only: bool) -> Outcome:
         command = [sys.executable, "-m", "errata.run.worker", str(root), name, *(["--base"] if base_only else [])]
         said = ""
-        for _ in range(1 + RETRIES):
+        for _ in range(1 + _RETRIES):
             if ended.is_set():
                 return Outcome(name, "not begun: the run was ended", DiskError.exit_code)
             child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -111,7 +111,7 @@ def processes(root: Path, cells: Sequence[grid.Cell], told: OnOutcome, count: in
             running.discard(child)
             if child.returncode == 0:
                 return Outcome(**json.loads(said.splitlines()[-1]))
-        return Outcome(name, f"its worker was lost {1 + RETRIES} times, last with exit code {child.returncode}", 1)
+        return Outcome(name, f"its worker was lost {1 + _RETRIES} times, last with exit code {child.returncode}", 1)
 
     pool = ThreadPoolExecutor(count)
     try:
@@ -126,7 +126,9 @@ def processes(root: Path, cells: Sequence[grid.Cell], told: OnOutcome, count: in
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def on_ray(root: Path, spec: grid.RunSpec, cells: Sequence[grid.Cell], told: OnOutcome, address: str | None, threads: int) -> list[Outcome]:
+def _on_ray(
+    root: Path, spec: grid.RunSpec, cells: Sequence[grid.Cell], told: OnOutcome, address: str | None, threads: int
+) -> list[Outcome]:
     """As tasks of a Ray cluster: a local one, or the one at ``address`` (its machines must see the run's folder under the same path)."""
     try:
         import ray  # type: ignore[import-not-found, unused-ignore]
@@ -136,7 +138,7 @@ def on_ray(root: Path, spec: grid.RunSpec, cells: Sequence[grid.Cell], told: OnO
     if begun:
         ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
     gpus = spec.gpus if spec.gpus is not None else int(bool(ray.cluster_resources().get("GPU")))
-    task = ray.remote(num_cpus=min(threads, ray.cluster_resources().get("CPU", 1)), num_gpus=gpus, max_retries=RETRIES)(run_cell)
+    task = ray.remote(num_cpus=min(threads, ray.cluster_resources().get("CPU", 1)), num_gpus=gpus, max_retries=_RETRIES)(run_cell)
 
     def run(names: Sequence[str], base_only: bool) -> Iterator[Outcome]:
         waiting = {task.remote(str(root), name, base_only): name for name in names}
@@ -147,7 +149,7 @@ def on_ray(root: Path, spec: grid.RunSpec, cells: Sequence[grid.Cell], told: OnO
                 yield ray.get(done)
             except ray.exceptions.RayError as error:  # the worker is gone, and so are those that tried again
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                yield Outcome(name, f"its worker was lost {1 + RETRIES} times ({first})", 1)
+                yield Outcome(name, f"its worker was lost {1 + _RETRIES} times ({first})", 1)
 
     try:
         return _collected(_in_two_stages(cells, run), told)
@@ -208,11 +210,11 @@ def run(
         manifest.complete(root)
         return []
     if workers == "ray":
-        out = on_ray(root, spec, cells, told, address, int(kept["threads"]))
+        out = _on_ray(root, spec, cells, told, address, int(kept["threads"]))
     elif isinstance(workers, int) and workers > 1:
         out = processes(root, cells, told, workers)
     else:
-        out = serial(root, cells, told, progress)
+        out = _serial(root, cells, told, progress)
     if (full := next((o for o in out if o.disk), None)) is not None:
         raise DiskError(f"{full.cell}: {full.error}")
     manifest.complete(root)

@@ -24,7 +24,7 @@ from errata import storage
 from errata.errors import PatchError, StorageError
 
 Records = list[dict[str, Any]]
-JOURNAL, RECORDS, TIMES, LOCK = "journal.jsonl", "records.jsonl", "times.jsonl", ".lock"
+_JOURNAL, RECORDS, TIMES, _LOCK = "journal.jsonl", "records.jsonl", "times.jsonl", ".lock"
 DONE = "done"
 
 
@@ -83,7 +83,7 @@ class Journal:
 
     def _read(self) -> bytes:
         """The file; entries become what the journal names and the disk holds whole; everything behind the first gap is forgotten."""
-        path = self.folder / JOURNAL
+        path = self.folder / _JOURNAL
         raw = path.read_bytes() if path.exists() else b""
         found: list[dict[str, Any]] = []
         for text in raw.split(b"\n")[:-1]:  # what stands behind the last line break was torn
@@ -108,14 +108,14 @@ class Journal:
     def cut(self, length: int) -> None:
         """Forget all parts but the first ``length``."""
         self.entries = self.entries[:length]
-        storage.write_atomic(self.folder / JOURNAL, lines(self.entries))
+        storage.write_atomic(self.folder / _JOURNAL, lines(self.entries))
 
     def add(self, part: str, records: Records, **more: Any) -> None:
         """A part that is done: its records first, then the line that vouches for them."""
         content = lines(records)
         storage.write_atomic(self._file(part), content)
         entry = {"part": part, "sha256": hashlib.sha256(content).hexdigest(), **more}
-        storage.append(self.folder / JOURNAL, line(entry))
+        storage.append(self.folder / _JOURNAL, line(entry))
         self.entries.append(entry)
 
     def records(self, part: str) -> Records:
@@ -128,7 +128,7 @@ class Journal:
             if path.name not in kept:
                 path.unlink()
         for path in self.folder.glob(".*"):
-            if path.name != LOCK:
+            if path.name != _LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def time(self, part: str, seconds: dict[str, float]) -> None:
@@ -193,7 +193,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Nobody else works in this folder meanwhile; the lock goes with the process that holds it."""
     with storage.disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        stream = open(folder / LOCK, "w")  # noqa: SIM115
+        stream = open(folder / _LOCK, "w")  # noqa: SIM115
     with stream:
         try:
             import fcntl

@@ -32,8 +32,8 @@ from errata.methods.base import preset
 from errata.run.guard import GuardSpec
 
 CASES = 100  # where the run file does not say
-BATCHED = re.compile(r"batched\((\d+)\)")
-MANY = ("model", "methods", "benchmark", "scenario", "seeds")  # one, or a list
+_BATCHED = re.compile(r"batched\((\d+)\)")
+_MANY = ("model", "methods", "benchmark", "scenario", "seeds")  # one, or a list
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def read(path: str | Path, sets: Iterable[str] = ()) -> RunSpec:
 
 def _in_full(values: dict[str, Any]) -> dict[str, Any]:
     """Lists where there may be several, mappings where a name was enough."""
-    out: dict[str, Any] = {key: [value] if key in MANY and not isinstance(value, list) else value for key, value in values.items()}
+    out: dict[str, Any] = {key: [value] if key in _MANY and not isinstance(value, list) else value for key, value in values.items()}
     for key, read_one in (("model", _named), ("methods", _named), ("benchmark", _named), ("scenario", _scenario)):
         out |= {key: [read_one(v) for v in out[key]]} if key in out else {}
     if isinstance(out.get("score"), dict) and isinstance(out["score"].get("judges"), list):
@@ -254,7 +254,7 @@ def _named(value: Any) -> Any:
 
 def _scenario(value: Any) -> Any:
     if isinstance(value, str):
-        found = BATCHED.fullmatch(value.replace(" ", ""))
+        found = _BATCHED.fullmatch(value.replace(" ", ""))
         return {"kind": "batched", "size": int(found[1])} if found else {"kind": value}
     return value
 
@@ -282,7 +282,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         if not steps:
             at[step] = value
             return
-        at = at.setdefault(step, {} if step != first or first not in MANY else [{}])
+        at = at.setdefault(step, {} if step != first or first not in _MANY else [{}])
     raise ConfigError(f"--set {key}: name a setting of it")
 
 

@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 ROWS = 192  # of a batch; more gains nothing on two cores and holds more memory
 TOKENS = 1 << 14  # of a batch: long contexts run in smaller ones
 MAX_NEW_TOKENS = 12
-STATEMENTS = {"statement_true": "False", "statement_false": "True"}  # kind -> the wrong answer
+_STATEMENTS = {"statement_true": "False", "statement_false": "True"}  # kind -> the wrong answer
 
 
 @dataclass
@@ -237,8 +237,8 @@ def _against(case: Case, probe: Probe, target: str) -> tuple[str, str | None]:
         rival = case.request.target
     elif probe.kind == "negation" and request.old is not None:
         own, rival = request.old, request.target
-    elif probe.kind in STATEMENTS:
-        rival = STATEMENTS[probe.kind]
+    elif probe.kind in _STATEMENTS:
+        rival = _STATEMENTS[probe.kind]
     return own, None if rival is None or exact_match(own, rival) else rival
 
 

@@ -11,7 +11,7 @@ from errata.score.metrics import interval
 
 Record = Mapping[str, Any]
 # What "holds" means for the edited prompt, by protocol: the answer said freely; every token of it, the answer being fed.
-HOLDS: Final[dict[str, Callable[[Record], bool]]] = {
+_HOLDS: Final[dict[str, Callable[[Record], bool]]] = {
     "generated": lambda r: bool(r["gen_match_after"]),
     "teacher_forced": lambda r: r["tf_after"] == 1.0,
 }
@@ -38,7 +38,7 @@ def forgetting(right_after: Iterable[Record], at: Iterable[Record], edits: int, 
     last = _rewrites(at)
     place = {case: i for i, case in enumerate(dict.fromkeys(r["case"] for r in at))}
     rows = []
-    for protocol, holds in HOLDS.items():
+    for protocol, holds in _HOLDS.items():
         for low, high in ages(edits):
             there = [case for case in first if case in last and low <= edits - 1 - place[case] <= high]
             held = [case for case in there if all(map(holds, first[case]))]

@@ -32,7 +32,7 @@ from errata.request import Case
 from errata.score.evaluator import Progress, distinct, key
 
 ROWS = 64  # of a batch: each keeps a cache of prompt and new tokens
-WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 class Source(Protocol):
@@ -68,7 +68,7 @@ def words(text: str) -> list[str]:
     Near to nltk's word tokens, which the papers use and errata does not need: nltk also splits contractions ("do", "n't") and
     keeps some marks together ("...").
     """
-    return WORD.findall(text)
+    return _WORD.findall(text)
 
 
 def entropy(text: str) -> float:

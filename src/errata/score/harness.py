@@ -29,7 +29,7 @@ try:
 except ImportError:
     raise ConfigError("errata.score.harness needs the package lm-eval; pip install 'errata[harness]'") from None
 
-NEW_TOKENS = 256  # of an answer, where a task does not say
+_NEW_TOKENS = 256  # of an answer, where a task does not say
 LENGTH = 2048  # of a window, where the model does not say
 
 
@@ -104,7 +104,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc, unused-ignore]
                 raise ConfigError(f"{self.lm.name}: a task asks for sampled text; only greedy decoding is offered here")
             until = how.get("until") or ()
             stop = (until,) if isinstance(until, str) else tuple(until)
-            groups.setdefault((stop, int(how.get("max_gen_toks", NEW_TOKENS))), []).append(i)
+            groups.setdefault((stop, int(how.get("max_gen_toks", _NEW_TOKENS))), []).append(i)
         for (stop, tokens), members in groups.items():
             for start in range(0, len(members), self.rows):
                 part = members[start : start + self.rows]

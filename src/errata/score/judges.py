@@ -26,12 +26,12 @@ from errata import registry, storage
 from errata.errors import ConfigError, JudgeError
 from errata.score import match
 
-INSTRUCTION = (
+_INSTRUCTION = (
     "You grade answers. You are given a question (maybe the beginning of a sentence), the expected answer and an answer that was given. "
     "Reply with the single word CORRECT if the given answer states the expected one (other wording is fine, another fact beside it that "
     "contradicts it is not), else with the single word INCORRECT."
 )
-VERDICTS = {"CORRECT": True, "INCORRECT": False}
+_VERDICTS = {"CORRECT": True, "INCORRECT": False}
 AGAIN = (429, 500, 502, 503, 504)  # worth another try
 
 
@@ -83,7 +83,7 @@ class EndpointJudge:
             except (ValueError, KeyError, TypeError):
                 pass  # torn: asked again
         said = self._ask(asked)
-        verdict = VERDICTS.get(said.strip().strip(".!\"'*").upper())
+        verdict = _VERDICTS.get(said.strip().strip(".!\"'*").upper())
         if verdict is None:
             raise JudgeError(f"judge {self.name}: {self.url} said {said!r} where CORRECT or INCORRECT was asked for")
         storage.write_atomic(known, json.dumps({"verdict": verdict, "said": said, **asked}, ensure_ascii=True).encode())
@@ -91,7 +91,7 @@ class EndpointJudge:
 
     def _messages(self, question: str, wanted: str, answer: str) -> list[dict[str, str]]:
         text = f"Question: {question}\nExpected answer: {wanted}\nGiven answer: {answer}"
-        return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
+        return [{"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": text}]
 
     def _ask(self, asked: Mapping[str, Any]) -> str:
         """The reply; `JudgeError` when there is none after a few tries."""

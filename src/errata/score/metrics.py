@@ -52,7 +52,7 @@ Record = Mapping[str, Any]
 Floats = NDArray[np.float64]
 
 JUDGED: Final = "judged "  # a judge's protocol is this and its name
-LEVEL = 0.95
+_LEVEL = 0.95
 CHUNK = 1 << 21  # resampled indices held at once: 16 MB
 
 
@@ -210,7 +210,7 @@ def interval(values: Floats, seed: int, resamples: int = 2000, statistic: Callab
     found = found[~np.isnan(found)]  # a resample without any probe of a kind says nothing
     if not len(found):
         found = statistic(values[None])
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(found, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float(low), float(high)
 
 

@@ -33,11 +33,11 @@ from errata.score.evaluator import MAX_NEW_TOKENS
 from errata.text import surfaces
 from errata.text.surfaces import PASSAGES_SEEN, PASSAGES_UNSEEN
 
-COPULAS: Final = frozenset({"is", "was", "are", "were"})
+_COPULAS: Final = frozenset({"is", "was", "are", "were"})
 SMALL: Final = frozenset(
     {"The", "A", "An", "In", "On", "At", "By", "From", "To", "For", "Where", "What", "Which", "Who"}
 )  # at a sentence's start
-MARGIN: Final = MAX_NEW_TOKENS + 32  # tokens kept free of the window: for answer and chat template
+_MARGIN: Final = MAX_NEW_TOKENS + 32  # tokens kept free of the window: for answer and chat template
 
 # The names of REP's evaluation -> the kind of probe they count.
 PAPER: Final[dict[str, str]] = {
@@ -142,14 +142,14 @@ def negated(prompt: str, subject: str | None = None) -> str | None:
     prompt = prompt.rstrip()
     if prompt.endswith("?"):
         return None
-    if prompt.rpartition(" ")[2] in COPULAS:
+    if prompt.rpartition(" ")[2] in _COPULAS:
         return f"{prompt} not"
     small = prompt.partition(" ")[0] in SMALL and not (subject is not None and prompt.startswith(subject))
     return f"It is not true that {prompt[0].lower() + prompt[1:] if small else prompt}"
 
 
 def _fits(lm: LM, probe: Probe, room: int) -> bool:
-    text, taken = f"{probe.prompt} {probe.target}", MARGIN + room
+    text, taken = f"{probe.prompt} {probe.target}", _MARGIN + room
     if not lm.context_length or len(text.encode()) + taken <= lm.context_length:  # a token is at least a byte
         return True
     return len(lm.tokenizer(text)["input_ids"]) + taken <= lm.context_length

@@ -18,7 +18,7 @@ from errata.errors import (
     out_of_memory,
 )
 
-TYPES = {
+_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
@@ -30,7 +30,7 @@ TYPES = {
     429: "rate_limit_error",
     503: "unavailable_error",
 }
-STATUS: dict[type[ErrataError], tuple[int, str]] = {
+_STATUS: dict[type[ErrataError], tuple[int, str]] = {
     InputError: (400, "invalid_input"),
     ConfigError: (400, "invalid_setting"),
     UnknownNameError: (400, "unknown_name"),
@@ -60,19 +60,19 @@ class APIError(Exception):
 
     @property
     def document(self) -> dict[str, Any]:
-        kind = TYPES.get(self.status, "server_error")
+        kind = _TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}, **self.more}
 
 
 def of(error: ErrataError) -> APIError:
     """What an error of errata is over HTTP.  Its message names commands where it tells what to do; they do the same."""
-    status, code = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), (500, "internal"))
+    status, code = next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), (500, "internal"))
     if code == "ledger" and "another is writing" in str(error):
         return APIError(503, str(error), "busy", headers={"Retry-After": "5"})
     return APIError(status, str(error), code)
 
 
-def internal_error(error: BaseException) -> APIError:
+def _internal_error(error: BaseException) -> APIError:
     """Of an error that nobody foresaw: its kind and first line; the traceback is for the log."""
     if out_of_memory(error):
         return APIError(503, "out of memory; ask for less at once", "out_of_memory")
@@ -86,4 +86,4 @@ def stopping() -> APIError:
 
 def to_api_error(error: BaseException) -> APIError:
     """Any error."""
-    return error if isinstance(error, APIError) else of(error) if isinstance(error, ErrataError) else internal_error(error)
+    return error if isinstance(error, APIError) else of(error) if isinstance(error, ErrataError) else _internal_error(error)

@@ -23,7 +23,7 @@ from errata.serve.service import Service
 
 PAGE = Path(__file__).parent / "page"
 METHODS = ("DELETE", "GET", "HEAD", "POST")
-UNSUPPORTED = ("frequency_penalty", "presence_penalty", "logit_bias", "echo", "suffix", "best_of", "tools", "response_format")
+_UNSUPPORTED = ("frequency_penalty", "presence_penalty", "logit_bias", "echo", "suffix", "best_of", "tools", "response_format")
 
 
 def make(service: Service) -> App:
@@ -97,7 +97,7 @@ async def _invalid(_: Request, error: Exception) -> Response:
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = f"{name} is not a field of this request, or not one that this server acts on; leave it out"
-    elif where and where[0] in UNSUPPORTED:
+    elif where and where[0] in _UNSUPPORTED:
         message = f"{where[0]} is not supported; leave it out"
     elif name:
         message = f"{name}: {message}"

@@ -21,7 +21,7 @@ from errata.serve.plans import PlanCache, join
 from errata.serve.rows import Row
 
 LOG = logging.getLogger("errata.serve")
-SLACK = 16  # columns that are padding in every row before they are cut off
+_SLACK = 16  # columns that are padding in every row before they are cut off
 
 
 class DecodeBatch:
@@ -78,7 +78,7 @@ class DecodeBatch:
             return
         self.cache = select_cache_rows(self.cache, index)
         lead = int(self.mask.argmax(1).min())
-        if lead >= SLACK and self.plain:
+        if lead >= _SLACK and self.plain:
             self.mask = self.mask[:, lead:]
             for layer in self.cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, lead:], layer.values[:, :, lead:]

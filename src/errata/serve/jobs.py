@@ -14,7 +14,7 @@ from typing import Any
 from errata.ledger.findings import Finding
 from errata.request import EditRequest
 
-ENDED = ("done", "failed", "cancelled")
+_ENDED = ("done", "failed", "cancelled")
 
 
 class JobCancelled(BaseException):
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        return self.status in ENDED
+        return self.status in _ENDED
 
     def document(self) -> dict[str, Any]:
         """As plain JSON values."""

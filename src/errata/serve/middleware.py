@@ -26,8 +26,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 LINGER = 2.0  # seconds a client that sends too much is listened to after it has been refused
-ROUTES = ("completions", "chat", "models", "edits", "jobs", "compare", "blame", "check", "watch", "neighbours", "trace", "log")
-SAFE = (
+_ROUTES = ("completions", "chat", "models", "edits", "jobs", "compare", "blame", "check", "watch", "neighbours", "trace", "log")
+_SAFE = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),
@@ -51,7 +51,7 @@ def require_token(token: str) -> Callable[[Request], None]:
     return check
 
 
-def host_of(header: str) -> str:
+def _host_of(header: str) -> str:
     """The name in a Host header, without the port."""
     return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
 
@@ -72,7 +72,7 @@ class GuardMiddleware:
             if message["type"] == "http.response.start":
                 status[0] = message["status"]
                 names = {name for name, _ in message.get("headers", [])}
-                message["headers"] = [*message.get("headers", []), *(pair for pair in SAFE if pair[0] not in names)]
+                message["headers"] = [*message.get("headers", []), *(pair for pair in _SAFE if pair[0] not in names)]
             await send(message)
 
         try:
@@ -94,8 +94,8 @@ class GuardMiddleware:
     def _allowed(self, scope: Scope) -> None:
         hosts = self.service.options.hosts
         header = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"host"), "")
-        if hosts and host_of(header).lower() not in hosts:
-            raise APIError(403, f"this server is not called {host_of(header)!r}; start it with --allow-host to let it be", "wrong_host")
+        if hosts and _host_of(header).lower() not in hosts:
+            raise APIError(403, f"this server is not called {_host_of(header)!r}; start it with --allow-host to let it be", "wrong_host")
         if self.service.stopping and scope["method"] == "POST":
             raise stopping()
 
@@ -189,7 +189,7 @@ def _route(path: str) -> str:
     first, _, rest = path.strip("/").partition("/")
     name = rest.partition("/")[0]
     if first == "v1":
-        return name if name in ROUTES else "other"
+        return name if name in _ROUTES else "other"
     return first if first in ("health", "metrics") else "page" if path == "/" else "other"
 
 

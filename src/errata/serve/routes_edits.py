@@ -24,7 +24,7 @@ from errata.serve.schemas import EditPost
 from errata.serve.service import Service
 from errata.text.corpora import BUNDLED
 
-BEAT = 15.0  # seconds between signs of life of a stream
+_BEAT = 15.0  # seconds between signs of life of a stream
 FILES = {"demonstrations": (None, *PACKAGED), "encoder": (None,), "stats": (*BUNDLED, "almanac")}  # what these may be without --allow-files
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 
@@ -217,7 +217,7 @@ async def _changes(job: Job, watching: list[int]) -> AsyncIterator[str]:
                 if ended:
                     return
             try:
-                await asyncio.wait_for(event.wait(), BEAT)
+                await asyncio.wait_for(event.wait(), _BEAT)
             except asyncio.TimeoutError:
                 yield ": still here\n\n"
     finally:

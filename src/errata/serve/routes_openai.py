@@ -20,7 +20,7 @@ from errata.serve.rows import OutputChunk, Row, SamplingParams
 from errata.serve.schemas import ChatRequest, CompletionRequest, Sampled
 from errata.serve.service import Service
 
-DEFAULT = 16  # tokens of a completion where the request does not say (OpenAI's own)
+_DEFAULT = 16  # tokens of a completion where the request does not say (OpenAI's own)
 
 
 def routes(service: Service) -> APIRouter:
@@ -46,7 +46,7 @@ def routes(service: Service) -> APIRouter:
         """Texts that go on from the prompts."""
         stack = await asyncio.to_thread(service.stacks.find, body.model)
         encoded = [(_encode(service, p), p[len(p.rstrip()) :][:1]) for p in body.prompts]
-        limit = body.max_tokens or min(DEFAULT, service.options.limits.tokens)
+        limit = body.max_tokens or min(_DEFAULT, service.options.limits.tokens)
         return await _answer(service, request, body, stack, encoded, _wanted(body, limit, body.logprobs), OpenAIResponse(body.model, False))
 
     @router.post("/v1/chat/completions", tags=["answers"])

@@ -17,8 +17,8 @@ from errata.core.bank import Stack
 from errata.core.tokens import Encoded
 from errata.serve.api_errors import to_api_error
 
-CONTEXT = 4  # tokens of the prompt that new ones are read after: what a token says can depend on those before it
-BROKEN = "�"  # stands where the bytes of a character are not all there yet
+_CONTEXT = 4  # tokens of the prompt that new ones are read after: what a token says can depend on those before it
+_BROKEN = "�"  # stands where the bytes of a character are not all there yet
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str], skip: str = "") -> None:
         self.tokenizer, self.stops, self.skip = tokenizer, stops, skip
-        self.ids = list(prompt[-CONTEXT:])
+        self.ids = list(prompt[-_CONTEXT:])
         self.begin, self.read = 0, len(self.ids)
         self.text, self.told, self.stopped = "", 0, False
 
@@ -78,7 +78,7 @@ class IncrementalDetokenizer:
     def _take(self, whole: bool) -> None:
         """Move what is certain from ids to text."""
         before, now = self._decode(self.ids[self.begin : self.read]), self._decode(self.ids[self.begin :])
-        if len(now) <= len(before) or (now.endswith(BROKEN) and not whole):
+        if len(now) <= len(before) or (now.endswith(_BROKEN) and not whole):
             return
         fresh = now[len(before) :]
         if not self.text and self.skip and fresh.startswith(self.skip):

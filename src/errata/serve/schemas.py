@@ -13,7 +13,7 @@ Text = Annotated[str, Field(min_length=1, max_length=200_000, pattern=r"\S")]
 Name = Annotated[str, Field(min_length=1, max_length=500, examples=["live"])]
 Zero = Annotated[float, Field(ge=0, le=0, description="not supported: only 0")]
 Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=4)]
-MOST_PROMPTS = 64
+_MOST_PROMPTS = 64
 
 
 class StrictModel(BaseModel):
@@ -47,7 +47,7 @@ class Sampled(StrictModel):
 
 
 class CompletionRequest(Sampled):
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=_MOST_PROMPTS)]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] | None = False
     suffix: None = None
@@ -159,11 +159,11 @@ class Pair(StrictModel):
 
 
 class CompareRequest(StrictModel):
-    prompts: Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+    prompts: Annotated[list[Text], Field(min_length=1, max_length=_MOST_PROMPTS)]
     before: Name = "base"
     after: Name = "live"
     max_tokens: int = Field(12, ge=1, le=256)
-    answers: Annotated[list[Pair | None], Field(max_length=MOST_PROMPTS, description="null, or one for each prompt")] | None = None
+    answers: Annotated[list[Pair | None], Field(max_length=_MOST_PROMPTS, description="null, or one for each prompt")] | None = None
 
     @model_validator(mode="after")
     def one_each(self) -> CompareRequest:

@@ -19,10 +19,10 @@ from errata.ledger.stacks import Entries
 from errata.serve.api_errors import APIError
 
 KEPT = 64  # stacks by name and state of the ledger
-FORMS = "base, live, edit:N, edits:N,M…, event:N, or the name of a patch the server was started with"
+_FORMS = "base, live, edit:N, edits:N,M…, event:N, or the name of a patch the server was started with"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TAKEN = ("base", "live")
-NUMBER = r"[1-9][0-9]{0,8}"
+_NUMBER = r"[1-9][0-9]{0,8}"
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,15 @@ class ServedModels:
         try:
             if name == "live":
                 return self.ledger.stack()
-            if kind == "event" and re.fullmatch(f"0|{NUMBER}", rest):
+            if kind == "event" and re.fullmatch(f"0|{_NUMBER}", rest):
                 return self.ledger.stack(int(rest))
-            if kind in ("edit", "edits") and re.fullmatch(NUMBER if kind == "edit" else f"{NUMBER}(,{NUMBER})*", rest):
+            if kind in ("edit", "edits") and re.fullmatch(_NUMBER if kind == "edit" else f"{_NUMBER}(,{_NUMBER})*", rest):
                 return self._edits(name, {int(n) for n in rest.split(",")}, head)
         except LedgerError as error:
             raise missing(name, str(error)) from None
         except PatchError as error:
             raise APIError(500, str(error), "patch", "model") from None
-        raise missing(name, f"the field says {FORMS}; GET /v1/models lists them")
+        raise missing(name, f"the field says {_FORMS}; GET /v1/models lists them")
 
     def _edits(self, name: str, numbers: set[int], head: int) -> Stack:
         entries = self.ledger.entries(head)

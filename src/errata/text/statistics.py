@@ -28,8 +28,8 @@ from errata.text.corpora import Corpus, open_corpus
 
 TOKENS = 100_000
 LENGTH = 512  # tokens of a text at most
-CHARACTERS = 4  # of a token, about
-BATCH_TOKENS = 4_096  # of one pass: what bounds the memory beside the sums themselves
+_CHARACTERS = 4  # of a token, about
+_BATCH_TOKENS = 4_096  # of one pass: what bounds the memory beside the sums themselves
 WINDOW = 256  # texts tokenised at once, packed into batches by length, and counted as done together
 SAVE_SECONDS = 30.0
 Progress = Callable[[int, int], None]  # (tokens read, tokens wanted)
@@ -99,7 +99,7 @@ def moments(
     source: str = "bundled",
     *,
     tokens: int = TOKENS,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = _BATCH_TOKENS,
     seed: int = 0,
     cache: Path | None = None,
     progress: Progress | None = None,
@@ -170,7 +170,7 @@ class _Pass:
     def _batches(self, texts: Sequence[str]) -> Iterator[list[tuple[int, ...]]]:
         """Rows of at most `LENGTH` tokens (what the model can take, if less), packed by length up to ``batch_tokens``, padding counted."""
         most = min(LENGTH, self.lm.context_length or LENGTH)
-        cut = [t[: most * CHARACTERS] for t in texts if t.strip()]  # a book need not be tokenised for its first page
+        cut = [t[: most * _CHARACTERS] for t in texts if t.strip()]  # a book need not be tokenised for its first page
         rows = sorted((e.ids[:most] for e in self.lm.encode(cut)), key=len)
         batch: list[tuple[int, ...]] = []
         for row in rows:

@@ -27,17 +27,17 @@ from errata.request import fill as fill
 from errata.text.corpora import bundled
 
 T = TypeVar("T")
-SHUFFLED = 10  # orders of a subject's tokens (REP: up to 11 permutations without the identity)
+_SHUFFLED = 10  # orders of a subject's tokens (REP: up to 11 permutations without the identity)
 PASSAGES_SEEN, PASSAGES_UNSEEN = 5, 1  # REP: five to train on, a sixth to test
 WORDS, TOKENS = 300, 512  # of a long context: in REP's code, in its text
-BLOCK = 1024  # words of the bundled text from which one passage is taken
-ALL_ORDERS = 5  # up to so many tokens every permutation is listed, beyond they are drawn
+_BLOCK = 1024  # words of the bundled text from which one passage is taken
+_ALL_ORDERS = 5  # up to so many tokens every permutation is listed, beyond they are drawn
 TRIES = 1000  # draws at most; equal tokens, or letters of several tokens each, waste some
 
-TITLE = re.compile(r"^(?:the|sir|dame|dr\.?|mr\.?|mrs\.?|ms\.?|prof\.?)\s+(?=\S)", re.IGNORECASE)
-APPOSED = re.compile(r"^(\S.*?)\s*\(([^()]+)\)$")
+_TITLE = re.compile(r"^(?:the|sir|dame|dr\.?|mr\.?|mrs\.?|ms\.?|prof\.?)\s+(?=\S)", re.IGNORECASE)
+_APPOSED = re.compile(r"^(\S.*?)\s*\(([^()]+)\)$")
 OF = re.compile(r"^(?:the\s+)?(\S.*?) of (?:the\s+)?(\S.*)$", re.IGNORECASE)
-POSSESSIVE = re.compile(r"^(\S.*?)['’]s (\S.*)$")
+_POSSESSIVE = re.compile(r"^(\S.*?)['’]s (\S.*)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def halves(items: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...]]:
     return tuple(items[:middle]), tuple(items[middle:])
 
 
-def shuffled(lm: LM, subject: str, most: int = SHUFFLED, seed: int = 0) -> tuple[str, ...]:
+def shuffled(lm: LM, subject: str, most: int = _SHUFFLED, seed: int = 0) -> tuple[str, ...]:
     """Texts of the subject's n tokens, as they stand inside a prompt, in other orders: at most min(most, n! − 1), all different.
 
     Orders that read alike (equal tokens) or as the subject itself are left out, and those that take a character of several bytes
@@ -81,7 +81,7 @@ def shuffled(lm: LM, subject: str, most: int = SHUFFLED, seed: int = 0) -> tuple
     ids = lm.tokenizer(sentence)["input_ids"][start:end]
     draw = random.Random(f"shuffled {seed} {subject}")
     orders: Iterable[Sequence[int]]
-    if len(ids) <= ALL_ORDERS:
+    if len(ids) <= _ALL_ORDERS:
         listed = list(itertools.permutations(ids))
         draw.shuffle(listed)
         orders = listed
@@ -134,13 +134,13 @@ def variants(subject: str) -> tuple[str, ...]:
 def _rearranged(name: str) -> list[str]:
     """Rules on the words of the name itself."""
     out = []
-    bare = TITLE.sub("", name)
+    bare = _TITLE.sub("", name)
     words = bare.split()
-    if (match := APPOSED.match(name)) is not None:
+    if (match := _APPOSED.match(name)) is not None:
         out.append(f"{match[1]}, the {match[2]}")
     elif (match := OF.match(name)) is not None:
         out.append(f"{match[2]}'s {match[1]}")
-    elif (match := POSSESSIVE.match(name)) is not None:
+    elif (match := _POSSESSIVE.match(name)) is not None:
         out.append(f"the {match[2]} of {match[1]}")
     elif len(words) > 1 and words[0][0].isalpha() and words[-1][0].isalpha():
         *first, last = words
@@ -175,15 +175,15 @@ def passages(count: int, words: int = WORDS, seed: int = 0) -> tuple[str, ...]:
     Passage i comes from the i-th of the seed's blocks of 1,024 words, of whatever length it is: passages of different places in the
     list never overlap, and a longer list begins as a shorter one.
     """
-    if not 1 <= words <= BLOCK:
-        raise InputError(f"a passage has 1 to {BLOCK} words, not {words}")
+    if not 1 <= words <= _BLOCK:
+        raise InputError(f"a passage has 1 to {_BLOCK} words, not {words}")
     return tuple(_closed(" ".join(block[:words])) for block in _blocks(count, seed))
 
 
 def token_passages(lm: LM, count: int, tokens: int = TOKENS, seed: int = 0) -> tuple[str, ...]:
     """The same blocks, of whole words as far as ``tokens`` tokens of the model's tokenizer reach."""
-    if not 1 < tokens <= BLOCK:
-        raise InputError(f"a passage has 2 to {BLOCK} tokens, not {tokens}")
+    if not 1 < tokens <= _BLOCK:
+        raise InputError(f"a passage has 2 to {_BLOCK} tokens, not {tokens}")
     out = []
     for block in _blocks(count, seed):
         ids = lm.tokenizer(" ".join(block), add_special_tokens=False, truncation=True, max_length=tokens)["input_ids"]
@@ -199,11 +199,11 @@ def _closed(text: str) -> str:
 def _blocks(count: int, seed: int) -> list[list[str]]:
     """``count`` blocks of the bundled text, drawn without repetition; a larger count goes on from a smaller one."""
     words = _words()
-    order = list(range(len(words) // BLOCK))
+    order = list(range(len(words) // _BLOCK))
     if not 0 <= count <= len(order):
         raise InputError(f"{count} passages asked for, but the bundled text has {len(order)}")
     random.Random(f"passages {seed}").shuffle(order)
-    return [words[i * BLOCK : (i + 1) * BLOCK] for i in order[:count]]
+    return [words[i * _BLOCK : (i + 1) * _BLOCK] for i in order[:count]]
 
 
 @functools.cache

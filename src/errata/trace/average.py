@@ -23,12 +23,12 @@ from errata.errors import ConfigError, InputError
 from errata.trace.facts import TraceResult, around
 
 ROLES: Final = ("subject_first", "subject_middle", "subject_last", "next", "further", "last")
-NORMAL: Final = 1.96  # standard errors either side of a mean: 95 %
-ENOUGH: Final = 10  # facts with a last subject token, below which blocks cannot be told apart
-HARM: Final = 0.05  # total effect below which noise hardly disturbs the answer
-RECOVERED: Final = 0.1  # share of the total effect that the peak should bring back
-HALF: Final = 0.5  # blocks of a range have at least this share of the peak
-SHARE: Final = 6 / 28  # a range's largest share of the depth: MEMIT edits six of GPT-J's 28 blocks
+_NORMAL: Final = 1.96  # standard errors either side of a mean: 95 %
+_ENOUGH: Final = 10  # facts with a last subject token, below which blocks cannot be told apart
+_HARM: Final = 0.05  # total effect below which noise hardly disturbs the answer
+_RECOVERED: Final = 0.1  # share of the total effect that the peak should bring back
+_HALF: Final = 0.5  # blocks of a range have at least this share of the peak
+_SHARE: Final = 6 / 28  # a range's largest share of the depth: MEMIT edits six of GPT-J's 28 blocks
 
 
 def roles(length: int, span: tuple[int, int]) -> list[str | None]:
@@ -152,8 +152,8 @@ def suggest_layers(traces: TraceResult) -> Suggestion | None:
         return None
     effects, errors = (t[found.kinds.index("mlp")] for t in (found.mean("subject_last"), found.error("subject_last")))
     peak = int(effects.argmax())
-    start, longest = peak, max(2, round(found.depth * SHARE))
-    while start > 0 and peak - start + 1 < longest and effects[start - 1] >= HALF * effects[peak] > 0:
+    start, longest = peak, max(2, round(found.depth * _SHARE))
+    while start > 0 and peak - start + 1 < longest and effects[start - 1] >= _HALF * effects[peak] > 0:
         start -= 1
     alike = _alike(values, peak)
     window = around(peak, traces.window, traces.depth)
@@ -169,7 +169,7 @@ def _until(found: AverageEffects) -> int | None:
     if "hidden" not in found.kinds:
         return None
     effects = found.mean("subject_last")[found.kinds.index("hidden")]
-    return int((effects >= HALF * effects.max()).nonzero().max()) if effects.max() > 0 else None
+    return int((effects >= _HALF * effects.max()).nonzero().max()) if effects.max() > 0 else None
 
 
 def _alike(values: Tensor, peak: int) -> tuple[int, ...]:
@@ -178,7 +178,7 @@ def _alike(values: Tensor, peak: int) -> tuple[int, ...]:
     if n < 2:
         return tuple(b for b in range(values.shape[1]) if b != peak)
     gap = values[:, peak : peak + 1] - values
-    lower = gap.mean(0) - NORMAL * gap.std(0) / math.sqrt(n)
+    lower = gap.mean(0) - _NORMAL * gap.std(0) / math.sqrt(n)
     return tuple(b for b, low in enumerate(lower.tolist()) if b != peak and low <= 0)
 
 
@@ -187,16 +187,16 @@ def _doubts(
 ) -> tuple[str, ...]:
     """``away``: blocks outside the suggested range that do as well as the peak."""
     best, out = float(effects[peak]), []
-    if n < ENOUGH:
-        out.append(f"only {n} fact(s) with a last subject token; at least {ENOUGH} are needed to tell blocks apart")
-    if found.total < HARM:
+    if n < _ENOUGH:
+        out.append(f"only {n} fact(s) with a last subject token; at least {_ENOUGH} are needed to tell blocks apart")
+    if found.total < _HARM:
         out.append(f"the noise takes only {found.total:.3f} from the answer's probability; raise the noise")
-    elif best < RECOVERED * found.total:
+    elif best < _RECOVERED * found.total:
         out.append(f"the peak brings back only {best / found.total:.0%} of what the noise takes; the MLPs there may not hold these facts")
-    if n > 1 and best - NORMAL * float(errors[peak]) <= 0:
+    if n > 1 and best - _NORMAL * float(errors[peak]) <= 0:
         out.append(f"the peak, {best:.3f}, is not clear of 0 at 95 %")
     if window[0] == 0:  # its MLP reads little but the noised embedding, so putting its output back partly takes the noise away again
         out.append("the peak includes the MLP of block 0, which reads the noised token itself: it may name the token, not recall the fact")
-    if n >= ENOUGH and away:
+    if n >= _ENOUGH and away:
         out.append(f"outside the range, block(s) {', '.join(map(str, away))} cannot be told from the peak at 95 %")
     return tuple(out)

@@ -38,8 +38,8 @@ from errata.core.tokens import Encoded, subject_span
 from errata.errors import InputError, ModelError
 from errata.trace.facts import Fact, FactTrace, Skipped, TraceConfig, TraceResult, around, default_window
 
-POINTS: Final = {"mlp": "mlp_down", "attn": "attn_out"}
-SPACES: Final = 2  # tokens of nothing but space that may stand before the answer
+_POINTS: Final = {"mlp": "mlp_down", "attn": "attn_out"}
+_SPACES: Final = 2  # tokens of nothing but space that may stand before the answer
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
@@ -89,10 +89,10 @@ def _clean(lm: LM, fact: Fact, row: Encoded, span: tuple[int, int], how: TraceCo
     A space that is a token of its own says nothing of the answer: where the model goes on with one, the prompt is read with it.
     """
     limit = lm.context_length
-    if limit is not None and len(row.ids) + SPACES > limit:
+    if limit is not None and len(row.ids) + _SPACES > limit:
         return f"its {len(row.ids)} tokens are too many for the model's {limit} positions"
     run = _Run(lm, row.ids, span, how, window)
-    for _ in range(SPACES):
+    for _ in range(_SPACES):
         if _blank(lm, run.answer):
             run = _Run(lm, (*run.ids, run.answer), span, how, window)
     if fact.answer is None:
@@ -142,7 +142,7 @@ class _Run:
         return last.to(torch.promote_types(last.dtype, torch.float32))
 
     def _module(self, kind: str, block: int) -> Any:
-        return resolve(self.lm.blocks[block], self.lm.family.linear_path(POINTS[kind]))
+        return resolve(self.lm.blocks[block], self.lm.family.linear_path(_POINTS[kind]))
 
     @contextmanager
     def _recording(self, kinds: Sequence[str]) -> Iterator[dict[tuple[str, int], Tensor]]:

@@ -15,7 +15,7 @@ from errata.core.model import LM
 from errata.core.patch import OpContext, Site
 from errata.errors import ConfigError
 
-PROJECTIONS = ("q_proj", "v_proj")
+_PROJECTIONS = ("q_proj", "v_proj")
 
 
 def find_sites(lm: LM, name: str, targets: Sequence[str] | None, layers: Sequence[int] | None) -> tuple[Site, ...]:
@@ -31,7 +31,7 @@ def find_sites(lm: LM, name: str, targets: Sequence[str] | None, layers: Sequenc
         raise ConfigError(f"{name}: block {wrong[0]} does not exist (0 to {lm.depth - 1}); set layers for this model")
     paths = {b: [path for path, module in lm.blocks[b].named_modules() if is_linear(module)] for b in sorted(blocks)}
     if targets is None:
-        wanted: Sequence[str] = [t for t in PROJECTIONS if any(_named(t, p) for own in paths.values() for p in own)]
+        wanted: Sequence[str] = [t for t in _PROJECTIONS if any(_named(t, p) for own in paths.values() for p in own)]
         wanted = wanted or [_fused(lm, name, next(iter(paths.values())))]
     else:
         wanted = [lm.family.linear_path(t) for t in targets]

@@ -19,7 +19,7 @@ from errata.core.patch import OpContext
 from errata.core.weights import RowGroups
 
 FEW = 64  # keys that are compared one by one
-CANDIDATES = 8  # of a coarse look-up
+_CANDIDATES = 8  # of a coarse look-up
 
 Look = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
@@ -56,7 +56,7 @@ def _coarse(keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     (γ (½‖κ‖² + ‖q‖‖κ‖), γ = I·eps), is still above the best candidate's; the others are compared with every key.
     """
     half, size = torch.linalg.vector_norm(keys, dim=1).square() / 2, torch.linalg.vector_norm(query, dim=1)
-    last, number = (half - query @ keys.T).topk(min(CANDIDATES, len(keys)), 1, largest=False)
+    last, number = (half - query @ keys.T).topk(min(_CANDIDATES, len(keys)), 1, largest=False)
     number = number.sort(1)[0]  # of equal distances the first key counts
     distance, place = torch.linalg.vector_norm(query[:, None] - keys[number], dim=-1).min(1)
     number = number.gather(1, place[:, None])[:, 0]

@@ -16,7 +16,7 @@ from errata.core.patch import Patch
 from errata.core.tokens import Encoded
 from errata.methods.codebook.lookup import nearest, nearest_within_radius
 
-SEAM = 1e-5  # by which the older of two keys that part at a split keeps less than half their distance
+_SEAM = 1e-5  # by which the older of two keys that part at a split keeps less than half their distance
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class KeyStore:
         if rounding and rho <= rounding * float(torch.linalg.vector_norm(query)):
             self.labels[j] = label
             return Insertion("taken", j, j, rho)
-        self.radii[j] = rho / 2 - SEAM
+        self.radii[j] = rho / 2 - _SEAM
         return Insertion("split", self.add(query, rho / 2 + above, label), j, rho)
 
 
@@ -170,7 +170,7 @@ class Clusters:
     def _put(self, key: Tensor, label: tuple[int, ...], block: int) -> None:
         e = self.editor
         radius = e.radius * (float(torch.linalg.vector_norm(key)) if e.unit == "norm" else 1.0)
-        how, cluster, near, _ = self.book.place(key, label, radius, self.rounding, SEAM)
+        how, cluster, near, _ = self.book.place(key, label, radius, self.rounding, _SEAM)
         if how in ("added", "split"):
             self.members.append([])
         if how in ("split", "taken"):

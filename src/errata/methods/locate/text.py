@@ -15,8 +15,8 @@ from errata.errors import InputError
 from errata.request import EditRequest
 
 STARTERS = ("The", "Therefore", "Because", "I", "You")  # of EasyEdit's prefixes
-TOP_K = 5
-KL_PROMPT = "{} is a"  # whose next word after the subject should stay (ROME, appendix)
+_TOP_K = 5
+_KL_PROMPT = "{} is a"  # whose next word after the subject should stay (ROME, appendix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def prefixes(lm: LM, lengths: Sequence[tuple[int, int]], seed: int) -> list[str]
 
 def _sampled(lm: LM, tokens: int, count: int, seed: int) -> list[str]:
     starts = [STARTERS[i % len(STARTERS)] for i in range(count)]
-    texts = lm.generate(starts, stacks=[()], max_new_tokens=tokens, stop=(), top_k=TOP_K, seed=seed)
+    texts = lm.generate(starts, stacks=[()], max_new_tokens=tokens, stop=(), top_k=_TOP_K, seed=seed)
     return [f"{start} {text}. " for start, text in zip(starts, texts, strict=True)]
 
 
@@ -79,7 +79,7 @@ def placed(lm: LM, texts: Sequence[str], stops: Sequence[int], target: str | Non
 
 
 def place_kl(lm: LM, request: EditRequest) -> LocatedText | None:
-    """``KL_PROMPT`` about the subject as far as its last token; None without a subject."""
+    """``_KL_PROMPT`` about the subject as far as its last token; None without a subject."""
     if request.subject is None:
         return None
-    return placed(lm, [KL_PROMPT.format(request.subject)], [len(request.subject)])[0]
+    return placed(lm, [_KL_PROMPT.format(request.subject)], [len(request.subject)])[0]

@@ -27,7 +27,7 @@ from errata.core.tail import split_rows_at
 from errata.core.tokens import Encoded, pad_id
 from errata.methods.locate.text import LocatedText
 
-ROWS_AT_ONCE = 2_048  # of one batch; each holds its labelled tokens' logits
+_ROWS_AT_ONCE = 2_048  # of one batch; each holds its labelled tokens' logits
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def optimise(
         return _Values(model, [wanted[i] for i in members], chosen, first, objective, on, runner).run(progress)
 
     active = [len(w.rows) * max(len(p.row.ids) - 1 - p.at for p in w.rows) for w in wanted]
-    most = max(1, ROWS_AT_ONCE // (1 + max(len(w.rows) for w in wanted)))
+    most = max(1, _ROWS_AT_ONCE // (1 + max(len(w.rows) for w in wanted)))
     return in_lanes(lm, active, work, progress, most=most)
 
 

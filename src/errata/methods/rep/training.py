@@ -22,9 +22,9 @@ from errata.core.fit import AdamW, fit
 from errata.methods.rep.op import gate_logit
 from errata.methods.rep.surfaces import OWN
 
-GATE_PARAMS = ("w1", "b1", "w2", "b2")
-TRAINED = ("a", "b", *GATE_PARAMS)
-NEGATIVES_PER_KEY = 4  # keys at which a gate is trained shut at a step, for each at which it is trained open
+_GATE_PARAMS = ("w1", "b1", "w2", "b2")
+TRAINED = ("a", "b", *_GATE_PARAMS)
+_NEGATIVES_PER_KEY = 4  # keys at which a gate is trained shut at a step, for each at which it is trained open
 Step = Callable[[int, int, float], None]
 
 
@@ -44,10 +44,10 @@ class Keys:
     away: Tensor
 
     def of(self, edits: slice, count: int) -> dict[str, Tensor]:
-        """What a later training rehearses of some edits: ``count`` surfaces and `NEGATIVES_PER_KEY` times as many keys away of each."""
+        """What a later training rehearses of some edits: ``count`` surfaces and `_NEGATIVES_PER_KEY` times as many keys away of each."""
         rows = self.steps[:, edits].transpose(0, 1).flatten(1)[:, :count]  # the first that were drawn
         tensors = {"surfaces": self.surfaces[rows], "own": self.own[edits], "target": self.target[edits]}
-        return {k: t.clone() for k, t in (tensors | {"away": self.away[edits, : OWN + NEGATIVES_PER_KEY * count]}).items()}
+        return {k: t.clone() for k, t in (tensors | {"away": self.away[edits, : OWN + _NEGATIVES_PER_KEY * count]}).items()}
 
 
 def together(old: Mapping[str, Tensor], new: Keys, seed: int) -> Keys:
@@ -92,7 +92,7 @@ def projected(p: Mapping[str, Tensor], x: Tensor, constant: bool, mask: Tensor |
 
 def soft(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """The gates' logits [U, M] of U adaptors, each at its own keys [U, M, I]."""
-    return gate_logit({k: p[k].unsqueeze(1) for k in GATE_PARAMS}, x).squeeze(-1)
+    return gate_logit({k: p[k].unsqueeze(1) for k in _GATE_PARAMS}, x).squeeze(-1)
 
 
 def train(e: Any, keys: Keys, start: Mapping[str, Tensor], units: int, progress: Step | None = None) -> tuple[dict[str, Tensor], Tensor]:
@@ -106,7 +106,7 @@ def train(e: Any, keys: Keys, start: Mapping[str, Tensor], units: int, progress:
         return total, total
 
     wide = {k: t.to(keys.own.dtype) for k, t in start.items()}
-    idle = (("a",) if e.projection == "constant" else ()) + (() if e.gate else GATE_PARAMS)  # what an ablation leaves out
+    idle = (("a",) if e.projection == "constant" else ()) + (() if e.gate else _GATE_PARAMS)  # what an ablation leaves out
     fitted = fit(
         {k: t for k, t in wide.items() if k not in idle},
         loss,
@@ -143,7 +143,7 @@ def _loss(e: Any, keys: Keys, p: Mapping[str, Tensor], step: int, units: int) ->
         goal = each(keys.own)
         total = total + e.match * ((adapted[:, :seen] - goal).square().sum(-1) / goal.square().sum(-1)).mean(1)
     if e.closing and logit is not None:
-        some = torch.randint(OWN, keys.away.shape[1], (NEGATIVES_PER_KEY * batch,), generator=_numbers(e.seed, step)).to(own.device)
+        some = torch.randint(OWN, keys.away.shape[1], (_NEGATIVES_PER_KEY * batch,), generator=_numbers(e.seed, step)).to(own.device)
         for shut in (keys.away[:, :OWN], keys.away[:, some]):
             total = total + e.closing * softplus(soft(p, grouped(shut))).mean(1)
         total = total + e.closing * softplus(-logit[:, :seen]).mean(1)

@@ -22,7 +22,7 @@ _LLAMA2 = {"layers": [9, 18, 24, 28], "alpha": 0.01, "beta": 0.05, "gamma": 0.02
 # chosen on dev (docs/results): its states are large, so the normalised gate; the loss counts its full stop; without a decay A grows
 # with each further edit, for the less a gate opens the longer the step behind it
 _ALMANAC = {"gate": "rmsnorm", "rescale": "margin", "stop_on": "total", "lr": 1e-3, "batched_lr": 1e-3, "weight_decay": 2.0, "end": "."}
-CLAMP = 1e-8  # below which a mean weight is not divided by
+_CLAMP = 1e-8  # below which a mean weight is not divided by
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class BaFT(SubspaceEditor):
     def _balance(self, training: Training, block: int) -> Tensor:
         means = (training.past_weights(block) + training.current_means[block]) / (training.past_edits + 1)
         centre = means.mean(-1, keepdim=True)
-        scale = centre.squeeze(-1).clamp_min(CLAMP) ** (2 if self.squared_cv else 1)
+        scale = centre.squeeze(-1).clamp_min(_CLAMP) ** (2 if self.squared_cv else 1)
         return (means - centre).square().sum(-1) / (max(1, self.rank - 1) * scale)
 
     def _locality(
@@ -111,9 +111,9 @@ class BaFT(SubspaceEditor):
         stacked = torch.stack(hinges) * has
         if self.rescale == "max":
             size = stacked.detach()
-            stacked = stacked * torch.where(size > 0, size.amax(0) / size.clamp_min(CLAMP), 0.0)
+            stacked = stacked * torch.where(size > 0, size.amax(0) / size.clamp_min(_CLAMP), 0.0)
         elif self.rescale == "margin":
-            stacked = stacked / torch.tensor([self.alpha, self.beta, self.gamma], device=alive.device).clamp_min(CLAMP)[:, None]
+            stacked = stacked / torch.tensor([self.alpha, self.beta, self.gamma], device=alive.device).clamp_min(_CLAMP)[:, None]
         return stacked.sum(0)
 
 

@@ -20,12 +20,12 @@ from errata.methods.subspace.op import start
 from errata.methods.subspace.training import Training
 from errata.request import EditRequest
 
-RELATIVE_DEPTHS = (9 / 32, 18 / 32, 24 / 32, 28 / 32)  # the paper's LLaMA layers
+_RELATIVE_DEPTHS = (9 / 32, 18 / 32, 24 / 32, 28 / 32)  # the paper's LLaMA layers
 
 
 def layers_for(depth: int) -> tuple[int, ...]:
     """The rule for a model without a preset: blocks at LLaMA's relative depths."""
-    return tuple(sorted({min(depth - 1, int(depth * f + 0.5)) for f in RELATIVE_DEPTHS}))
+    return tuple(sorted({min(depth - 1, int(depth * f + 0.5)) for f in _RELATIVE_DEPTHS}))
 
 
 @dataclass(frozen=True)

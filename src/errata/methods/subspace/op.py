@@ -22,7 +22,7 @@ from torch import Tensor
 from errata.core.patch import OpContext, Site
 
 GATES = ("none", "shared_logit", "rmsnorm", "subspace")
-RMS_EPS = 1e-6  # as in LLaMA's norms
+_RMS_EPS = 1e-6  # as in LLaMA's norms
 
 
 def gate(p: Mapping[str, Tensor], kind: str, h: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def gate(p: Mapping[str, Tensor], kind: str, h: Tensor) -> Tensor:
     if kind == "shared_logit":
         return torch.sigmoid(h @ (p["V"][..., :-1, :] + p["V"][..., -1:, :]).mT)
     if kind == "rmsnorm":
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + RMS_EPS) * p["g"].unsqueeze(-2)
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + _RMS_EPS) * p["g"].unsqueeze(-2)
     return torch.sigmoid(h @ p["V"].mT)
 
 

@@ -35,7 +35,7 @@ from errata.methods.wise.texts import Texts, contexts
 from errata.request import EditRequest
 
 
-def positive_mean(values: Tensor, where: Tensor) -> Tensor:
+def _positive_mean(values: Tensor, where: Tensor) -> Tensor:
     """Mean of the positive among ``values`` [e, …] at ``where``; 0 without any, [e]."""
     positive = values.clamp_min(0) * where
     number = (positive > 0).flatten(1).sum(1)
@@ -46,9 +46,9 @@ def margins(edit: Tensor, unrelated: Tensor, given: Tensor, alpha: float, beta: 
     """The three hinges of edits' Δ(x_e) [e, K] and Δ(x_u) [e, U], of which those at ``given`` [e, U] exist; their sum [e]."""
     pairs = gamma + unrelated[:, None] - edit[:, :, None]
     return (
-        positive_mean(unrelated - alpha, given)
-        + positive_mean(beta - edit, torch.ones_like(edit, dtype=torch.bool))
-        + positive_mean(pairs, given[:, None].expand_as(pairs))
+        _positive_mean(unrelated - alpha, given)
+        + _positive_mean(beta - edit, torch.ones_like(edit, dtype=torch.bool))
+        + _positive_mean(pairs, given[:, None].expand_as(pairs))
     )
 
 
