@@ -14,7 +14,8 @@ from test_context import PARIS, PLAIN, PROMPTS, ROME, alone, base, close, each_f
 import errata
 from errata import registry
 from errata.core.context import nearest
-from errata.core.embed import _encoder, hooks_disabled
+from errata.core.embed import _encoder
+from errata.core.forward import hooks_disabled
 from errata.core.model import LM
 from errata.core.patch import PROMPT, Op, Patch, Site
 from errata.core.tokens import pieces

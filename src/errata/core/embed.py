@@ -9,9 +9,7 @@ prompts, gain nothing at the late blocks that serve best; the mean state of ordi
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,24 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errata.core.families import Family, hidden_of, resolve
+from errata.core.forward import StopForward, hooks_disabled
 from errata.errors import ConfigError, ModelError
-
-
-class _Reached(Exception):
-    """Stops the forward pass once the states are known."""
-
-
-@contextmanager
-def hooks_disabled(hf: Any) -> Iterator[None]:
-    """Inside, no hook of any module of ``hf`` runs, of patches or watchers: the base, unseen by who reads the pass around it."""
-    kept = [(m, name, getattr(m, name)) for m in hf.modules() for name in ("_forward_hooks", "_forward_pre_hooks") if getattr(m, name)]
-    for module, name, _ in kept:
-        setattr(module, name, OrderedDict())
-    try:
-        yield
-    finally:
-        for module, name, hooks in kept:
-            setattr(module, name, hooks)
 
 
 @torch.no_grad()
@@ -50,7 +32,7 @@ def states(hf: Any, family: Family, ids: Tensor, position: Tensor, blocks: Seque
             seen[block] = hidden_of(output).detach()
             left.discard(block)
             if not left:
-                raise _Reached
+                raise StopForward
 
         return hook
 
@@ -59,7 +41,7 @@ def states(hf: Any, family: Family, ids: Tensor, position: Tensor, blocks: Seque
         handles = [modules[b].register_forward_hook(keep(b)) for b in left.copy()]
         try:
             hf(input_ids=ids, attention_mask=(position >= 0).long(), position_ids=position.clamp_min(0), use_cache=False)
-        except _Reached:
+        except StopForward:
             pass
         finally:
             for handle in handles:

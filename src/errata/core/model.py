@@ -14,8 +14,9 @@ from torch import Tensor
 
 from errata import registry
 from errata.core import decode, offload
-from errata.core.bank import Hooks, Plan, Stack, active_patches, compile_plan
+from errata.core.bank import Plan, Stack, active_patches, compile_plan
 from errata.core.families import Family, find, linear_sizes, resolve, text_config
+from errata.core.hooks import Hooks
 from errata.core.patch import PROMPT, Patch, Site
 from errata.core.tokens import Batch, Encoded, encode, pad, pad_id
 from errata.errors import ModelError, PatchError

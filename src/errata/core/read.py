@@ -16,15 +16,12 @@ from torch import Tensor
 
 from errata.core.bank import Bank, Stack, active_patches, non_causal
 from errata.core.families import hidden_of, resolve
+from errata.core.forward import StopForward
 from errata.core.model import LM
 from errata.core.patch import WEIGHT_LIKE, Site
 from errata.core.tokens import Encoded
 
 AT_ONCE = 16_384  # tokens of one pass, padding included
-
-
-class StopForward(Exception):
-    """Stops a forward pass once everything asked for has been seen."""
 
 
 def module_at(lm: LM, site: Site) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor
 from errata.core.bank import Bank, Plan, Stack, non_causal
 from errata.core.decode import can_fork, fork, select_cache_rows
 from errata.core.families import hidden_of
+from errata.core.forward import StopForward
 from errata.core.model import LM
 from errata.core.tokens import IGNORE_INDEX, Encoded, positions
 
@@ -152,11 +153,11 @@ class Tail:
 
         def enters(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen["hidden"] = args[0] if args else kwargs["hidden_states"]
-            raise _Reached
+            raise StopForward
 
         def leaves(_: Any, __: Any, output: Any) -> None:
             seen["tuple"], seen["hidden"] = isinstance(output, tuple), hidden_of(output)
-            raise _Reached
+            raise StopForward
 
         blocks = self.lm.blocks
         if self.first == 0:
@@ -167,7 +168,7 @@ class Tail:
             )  # the frozen stack's ops at this block run later, again
         try:
             self._forward()
-        except _Reached:
+        except StopForward:
             pass
         finally:
             handle.remove()
@@ -209,10 +210,6 @@ class Tail:
         if self.cache is not None:
             other.cache = select_cache_rows(self.cache, rows)
         return other
-
-
-class _Reached(Exception):
-    """Stops the forward pass once the hidden states are known."""
 
 
 @contextmanager

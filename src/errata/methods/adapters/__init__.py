@@ -1,0 +1,1 @@
+"""LoRA and AdaLoRA: low-rank branches beside linears, trained on the target."""

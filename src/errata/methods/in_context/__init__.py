@@ -1,0 +1,1 @@
+"""ICE, IKE and retrieval: facts as text in front of the prompt."""

@@ -1,0 +1,1 @@
+"""REP: keys made robust, around any method of `errata.methods.locate`."""

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from errata.config import to_dict
 from errata.core.bank import Stack
-from errata.core.embed import hooks_disabled
+from errata.core.forward import hooks_disabled
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site

@@ -1,0 +1,103 @@
+"""A plan as forward hooks on the frozen model: every site's banks behind its module, positions from the mask in front of the first block.
+
+The base's weights are neither read nor written; taking the hooks off leaves the model as it was, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errata.core.bank import ForwardContext, Plan
+from errata.core.context import named
+from errata.core.families import Family, hidden_of, resolve
+from errata.core.patch import Site
+from errata.core.tokens import positions
+
+
+class Hooks(AbstractContextManager["Hooks"]):
+    """The plan's banks as forward hooks, for as long as the context (or until `close`)."""
+
+    def __init__(self, hf: Any, family: Family, plan: Plan) -> None:
+        self.plan, self._exit = plan, ExitStack()
+        if not (plan.banks or plan.inserter):
+            return
+        self.family, blocks = family, resolve(hf, family.blocks)
+        self._hold(hf.register_forward_pre_hook(self._before, with_kwargs=True))
+        if plan.inserter is not None:
+            self._hold(hf.register_forward_hook(self._trim))
+        for site in sorted(plan.banks):
+            module = blocks[site.block] if site.point == "block" else resolve(blocks[site.block], family.linear_path(site.point))
+            self._hold(module.register_forward_hook(self._after(site)))
+
+    def _hold(self, handle: Any) -> None:
+        self._exit.callback(handle.remove)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        plan = self.plan
+        if not plan.enabled:
+            return None
+        if plan.inserter is None:
+            plan.context, _ = _context(plan, args, kwargs)
+            return None
+        kwargs = named(module, args, kwargs)
+        context, mask = _context(plan, (), kwargs)
+        plan.context = context
+        if context.is_prefill:
+            plan.inserter.choose(module, self.family, kwargs, context.position, context.prompt_lengths)
+        kwargs = plan.inserter.insert(module, kwargs, mask, context.is_prefill)
+        if plan.inserter.placed is not None and context.is_prefill:
+            nowhere = torch.full_like(plan.inserter.placed.ids, -1)
+            context.position = plan.inserter.placed.widen(context.position, nowhere, -1)
+        return (), kwargs
+
+    def _trim(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        assert self.plan.inserter is not None
+        return self.plan.inserter.trim(output) if self.plan.enabled else None
+
+    def _after(self, site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            context = self.plan.context
+            if context is None or not self.plan.enabled:
+                return None
+            y = hidden_of(output)
+            x = args[0] if args else y
+            for bank in self.plan.banks[site]:
+                y = bank.apply(x, y, context)
+            return (y, *output[1:]) if isinstance(output, tuple) else y
+
+        return hook
+
+    def close(self) -> None:
+        self._exit.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _context(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[ForwardContext, Tensor]:
+    """Positions of this chunk in unpadded coordinates, from the attention mask and the cache's length; and that mask [B, past + T]."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    tokens = ids if ids is not None else kwargs["inputs_embeds"]
+    rows, width = tokens.shape[:2]
+    cache = kwargs.get("past_key_values")
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    if past and plan.inserter is not None:
+        past -= plan.inserter.width  # of which the caller knows nothing
+    if past == 0:
+        plan.decisions = {}
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        mask = torch.ones((rows, past + width), dtype=torch.long, device=tokens.device)
+    mask = mask[:, : past + width]
+    position = positions(mask)
+    lengths = plan.prompt_lengths
+    if lengths is None:  # a raw call: everything after the first chunk was generated
+        lengths = mask.long().sum(1) if past == 0 else torch.zeros(rows, dtype=torch.long, device=tokens.device)
+    return ForwardContext(
+        position[:, -width:].to(tokens.device), lengths.to(tokens.device), plan.recorded, past == 0, plan.decisions, None, rows
+    ), mask
