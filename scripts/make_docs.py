@@ -1,4 +1,5 @@
-"""Write the pages of docs that are computed: one a method, and the tables of choose.md and families.md.  ``make docs``.
+"""Write the pages of docs that are computed: one a method, the tables of choose.md and families.md, the picture and the
+list of files of architecture.md.  ``make docs``.
 
 python scripts/make_docs.py            # write them
 python scripts/make_docs.py --check    # say which are stale, exit code 1 if any
@@ -10,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+import docs_architecture
 import docs_choice
 import docs_families
 import docs_methods
@@ -25,8 +27,9 @@ def filled(text: str, parts: dict[str, str]) -> str:
 
 def pages() -> dict[str, str]:
     """Path under docs -> what it should hold."""
-    tables = {"choose.md": docs_choice.parts(), "families.md": docs_families.parts()}
-    return {**docs_methods.pages(), **{name: filled((DOCS / name).read_text(encoding="utf-8"), parts) for name, parts in tables.items()}}
+    tables = {"choose.md": docs_choice.parts(), "families.md": docs_families.parts(), "architecture.md": docs_architecture.parts()}
+    made = {name: filled((DOCS / name).read_text(encoding="utf-8"), parts) for name, parts in tables.items()}
+    return {**docs_methods.pages(), **made, docs_architecture.PICTURE: docs_architecture.picture()}
 
 
 def stale() -> list[str]:

@@ -181,13 +181,13 @@ def apply(op: Op, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def test_of_several_adaptors_the_one_that_is_most_open_acts() -> None:
     x, y = torch.randn(4, 5, 8), torch.randn(4, 5, 6)
     ops = [random_op(i) for i in range(40)]  # more than are held at once
-    together = apply(KeyAdaptor.joined(ops, torch.device("cpu")), x, y)
+    together = apply(KeyAdaptor.fuse(ops, torch.device("cpu")), x, y)
     gates = torch.stack([gate_logit({k: t[None] for k, t in op.tensors.items()}, x)[..., 0] for op in ops])
     alone = torch.stack([apply(op, x, y) for op in ops])
     best = gates.argmax(0)
     want = alone.gather(0, best[None, ..., None].expand(1, *y.shape))[0]
     torch.testing.assert_close(together, torch.where(gates.amax(0)[..., None] > 0, want, y))
-    few = KeyAdaptor.joined(ops[:2], torch.device("cpu"))
+    few = KeyAdaptor.fuse(ops[:2], torch.device("cpu"))
     assert (gates[:2].amax(0) <= 0).any() and torch.equal(apply(few, x, y)[gates[:2].amax(0) <= 0], y[gates[:2].amax(0) <= 0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -84,6 +85,6 @@ class CodebookEditor(Editor):
         """A patch a request, as if it were made alone on ``on``."""
         return self._make(lm, [[r] for r in requests], on, runner, progress)
 
+    @abstractmethod
     def _make(self, lm: LM, problems: Sequence[list[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
         """A patch for each list of requests."""
-        raise NotImplementedError

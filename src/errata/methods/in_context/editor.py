@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,6 @@ class InContextEditor(Editor):
             progress(1, 0, 0.0)
         return patches
 
+    @abstractmethod
     def _patches(self, lm: LM, problems: Sequence[Sequence[EditRequest]], on: Stack) -> list[Patch]:
         """A patch for each list of requests."""
-        raise NotImplementedError

@@ -57,7 +57,9 @@ class AlphaEdit(LocateEditor):
         if self.threshold <= 0 or self.l2 <= 0 or (self.share is not None and not 0 < self.share <= 1):
             raise ConfigError("alphaedit: threshold and l2 must be positive, share above 0 and at most 1")
 
-    def down_factors(self, m: Moments | None, keys: Tensor, bare: Tensor, groups: Sequence[list[int]], past: Tensor | None) -> list[Tensor]:
+    def down_factors(
+        self, m: Moments | None, keys: Tensor, prompt_keys: Tensor, groups: Sequence[list[int]], past_keys: Tensor | None
+    ) -> list[Tensor]:
         """Kᵀ P (…)⁻¹ = [ (K̃ K̃ᵀ + M̃ + L₂ I)⁻¹ K̃ ]ᵀ U₀ᵀ with K̃ = U₀ᵀ K."""
         assert m is not None  # mom2_adjustment is checked above
         basis = m.null_space(self.threshold, self.share).to(keys.device)
@@ -68,7 +70,7 @@ class AlphaEdit(LocateEditor):
                 f"{smallest:.3g}); raise threshold, or set share"
             )
         inner = keys.double() @ basis  # [N, m]
-        kept = past.double() @ basis if past is not None and self.history else inner[:0]
+        kept = past_keys.double() @ basis if past_keys is not None and self.history else inner[:0]
         return [ridge_rows(inner[g], kept, self.l2) @ basis.T for g in groups]
 
     def patch_state(self, job: LocateThenEditRun, ops: Sequence[list[Op]]) -> list[dict[str, Tensor]]:

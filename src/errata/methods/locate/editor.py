@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -140,13 +141,15 @@ class LocateEditor(Editor):
 
     # -- what a method may change ------------------------------------------------------------------------------
 
-    def down_factors(self, m: Moments | None, keys: Tensor, bare: Tensor, groups: Sequence[list[int]], past: Tensor | None) -> list[Tensor]:
+    @abstractmethod
+    def down_factors(
+        self, m: Moments | None, keys: Tensor, prompt_keys: Tensor, groups: Sequence[list[int]], past_keys: Tensor | None
+    ) -> list[Tensor]:
         """For each problem its ``down`` [n, I], float64.
 
-        keys   [N, I] averaged over prefixes;  bare [N, I] of the bare prompt;  groups: the rows of each problem
-        past   [n_past, I] keys that earlier edits wrote, for methods that keep them
+        keys         [N, I] averaged over prefixes;  prompt_keys [N, I] of the bare prompt;  groups: the rows of each problem
+        past_keys    [n_past, I] that earlier edits wrote, for methods that keep them
         """
-        raise NotImplementedError
 
     def weights(self, count: int) -> list[float]:
         """Of the bare prompt and of each prefixed one in the average key: half for the bare prompt (MEMIT's groups)."""

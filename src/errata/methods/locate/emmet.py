@@ -51,7 +51,9 @@ class EMMET(LocateEditor):
         if self.mom2_weight <= 0 or self.emmet_lambda < 0 or self.norm_lambda < 0:
             raise ConfigError("emmet: mom2_weight must be positive, emmet_lambda and norm_lambda not negative")
 
-    def down_factors(self, m: Moments | None, keys: Tensor, bare: Tensor, groups: Sequence[list[int]], past: Tensor | None) -> list[Tensor]:
+    def down_factors(
+        self, m: Moments | None, keys: Tensor, prompt_keys: Tensor, groups: Sequence[list[int]], past_keys: Tensor | None
+    ) -> list[Tensor]:
         """D⁻¹ Kᵀ C'⁻¹ of each problem."""
         if m is None:  # C = I
             white = keys.double() / (self.mom2_weight + self.norm_lambda)

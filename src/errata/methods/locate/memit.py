@@ -52,7 +52,9 @@ class MEMIT(LocateEditor):
         if self.mom2_weight is not None and self.mom2_weight <= 0:
             raise ConfigError(f"{self.name}: mom2_weight must be positive")
 
-    def down_factors(self, m: Moments | None, keys: Tensor, bare: Tensor, groups: Sequence[list[int]], past: Tensor | None) -> list[Tensor]:
+    def down_factors(
+        self, m: Moments | None, keys: Tensor, prompt_keys: Tensor, groups: Sequence[list[int]], past_keys: Tensor | None
+    ) -> list[Tensor]:
         """Kᵀ(λC + KKᵀ)⁻¹ = (λI + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹: one small system a problem."""
         weight = LAMBDA_PER_INPUT * keys.shape[1] if self.mom2_weight is None else self.mom2_weight
         white, plain = whitened(m, keys), keys.double()

@@ -58,10 +58,12 @@ class ROME(LocateEditor):
         """All prefixes alike."""
         return [1.0 / count] * count
 
-    def down_factors(self, m: Moments | None, keys: Tensor, bare: Tensor, groups: Sequence[list[int]], past: Tensor | None) -> list[Tensor]:
+    def down_factors(
+        self, m: Moments | None, keys: Tensor, prompt_keys: Tensor, groups: Sequence[list[int]], past_keys: Tensor | None
+    ) -> list[Tensor]:
         """u / (uᵀ k), so that the residual itself is the other factor."""
         u = whitened(m, keys)
-        return list((u / (u * self.written(keys, bare).double()).sum(1, keepdim=True)).unsqueeze(1))
+        return list((u / (u * self.written(keys, prompt_keys).double()).sum(1, keepdim=True)).unsqueeze(1))
 
     def written(self, keys: Tensor, bare: Tensor) -> Tensor:
         """The key at which the value is exact."""
