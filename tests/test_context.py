@@ -223,7 +223,7 @@ def test_context_baft_and_memit_on_one_stack() -> None:
     model = lm("llama", torch.float64)
     a = ICE(**PLAIN).edit(model, [ROME])
     b = BaFT(rank=4, lr=0.02, end=".").edit(model, [EditRequest("The capital of Spain is", "Tokyo")], on=(a,))
-    from test_laws import QUICK  # the settings with which locate-then-edit methods edit models this small
+    from laws import QUICK  # the settings with which locate-then-edit methods edit models this small
 
     memit = registry.get("method", "memit").for_model(model, **QUICK["memit"])
     wanted = EditRequest("The language of Italy is", "Spanish", "Italy")
@@ -246,7 +246,7 @@ def test_tail_capture_and_read_see_the_caller_s_tokens(family: str) -> None:
     rows, want_rows = (split_rows(e, 2, 0, model.device) for e in (encoded, whole))
     noted: dict[object, torch.Tensor] = {}
     recorded: dict[object, torch.Tensor] = {}
-    from test_laws import random_bank
+    from laws import random_bank
 
     bank = [random_bank(model, 2, 2, model.dtype)]
     for runner, under, cut_rows, kept in ((Tail, on, rows, recorded), (FullForward, (), want_rows, noted)):

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
+from laws import METHODS, PROMPTS, model, patches, rows
 from safetensors.torch import save_file
-from test_laws import METHODS, PROMPTS, model, patches, rows
 from tiny import saved
 
 LOADER = """

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from families import lm
-from test_laws import METHODS, asked, editor
+from laws import METHODS, asked, editor
 
 from errata.core.bank import active_patches, non_causal
 from errata.core.patch import Site

@@ -11,10 +11,10 @@ import functools
 
 import pytest
 import torch
-from families import FAMILIES, SENTENCES, lm
+from families import FAMILIES, lm
+from laws import DTYPES, IN_CONTEXT, LOCATE, METHODS, ONE_TOKEN, PROMPTS, REQUESTS, asked, editor, model, patches, random_bank, rows
 
 from errata import registry
-from errata.config import build
 from errata.core.bank import Bank, ForwardContext
 from errata.core.decode import PrefilledBatch, decode
 from errata.core.model import LM
@@ -22,57 +22,9 @@ from errata.core.patch import Op, Patch, Site
 from errata.core.tail import FullForward, Tail, capture, split_rows
 from errata.core.tokens import IGNORE_INDEX
 from errata.core.weights import merge
-from errata.methods.in_context.editor import InContextEditor
-from errata.methods.locate.editor import LocateEditor
 from errata.methods.subspace.op import Subspace, orthonormal, start
-from errata.request import EditRequest
 from errata.score import teacher_forcing
 
-METHODS = registry.names("method")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-REQUESTS = [
-    EditRequest("The capital of France is", "Rome", "France", unrelated=(("The language of Spain is", "Spanish"),)),
-    EditRequest("The language of Italy is", "Spanish", "Italy", unrelated=(("The capital of Japan is", "Tokyo"),)),
-    EditRequest("In Rome people speak", "French", "Rome", unrelated=(("The capital of Spain is", "Madrid"),)),
-]
-PROMPTS = [p for p, _ in SENTENCES]
-_SUBSPACE = {"rank": 4, "lr": 0.02, "end": "."}
-# At the subject these models, which know eight sentences by heart, cannot be edited: their answers hang on the words after it.
-_LOCATE = {
-    "layers": [0], "end": ".", "stats_tokens": 1500, "prefixes": [], "fact_token": "last", "clamp": 20.0, "kl": 0.0, "v_decay": 0.0,
-    "v_lr": 0.2, "v_steps": 80,
-}  # fmt: skip
-_WEAK = {**_LOCATE, "mom2_weight": 1e-3}
-# Nobody taught these models an EOS, so LocFT trains the full stop here; its EOS is tested in test_ft.py.
-_TUNE = {"layers": [1, 2], "lr": 0.01, "steps": 40, "stop": 0.1}
-_ADAPTER = {"rank": 4, "steps": 20, "stop": 0.1, "end": "."}
-_WISE = {
-    "layer": 0, "contexts": [], "end": ".", "lr": 2.0, "steps": 40, "alpha": 0.1, "beta": 0.5, "gamma": 0.2, "norm_constraint": None,
-    "stop": 0.1, "settled": 10.0,
-}  # fmt: skip
-_PLAIN = {"fact": "{prompt} {target}.", "cue": ""}  # these models have room for 64 tokens, and a word they don't know takes many
-QUICK = {
-    "baft": _SUBSPACE, "reft": _SUBSPACE, "rome": _LOCATE, "r-rome": _LOCATE, "emmet": _LOCATE, "memit": _WEAK,
-    "lora": {**_ADAPTER, "lr": 0.01}, "adalora": {**_ADAPTER, "lr": 0.02, "dropout": 0.05},
-    "pmet": {**_WEAK, "kl": 1e-3, "kl_stop": 1e-9}, "alphaedit": {**_LOCATE, "share": 0.95, "l2": 1e-6},
-    "ft-l": _TUNE, "ft-m": {**_TUNE, "end": "."}, "loc-ft": {**_TUNE, "end": ".", "eos": False},
-    "grace": {"layer": 0, "eps": 0.1, "unit": "norm", "lr": 0.3, "steps": 30, "end": "."},
-    "melo": {
-        "layer": 0, "lora_layers": [1, 2], "radius": 0.1, "blocks": 4, "rank": 4, "lr": 0.02, "decay": 1.0, "steps": 60,
-        "stop": 0.1, "end": ".",
-    },
-    "wise": {**_WISE, "mask_ratio": 0.8}, "wise-light": {**_WISE, "pool": 0.5, "mask_ratio": 1.0},
-    "rep": {
-        "wrapped": _LOCATE, "steps": 20, "lr": 0.02, "rank": 4, "pool": 20, "away": 32, "prefixes": [[5, 2]],
-        # GPT-NeoX's MLP in block 0 sees its token alone: every surface has the prompt's key, and only aggregation has something to fit
-        "surfaces": ["names", "shuffled", "prefixes"], "aggregation": 1.0, "match": 1.0, "closing": 1.0, "consistency": 100.0, "tau": 0.6,
-    },
-    "ice": _PLAIN, "ike": {**_PLAIN, "shot": "{prompt} {target}. {query} {answer}.", "k": 2}, "retrieval": _PLAIN,
-}  # fmt: skip
-WISE = ("wise", "wise-light")  # a few steps of theirs show what identities are about
-IN_CONTEXT = [m for m in METHODS if issubclass(registry.get("method", m), InContextEditor)]
-LOCATE = [m for m in METHODS if issubclass(registry.get("method", m), LocateEditor)]
-ONE_TOKEN = [*LOCATE, "rep", "grace", "ft-l"]  # they change the output of a linear at one token; FT-L trains one token's distribution
 each_method = pytest.mark.parametrize("method", METHODS)
 each_family = pytest.mark.parametrize("family", list(FAMILIES))
 # 8 bits are 8 bits in every family: three unlike each other (plain; Conv1D, no gate, no rotary; norms after, windows) do for each run
@@ -81,30 +33,6 @@ each_case = pytest.mark.parametrize(
     ("family", "dtype"),
     [(f, "float32") for f in FAMILIES] + [pytest.param(f, "bfloat16", marks=() if f in _ROUND else pytest.mark.slow) for f in FAMILIES],
 )
-
-
-def asked(method: str) -> list[EditRequest]:
-    """What a method is asked to write.  A shift at one token cannot carry an answer of several in models this small, nor can FT-L."""
-    return [*REQUESTS[:2], dataclasses.replace(REQUESTS[2], target="Spanish")] if method in ONE_TOKEN else REQUESTS
-
-
-def editor(method: str, **settings: object) -> object:
-    return build(registry.get("method", method), {**QUICK.get(method, {}), **settings})
-
-
-@functools.cache
-def model(family: str, dtype: str = "float32") -> LM:
-    return lm(family, DTYPES[dtype])
-
-
-@functools.cache
-def patches(method: str, family: str, dtype: str = "float32") -> tuple[Patch, ...]:
-    return tuple(editor(method).edit_each(model(family, dtype), asked(method)))
-
-
-def rows(base: LM, side: str = "left", texts: list[str] | None = None) -> tuple:
-    encoded = base.encode(texts or PROMPTS)
-    return base.batch(encoded, side), [len(e.ids) for e in encoded]
 
 
 def last_logits(base: LM, side: str, stacks: list, which: list[int], texts: list[str] | None = None) -> torch.Tensor:
@@ -267,13 +195,6 @@ def test_determinism(method: str) -> None:
     if any(f.name == "seed" for f in dataclasses.fields(registry.get("method", method))):  # the others draw nothing
         assert editor(method, seed=1).edit(base, REQUESTS[:1]).id not in ids
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def random_bank(base: LM, block: int, count: int, dtype: torch.dtype, gate: str = "shared_logit") -> Bank:
-    own = {k: t.to(dtype) for k, t in start(4, base.width, gate, "pyreft", block, base.device).items()}
-    own["R"] = orthonormal(own.pop("X"))
-    stacked = {k: torch.stack([t * (1 + 0.1 * i) if k != "R" else t for i in range(count)]).requires_grad_() for k, t in own.items()}
-    return Bank("subspace", Site(block), {"gate": gate, "last": 3}, stacked)
 
 
 @pytest.mark.parametrize("first", [0, 2, 4])

@@ -1,4 +1,4 @@
-"""The locate-then-edit family against its closed forms in float64, and its values against a plain loop."""
+"""The locate-then-edit family against its closed forms in float64: one edit and several, on a stack, and with every option."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import functools
 
 import pytest
 import torch
-from families import lm
+from locating import REQUESTS, TIGHT, base, job, linear, make
 from torch import Tensor
 
-from errata.config import build
-from errata.core.families import resolve
-from errata.core.model import LM
 from errata.core.patch import Patch, Site
-from errata.core.read import adds_directly, read_activations, truncate
-from errata.core.tail import FullForward, Tail
+from errata.core.read import read_activations, truncate
+from errata.core.tail import Tail
 from errata.core.weights import delta_weight, sizes
 from errata.errors import ConfigError, FitError, InputError
 from errata.methods.locate.alphaedit import AlphaEdit
@@ -24,41 +21,10 @@ from errata.methods.locate.emmet import EMMET
 from errata.methods.locate.memit import LAMBDA_PER_INPUT, MEMIT, PMET
 from errata.methods.locate.rome import ROME, RROME
 from errata.methods.locate.solve import ridge_rows, small_side
-from errata.methods.locate.text import prefixes
 from errata.request import EditRequest
 from errata.text.statistics import Moments, moments
 
-REQUESTS = [
-    EditRequest("The capital of France is", "Rome", "France"),
-    EditRequest("The language of Italy is", "Madrid", "Italy"),
-    EditRequest("In Rome people speak", "French", "Rome"),
-]
-SHARED = {"stats_tokens": 1500, "prefixes": [[2, 2], [3, 1]], "v_steps": 8, "v_lr": 0.2}
 three = pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-TIGHT = {"atol": 1e-9, "rtol": 1e-9}
-
-
-@functools.cache
-def base(family: str) -> LM:
-    return lm(family, torch.float64)
-
-
-def make(cls: type[LocateEditor], **more: object) -> LocateEditor:
-    return build(cls, {**SHARED, **more})
-
-
-def job(
-    family: str, editor: LocateEditor, problems: list[list[EditRequest]], on: tuple[Patch, ...] = ()
-) -> tuple[LocateThenEditRun, list[Patch]]:
-    found = LocateThenEditRun(editor, base(family), problems, on, Tail)
-    return found, found.run()
-
-
-def linear(model: LM, block: int) -> tuple[Tensor, Tensor]:
-    """W [O, I] and its bias."""
-    module = resolve(model.blocks[block], model.family.mlp_down)
-    w = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
-    return w.detach(), module.bias.detach() if module.bias is not None else torch.zeros(w.shape[0], dtype=w.dtype)
 
 
 def keys_of(found: LocateThenEditRun, block: int) -> Tensor:
@@ -232,108 +198,6 @@ def test_small_sides_equal_the_full_systems() -> None:
         past = torch.randn(5, size, dtype=torch.float64, generator=generator)
         full = torch.linalg.inv(k.T @ k + past.T @ past + 0.3 * torch.eye(size, dtype=torch.float64))
         torch.testing.assert_close(ridge_rows(k, past, 0.3), k @ full, **TIGHT)
-
-
-# -- values ------------------------------------------------------------------------------------------------------------
-
-
-def plain_value(model: LM, request: EditRequest, texts: list[str], editor: LocateEditor, at_block: bool) -> Tensor:
-    """ROME's loop, written out: one request, one text a pass, full forward passes, torch's Adam."""
-    block = editor.layers[0]
-    module = model.blocks[block] if at_block else resolve(model.blocks[block], model.family.mlp_down)
-    tok = model.tokenizer
-    end = request.prompt.find(request.subject) + len(request.subject)
-    state: dict[str, object] = {}
-
-    def run(text: str, characters: int, shift: Tensor | None) -> Tensor:
-        found = tok(text, return_offsets_mapping=True, return_tensors="pt")
-        offsets = found["offset_mapping"][0].tolist()
-        at = max(i for i, (a, b) in enumerate(offsets) if a < characters and b > a)
-
-        def hook(_: object, __: object, output: object) -> object:
-            y = output[0] if isinstance(output, tuple) else output
-            state["v"] = y[0, at].detach()
-            if shift is None:
-                return None
-            y = torch.cat([y[:, :at], (y[:, at] + shift)[:, None], y[:, at + 1 :]], 1)
-            return (y, *output[1:]) if isinstance(output, tuple) else y
-
-        handle = module.register_forward_hook(hook)
-        try:
-            return model.hf(input_ids=found["input_ids"], use_cache=False).logits[0], found["input_ids"][0], at
-        finally:
-            handle.remove()
-
-    full = [f"{t}{request.prompt} {request.target}" for t in texts]
-    kl_text = f"{request.subject} is a"
-    with torch.no_grad():
-        run(request.prompt, end, None)
-        start = state["v"]
-        logits, _, at = run(kl_text, len(request.subject), None)
-        before = logits[at].log_softmax(-1)
-    shift = torch.zeros_like(start, requires_grad=True)
-    optimiser = torch.optim.Adam([shift], lr=editor.v_lr)
-    for step in range(editor.v_steps):
-        losses = []
-        for prefix, text in zip(texts, full, strict=True):
-            logits, ids, _ = run(text, len(prefix) + end, shift)
-            first = len(tok(f"{prefix}{request.prompt}")["input_ids"])
-            losses.append(-logits[first - 1 : -1].log_softmax(-1).gather(1, ids[first:, None]).mean())
-        logits, _, at = run(kl_text, len(request.subject), shift)
-        now = logits[at].log_softmax(-1)
-        kl = (now.exp() * (now - before)).sum()
-        loss = torch.stack(losses).mean() + editor.kl * kl + editor.v_decay * shift.norm() / start.norm() ** 2
-        if loss < editor.v_stop or step == editor.v_steps - 1:
-            break
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        with torch.no_grad():
-            shift.mul_(min(1.0, float(editor.clamp * start.norm() / shift.norm())))
-    return shift.detach()
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "olmo2"])
-@pytest.mark.parametrize("cls", [ROME, MEMIT])
-def test_values_are_those_of_a_plain_loop(family: str, cls: type[LocateEditor]) -> None:
-    model = base(family)
-    editor = make(cls, layers=[1], clamp=0.7, v_decay=0.5)
-    found, _ = job(family, editor, [[r] for r in REQUESTS])
-    texts = prefixes(model, editor.prefixes, editor.seed)
-    assert len(texts) == 4 and texts[0] == "" and all(t.endswith(". ") for t in texts[1:])
-    at_block = cls is MEMIT and adds_directly(model, 1)
-    for request, ours, start in zip(REQUESTS, found.goal, found.start, strict=True):
-        want = plain_value(model, request, texts, editor, at_block)
-        torch.testing.assert_close(ours - start, want, atol=1e-7, rtol=1e-6)
-
-
-def test_a_value_stops_by_itself() -> None:
-    easy = EditRequest("The capital of France is", "Paris", "France")
-    _, patches = job("llama", make(ROME, layers=[1], prefixes=[], v_stop=0.3, kl=0.0), [[easy], [REQUESTS[1]]])
-    assert patches[0].notes["steps"] == 0 and patches[0].notes["values stopped"] == 1
-    assert patches[1].notes["steps"] == 7 and patches[1].notes["values stopped"] == 0
-    assert not delta_weight(patches[0].ops[0]).any()  # nothing to change: the identity
-
-
-def test_full_forward_passes_reach_the_same_values() -> None:
-    editor = make(PMET, layers=[1, 2])
-    ours = LocateThenEditRun(editor, base("gpt2"), [REQUESTS], (), Tail).run()[0]
-    plain = LocateThenEditRun(editor, base("gpt2"), [REQUESTS], (), FullForward).run()[0]
-    for a, b in zip(ours.ops, plain.ops, strict=True):
-        torch.testing.assert_close(delta_weight(a), delta_weight(b), **TIGHT)
-
-
-def test_sampled_texts_depend_on_the_seed_and_their_own_prompt_only() -> None:
-    model = lm("llama")
-    how = {"top_k": 5, "max_new_tokens": 6, "stop": ()}
-    three = model.generate(["The", "The", "In"], seed=1, **how)
-    assert model.generate(["In", "The"], seed=1, **how) == [three[2], three[0]]
-    many = [model.generate(["The"], seed=seed, **how)[0] for seed in range(20)]
-    assert len(set(many)) > 5
-    assert all(
-        t == model.generate(["The"], **{**how, "top_k": None})[0] for t in model.generate(["The"] * 3, seed=2, **{**how, "top_k": 1})
-    )
-    assert prefixes(lm("llama"), ((2, 3),), 0) == prefixes(model, ((2, 3),), 0) != prefixes(model, ((2, 3),), 1)
 
 
 # -- several edits, stacks, options -------------------------------------------------------------------------------------
