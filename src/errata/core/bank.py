@@ -25,7 +25,7 @@ Stack = tuple[Patch, ...]
 
 
 class Replaces(Protocol):
-    """What `live` asks of a patch, or of what stands for one."""
+    """What `active_patches` asks of a patch, or of what stands for one."""
 
     @property
     def id(self) -> str: ...
@@ -46,11 +46,11 @@ class ForwardContext:
     position        [B, T] unpadded position of each token of this chunk, as the caller counts; -1 where it is padding, or context that
                     a patch has put in front
     prompt_lengths  [B] prompt tokens of each row, unpadded
-    recorded            filled with what ops `note` (gate weights, for example) when not None
-    first           whether this chunk begins the text: it holds the prompt, later chunks what follows
-    memory          decisions an op makes on the first chunk and keeps for the later ones, a number a row of the whole batch
+    recorded        filled with what ops `record` (gate weights, for example) when not None
+    is_prefill      whether this chunk begins the text: it holds the prompt, later chunks what follows
+    decisions       what an op decides on the first chunk and keeps for the later ones, a number a row of the whole batch
     rows, size      which rows of the batch these are (None: all), and how many it has
-    patch_index            the place in its stack of the patch whose op is asked
+    patch_index     the place in its stack of the patch whose op is asked
     """
 
     position: Tensor
@@ -78,7 +78,7 @@ class ForwardContext:
         self.decisions[self.patch_index, name] = value
 
     def load_decision(self, name: str) -> Tensor:
-        """What `remember` kept of these rows, [b]."""
+        """What `save_decision` kept of these rows, [b]."""
         if (self.patch_index, name) not in self.decisions:
             raise PatchError(
                 f"no {name} was decided for this text: it began before the patch was on; start it anew with the patch attached"

@@ -30,7 +30,7 @@ def greedy_answers(lm: Any, asked: Iterable[tuple[str, Sequence[Any]]], tokens: 
 
 @dataclass(frozen=True)
 class PrefilledBatch:
-    """A padded batch whose prompts have run: what further tokens need.  ``last`` [B, V] are the logits that foretell the next token.
+    """A padded batch whose prompts have run: what further tokens need.  ``next_token_logits`` [B, V].
 
     ``ids`` and ``mask`` [B, T] are everything so far; the plan (`errata.core.bank.Plan`) holds what its ops decided on the prompts.
     """

@@ -113,11 +113,11 @@ def fit(
     project: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
     after_step: After | None = None,
 ) -> FitResult:
-    """Up to ``steps`` updates of each problem; problem e ends when its compared loss is below ``stop``, and, with ``settled``, is also
+    """Up to ``steps`` updates of each problem; problem e ends when its compared loss is below ``stop``, and, with ``min_delta``, is also
     no further than that from its value a step before.
 
-    ``project(params, alive)`` puts parameters back into their bounds, in place, after each update; ``after(params, gradients, alive,
-    step)`` follows, for what needs to know more (update number ``step``, from 1; gradients from before it).
+    ``project(params, alive)`` puts parameters back into their bounds, in place, after each update; ``after_step(params, gradients,
+    alive, step)`` follows, for what needs to know more (update number ``step``, from 1; gradients from before it).
 
     ``progress(step, running, mean loss)`` is called once a step.  Raises `FitError` when a loss is not finite.
     """
@@ -204,7 +204,7 @@ def fit_epochs(
     progress: Callable[[int, int, float], None] | None = None,
     project: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
 ) -> FitResult:
-    """Up to ``passes`` passes over ``batches`` mini-batches, an update each: what fine-tuning editors do, for E problems at once.
+    """Up to ``epochs`` passes over ``batches`` mini-batches, an update each: what fine-tuning editors do, for E problems at once.
 
     A mini-batch leaves a problem alone that has no row in it or whose mean loss is below ``stop``; a problem ends with the pass whose
     mean loss over all rows is.  `Fitted.steps` counts updates, `Fitted.loss` is the last pass's.  Otherwise as `fit`.

@@ -98,7 +98,7 @@ class Patch:
 
     base      fingerprint of the model it belongs to (`errata.core.model.fingerprint`)
     state     running values a later edit goes on from (for example BaFT's load-balancing sums)
-    replaces  ids of the patches this one went on from (`chain`): on a stack it stands in their place
+    replaces  ids of the patches this one went on from (`replaced_ids`): on a stack it stands in their place
     notes     facts about the making (loss, steps, seconds); not part of the id
     """
 
@@ -125,7 +125,7 @@ class Patch:
     ) -> Patch:
         """A patch that goes on from ``before`` (None: from nothing).
 
-        Its requests come behind those of ``before``, which it replaces (`chain`).
+        Its requests come behind those of ``before``, which it replaces (`replaced_ids`).
         """
         every = (*(before.requests if before else ()), *requests)
         return cls(method, settings, base, every, tuple(ops), state or {}, replaced_ids(before), notes or {})

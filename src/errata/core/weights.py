@@ -205,7 +205,7 @@ def compact(op: Op) -> Op:
 
 
 def merge(patches: tuple[Patch, ...]) -> Patch:
-    """Weight-like patches of one base as one, with one op a site (see `total`); logits as under the stack.
+    """Weight-like patches of one base as one, with one op a site (see `sum_ops`); logits as under the stack.
 
     It replaces them, and what they replaced.
     """

@@ -32,7 +32,7 @@ _TICK = 5  # blocks from one labelled tick to the next, on a model of more than 
 
 @dataclass(frozen=True)
 class Panel:
-    """``values`` [labels, blocks]; ``least`` is where the colours begin."""
+    """``values`` [labels, blocks]; ``vmin`` is where the colours begin."""
 
     kind: str
     title: str

@@ -26,7 +26,7 @@ def of(records: Sequence[Record]) -> dict[str, Read]:
 class Section:
     """What is shown together.  Rows name the method by its label here.
 
-    said          label -> how to read its final records; ``soon``: those right after each edit
+    records       label -> how to read its final records; ``right_after_records``: those right after each edit
     differences   filled in by who may compute them (this floor knows no metric)
     costs         label -> cost.json, or what else is known
     apart         why it is not in one table with earlier sections

@@ -1,4 +1,4 @@
-"""Probes for what an edit should survive: `widen` adds them to the cases of any benchmark, whatever the method.
+"""Probes for what an edit should survive: `add_robustness_probes` adds them to the cases of any benchmark, whatever the method.
 
 Kinds (`errata.request.ROBUST_KINDS`; metrics of the same names in `errata.score.metrics`), "_seen" for surfaces an editor may have
 trained on, "_unseen" for others of the same making (`errata.text.surfaces`):

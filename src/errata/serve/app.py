@@ -35,7 +35,7 @@ def make(service: Service) -> App:
     api.add_exception_handler(ErrataError, _refused)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http)
-    api.add_exception_handler(Exception, _refused)  # what nobody foresaw; uvicorn then logs it
+    api.add_exception_handler(Exception, _unforeseen)  # uvicorn then logs it
     _page(api)
     api.openapi = lambda: _document(api)  # type: ignore[method-assign]
     return GuardMiddleware(api, service)
@@ -62,6 +62,13 @@ def _said(refused: APIError) -> Response:
 
 async def _refused(_: Request, error: Exception) -> Response:
     return _said(to_api_error(error))
+
+
+async def _unforeseen(_: Request, error: Exception) -> Response:
+    """uvicorn closes the connection after an error that nobody foresaw; said beforehand, no client sends its next request into it."""
+    response = _said(to_api_error(error))
+    response.headers["Connection"] = "close"
+    return response
 
 
 async def _http(request: Request, error: Exception) -> Response:

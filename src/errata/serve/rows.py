@@ -50,7 +50,7 @@ class Token:
 
 @dataclass(frozen=True)
 class OutputChunk:
-    """News of one row.  ``finish``: stop or length, once it ended; ``error``: why it could not."""
+    """News of one row.  ``finish_reason``: stop or length, once it ended; ``error``: why it could not."""
 
     index: int
     text: str
@@ -156,7 +156,7 @@ class Row:
             self.tell(OutputChunk(self.index, "", (), "error", to_api_error(error)))
 
     def take(self, token: int, logits: Tensor, ends: set[int]) -> None:
-        """The next token; sets ``finish`` where the answer ends with it."""
+        """The next token; sets ``finish_reason`` where the answer ends with it."""
         if self.first is None:
             self.first = time.monotonic() - self.arrival_time
         self.count += 1

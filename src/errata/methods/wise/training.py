@@ -152,7 +152,7 @@ class Training:
         ]
 
     def _of(self, alive: Tensor) -> dict[str, Tensor]:
-        """`read` of the edits that still run; cut anew when one has left."""
+        """What was read of the edits that still run; cut anew when one has left."""
         if self._view[0] != len(alive):
             self._view = (len(alive), {k: t[alive] for k, t in self.read.items()})
         return self._view[1]
