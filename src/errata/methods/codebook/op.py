@@ -10,6 +10,7 @@ choice.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,28 +50,54 @@ def route(book: Mapping[str, Tensor], query: Tensor, rounding: float) -> Tensor:
     return out
 
 
-class Codebook:
-    """Registered as ``codebook``: keys [N, I], values [N, O], radii [N]; settings ``replace`` and ``rounding``."""
+class _Stored:
+    """A kind that looks entries up, or acts by what was looked up: ``_run`` does it for rows that share stores (``groups``) and for rows
+    with parameters of their own (None)."""
 
     stateful = True
+
+    @classmethod
+    def apply(cls, p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
+        return cls._run(p, None, settings, x, y, site, context)
+
+    @classmethod
+    def apply_grouped(
+        cls, p: Mapping[str, Tensor], groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
+    ) -> Tensor:
+        return cls._run(p, groups, settings, x, y, site, context)
+
+    @classmethod
+    @abstractmethod
+    def _run(
+        cls,
+        p: Mapping[str, Tensor],
+        groups: RowGroups | None,
+        settings: Mapping[str, Any],
+        x: Tensor,
+        y: Tensor,
+        site: Site,
+        context: OpContext,
+    ) -> Tensor:
+        """The site's new output; ``p`` [1 or B, …], or [P, …] with groups."""
+
+
+class Codebook(_Stored):
+    """Registered as ``codebook``: keys [N, I], values [N, O], radii [N]; settings ``replace`` and ``rounding``."""
 
     @staticmethod
     def non_causal(settings: Mapping[str, Any]) -> bool:
         return bool(settings["replace"] != "last")
 
-    @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
-        return Codebook._run(p, None, settings, x, y, site, context)
-
-    @staticmethod
-    def apply_grouped(
-        p: Mapping[str, Tensor], groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
-    ) -> Tensor:
-        return Codebook._run(p, groups, settings, x, y, site, context)
-
-    @staticmethod
+    @classmethod
     def _run(
-        p: Mapping[str, Tensor], groups: RowGroups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
+        cls,
+        p: Mapping[str, Tensor],
+        groups: RowGroups | None,
+        settings: Mapping[str, Any],
+        x: Tensor,
+        y: Tensor,
+        site: Site,
+        context: OpContext,
     ) -> Tensor:
         own = entries_of(p["values"], groups, len(x))
         index = {k: p[k] for k in ("keys", "radii")}
@@ -88,31 +115,26 @@ class Codebook:
         return y.index_put((rows, at), p["values"][own[rows], entry[rows]].to(y.dtype))
 
 
-class Router:
+class Router(_Stored):
     """Registered as ``router``: centres [C, I], radii [C], points [M, I], cluster [M] and block [M] of each point; changes nothing itself.
 
     Settings: ``reads`` "input" or "output" of the linear, ``rounding``.
     """
 
-    stateful = True
-
     @staticmethod
     def non_causal(settings: Mapping[str, Any]) -> bool:
         return True
 
-    @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
-        return Router._run(p, None, settings, x, y, site, context)
-
-    @staticmethod
-    def apply_grouped(
-        p: Mapping[str, Tensor], groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
-    ) -> Tensor:
-        return Router._run(p, groups, settings, x, y, site, context)
-
-    @staticmethod
+    @classmethod
     def _run(
-        p: Mapping[str, Tensor], groups: RowGroups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
+        cls,
+        p: Mapping[str, Tensor],
+        groups: RowGroups | None,
+        settings: Mapping[str, Any],
+        x: Tensor,
+        y: Tensor,
+        site: Site,
+        context: OpContext,
     ) -> Tensor:
         own = entries_of(p["radii"], groups, len(x))
         book = {k: p[k] for k in INDEX}
@@ -123,28 +145,23 @@ class Router:
         return y
 
 
-class Routed:
+class Routed(_Stored):
     """Registered as ``routed``: blocks down [N, R, I] and up [N, O, R]; setting ``scale``: s, by which both are multiplied."""
-
-    stateful = True
 
     @staticmethod
     def non_causal(settings: Mapping[str, Any]) -> bool:
         return True
 
-    @staticmethod
-    def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
-        return Routed._run(p, None, settings, x, y, context)
-
-    @staticmethod
-    def apply_grouped(
-        p: Mapping[str, Tensor], groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
-    ) -> Tensor:
-        return Routed._run(p, groups, settings, x, y, context)
-
-    @staticmethod
+    @classmethod
     def _run(
-        p: Mapping[str, Tensor], groups: RowGroups | None, settings: Mapping[str, Any], x: Tensor, y: Tensor, context: OpContext
+        cls,
+        p: Mapping[str, Tensor],
+        groups: RowGroups | None,
+        settings: Mapping[str, Any],
+        x: Tensor,
+        y: Tensor,
+        site: Site,
+        context: OpContext,
     ) -> Tensor:
         own = entries_of(p["up"], groups, len(x))
         block = context.load_decision("block")
