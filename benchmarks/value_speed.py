@@ -19,7 +19,7 @@ from edit_speed import begin, end, interleaved, options, timed
 from errata import registry
 from errata.core.model import LM
 from errata.core.tail import FullForward, Tail
-from errata.methods.locate.editor import LocateThenEditRun
+from errata.methods.locate.run import LocateThenEditRun
 from errata.request import EditRequest
 
 

@@ -7,9 +7,9 @@ tunes on more than the first 200 dev cases tunes on questions that are shown: gi
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from errata.benchmarks.almanac import Almanac
+from errata.methods.in_context.demonstrations import PACKAGED
 from errata.request import write_requests
 
 FIRST, COUNT = 200, 64
@@ -18,7 +18,7 @@ FIRST, COUNT = 200, 64
 def main() -> None:
     cases = list(Almanac().load("dev", FIRST + COUNT))[FIRST:]
     requests = [dataclasses.replace(c.request, paraphrases=tuple(p.prompt for p in c.probes if p.kind == "rephrase")) for c in cases]
-    write_requests(Path(__file__).resolve().parents[1] / "src" / "errata" / "methods" / "almanac_demonstrations.jsonl", requests)
+    write_requests(PACKAGED["almanac"], requests)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from errata.core.families import resolve
 from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.core.tail import Tail
-from errata.methods.locate.editor import LocateEditor, LocateThenEditRun
+from errata.methods.locate.editor import LocateEditor
+from errata.methods.locate.run import LocateThenEditRun
 from errata.request import EditRequest
 
 REQUESTS = [

@@ -13,7 +13,8 @@ from errata.core.bank import active_patches, non_causal
 from errata.core.patch import Site
 from errata.core.read import activation_hooks, read_activations, truncate
 from errata.core.tail import Tail
-from errata.methods.wise.training import Training, WISERun
+from errata.methods.wise.run import WISERun
+from errata.methods.wise.training import Training
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -78,6 +78,34 @@ def test_nothing_is_too_long_to_read() -> None:
     assert out == []
 
 
+def held(path: Path) -> set[str]:
+    """Names that a module defines or imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    out = {n.name for n in nodes if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)}
+    out |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return out | {(n.asname or n.name).split(".")[0] for n in nodes if isinstance(n, ast.alias)}
+
+
+def nowhere(text: str) -> list[str]:
+    """Dotted names of the package in a text that lead nowhere."""
+    known, face, out = house.modules(), house.public(), []
+    for name in re.findall(r"(?<![\w/.-])errata(?:\.(?!example)[A-Za-z_]\w*)+", text):
+        parts = name.split(".")
+        deep = max(i for i in range(1, len(parts) + 1) if ".".join(parts[:i]) in known)
+        module, rest = ".".join(parts[:deep]), parts[deep:]
+        if rest and rest[0] not in held(known[face.get(rest[0], module) if deep == 1 else module]):
+            out.append(name)
+    return out
+
+
+def test_dotted_names_lead_somewhere() -> None:
+    """Docstrings and pages speak of things that are there, under the names they have now."""
+    found = {name: nowhere(text) for name, text in readable().items() if not name.startswith("tests/") and name != "docs/renames.md"}
+    assert {name: names for name, names in found.items() if names} == {}
+    assert nowhere("`errata.core.tail.Whole`, `errata.stats`") == ["errata.core.tail.Whole", "errata.stats"]
+    assert nowhere("`errata.core.bank.Bank`, `errata.Ledger`, `errata.load`, `errata.score.harness.HarnessLM`") == []
+
+
 def test_every_file_says_what_it_is() -> None:
     """The first line of its docstring stands beside it in docs/architecture.md."""
     silent = [str(path) for path in house.modules().values() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]

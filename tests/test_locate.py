@@ -16,10 +16,11 @@ from errata.core.weights import delta_weight, sizes
 from errata.errors import ConfigError, FitError, InputError
 from errata.methods.locate.alphaedit import AlphaEdit
 from errata.methods.locate.conditioning import pruned, rected, weight
-from errata.methods.locate.editor import LocateEditor, LocateThenEditRun
+from errata.methods.locate.editor import LocateEditor
 from errata.methods.locate.emmet import EMMET
 from errata.methods.locate.memit import LAMBDA_PER_INPUT, MEMIT, PMET
 from errata.methods.locate.rome import ROME, RROME
+from errata.methods.locate.run import LocateThenEditRun
 from errata.methods.locate.solve import ridge_rows, small_side
 from errata.request import EditRequest
 from errata.text.statistics import Moments, moments

@@ -20,9 +20,9 @@ from errata.core.patch import Op, Patch, Site
 from errata.core.weights import delta_weight
 from errata.errors import ConfigError
 from errata.methods.locate.editor import LocateEditor
-from errata.methods.rep.adapting import split_patch
 from errata.methods.rep.op import KeyAdaptor, gate_logit
 from errata.methods.rep.rep import REP
+from errata.methods.rep.run import split_patch
 from errata.methods.rep.surfaces import KINDS, OWN, draw
 from errata.methods.rep.training import Keys, initial, train
 from errata.request import EditRequest

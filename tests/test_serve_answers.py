@@ -102,10 +102,10 @@ def test_rows_join_leave_and_lose_their_padding() -> None:
             if when == turn:
                 answering.submit([one])
         answering._turn(answering._take())
-        assert len(answering._cohorts) <= 1  # all in one batch, every turn
-        wide += [c.mask.shape[1] for c in answering._cohorts]
-        most = max(most, sum(len(c.rows) for c in answering._cohorts))
-        for cohort in answering._cohorts:
+        assert len(answering._batches) <= 1  # all in one batch, every turn
+        wide += [c.mask.shape[1] for c in answering._batches]
+        most = max(most, sum(len(c.rows) for c in answering._batches))
+        for cohort in answering._batches:
             assert all(layer.keys.shape[2] == cohort.mask.shape[1] - 1 for layer in cohort.cache.layers)
     assert most >= 6 and max(wide) > 40 and min(wide[4:]) < 25 and said[-1].finish_reason == "length"
 
@@ -240,7 +240,7 @@ def test_the_queue_is_bounded_and_a_batch_too() -> None:
     assert refused.value.status == 429 and refused.value.headers["Retry-After"]
     while answering.num_unfinished:
         answering._turn(answering._take())
-        assert all(len(c.rows) <= 4 for c in answering._cohorts)
+        assert all(len(c.rows) <= 4 for c in answering._batches)
     assert all(r.finish_reason for r in rows[:10])
 
 

@@ -91,7 +91,7 @@ def test_a_conversation_that_fills_the_window_is_refused(site: Site, client: ope
         assert found.usage is not None and found.usage.total_tokens <= window
         return found.usage.completion_tokens
 
-    site.service.stacks.given["told"] = (registry.get("method", "ice")(budget=24).edit(site.service.lm, [EditRequest(FRANCE, "Rome")]),)
+    site.service.models.given["told"] = (registry.get("method", "ice")(budget=24).edit(site.service.lm, [EditRequest(FRANCE, "Rome")]),)
     assert ask(window - 1) == 1 and ask(window - 25, "told") == 1
     for tokens, model in ((window, "base"), (window + 200, "base"), (window - 24, "told")):
         with pytest.raises(openai.BadRequestError, match="shorten it") as error:
@@ -132,7 +132,7 @@ def test_a_client_that_goes_away_takes_its_rows_along(site: Site) -> None:
     assert site.text(FRANCE) == "Rome"
     ended = site.service.metrics.registry.get_sample_value("errata_answers_total")
     tokens = site.service.metrics.registry.get_sample_value("errata_tokens_total")
-    assert site.service.answering.num_unfinished == 0 and ended is not None and tokens is not None
+    assert site.service.engine.num_unfinished == 0 and ended is not None and tokens is not None
 
 
 def test_the_examples_of_the_page(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

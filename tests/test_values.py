@@ -16,9 +16,10 @@ from errata.core.read import adds_directly
 from errata.core.tail import FullForward, Tail
 from errata.core.weights import delta_weight
 from errata.methods.locate import values
-from errata.methods.locate.editor import LocateEditor, LocateThenEditRun
+from errata.methods.locate.editor import LocateEditor
 from errata.methods.locate.memit import MEMIT, PMET
 from errata.methods.locate.rome import ROME
+from errata.methods.locate.run import LocateThenEditRun
 from errata.methods.locate.text import prefixes
 from errata.request import EditRequest
 

@@ -162,7 +162,7 @@ def test_sgd_and_the_two_stop_conditions() -> None:
     def loss(p: Any, alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return rate[alive] * p["x"][:, 0].square(), p["x"][:, 0].abs()
 
-    got = fit({"x": begin}, loss, steps=60, optimizer=SGD(1.0, 0.01), stop=0.05, min_delta=1e-3)
+    got = fit({"x": begin}, loss, steps=60, optimizer=SGD(1.0, 0.01), stop=0.05, max_change=1e-3)
     for i in range(3):
         x = begin[i].clone().requires_grad_()
         optimiser, last, steps = torch.optim.SGD([x], lr=1.0, weight_decay=0.01), float("inf"), 0

@@ -1,4 +1,4 @@
-"""Names to code, lazily: adding a method, benchmark, family or op is one line here and one file there."""
+"""Names to code, lazily: adding a method, benchmark or op is one line here and one file there."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ENTRIES: dict[str, dict[str, str]] = {
         "known1000": "errata.benchmarks.downstream:Known1000",
     },
     "op": {
-        "context": "errata.core.context:InContext",
+        "context": "errata.core.context:ContextOp",
         "low_rank": "errata.core.weights:LowRank",
         "dense": "errata.core.weights:Dense",
         "subspace": "errata.methods.subspace.op:Subspace",

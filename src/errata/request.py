@@ -267,5 +267,5 @@ def to_jsonl(requests: Iterable[EditRequest]) -> str:
 
 
 def write_requests(path: str | Path, requests: Iterable[EditRequest]) -> None:
-    """`as_lines` in a file."""
+    """`to_jsonl` in a file."""
     Path(path).write_text(to_jsonl(requests), encoding="utf-8")

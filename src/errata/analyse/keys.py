@@ -26,12 +26,12 @@ from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.core.tail import Tail
 from errata.errors import InputError
-from errata.methods.locate.editor import POINT, LocateThenEditRun
+from errata.methods.locate.run import POINT, LocateThenEditRun
 from errata.methods.locate.solve import whitened
 from errata.methods.locate.text import LocatedText, placed, prefixes
-from errata.methods.rep.adapting import STATE, split_patch
 from errata.methods.rep.op import gate_logit, threshold
 from errata.methods.rep.rep import REP
+from errata.methods.rep.run import STATE, split_patch
 from errata.methods.rep.surfaces import end_of, fitting, original, strangers
 from errata.methods.rep.training import projected
 from errata.request import EditRequest

@@ -12,7 +12,7 @@ use them.
 
 from __future__ import annotations
 
-from errata.benchmarks.drafts import Draft, through
+from errata.benchmarks.drafts import Draft, ask_two_hop
 from errata.benchmarks.files import FileBenchmark, RecordFormat
 from errata.benchmarks.records import Record
 from errata.request import Case
@@ -46,7 +46,7 @@ def _original(record: Record) -> Draft:
     for prompt in record.texts("neighborhood_prompts"):
         draft.ask("neighbour", prompt, true)
     draft.openings = record.texts("generation_prompts")
-    through(draft, record)
+    ask_two_hop(draft, record)
     if "alternative_subject" in record:
         draft.ask("alias", filled(edit, edit.text("prompt"), record.text("alternative_subject")), draft.target)
     if "unrelated_relation" in record:

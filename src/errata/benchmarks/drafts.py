@@ -1,4 +1,4 @@
-"""From what a record says (`Draft`) to requests and probes, with a count by reason of what could not be used (`Report`)."""
+"""From what a record says (`Draft`) to requests and probes, with a count by reason of what could not be used (`LoadReport`)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Draft:
         self.probes.append((kind, prompt, answers))
 
 
-def through(draft: Draft, record: Record) -> None:
+def ask_two_hop(draft: Draft, record: Record) -> None:
     """EasyEdit's ``portability``, where the record has it: a question through the new answer."""
     if "portability" in record:
         hop = record.inner("portability").only("Recalled Relation", "New Question", "New Answer")

@@ -2,7 +2,7 @@
 
     file, folder or hub ─► Record ─► Form.draft ─► Draft ─► Case      (one file a benchmark says only what its fields mean)
 
-Nothing is dropped in silence: `Report` counts by reason what could not be used.
+Nothing is dropped in silence: `LoadReport` counts by reason what could not be used.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ are asked too (subject_seen), and what else `errata.score.robustness` makes.  ``
 
 The names were written by a chat model and hold what it said besides ("… cinemaPlease let me know if you need further assistance!"):
 such endings are cut off.  Names that are empty, the subject itself, a repetition or that give the new answer away are left out and
-counted (`Report`), after the halves were told apart, so that a name is seen here as it is in the paper.  Of the prompts, repetitions
+counted (`LoadReport`), after the halves were told apart, so that a name is seen here as it is in the paper.  Of the prompts, repetitions
 and the edited prompt itself are left out; those that do not name the subject ("Her mother tongue is") stay, as in the paper, and
 are counted as a remark.
 """

@@ -10,7 +10,7 @@ KnowEdit form (Zhang et al. 2024): see `errata.benchmarks.knowedit`.
 
 from __future__ import annotations
 
-from errata.benchmarks.drafts import Draft, through
+from errata.benchmarks.drafts import Draft, ask_two_hop
 from errata.benchmarks.files import FileBenchmark, RecordFormat
 from errata.benchmarks.knowedit import ZSRE_FORM
 from errata.benchmarks.records import Record
@@ -21,7 +21,7 @@ def _mend(record: Record) -> Draft:
     draft.ask("rephrase", record.text("rephrase"), draft.target)
     if "loc" in record:
         draft.ask("unrelated", record.text("loc"), *record.answers("loc_ans"))
-    through(draft, record)
+    ask_two_hop(draft, record)
     if "alter_subject_question" in record:
         draft.ask("alias", record.text("alter_subject_question"), draft.target)
     if "inverse question" in record:

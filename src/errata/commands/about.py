@@ -32,7 +32,9 @@ def add(commands: common.Subparsers) -> None:
 
 
 def _group(commands: common.Subparsers, name: str, about: str) -> common.Subparsers:
-    inner: common.Subparsers = common.bare(commands, name, about).add_subparsers(metavar="COMMAND", required=True, dest=f"{name}_command")
+    inner: common.Subparsers = common.subparser(commands, name, about).add_subparsers(
+        metavar="COMMAND", required=True, dest=f"{name}_command"
+    )
     return inner
 
 

@@ -33,7 +33,7 @@ def positive(text: str) -> int:
     return value
 
 
-def bare(commands: Subparsers, name: str, about: str) -> argparse.ArgumentParser:
+def subparser(commands: Subparsers, name: str, about: str) -> argparse.ArgumentParser:
     """A subcommand's parser without arguments."""
     out: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False)
     return out
@@ -41,7 +41,7 @@ def bare(commands: Subparsers, name: str, about: str) -> argparse.ArgumentParser
 
 def parser(commands: Subparsers, name: str, run: Any, about: str, *, model: bool = True, json: bool = True) -> argparse.ArgumentParser:
     """A subcommand's parser with the arguments all have."""
-    out = bare(commands, name, about)
+    out = subparser(commands, name, about)
     if model:
         model_argument(out)
     if json:
@@ -194,7 +194,7 @@ def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def answers(lm: LM, asked: Iterable[tuple[str, tuple[Any, ...]]], tokens: int) -> list[str]:
-    """`errata.core.decode.answers`, which is loaded when a model is."""
+    """`errata.core.decode.greedy_answers`, which is loaded when a model is."""
     from errata.core import decode
 
     return decode.greedy_answers(lm, asked, tokens)

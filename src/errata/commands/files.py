@@ -54,7 +54,7 @@ def check(out: Path | None, force: bool) -> None:
 
 @contextlib.contextmanager
 def staged(out: Path, force: bool) -> Iterator[Path]:
-    """`check`, then `errata.storage.replacing`."""
+    """`check`, then `errata.storage.atomic_folder`."""
     check(out, force)
     with storage.atomic_folder(out) as temporary:
         yield temporary

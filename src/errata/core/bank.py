@@ -87,7 +87,7 @@ class ForwardContext:
         return value if self.rows is None else value[self.rows]
 
     def select(self, rows: Tensor) -> ForwardContext:
-        """The context of some rows; it shares the memory."""
+        """The context of some rows; it shares the decisions."""
         own = rows if self.rows is None else self.rows[rows]
         return replace(self, position=self.position[rows], prompt_lengths=self.prompt_lengths[rows], recorded=None, rows=own)
 
@@ -195,14 +195,14 @@ def non_causal(stack: Stack) -> bool:
 def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.device, tokenizer: Any = None) -> Plan:
     """Stacks as banks: the j-th op of each stack at a site joins the j-th group; alike ones share a bank.
 
-    Ops that only add, following each other at a site, are one there (`errata.core.weights.together`): a thousand cost one product a site.
-    ``rows`` [B] names the stack of each row; None means that the one stack given serves every row.  ``tokenizer``: for ops that read
+    Ops that only add, following each other at a site, are one there (`errata.core.weights.fuse_additive`): a thousand cost one product a
+    site.  ``rows`` [B] names the stack of each row; None means that the one stack given serves every row.  ``tokenizer``: for ops that read
     the prompt as text.
     """
     plan = Plan()
-    fronts: list[list[Op]] = [[op for patch in active_patches(stack) for op in patch.ops if op.site == PROMPT] for stack in stacks]
-    if any(fronts):
-        plan.inserter = ContextInserter(fronts, rows, tokenizer)
+    inserted: list[list[Op]] = [[op for patch in active_patches(stack) for op in patch.ops if op.site == PROMPT] for stack in stacks]
+    if any(inserted):
+        plan.inserter = ContextInserter(inserted, rows, tokenizer)
     per_site: dict[Site, list[list[_Placed]]] = {}
     for i, stack in enumerate(stacks):
         for patch_index, patch in enumerate(active_patches(stack)):
@@ -225,7 +225,7 @@ def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.dev
 
 def _alike(op: Op, patch_index: int) -> tuple[Any, ...]:
     """Ops with equal keys share a bank: those of equal signatures, or what a kind says with ``bank_key(op)``.  Low ranks are padded to
-    the largest there (exact), up to 4 or up to twice their own.  Of kinds that remember (``stateful``), only those at one place of
+    the largest there (exact), up to 4 or up to twice their own.  Of stateful kinds, only those at one place of
     their stacks do."""
     kind = registry.get("op", op.kind)
     key: tuple[Any, ...] = (op.kind, *kind.bank_key(op)) if hasattr(kind, "bank_key") else op.signature()

@@ -27,7 +27,7 @@ from errata.errors import ModelError
 Text = tuple[int, ...]
 
 
-class InContext:
+class ContextOp:
     """Registered as ``context``; its only site is `errata.core.patch.PROMPT`.
 
     tensors    texts [M, L] token ids padded on the right, lengths [M]; the first ``demonstrations`` of them are no facts

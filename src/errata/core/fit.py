@@ -1,4 +1,4 @@
-"""`fit`: E independent problems optimised in one batch, each stopping by itself.  `fit_passes`: the same in mini-batches.
+"""`fit`: E independent problems optimised in one batch, each stopping by itself.  `fit_epochs`: the same in mini-batches.
 
 The update rules act on each number alone, so E problems stacked along the first axis train exactly as they would one at a time.
 A finished problem is taken out of the batch; the others go on in a smaller one.
@@ -108,12 +108,12 @@ def fit(
     steps: int,
     optimizer: Optimizer,
     stop: float | None = None,
-    min_delta: float | None = None,
+    max_change: float | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     project: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
     after_step: After | None = None,
 ) -> FitResult:
-    """Up to ``steps`` updates of each problem; problem e ends when its compared loss is below ``stop``, and, with ``min_delta``, is also
+    """Up to ``steps`` updates of each problem; problem e ends when its compared loss is below ``stop``, and, with ``max_change``, is also
     no further than that from its value a step before.
 
     ``project(params, alive)`` puts parameters back into their bounds, in place, after each update; ``after_step(params, gradients,
@@ -135,8 +135,8 @@ def fit(
         if progress is not None:
             progress(step, len(alive), float(compared.mean()))
         keep = compared >= stop if stop is not None else torch.ones_like(alive, dtype=torch.bool)
-        if min_delta is not None:
-            keep = keep | (moved > min_delta)
+        if max_change is not None:
+            keep = keep | (moved > max_change)
         if step > steps or not bool(keep.any()):
             break
         gradients = dict(zip(leaves, torch.autograd.grad(total.sum(), list(leaves.values())), strict=True))
@@ -160,7 +160,7 @@ def fit(
 
 
 class _Running:
-    """The problems of `fit_passes` that still run: parameters and moments [e, …], and the updates each has had."""
+    """The problems of `fit_epochs` that still run: parameters and moments [e, …], and the updates each has had."""
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         self.now = {k: p.detach().clone() for k, p in params.items()}
@@ -207,7 +207,7 @@ def fit_epochs(
     """Up to ``epochs`` passes over ``batches`` mini-batches, an update each: what fine-tuning editors do, for E problems at once.
 
     A mini-batch leaves a problem alone that has no row in it or whose mean loss is below ``stop``; a problem ends with the pass whose
-    mean loss over all rows is.  `Fitted.steps` counts updates, `Fitted.loss` is the last pass's.  Otherwise as `fit`.
+    mean loss over all rows is.  `FitResult.steps` counts updates, `FitResult.loss` is the last pass's.  Otherwise as `fit`.
     """
     running = _Running(params)
     count, device = len(running.alive), running.alive.device

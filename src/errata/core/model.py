@@ -170,8 +170,8 @@ class LM:
         if self._where != self.device:  # the model was moved since
             self._set(self._attached)
         own = self._hooks.plan
-        front = own.inserter and replace(own.inserter, placed=None, keep=None)
-        return Plan({site: list(banks) for site, banks in own.banks.items()}, inserter=front)
+        inserter = own.inserter and replace(own.inserter, placed=None, keep=None)
+        return Plan({site: list(banks) for site, banks in own.banks.items()}, inserter=inserter)
 
     # -- running -----------------------------------------------------------------------------------------------
 
@@ -196,9 +196,23 @@ class LM:
     def batch(self, rows: Sequence[Encoded], side: str = "left") -> Batch:
         return pad(rows, pad_id(self.tokenizer), side)
 
-    def generate(self, prompts: Sequence[str], *, stop: Sequence[str] = STOPS, **how: Any) -> list[str]:
-        """What `continuations` says, as texts up to the first ``stop``; it takes the same arguments."""
-        return [decode.detokenize(self.tokenizer, ids, stop) for ids in self.generate_ids(prompts, stop=stop, **how)]
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        stacks: Sequence[Stack] | None = None,
+        rows: Sequence[int] | Tensor | None = None,
+        max_new_tokens: int = 12,
+        stop: Sequence[str] = STOPS,
+        chat: bool = False,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """What `generate_ids` says, as texts up to the first ``stop``."""
+        found = self.generate_ids(
+            prompts, stacks=stacks, rows=rows, max_new_tokens=max_new_tokens, stop=stop, chat=chat, top_k=top_k, seed=seed
+        )
+        return [decode.detokenize(self.tokenizer, ids, stop) for ids in found]
 
     @torch.no_grad()
     def generate_ids(
@@ -235,7 +249,7 @@ class LM:
         return keyword in inspect.signature(type(self.hf).forward).parameters
 
     def complete(self, prompt: str, **how: Any) -> str:
-        """The prompt's greedy continuation under what is attached."""
+        """The prompt's greedy continuation under what is attached; it takes the arguments of `generate`."""
         return self.generate([prompt], **how)[0]
 
     def describe(self) -> str:

@@ -36,7 +36,7 @@ def truncate(row: Encoded, at: int) -> Encoded:
 
 @contextmanager
 def activation_hooks(lm: LM, sites: Sequence[Site], seen: Callable[[Site, Tensor, Tensor], None], stop: bool = True) -> Iterator[None]:
-    """``seen(site, input, output)`` as each site runs; with ``stop``, the pass ends (`Reached`) once all have.
+    """``seen(site, input, output)`` as each site runs; with ``stop``, the pass ends (`StopForward`) once all have.
 
     Made inside `LM.running`, it sees outputs as the running patches leave them.
     """

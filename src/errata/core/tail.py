@@ -125,7 +125,7 @@ class Tail:
 
     ``first_block``: the first block that has to compute; banks given to `logits` touch it, blocks above, or the *output* of the
     block before it.  ``on``: patches that run underneath, frozen.  Kept are the prefix's keys and values and one hidden state a token.
-    Under a patch that `non_causal` the prefix is not frozen, and what a model keeps as a running state (`errata.core.decode.can_fork`)
+    Under a patch that is `non_causal` the prefix is not frozen, and what a model keeps as a running state (`errata.core.decode.can_fork`)
     cannot be gone on from again and again: then everything runs every time (`FullForward`).
     """
 

@@ -201,7 +201,7 @@ def _rest(lm: LM, folder: Path, dtype: torch.dtype | None) -> None:
     except Exception as error:  # tokenizers raises a bare Exception for a full disk
         if "os error 28" not in str(error) and "No space left" not in str(error):
             raise
-        raise OSError(errno.ENOSPC, "No space left on device") from None  # `storage.replacing` says the rest
+        raise OSError(errno.ENOSPC, "No space left on device") from None  # `storage.atomic_folder` says the rest
     for path in folder.iterdir():
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())

@@ -13,7 +13,7 @@ from errata.score.compare import compare
 
 @dataclass(frozen=True)
 class AnswerDiff:
-    """moved: see `errata.score.compare.Compared`."""
+    """moved: see `errata.score.compare.Comparison`."""
 
     prompt: str
     before: str

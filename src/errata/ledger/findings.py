@@ -72,7 +72,7 @@ def known(lm: LM, requests: Sequence[EditRequest], stack: Stack) -> Iterator[Fin
 
 
 def raise_on_findings(found: Sequence[Finding], way_out: str = "go on with --force") -> None:
-    """`Found`, a `LedgerError`, with all of them, if there is one.  ``way_out``: how to go on all the same."""
+    """`FindingsError`, a `LedgerError`, with all of them, if there is one.  ``way_out``: how to go on all the same."""
     if found:
         lines = [f"{f.request.prompt!r} -> {f.request.target!r}: {f.text}" for f in found[:10]]
         more = f"; and {len(found) - 10} more" if len(found) > 10 else ""

@@ -7,7 +7,7 @@ runs it.  A verb's file says what it does; here they are only offered as methods
 from __future__ import annotations
 
 import getpass
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,42 @@ class Ledger(LedgerState):
         ledger.recover()
         return ledger
 
-    def apply(self, requests: Sequence[EditRequest], **how: Any) -> list[Edit]:
+    def apply(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        method: str = "baft",
+        settings: dict[str, Any] | None = None,
+        mode: str = "single",
+        size: int | None = None,
+        reason: str = "",
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> list[Edit]:
         """Make edits now; see `errata.ledger.apply.iter_apply`."""
-        return [edit for part in self.iter_apply(requests, **how) for edit in part]
+        parts = self.iter_apply(
+            requests, method=method, settings=settings, mode=mode, size=size, reason=reason, force=force, progress=progress
+        )
+        return [edit for part in parts for edit in part]
 
-    def iter_apply(self, requests: Sequence[EditRequest], **how: Any) -> Iterator[list[Edit]]:
-        """As `apply`, yielding the edits of each transaction once they are on the disk."""
-        return apply.iter_apply(self, requests, **how)
+    def iter_apply(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        method: str = "baft",
+        settings: dict[str, Any] | None = None,
+        mode: str = "single",
+        size: int | None = None,
+        reason: str = "",
+        force: bool = False,
+        progress: Progress | None = None,
+        losses: Callable[[float], None] | None = None,
+    ) -> Iterator[list[Edit]]:
+        """As `apply`, yielding the edits of each transaction once they are on the disk; ``losses`` is told the loss after each step."""
+        return apply.iter_apply(
+            self, requests, method=method, settings=settings, mode=mode, size=size, reason=reason, force=force, progress=progress,
+            losses=losses,
+        )  # fmt: skip
 
     def apply_patches(self, patches: Sequence[Patch], *, reason: str = "", force: bool = False) -> list[Edit]:
         """Apply saved patches; see `errata.ledger.apply.apply_patches`."""

@@ -1,4 +1,4 @@
-"""`State`: what a ledger is between two changes, and how a change begins and ends; its verbs work on this.
+"""`LedgerState`: what a ledger is between two changes, and how a change begins and ends; its verbs work on this.
 
     folder/ledger.db       SQLite: events, edits, what stands on the stack since and until when (`errata.ledger.database`)
     folder/patches/<id>/   patch folders, on the disk before a transaction speaks of them (`errata.ledger.patch_store`)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -20,7 +21,7 @@ def preset(cls: type, name: str) -> dict[str, Any]:
     return next((dict(table[k]) for k in sorted(table, key=len, reverse=True) if k in plain), {})
 
 
-class Editor:
+class Editor(ABC):
     """The base of all methods; each is a frozen dataclass whose fields are its hyper-parameters.
 
     name, paper  the registered name, and where the method was published

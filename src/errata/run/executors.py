@@ -1,4 +1,4 @@
-"""Who runs the cells: this process one after another, N processes, or a Ray cluster.  All of them call `attempt`: the records are the same.
+"""Who runs the cells: this process one after another, N processes, or a Ray cluster.  All call `run_cell`: the records are the same.
 
 A worker that is lost (killed, out of memory, its machine gone) costs its cell what was not on disk, and the cell is tried again; an error
 costs its cell and the others go on.  Only a disk that cannot be written ends the run at once: nothing more could be kept.

@@ -7,7 +7,7 @@ methods:                             # names (one's own as "module:Class"), or {
 benchmark: {name: almanac, split: test, n: 100}     # data: a local file, where the benchmark needs one; a list for several
 scenario: {kind: continual, marks: [1, 10, 100]}    # or single, or "batched(10)"; a list for several
 seeds: [0]                           # of the editor, and of the order of the cases where the benchmark names none
-guard: {every: 100, action: warn}    # see `errata.run.guard.Limits`; without it nothing is looked at
+guard: {every: 100, action: warn}    # see `errata.run.guard.GuardSpec`; without it nothing is looked at
 score: {right_after: true, free_tokens: false, fluency: false, robustness: false, latency: true, judges: [contains]}
 store: {group: 16, chunk: 256, patches: keep}
 threads: 1                           # of torch in each worker; without it, the machine's share of each

@@ -50,7 +50,7 @@ class DecodeBatch:
                     raise PatchError(
                         "the model gives NaN under this stack, so there is no answer; ask under another, or undo the edit that does it"
                     )
-                if row.wanted.temperature > 0:
+                if row.params.temperature > 0:
                     chosen[i] = row.draw(last[i])
                 row.take(chosen[i], last[i], ends)
             except Exception as error:

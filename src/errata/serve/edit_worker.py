@@ -65,7 +65,7 @@ class EditWorker:
         return self._submit(Job(plan, self._apply))
 
     def undo(self, number: int, remake: bool, author: str | None, reason: str) -> Job:
-        """A job that takes an edit back; its result is an `Undone`."""
+        """A job that takes an edit back; its result is an `UndoResult`."""
 
         def work(job: Job) -> UndoResult:
             with _author(self.ledger, author):

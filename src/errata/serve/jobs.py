@@ -101,7 +101,7 @@ class Job:
         self.loss = loss
 
     def check(self) -> None:
-        """`Cancelled` if it is."""
+        """`JobCancelled` if it is."""
         if self.cancelled:
             raise JobCancelled
 

@@ -48,7 +48,7 @@ class OpenAIResponse:
         return {**self._head(True), "choices": [], "usage": usage(rows)}
 
     def _likely(self, row: Row, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if row.wanted.logprobs is None:
+        if row.params.logprobs is None:
             return None
         if self.chat:
             return {
@@ -58,7 +58,7 @@ class OpenAIResponse:
         return {
             "tokens": [t.text for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [dict(t.top) for t in tokens] if row.wanted.logprobs else None,
+            "top_logprobs": [dict(t.top) for t in tokens] if row.params.logprobs else None,
             "text_offset": [t.offset for t in tokens],
         }
 

@@ -40,7 +40,7 @@ def routes(service: Service) -> APIRouter:
         fits(body.prompts, body.max_tokens)
         for prompt, pair in zip(body.prompts, answers, strict=True):
             fits([f"{prompt} {text}" for text in pair if text is not None], 0)
-        sides = (await asyncio.to_thread(service.stacks.find, body.before), await asyncio.to_thread(service.stacks.find, body.after))
+        sides = (await asyncio.to_thread(service.models.find, body.before), await asyncio.to_thread(service.models.find, body.after))
         found = await asked(lambda: asking.compare(body.prompts, sides, body.max_tokens, answers))
         return {"before": body.before, "after": body.after, "answers": found}
 

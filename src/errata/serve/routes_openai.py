@@ -32,19 +32,19 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v1/models", tags=["answers"])
     def models() -> dict[str, Any]:
         """The names a request may give as ``model``."""
-        return {"object": "list", "data": [model(n.id, n.about) for n in service.stacks.list()]}
+        return {"object": "list", "data": [model(n.id, n.about) for n in service.models.list()]}
 
     @router.get("/v1/models/{name:path}", tags=["answers"])
     def one_model(name: str) -> dict[str, Any]:
         """Whether a name stands for something; also ``edits:1,3`` and ``event:7``, which the list leaves out."""
-        service.stacks.find(name)
-        about = {n.id: n.about for n in service.stacks.list()}
+        service.models.find(name)
+        about = {n.id: n.about for n in service.models.list()}
         return model(name, about.get(name, "a state of the ledger"))
 
     @router.post("/v1/completions", tags=["answers"])
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Texts that go on from the prompts."""
-        stack = await asyncio.to_thread(service.stacks.find, body.model)
+        stack = await asyncio.to_thread(service.models.find, body.model)
         encoded = [(_encode(service, p), p[len(p.rstrip()) :][:1]) for p in body.prompts]
         limit = body.max_tokens or min(_DEFAULT, service.options.limits.tokens)
         return await _answer(service, request, body, stack, encoded, _wanted(body, limit, body.logprobs), OpenAIResponse(body.model, False))
@@ -52,7 +52,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", tags=["answers"])
     async def chat(body: ChatRequest, request: Request) -> Response:
         """An answer to a conversation; needs a model whose tokenizer has a chat template."""
-        stack = await asyncio.to_thread(service.stacks.find, body.model)
+        stack = await asyncio.to_thread(service.models.find, body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise APIError(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
         encoded = [(_conversation(service, body), "")]
@@ -151,7 +151,7 @@ async def _answer(
     until = time.monotonic() + service.options.limits.seconds
     pairs = [pair for pair in encoded for _ in range(n)]
     rows = [Row(i, e, stack, wanted, tell, bool(body.stream), until, skip) for i, (e, skip) in enumerate(pairs)]
-    service.answering.submit(rows)
+    service.engine.submit(rows)
     if body.stream:
         more = bool(body.stream_options and body.stream_options.include_usage)
         return StreamingResponse(_stream(rows, news, document, more), media_type="text/event-stream", headers={"Cache-Control": "no-store"})

@@ -116,7 +116,7 @@ class Row:
     index: int
     encoded: Encoded
     stack: Stack
-    wanted: SamplingParams
+    params: SamplingParams
     tell: Callable[[OutputChunk], None]
     stream: bool = False
     deadline: float = float("inf")
@@ -129,23 +129,23 @@ class Row:
 
     def begin(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.spoken = IncrementalDetokenizer(tokenizer, self.encoded.ids, self.wanted.stops, self.skip)
+        self.spoken = IncrementalDetokenizer(tokenizer, self.encoded.ids, self.params.stops, self.skip)
         self.tokens: list[Token] = []
         self.generator = torch.Generator()
-        seed = os.urandom(8).hex() if self.wanted.seed is None else self.wanted.seed
+        seed = os.urandom(8).hex() if self.params.seed is None else self.params.seed
         digest = hashlib.sha256(f"{seed} {self.index}".encode()).digest()
         self.generator.manual_seed(int.from_bytes(digest[:6], "big"))
 
     def draw(self, logits: Tensor) -> int:
         """A token from logits [V]."""
-        if self.wanted.temperature == 0:
+        if self.params.temperature == 0:
             return int(logits.argmax())
         likely = logits.double().cpu()
         likely -= likely.max()  # first: a quotient by a tiny temperature would be infinite
-        p = torch.softmax(likely / self.wanted.temperature, -1)
-        if self.wanted.top_p < 1:
+        p = torch.softmax(likely / self.params.temperature, -1)
+        if self.params.top_p < 1:
             values, order = p.sort(descending=True)
-            values[values.cumsum(-1) - values >= self.wanted.top_p] = 0.0
+            values[values.cumsum(-1) - values >= self.params.top_p] = 0.0
             return int(order[torch.multinomial(values, 1, generator=self.generator)])
         return int(torch.multinomial(p, 1, generator=self.generator))
 
@@ -163,13 +163,13 @@ class Row:
         if token in ends:
             self.finish_reason = "stop"
         else:
-            if self.wanted.logprobs is not None:
+            if self.params.logprobs is not None:
                 self.tokens.append(self._likely(token, logits))
             self.spoken.add(token)
             if self.spoken.stopped:
                 self.finish_reason = "stop"
                 self.tokens = [t for t in self.tokens if t.offset < len(self.spoken.text)]
-            elif self.count >= self.wanted.max_tokens:
+            elif self.count >= self.params.max_tokens:
                 self.finish_reason = "length"
         if self.finish_reason is not None or self.stream:
             text = self.spoken.news(self.finish_reason is not None)
@@ -179,7 +179,7 @@ class Row:
 
     def _likely(self, token: int, logits: Tensor) -> Token:
         said = torch.log_softmax(logits.double(), -1)
-        top = said.topk(min(self.wanted.logprobs or 0, len(said)))
+        top = said.topk(min(self.params.logprobs or 0, len(said)))
         likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         named = tuple((self.tokenizer.decode([i]), value) for i, value in likeliest)
         return Token(self.tokenizer.decode([token]), float(said[token]), named, len(self.spoken.text))

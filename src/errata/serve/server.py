@@ -100,13 +100,13 @@ class ServerRunner:
         self.service.stopping = True  # from here on nothing new is begun, and whoever asks is told so
         began = asyncio.get_running_loop().time()
         closing = asyncio.ensure_future(asyncio.to_thread(self.service.editor.close, lambda: self.grace))
-        await self._within(began, lambda: closing.done() and not self.service.answering.num_unfinished)
+        await self._within(began, lambda: closing.done() and not self.service.engine.num_unfinished)
         self.server.should_exit = True
         await self._within(began, serving.done)
         if not serving.done():  # what still runs is told that it ends here
-            await asyncio.to_thread(self.service.answering.close)
+            await asyncio.to_thread(self.service.engine.close)
             await asyncio.sleep(LINGER)
-        await asyncio.to_thread(self.service.answering.close)
+        await asyncio.to_thread(self.service.engine.close)
         whole = await closing
         self.server.force_exit = True
         with contextlib.suppress(asyncio.TimeoutError):

@@ -45,26 +45,26 @@ class Service:
         limits = options.limits
         threads = max(1, options.threads // 2)  # answering and editing go on at once, and each would take all cores
         book, editing, asking = (Ledger.open(folder, model, author=author, wait=wait) for model in (lm, replicate(lm), replicate(lm)))
-        self.stacks = ServedModels(book, lm.name, patches or {})
-        self.answering = GenerationEngine(lm, limits, self.metrics, max(1, options.threads - threads))
+        self.models = ServedModels(book, lm.name, patches or {})
+        self.engine = GenerationEngine(lm, limits, self.metrics, max(1, options.threads - threads))
         self.editor = EditWorker(editing, limits, self.metrics, threads)
         self.analysis = AnalysisWorker(asking, limits, watched, threads)
         self.began, self.stopping = time.time(), False
-        self.metrics.watch("errata_queue_answers", "Answers that wait or run", lambda: self.answering.num_unfinished)
+        self.metrics.watch("errata_queue_answers", "Answers that wait or run", lambda: self.engine.num_unfinished)
         self.metrics.watch("errata_queue_edits", "Edit jobs that wait", lambda: self.editor.waiting)
         self.metrics.watch("errata_live_edits", "Edits that are on", self._live)
 
     @property
     def ledger(self) -> Ledger:
         """To read the record."""
-        return self.stacks.ledger
+        return self.models.ledger
 
     def _live(self) -> float:
         with self.ledger.database.read_transaction() as view:
             return view.count()
 
     def start(self) -> None:
-        self.answering.start()
+        self.engine.start()
         self.editor.start()
 
     def health(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Service:
             "base": self.lm.fingerprint,
             "live": live,
             "event": event,
-            "queue": {"answers": self.answering.num_unfinished, "edits": self.editor.waiting},
+            "queue": {"answers": self.engine.num_unfinished, "edits": self.editor.waiting},
             "editing": None if job is None else job.document(),
         }
 
@@ -86,5 +86,5 @@ class Service:
         self.stopping = True
         whole = self.editor.close(lambda: grace)
         idle = self.analysis.close()
-        self.answering.close()
+        self.engine.close()
         return whole and idle

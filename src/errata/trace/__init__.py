@@ -1,4 +1,4 @@
-"""Causal tracing: which states of the model a fact's answer hangs on (`cells`), and what that says over many facts (`average`)."""
+"""Causal tracing: which states of the model a fact's answer hangs on (`causal_trace`), and what that says over many facts (`average`)."""
 
 from errata.trace.average import ROLES, AverageEffects, Suggestion, average, roles, suggest_layers
 from errata.trace.causal_trace import trace

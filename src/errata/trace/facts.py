@@ -1,4 +1,4 @@
-"""What goes into a trace and what comes out: `Fact` and `Settings`; `Traced`, `Skipped` and `Traces`."""
+"""What goes into a trace and what comes out: `Fact` and `TraceConfig`; `FactTrace`, `Skipped` and `TraceResult`."""
 
 from __future__ import annotations
 

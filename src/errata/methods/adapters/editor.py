@@ -77,7 +77,7 @@ class AdapterEditor(Editor):
 
     @abstractmethod
     def scaling(self, p: Mapping[str, Tensor]) -> Tensor:
-        """[E, S, R], of sites of one shape: ΔW = B diag(gain) A."""
+        """[E, S, R], of sites of one shape: ΔW = B diag(scaling) A."""
 
     @abstractmethod
     def resumed(self, group: int, sites: Sequence[Site], patch: Patch) -> dict[str, Tensor]:

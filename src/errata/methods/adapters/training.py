@@ -123,13 +123,13 @@ class Training:
         return patches
 
     def _ops(self, groups: list[dict[str, Tensor]]) -> tuple[Op, ...]:
-        """One problem's change, scale and gain folded into ``up``.  Factors with gain 0 add nothing and are left out, all but one."""
+        """One problem's change, scaling folded into ``up``.  Factors with scaling 0 add nothing and are left out, all but one."""
         ops = []
         for own, sites in zip(groups, self.groups.values(), strict=True):
-            gain = self.editor.scaling({k: t[None] for k, t in own.items()})[0]
+            scaling = self.editor.scaling({k: t[None] for k, t in own.items()})[0]
             for s, site in enumerate(sites):
-                on = gain[s].nonzero()[:, 0]
-                ops.append(Op("low_rank", site, {"down": own["A"][s][on], "up": own["B"][s][:, on] * gain[s, on]}))
+                on = scaling[s].nonzero()[:, 0]
+                ops.append(Op("low_rank", site, {"down": own["A"][s][on], "up": own["B"][s][:, on] * scaling[s, on]}))
         kept = [op for op in ops if len(op.tensors["down"])]
         if not kept:  # nothing was trained: the answer was known
             site, own = next(iter(self.groups.values()))[0], groups[0]

@@ -10,7 +10,7 @@ choice.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +50,7 @@ def route(book: Mapping[str, Tensor], query: Tensor, rounding: float) -> Tensor:
     return out
 
 
-class _Stored:
+class _Stored(ABC):
     """A kind that looks entries up, or acts by what was looked up: ``_run`` does it for rows that share stores (``groups``) and for rows
     with parameters of their own (None)."""
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from errata.core.patch import Op
 from errata.errors import ConfigError
-from errata.methods.locate.editor import ALMANAC, FIVE, LocateEditor, LocateThenEditRun
+from errata.methods.locate.editor import ALMANAC, FIVE, LocateEditor
+from errata.methods.locate.run import LocateThenEditRun
 from errata.methods.locate.solve import ridge_rows
 from errata.text.statistics import Moments
 

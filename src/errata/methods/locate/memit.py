@@ -17,7 +17,8 @@ from torch import Tensor
 
 from errata.core.patch import Site
 from errata.errors import ConfigError
-from errata.methods.locate.editor import ALMANAC, FIVE, POINT, LocateEditor
+from errata.methods.locate.editor import ALMANAC, FIVE, LocateEditor
+from errata.methods.locate.run import POINT
 from errata.methods.locate.solve import small_side, whitened
 from errata.methods.locate.values import Objective
 from errata.text.statistics import Moments

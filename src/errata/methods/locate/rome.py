@@ -22,7 +22,8 @@ from errata.core.patch import Op, Patch
 from errata.core.tail import Tail
 from errata.core.weights import merge
 from errata.errors import ConfigError
-from errata.methods.locate.editor import ALMANAC, LocateEditor, LocateThenEditRun
+from errata.methods.locate.editor import ALMANAC, LocateEditor
+from errata.methods.locate.run import LocateThenEditRun
 from errata.methods.locate.solve import whitened
 from errata.request import EditRequest
 from errata.text.statistics import Moments

@@ -21,7 +21,7 @@ from errata.core.tail import Tail
 from errata.errors import ConfigError
 from errata.methods.base import Editor
 from errata.methods.locate.editor import LocateEditor
-from errata.methods.rep.adapting import REPRun
+from errata.methods.rep.run import REPRun
 from errata.methods.rep.surfaces import KINDS
 from errata.request import EditRequest
 

@@ -15,7 +15,7 @@ from errata.errors import ConfigError
 from errata.methods.base import Editor
 from errata.methods.wise.memory import Memories
 from errata.methods.wise.op import activation
-from errata.methods.wise.training import WISERun
+from errata.methods.wise.run import WISERun
 from errata.request import EditRequest
 
 DEPTH = 27 / 32  # LLaMA's block 27

@@ -18,21 +18,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as padding
 
-from errata.config import to_dict
 from errata.core.bank import Bank, Stack
-from errata.core.families import linear_sizes
 from errata.core.fit import SGD, fit
 from errata.core.lanes import Progress
 from errata.core.model import LM
-from errata.core.patch import Patch, Site
+from errata.core.patch import Site
 from errata.core.problems import ProblemRows, mean_per_problem, row_nll
-from errata.core.read import activation_hooks, adds_to_block, module_at
+from errata.core.read import activation_hooks, adds_to_block
 from errata.core.tail import split_rows_at
 from errata.core.tokens import pad_id
 from errata.methods.wise.memory import Memories
 from errata.methods.wise.op import activation
-from errata.methods.wise.texts import Texts, contexts
-from errata.request import EditRequest
+from errata.methods.wise.texts import Texts
 
 
 def _positive_mean(values: Tensor, where: Tensor) -> Tensor:
@@ -140,7 +137,7 @@ class Training:
         start = {"values": self.begin.values.expand(count, -1)}
         rule = SGD(e.lr, e.weight_decay)
         fitted = fit(
-            start, self._loss, steps=e.steps, optimizer=rule, stop=e.stop, min_delta=e.settled, progress=progress, project=self._clamp
+            start, self._loss, steps=e.steps, optimizer=rule, stop=e.stop, max_change=e.settled, progress=progress, project=self._clamp
         )
         made = zip(fitted.params["values"], self.acts.tolist(), fitted.steps.tolist(), fitted.loss.tolist(), strict=True)
         return [
@@ -179,35 +176,6 @@ class Training:
         bound = self.editor.norm_constraint
         if bound is not None:
             p["values"].clamp_(-bound, bound)
-
-
-class WISERun:
-    """One call: the site, what the edits go on from, what stays underneath."""
-
-    def __init__(self, editor: Any, lm: LM, on: Stack, runner: Any) -> None:
-        self.editor, self.lm, self.runner, self.site = editor, lm, runner, editor.target_site(lm)
-        inner, outer = linear_sizes(module_at(lm, self.site))
-        self.shape, self.act = (outer, inner), editor.act(lm)
-        self.settings = to_dict(editor) | {"layer": self.site.block}
-        mine = [p for p in on if p.method == editor.name and p.settings == self.settings]
-        self.before = mine[-1] if mine else None
-        self.under = tuple(p for p in on if p is not self.before)
-        self.memories = Memories(editor, outer * inner)
-        if self.before is not None:
-            self.memories = self.memories.resumed(self.before.ops[0], int(self.before.state["edits"]))
-        self.contexts = contexts(lm, editor.contexts)
-
-    def texts(self, request: EditRequest) -> Texts:
-        return Texts.of(self.lm, request, self.contexts, self.editor.end)
-
-    def train(self, lm: LM, texts: list[Texts], memories: Memories, progress: Progress | None) -> list[tuple[Memories, dict[str, Any]]]:
-        return Training(self.editor, lm, texts, memories, self.site, self.shape, self.act, self.under, self.runner).run(progress)
-
-    def patch(self, requests: Sequence[EditRequest], memories: Memories, notes: dict[str, Any], seconds: float) -> Patch:
-        op = memories.op(self.site, self.shape, self.act)
-        state = {"edits": torch.tensor([memories.edits])}
-        notes = {**notes, "seconds": round(seconds, 4)}
-        return Patch.continued_from(self.before, self.editor.name, self.settings, self.lm.fingerprint, requests, [op], state, notes)
 
 
 def _table(lists: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:

@@ -19,7 +19,7 @@ from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.core.read import module_at
 from errata.core.weights import delta_weight, sum_ops
-from errata.methods.locate.editor import POINT, LocateThenEditRun
+from errata.methods.locate.run import POINT, LocateThenEditRun
 from errata.methods.locate.solve import whitened
 from errata.methods.locate.text import LocatedText
 from errata.methods.rep.surfaces import SampledTexts, draw
