@@ -89,7 +89,7 @@ def held(path: Path) -> set[str]:
 def nowhere(text: str) -> list[str]:
     """Dotted names of the package in a text that lead nowhere."""
     known, face, out = house.modules(), house.public(), []
-    for name in re.findall(r"(?<![\w/.-])errata(?:\.(?!example)[A-Za-z_]\w*)+", text):
+    for name in re.findall(r"(?<![\w/.-])errata(?:\.(?!example|json\b|__)[A-Za-z_]\w*)+", text):
         parts = name.split(".")
         deep = max(i for i in range(1, len(parts) + 1) if ".".join(parts[:i]) in known)
         module, rest = ".".join(parts[:deep]), parts[deep:]
