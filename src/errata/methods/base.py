@@ -39,7 +39,7 @@ class Editor:
         return build(cls, {**preset(cls, lm.name), **settings})
 
     def made_with(self, settings: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-        """Whether a patch's ``settings`` are ``own``.  A field that is younger than the patch, so that it does not name it, is at its default."""
+        """Whether a patch's ``settings`` are ``own``; a field that is younger than the patch, and so not among them, is at its default."""
         return to_dict(type(self)()) | dict(settings) == own
 
     def require(self, true: bool, what: str) -> None:

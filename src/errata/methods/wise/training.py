@@ -2,10 +2,10 @@
 
     L = L_edit + [Δ(x_u) − α]₊ + [β − Δ(x_e)]₊ + [γ + Δ(x_u) − Δ(x_e)]₊
 
-L_edit is the mean over contexts of the target's summed NLL over its m tokens (or over m + 1, `edit_mean`); each hinge is the mean over its positive entries (texts x_e and
-x_u, pairs of them), 0 without any.  Nothing below the site changes, so its inputs x are read once; a step is one product
-ΔW x for all texts of an edit, from which both Δ and, through the blocks above, L_edit follow.  At the last block no other
-token reads what a token's MLP wrote, so there only the tokens that predict the target run.
+L_edit is the mean over contexts of the target's summed NLL over its m tokens (``edit_mean``: or over m + 1); each hinge is the mean
+over its positive entries (texts x_e and x_u, pairs of them), 0 without any.  Nothing below the site changes, so its inputs x are
+read once; a step is one product ΔW x for all texts of an edit, from which both Δ and, through the blocks above, L_edit follow.  At
+the last block no other token reads what a token's MLP wrote, so there only the tokens that predict the target run.
 """
 
 from __future__ import annotations
