@@ -23,7 +23,7 @@ from errata.core.patch import Op, Patch, Site
 from errata.core.problems import ProblemRows, mean_per_problem, row_nll
 from errata.core.tail import capture, split_rows
 from errata.core.tokens import pad_id
-from errata.methods.subspace.op import gate, orthonormal, start
+from errata.methods.subspace.op import Frame, frame, gate, orthonormal, start, turned
 from errata.request import EditRequest
 
 
@@ -38,6 +38,7 @@ class Training:
     before: Patch | None
     runner_class: Any
     owner: Tensor = field(init=False)  # [B] the problem of each row
+    frame: Frame | None = field(init=False, default=None)  # of R at the start, [blocks, …], for the Householder parametrisation
     irrelevant: tuple[dict[int, Tensor], Tensor, Tensor] | None = field(init=False, default=None)
     sample: Tensor = field(init=False)  # [B] the sample of each row
     sample_owner: Tensor = field(init=False)  # [S] the problem of each sample
@@ -82,11 +83,15 @@ class Training:
             else:
                 blocks.append({("X" if k == "R" else k): t.to(self.lm.device) for k, t in self.before.ops[i].tensors.items()})
         stacked = {k: torch.stack([own[k] for own in blocks]).to(precision) for k in blocks[0]}
+        if e.parametrisation == "householder":
+            self.frame = frame(stacked["X"])
+            stacked["X"] = torch.zeros_like(stacked["X"])
         return {k: t.expand(len(self.problems), *t.shape) for k, t in stacked.items()}
 
     def per_block(self, p: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         """{block: the op's parameters [E, …]}, with R made orthonormal; all blocks in one call."""
-        own = {("R" if k == "X" else k): (orthonormal(t) if k == "X" else t).unbind(1) for k, t in p.items()}
+        made = {"R": orthonormal(p["X"]) if self.frame is None else turned(p["X"], self.frame)}
+        own = {k: t.unbind(1) for k, t in {**p, **made}.items() if k != "X"}
         return {b: {k: t[i] for k, t in own.items()} for i, b in enumerate(self.blocks)}
 
     def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
