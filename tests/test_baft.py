@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -149,6 +150,34 @@ def test_regularisers_equal_the_printed_formulas() -> None:
             gap = max(0.0, 0.5 - float(w.amax(-1).mean() - flat.amax(-1).mean()))
             total += (sum(high) / max(1, len(high)) + sum(low) / max(1, len(low)) + gap) / 2
         assert float(seen[-1][e]) == pytest.approx(float(total), rel=1e-6)
+
+
+def test_balancing_averages_samples_not_patches() -> None:
+    """R_bal of a joint patch of two requests, of unequal length, on top of a patch of three, by hand; an older patch counted it as one."""
+    base = lm("llama", torch.float64)
+    longer = EditRequest("Everybody knows that the language of Italy is", "Spanish and Rome", paraphrases=("In Italy people speak",))
+    seen: dict[str, torch.Tensor] = {}
+
+    class Spy(BaFT):
+        def regularise(self, training, p, gates, alive):  # type: ignore[no-untyped-def]
+            out = super().regularise(training, p, gates, alive)
+            if not seen:
+                seen.update(w=gates[2].detach(), out=out.detach())
+            return out
+
+    editor = Spy(layers=(2,), rank=4, batched_steps=1)
+    before = editor.edit(base, [FRANCE, ITALY, EditRequest("The capital of Spain is", "Paris")])
+    assert float(before.state["edits"][0]) == 3.0
+    for old in (before, dataclasses.replace(before, state={"weights.2": before.state["weights.2"] / 3, "edits": torch.tensor([1.0])})):
+        seen.clear()
+        training = Training(editor, base, [[FRANCE, longer]], (), old, Tail)
+        (patch,) = training.run()
+        valid = training.runner.rows.valid
+        first, second, third = (seen["w"][i][valid[i]] for i in range(3))
+        means = (before.state["weights.2"] + first.mean(0) + torch.cat([second, third]).mean(0)) / 5
+        want = sum((m - means.mean()) ** 2 for m in means) / (3 * means.mean())
+        assert len(first) != len(second) and float(seen["out"]) == pytest.approx(float(want), rel=1e-9)
+        assert float(patch.state["edits"][0]) == 5.0 and len(patch.requests) == 5
 
 
 def test_locality_term_shuts_the_gate_on_unrelated_text() -> None:

@@ -12,7 +12,7 @@ import pytest
 from errata.errors import InputError, UnknownNameError
 from errata.score import metrics
 from errata.score.match import contains, exact_match, normalise
-from errata.score.metrics import METRICS, PROTOCOLS, difference, get_metric, summarise
+from errata.score.metrics import METRICS, PROTOCOLS, case_values, difference, get_metric, summarise
 
 
 def record(kind: str = "rewrite", case: str = "c0", method: str = "m", **changes: Any) -> dict[str, Any]:
@@ -91,7 +91,9 @@ def test_each_metric_reads_its_kinds_and_fields() -> None:
     assert value(rows, "generality", "teacher_forced", "before") == 0.25
     assert value(rows, "locality_agreement", "generated", "before") == 1.0
     asked = {"rewrite", "rephrase", "two_hop", "reverse", "alias", "neighbour", "unrelated"}
-    assert set(forced) == {name for name, metric in METRICS.items() if "teacher_forced" in metric.after and asked & set(metric.kinds)}
+    assert set(forced) == {
+        name for name, metric in METRICS.items() if "teacher_forced" in metric.after and asked & set(metric.kinds) and not metric.by_kind
+    }
 
 
 def test_a_case_counts_once_however_many_probes_it_has() -> None:
@@ -99,6 +101,22 @@ def test_a_case_counts_once_however_many_probes_it_has() -> None:
     assert value(rows, "generality", "teacher_forced") == 0.5
     assert value(rows, "generality", "teacher_forced", "n_cases") == 2
     assert value(rows, "generality", "teacher_forced", "n_probes") == 10
+
+
+def test_both_averages_of_a_case_by_hand() -> None:
+    """Nine neighbours and an unrelated fact; a second case with one kind alone."""
+    mine = [record("neighbour", "a", tf_agree=1.0, gen_agree=False) for _ in range(9)] + [record("unrelated", "a", tf_agree=0.0)]
+    mine += [record("neighbour", "b", tf_agree=0.5), record("alias", "a", tf_after=1.0), record("reverse", "a", tf_after=0.0)]
+    rows = summarise(mine)
+    assert value(rows, "locality_agreement", "teacher_forced") == pytest.approx((0.9 + 0.5) / 2)
+    assert value(rows, "locality_agreement_by_kind", "teacher_forced") == pytest.approx((0.5 + 0.5) / 2)
+    assert value(rows, "locality_agreement_by_kind", "teacher_forced", "before") == 1.0
+    assert value(rows, "locality_agreement_by_kind", "teacher_forced", "n_probes") == 11
+    assert not any(r["metric"] == "portability_by_kind" for r in rows)  # one probe a kind: both averages are the same
+    other = [{**r, "method": "n", "tf_agree": 0.0} for r in mine]
+    assert difference(mine, other, "locality_agreement_by_kind", "teacher_forced")["value"] == pytest.approx(0.5)
+    assert case_values(mine, "locality_agreement_by_kind", "teacher_forced") == {"a": 0.5, "b": 0.5}
+    assert case_values(mine, "locality_agreement", "teacher_forced", by_kind=True) == {"a": 0.5, "b": 0.5}
 
 
 def test_interval_is_over_cases_not_probes() -> None:

@@ -144,7 +144,7 @@ def test_training_equals_a_loop_over_plain_modules() -> None:
         for step in range(steps):
             adam.zero_grad()
             moved = module(torch.cat([keys.surfaces[keys.steps[step, i]], keys.own[i : i + 1]]))
-            aggregation = -(moved / moved.norm(dim=-1, keepdim=True) @ keys.target[i]).mean()
+            aggregation = -(moved[:-1] / moved[:-1].norm(dim=-1, keepdim=True) @ keys.target[i]).mean()  # without the prompt's own key
             loss = e.aggregation * aggregation + e.consistency * nn.functional.mse_loss(moved[-1], keys.own[i])
             loss.backward()
             adam.step()

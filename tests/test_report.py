@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from errata.errors import ErrataError, InputError, StorageError
-from errata.report import curves
+from errata.report import curves, tables
 from errata.report.curves import retention, sweep
 from errata.report.page import page
 from errata.report.tables import escape, markdown, terminal
@@ -147,6 +147,17 @@ def test_markdown_lines_hold_methods_and_metrics_in_reading_order() -> None:
         "| baft | 82.2 [77.2, 87.2] | 91.1 [86.1, 96.1] |",
         "| reft | 73.3 [68.3, 78.3] | 64.4 [59.4, 69.4] |",
     ]
+
+
+def test_a_table_says_how_it_averages_probes_of_several_kinds() -> None:
+    footer = lambda *names: tables.scores([row(metric=name) for name in names])[0].note  # noqa: E731
+    assert "Portability and locality" not in footer("reliability")
+    assert footer("reliability", "portability").endswith("Portability and locality of a case: the mean over all its probes.")
+    both = footer("locality_agreement", "locality_agreement_by_kind")
+    assert both.endswith(
+        "the mean over all its probes; (mean of kinds): over its kinds of probe, of each kind's mean, as EasyEdit averages."
+    )
+    assert "locality (as before, mean of kinds)" in tables.markdown([row(metric="locality_agreement_by_kind")])
 
 
 def test_missing_cells_counts_and_differing_before() -> None:

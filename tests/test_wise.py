@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,8 +71,9 @@ def plain_loop(base: LM, request: EditRequest, e: WISE, site: Site, on_text: boo
         return logits, outputs[0]
 
     name = next(n for n, p in hf.named_parameters() if p is module.weight)
+    acts: list[torch.Tensor] = []
     for step in range(e.steps + 1):
-        losses, acts = [], []
+        losses, before_it, acts = [], acts, []
         for row in (*edit, *unrelated):
             logits, o = forward(row, True)
             with torch.no_grad():
@@ -80,7 +82,8 @@ def plain_loop(base: LM, request: EditRequest, e: WISE, site: Site, on_text: boo
             acts.append((sigma(o) - sigma(own))[:tokens].norm(dim=-1).mean())
             if len(acts) <= len(edit):
                 nll = torch.nn.functional.cross_entropy(logits[row.prompt_length - 1 : -1], torch.tensor(row.target))
-                losses.append(nll)
+                m = len(row.target)
+                losses.append(nll * m / (m + 1) if e.edit_mean == "m+1" else nll)
         x_e, x_u = torch.stack(acts[: len(edit)]) / e.unit, torch.stack(acts[len(edit) :]) / e.unit
         loss = torch.stack(losses).mean()
         for hinge in (x_u - e.alpha, e.beta - x_e, (e.gamma + x_u[None] - x_e[:, None]).flatten()):
@@ -94,7 +97,8 @@ def plain_loop(base: LM, request: EditRequest, e: WISE, site: Site, on_text: boo
         with torch.no_grad():
             delta.clamp_(-e.norm_constraint, e.norm_constraint)
     handle.remove()
-    return delta.detach(), float(torch.stack(acts[: len(edit)]).detach().mean())
+    counted = before_it if e.least == "before" else acts
+    return delta.detach(), float(torch.stack(counted[: len(edit)]).detach().mean())
 
 
 @pytest.mark.parametrize("runner", [Tail, FullForward])
@@ -104,6 +108,7 @@ def plain_loop(base: LM, request: EditRequest, e: WISE, site: Site, on_text: boo
         ("llama", {"layer": 1, "unit": 2.0}),
         ("llama", {"layer": 3, "act_on": "text", "mask_ratio": 1.0, "pool": 0.25}),  # the last block: only labelled tokens run
         ("gpt2", {"layer": 1}),
+        ("llama", {"layer": 1, "edit_mean": "m+1", "least": "before"}),  # as released
         ("gpt2", {"layer": 2, "point": "mlp.c_fc"}),
     ],
 )
@@ -218,6 +223,26 @@ def test_continual_editing_is_one_joint_edit_made_in_steps() -> None:
     assert again.replaces == (*patch.replaces, patch.id)  # also where another patch stands above
 
 
+def test_a_patch_from_before_a_setting_existed_goes_on_as_if_at_its_default(tmp_path: Path) -> None:
+    base = lm("llama")
+    old = wise(steps=5).edit(base, [ROME])
+    younger = ("edit_mean", "least")
+    old = dataclasses.replace(old, settings={k: v for k, v in old.settings.items() if k not in younger})
+    old.save(tmp_path / "old")
+    old = Patch.load(tmp_path / "old")
+    assert wise(steps=5).edit(base, [SPANISH], on=(old,)).replaces == (old.id,)
+    assert not wise(steps=5, least="before").edit(base, [SPANISH], on=(old,)).replaces
+
+
+def test_the_least_activation_of_an_edit_that_stops_is_that_of_its_weights() -> None:
+    base = lm("llama")
+    after, before = (wise(least=least, steps=40).edit(base, [ROME]) for least in ("after", "before"))
+    assert after.notes["steps"] < 40 and torch.equal(after.ops[0].tensors["least"], before.ops[0].tensors["least"])
+    after, before = (wise(least=least, steps=3, stop=0.0).edit(base, [ROME]) for least in ("after", "before"))
+    assert torch.equal(after.ops[0].tensors["values.0"], before.ops[0].tensors["values.0"])
+    assert not torch.equal(after.ops[0].tensors["least"], before.ops[0].tensors["least"])
+
+
 def test_memories_keep_edits_apart() -> None:
     base = lm("llama")
     patch = wise(save_freq=1, merge_freq=5).edit(base, [ROME, SPANISH, FRENCH])
@@ -235,6 +260,7 @@ def test_bad_settings_and_models_raise() -> None:
         {"steps": 0}, {"lr": 0.0}, {"alpha": -1.0}, {"mask_ratio": 0.0}, {"pool": 1.1}, {"densities": 0.0}, {"old_weight": 1.0},
         {"norm_constraint": 0.0}, {"act_ratio": 0.0}, {"unit": -1.0}, {"save_freq": 0}, {"save_freq": 3, "merge_freq": 4},
         {"contexts": [[5]]}, {"contexts": [[0, 5]]}, {"seed": -1}, {"activation": "both"}, {"act_on": "all"},
+        {"edit_mean": "m + 1"}, {"least": "last"},
     ):  # fmt: skip
         with pytest.raises(ConfigError):
             wise(**bad)

@@ -1,9 +1,12 @@
 """ZsRE: questions about relations, edited to a wrong answer.
 
-MEND form (Mitchell et al. 2022; so used by ROME, WISE, BaFT): ``src`` asks, ``alt`` is the new answer, ``answers`` the true ones,
+MEND form (Mitchell et al. 2022; so used by WISE and BaFT): ``src`` asks, ``alt`` is the new answer, ``answers`` the true ones,
 ``rephrase`` one other question, ``loc`` a question of Natural Questions with its answer.  ``pred`` is what MEND's BART said before
 an edit and is not used: whether the model at hand knew the fact is asked of that model.  Portability (Yao et al. 2023) is a
 question through the new answer; two files of EasyEdit ask with another subject or backwards instead and have no ``loc``.
+
+ROME, and MEMIT after it, read the same file another way: they edit to the first of ``answers``, which is true, put "?" behind ``loc``,
+and count how many tokens of ``loc_ans`` are right, not how many stay.  Their zsRE figures are not comparable with figures of this class.
 
 KnowEdit form (Zhang et al. 2024): see `errata.benchmarks.knowedit`.
 """

@@ -67,7 +67,9 @@ def show(screen: Screen, rows: Sequence[Row], gaps: Sequence[Row]) -> None:
         for protocol in tables.protocols(part):
             screen.say(before + tables.PROTOCOLS.get(protocol, protocol))
             screen.table(*tables.turned(part, protocol), right=(-1,))
-            screen.say(f"{tables.unit(protocol)}, 95 % intervals over cases. {tables.counts(part, protocol)}.")
+            screen.say(
+                f"{tables.unit(protocol)}, 95 % intervals over cases. {tables.counts(part, protocol)}.{tables.averages(part, protocol)}"
+            )
             screen.say()
     gaps = [g for g in gaps if g["metric"] not in tables.ROBUST or g["protocol"] == "generated"]
     enough = [g for g in gaps if g["n_cases"] >= LEAST]

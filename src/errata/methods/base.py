@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from errata.config import build
+from errata.config import build, to_dict
 from errata.core.model import LM
 from errata.errors import ConfigError
 
@@ -38,6 +38,10 @@ class Editor(ABC):
     def for_model(cls: type[E], lm: LM, **settings: Any) -> E:
         """The preset for this model (see ``PRESETS``) with ``settings`` on top; an unknown or ill-typed one raises `ConfigError`."""
         return build(cls, {**preset(cls, lm.name), **settings})
+
+    def made_with(self, settings: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+        """Whether a patch's ``settings`` are ``own``; a field that is younger than the patch, and so not among them, is at its default."""
+        return to_dict(type(self)()) | dict(settings) == own
 
     def require(self, true: bool, what: str) -> None:
         """`ConfigError` that says ``what`` must be, unless it is."""

@@ -37,6 +37,7 @@ HEADINGS: Final[dict[str, str]] = {
     "reliability": "reliability",
     "generality": "generality",
     "portability": "portability",
+    "portability_by_kind": "portability (mean of kinds)",
     "two_hop": "two hops",
     "reverse": "reverse",
     "alias": "alias",
@@ -45,6 +46,7 @@ HEADINGS: Final[dict[str, str]] = {
     "sub_fact": "parts of the answer",
     "out_of_domain": "another text",
     "locality_agreement": "locality (as before)",
+    "locality_agreement_by_kind": "locality (as before, mean of kinds)",
     "locality_correct": "locality (true)",
     "locality_correct_known": "locality (true, known)",
     "same_subject": "same subject (as before)",
@@ -71,6 +73,8 @@ PROTOCOLS: Final[dict[str, str]] = {
     "likelihood": "Likelihood: the wanted answer against its rival; ES, PS, NS share where it is likelier, EM, PM, NM by how much",
     "sampled": "Sampled: longer text; n-gram entropy in bits (GE) and likeness to texts about the new answer (RS)",
 }
+_POOLED: Final = ("portability", "locality_agreement", "locality_correct", "locality_correct_known")
+_BY_KIND: Final = ("portability_by_kind", "locality_agreement_by_kind")
 _BEFORE: Final = "unedited model"
 JUDGED: Final = "judged "  # a judge's protocol is this and its name
 
@@ -181,6 +185,15 @@ def counts(rows: Sequence[Row], protocol: str) -> str:
     return "; ".join(parts)
 
 
+def averages(rows: Iterable[Row], protocol: str) -> str:
+    """How the table of a protocol averages a case's probes; "" where no metric in it has several kinds of them."""
+    found = {row["metric"] for row in rows if row["protocol"] == protocol}
+    said = " Portability and locality of a case: the mean over all its probes"
+    if found & {*_BY_KIND}:
+        return f"{said}; (mean of kinds): over its kinds of probe, of each kind's mean, as EasyEdit averages."
+    return f"{said}." if found & {*_POOLED} else ""
+
+
 def span(values: Sequence[int]) -> str:
     """ "12" where all are 12, else "3–12"."""
     return str(values[0]) if min(values) == max(values) else f"{min(values)}–{max(values)}"
@@ -197,4 +210,4 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _footer(rows: Sequence[Row], protocol: str) -> str:
-    return f"{unit(protocol)}, 95 % intervals over cases. {counts(rows, protocol)}."
+    return f"{unit(protocol)}, 95 % intervals over cases. {counts(rows, protocol)}.{averages(rows, protocol)}"

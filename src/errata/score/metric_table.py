@@ -20,6 +20,7 @@ class Metric:
     before    protocol -> record field of the unedited model; empty where that is 1 by definition
     known     restricted to probes the unedited model answered truly
     true      restricted to probes with an answer of their own: "as before" is no truth
+    by_kind   a case's number is the mean over its kinds of probe of each kind's mean (EasyEdit's script), not the mean over all its probes
     harmonic  the harmonic mean over ``kinds`` of each kind's mean over cases; there is none unless every kind occurs
     """
 
@@ -30,6 +31,7 @@ class Metric:
     before: Mapping[str, str]
     known: bool = False
     true: bool = False
+    by_kind: bool = False
     harmonic: bool = False
     note: str = ""
 
@@ -78,6 +80,9 @@ METRICS: Final[dict[str, Metric]] = {
         Metric("reliability", 1, ("rewrite",), AFTER, _BEFORE, note="the edited prompt gives the new answer"),
         Metric("generality", 1, ("rephrase",), AFTER, _BEFORE, note="other ways to ask give the new answer"),
         Metric("portability", 1, _PORTABLE, AFTER, _BEFORE, note="what follows from the new answer holds too"),
+        Metric(
+            *("portability_by_kind", 1, _PORTABLE, AFTER, _BEFORE), by_kind=True, note="the same, a case's kinds of probe weighed alike"
+        ),
         Metric("two_hop", 1, ("two_hop",), AFTER, _BEFORE, note="a question through the new answer"),
         Metric("reverse", 1, ("reverse",), AFTER, _BEFORE, note="the fact said backwards"),
         Metric("alias", 1, ("alias",), AFTER, _BEFORE, note="the subject under another name"),
@@ -86,6 +91,9 @@ METRICS: Final[dict[str, Metric]] = {
         Metric("sub_fact", 1, ("sub_fact",), AFTER, _BEFORE, note="a part of a long answer, asked for by itself"),
         Metric("out_of_domain", 1, ("out_of_domain",), _FORCED[0], _FORCED[1], note="another text about the subject goes on as it does"),
         Metric("locality_agreement", 1, _LOCAL, _AGREE, {}, note="other facts are answered as before, right or wrong"),
+        Metric(
+            *("locality_agreement_by_kind", 1, _LOCAL, _AGREE, {}), by_kind=True, note="the same, a case's kinds of probe weighed alike"
+        ),
         Metric("locality_correct", 1, _LOCAL, AFTER, _BEFORE, true=True, note="other facts are answered truly"),
         Metric(
             "locality_correct_known",

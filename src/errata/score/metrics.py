@@ -31,6 +31,9 @@ The likelihood metrics are those of ROME (Meng et al. 2022, arXiv 2202.05262) an
 Answer and rival are the new and the old object after a rewrite or a rephrase, so more is better for the edit.  After a
 neighbour's prompt they are the neighbour's own true object and the edit's new one, so more is better for what should stay.
 
+A case counts once.  Its portability and locality are the mean over all its probes; ``…_by_kind``, where some case has unlike numbers of
+probes of several kinds, is the mean over kinds of each kind's mean, as EasyEdit's script and the tables made with it average a record.
+
 Robustness metrics (`ROBUST`; probes by `errata.score.robustness`) have their likelihood wins under their own name.
 """
 
@@ -160,19 +163,32 @@ def case_values(records: Iterable[Record], metric: str, protocol: str, by_kind: 
     which = get_metric(metric)
     _check_protocol(which, protocol)
     chosen, field = _chosen(records, which, protocol), which.after[protocol]
-    if not by_kind:
-        return _case_means(chosen, field)
-    columns = _means_by_kind(chosen, which, field)
+    return _kind_means(chosen, which, field) if by_kind or which.by_kind else _case_means(chosen, field)
+
+
+def _kind_means(records: Sequence[Record], which: Metric, field: str) -> dict[str, float]:
+    """case -> mean over its kinds of probe of each kind's mean."""
+    columns = _means_by_kind(records, which, field)
     cases = sorted({case for means in columns for case in means})
     return {case: float(np.mean([means[case] for means in columns if case in means])) for case in cases}
+
+
+def _uneven(records: Iterable[Record]) -> bool:
+    """Whether some case has unlike numbers of probes of its kinds, without which both averages are one."""
+    found: dict[Any, dict[str, int]] = {}
+    for record in records:
+        own = found.setdefault(record["case"], {})
+        own[record["kind"]] = own.get(record["kind"], 0) + 1
+    return any(len(set(own.values())) > 1 for own in found.values())
 
 
 def _columns(records: Sequence[Record], which: Metric, field: str) -> dict[str, list[float]]:
     """case -> its means: one number, or for a harmonic metric one a kind (NaN where the case has no such probe)."""
     if not which.harmonic:
-        return {case: [mean] for case, mean in _case_means(records, field).items()}
-    by_kind = _means_by_kind(records, which, field)
-    return {case: [means.get(case, math.nan) for means in by_kind] for case in sorted({c for means in by_kind for c in means})}
+        means = _kind_means(records, which, field) if which.by_kind else _case_means(records, field)
+        return {case: [mean] for case, mean in means.items()}
+    parts = _means_by_kind(records, which, field)
+    return {case: [means.get(case, math.nan) for means in parts] for case in sorted({c for means in parts for c in means})}
 
 
 def _mean(drawn: Floats) -> Floats:
@@ -230,7 +246,8 @@ def summarise(records: Iterable[Record], seed: int = 0, resamples: int = 2000) -
         for metric in METRICS.values():
             for protocol in (*metric.after, *(judges if metric.after is AFTER else ())):
                 which = _under(metric, protocol)
-                if chosen := _chosen(mine, which, protocol):
+                chosen = _chosen(mine, which, protocol)
+                if chosen and (not which.by_kind or _uneven(chosen)):
                     rows.append({"method": method, **_row(chosen, which, protocol, seed, resamples)})
     return rows
 

@@ -99,7 +99,7 @@ class REPRun:
         last = self.on[-1] if self.on else None
         if self.editor.scope == "edit" or last is None or last.method != self.editor.name:
             return None
-        return last if last.settings == self._settings(blocks) else None
+        return last if self.editor.made_with(last.settings, self._settings(blocks)) else None
 
     def _read(self, places: Sequence[LocatedText], block: int, owner: Tensor) -> Tensor:
         """[n, I] inputs of the edited linear, under what is written and adapted so far."""

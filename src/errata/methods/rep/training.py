@@ -2,7 +2,8 @@
 
     L = aggregation · mean_i −⟨k̂_i / ‖k̂_i‖, t⟩ + consistency · mean (k̂_o − k_o)² + match · mean_i ‖k̂_i − k_o‖² / ‖k_o‖² + closing · BCE(g)
 
-k̂_i are the adapted keys of the surfaces drawn at a step, k_o the key of the prompt itself; t is what the edit's own change answers to:
+k̂_i are the adapted keys of the surfaces drawn at a step, k_o the key of the prompt itself, which only the consistency term sees (as
+released: its key is left out of the mean of the first term); t is what the edit's own change answers to:
 C⁻¹k*/‖C⁻¹k*‖, or k* as it is.  The gate is soft here and hard at use.  Adaptors of a later block are trained on keys as the finished
 adaptors below leave them at use; the released code trains all blocks at once under each other's soft gates.
 """
@@ -132,16 +133,16 @@ def _loss(e: Any, keys: Keys, p: Mapping[str, Tensor], step: int, units: int) ->
 
     own = grouped(keys.own.unsqueeze(1))
     both = torch.cat([grouped(keys.surfaces[drawn]), own], 1)
-    aims = torch.cat([each(keys.target), grouped(keys.target.unsqueeze(1))], 1)
     mask = _dropped(e.dropout, e.seed, step, both.shape[1], numbers).to(both) if e.dropout else None
     logit, seen = soft(p, both) if e.gate else None, edits // units * batch
     adapted = both + (1.0 if logit is None else logit.sigmoid().unsqueeze(-1)) * projected(p, both, e.projection == "constant", mask)
-    aligned = normalize(adapted, dim=-1) if e.normalise else adapted
-    total = -e.aggregation * (aligned * aims).sum(-1).mean(1)
+    surfaces = adapted[:, :seen]
+    aligned = normalize(surfaces, dim=-1) if e.normalise else surfaces
+    total = -e.aggregation * (aligned * each(keys.target)).sum(-1).mean(1)
     total = total + e.consistency * (adapted[:, seen:] - own).square().mean((1, 2))
     if e.match:
         goal = each(keys.own)
-        total = total + e.match * ((adapted[:, :seen] - goal).square().sum(-1) / goal.square().sum(-1)).mean(1)
+        total = total + e.match * ((surfaces - goal).square().sum(-1) / goal.square().sum(-1)).mean(1)
     if e.closing and logit is not None:
         some = torch.randint(OWN, keys.away.shape[1], (_NEGATIVES_PER_KEY * batch,), generator=_numbers(e.seed, step)).to(own.device)
         for shut in (keys.away[:, :OWN], keys.away[:, some]):

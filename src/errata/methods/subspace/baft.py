@@ -30,8 +30,8 @@ class BaFT(SubspaceEditor):
     """Fields beside those of `SubspaceEditor`:
 
     gate        which logistic regression (see `errata.methods.subspace.op`); "subspace" is the ablation ss-w
-    balance     incremental load balancing R_bal = Σ_k (w̄_k − w̄)² / ((r − 1) w̄), averaged over blocks; w̄_k runs over this and all
-                past edits (their sums are kept in the patch).  ``squared_cv``: divide by w̄² (what the text calls it) instead
+    balance     incremental load balancing R_bal = Σ_k (w̄_k − w̄)² / ((r − 1) w̄), averaged over blocks; w̄_k runs over this patch's and
+                all past samples, a request each (their sums are kept in the patch).  ``squared_cv``: divide by w̄² (what the text calls it)
     locality    use R_loc where requests bring ``unrelated`` texts: w ≤ alpha there, w ≥ beta on the edit, largest weights gamma apart
     alpha, beta, gamma
                 the three margins of R_loc
@@ -72,14 +72,15 @@ class BaFT(SubspaceEditor):
         total = torch.zeros(len(alive), device=alive.device)
         blocks = list(gates)
         if self.balance and self.gate != "subspace":
-            total = total + sum(self._balance(training, b) for b in blocks) / len(blocks)
+            total = total + sum(self._balance(training, b, alive) for b in blocks) / len(blocks)
         states = training.irrelevant_states(self.last) if self.locality else None
         if states is not None:
             total = total + sum(self._locality(training, p[b], b, gates[b], states, alive) for b in blocks) / len(blocks)
         return total
 
-    def _balance(self, training: Training, block: int) -> Tensor:
-        means = (training.past_weights(block) + training.current_means[block]) / (training.past_edits + 1)
+    def _balance(self, training: Training, block: int, alive: Tensor) -> Tensor:
+        count = training.past_samples + training.samples[alive, None]
+        means = (training.past_weights(block) + training.current_sums[block]) / count
         centre = means.mean(-1, keepdim=True)
         scale = centre.squeeze(-1).clamp_min(_CLAMP) ** (2 if self.squared_cv else 1)
         return (means - centre).square().sum(-1) / (max(1, self.rank - 1) * scale)

@@ -41,6 +41,9 @@ class SubspaceEditor(Editor):
     loss        the task loss is the printed sum over target tokens, or the mean
     weight_decay   of AdamW; the paper does not say
     init        "pyreft" (A, b random) or "identity" (A ← R, b ← 0: Φ(h) = h at the start)
+    parametrisation   how R stays orthonormal while it is trained: "cholesky" (see `errata.methods.subspace.op.orthonormal`) or, as pyreft,
+                "householder" (`turned`), where a step of the same rate moves R about twice as far, and weight decay pulls R back to
+                where the edit began.  ``lr`` of papers that use pyreft is meant for the latter
     end         text trained after the target ("." or an EOS), so that a free answer ends there; the paper does not say whether y holds one
     seed        of the start
     """
@@ -59,6 +62,7 @@ class SubspaceEditor(Editor):
     loss: Literal["sum", "mean"] = "sum"
     weight_decay: float = 0.0
     init: Literal["pyreft", "identity"] = "pyreft"
+    parametrisation: Literal["cholesky", "householder"] = "cholesky"
     end: str = ""
     seed: int = 0
 

@@ -56,10 +56,53 @@ def orthonormal(x: Tensor) -> Tensor:
 
     Computed from the r×r Gram matrix (Cholesky QR): all problems of a bank in three batched calls and no d×d buffer.  The
     map has the entries of ``x`` as free parameters, so counts agree with the published ones, and weight decay cannot break it.
+
+    Next to orthonormal x, R moves by the part of a step dx that leaves the span, and by a turn inside it: at most as far as x.  pyreft's
+    R moves twice as far as its parameters (`turned`), so at the same rate R goes about half as far here, and the loss falls more slowly.
     """
     lower = torch.linalg.cholesky(x @ x.mT)
     eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device).expand_as(lower)
     out: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False) @ x  # the inverse of r×r is small, d columns are not
+    return out
+
+
+Frame = tuple[Tensor, Tensor, Tensor]
+
+
+def _reflections(v: Tensor, half: Tensor) -> Tensor:
+    """T [..., r, r] with H_1 … H_r = I − Vᵀ T V, H_j along row v_j of V (compact WY form); ``half`` [..., r] = |v_j|² / 2."""
+    inverse = (v @ v.mT).triu(1) + torch.diag_embed(half)
+    eye = torch.eye(v.shape[-2], dtype=v.dtype, device=v.device).expand_as(inverse)
+    out: Tensor = torch.linalg.solve_triangular(inverse, eye, upper=True)
+    return out
+
+
+def frame(base: Tensor) -> Frame:
+    """An orthogonal d×d matrix B whose first r columns are the orthonormal rows of ``base`` [..., r, d], for `turned`: (V, T, signs) with
+    B = (I − Vᵀ T V) diag(signs, 1 … 1).  It is never written out."""
+    rank, width = base.shape[-2:]
+    packed, tau = torch.geqrf(base.mT)
+    v = packed.mT.triu(1) + torch.eye(rank, width, dtype=base.dtype, device=base.device)
+    none = tau == 0  # no reflection
+    v = torch.where(none.unsqueeze(-1), 0.0, v)
+    return v, _reflections(v, torch.where(none, 1.0, 1 / torch.where(none, 1.0, tau))), packed.diagonal(dim1=-2, dim2=-1).sign()
+
+
+def turned(x: Tensor, of: Frame) -> Tensor:
+    """pyreft's R: orthonormal rows at ``x`` [..., r, d], those of the base that `frame` was made of at x = 0.
+
+        Rᵀ = B · (the first r columns of −H_1 … H_r),   H_j the reflection along v_j = e_j + Σ_{i > j} x_ji e_i
+
+    as torch.nn.utils.parametrizations.orthogonal(orthogonal_map="householder") has it; what is left of x's diagonal and on it is not
+    used.  To first order R = base + 2 x Bᵀ.  B beside the base is any completion: torch draws one, here reflections make it.
+    """
+    rank, width = x.shape[-2:]
+    own = torch.eye(rank, width, dtype=x.dtype, device=x.device)
+    v = x.triu(1) + own
+    rows = v[..., :rank].mT @ (_reflections(v, v.square().sum(-1) / 2).mT @ v) - own
+    base, t, signs = of
+    rows = torch.cat([rows[..., :rank] * signs.unsqueeze(-2), rows[..., rank:]], -1)
+    out: Tensor = rows - (rows @ base.mT) @ (t.mT @ base)
     return out
 
 

@@ -1,6 +1,7 @@
 """How ReFT and BaFT are trained: one batch over all independent edits, through the tail.
 
-A *problem* is one patch to make: one request (`edit_each`), or several that share one patch (`edit`).
+A *problem* is one patch to make: one request (`edit_each`), or several that share one patch (`edit`).  A *sample* is one request, its
+paraphrases with it: the mean gate weights of a patch run over samples, so that a joint patch of ten counts as ten edits do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from errata.core.patch import Op, Patch, Site
 from errata.core.problems import ProblemRows, mean_per_problem, row_nll
 from errata.core.tail import capture, split_rows
 from errata.core.tokens import pad_id
-from errata.methods.subspace.op import gate, orthonormal, start
+from errata.methods.subspace.op import Frame, frame, gate, orthonormal, start, turned
 from errata.request import EditRequest
 
 
@@ -37,16 +38,24 @@ class Training:
     before: Patch | None
     runner_class: Any
     owner: Tensor = field(init=False)  # [B] the problem of each row
+    frame: Frame | None = field(init=False, default=None)  # of R at the start, [blocks, …], for the Householder parametrisation
     irrelevant: tuple[dict[int, Tensor], Tensor, Tensor] | None = field(init=False, default=None)
-    gate_means: dict[int, Tensor] = field(init=False, default_factory=dict)  # of every problem [E, r], detached
-    current_means: dict[int, Tensor] = field(init=False, default_factory=dict)  # of those that run [e, r], with this step's gradient
+    sample: Tensor = field(init=False)  # [B] the sample of each row
+    sample_owner: Tensor = field(init=False)  # [S] the problem of each sample
+    samples: Tensor = field(init=False)  # [E] samples of each problem
+    gate_sums: dict[int, Tensor] = field(init=False, default_factory=dict)  # Σ over samples of their mean weights, [E, r], detached
+    current_sums: dict[int, Tensor] = field(init=False, default_factory=dict)  # of those that run [e, r], with this step's gradient
 
     def __post_init__(self) -> None:
         self.editor.require_requests(self.problems)
         self.blocks = self.editor.target_layers(self.lm)
-        rows = [(i, text, r.target) for i, rs in enumerate(self.problems) for r in rs for text in (r.prompt, *r.paraphrases)]
+        samples = [(i, r) for i, rs in enumerate(self.problems) for r in rs]
+        rows = [(s, text, r.target) for s, (_, r) in enumerate(samples) for text in (r.prompt, *r.paraphrases)]
         device = self.lm.device
-        self.owner = torch.tensor([i for i, _, _ in rows], device=device)
+        self.sample = torch.tensor([s for s, _, _ in rows], dtype=torch.long, device=device)
+        self.sample_owner = torch.tensor([i for i, _ in samples], dtype=torch.long, device=device)
+        self.samples = torch.tensor([float(len(rs)) for rs in self.problems], device=device)
+        self.owner = self.sample_owner[self.sample]
         encoded = self.lm.encode([text for _, text, _ in rows], [target + self.editor.end for _, _, target in rows])
         gated = self.editor.gate_kind != "none"  # gates are looked at on every output token, also on the last, which predicts nothing
         cut_rows = split_rows(encoded, self.editor.last, pad_id(self.lm.tokenizer), device, final=gated)
@@ -74,16 +83,20 @@ class Training:
             else:
                 blocks.append({("X" if k == "R" else k): t.to(self.lm.device) for k, t in self.before.ops[i].tensors.items()})
         stacked = {k: torch.stack([own[k] for own in blocks]).to(precision) for k in blocks[0]}
+        if e.parametrisation == "householder":
+            self.frame = frame(stacked["X"])
+            stacked["X"] = torch.zeros_like(stacked["X"])
         return {k: t.expand(len(self.problems), *t.shape) for k, t in stacked.items()}
 
     def per_block(self, p: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         """{block: the op's parameters [E, …]}, with R made orthonormal; all blocks in one call."""
-        own = {("R" if k == "X" else k): (orthonormal(t) if k == "X" else t).unbind(1) for k, t in p.items()}
+        made = {"R": orthonormal(p["X"]) if self.frame is None else turned(p["X"], self.frame)}
+        own = {k: t.unbind(1) for k, t in {**p, **made}.items() if k != "X"}
         return {b: {k: t[i] for k, t in own.items()} for i, b in enumerate(self.blocks)}
 
     def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
         e = self.editor
-        runner, owner, _ = self.owned.of(alive)
+        runner, owner, kept = self.owned.of(alive)
         recorded: dict[Any, Tensor] = {}
         straight = len(owner) == len(alive)  # a row a problem, in order: no gathering
         per_block = self.per_block(p)
@@ -98,18 +111,21 @@ class Training:
         if e.gate_kind != "none":
             valid = runner.rows.valid.unsqueeze(-1).to(summed.dtype)
             for b in self.blocks:
-                w = recorded[Site(b), "gate"]
-                gates[b] = w
-                self.note_means(b, mean_per_problem((w * valid).sum(1), owner, len(alive), valid.sum(1)), alive)
+                gates[b] = recorded[Site(b), "gate"]
+                self._note(b, (gates[b] * valid).sum(1), valid.sum(1), self.sample[kept], alive)
         extra = e.regularise(self, per_block, gates, alive)
         return task + extra, (compared + extra if e.stop_on == "total" else compared).detach()
 
-    def note_means(self, block: int, means: Tensor, alive: Tensor) -> None:
-        """Keep each problem's mean gate weights [e, r], with their gradient for this step."""
-        self.current_means[block] = means
-        if block not in self.gate_means:
-            self.gate_means[block] = torch.zeros(len(self.problems), means.shape[1], device=means.device, dtype=means.dtype)
-        self.gate_means[block][alive] = means.detach()
+    def _note(self, block: int, weights: Tensor, positions: Tensor, sample: Tensor, alive: Tensor) -> None:
+        """Keep Σ over a problem's samples of their mean gate weights, from rows' summed weights [B, r] and positions [B, 1]."""
+        total = weights.new_zeros(len(self.sample_owner), weights.shape[1]).index_add(0, sample, weights)
+        number = positions.new_zeros(len(self.sample_owner), 1).index_add(0, sample, positions)  # 0: its problem has ended
+        means = total / number.clamp_min(1)
+        sums = means.new_zeros(len(self.problems), means.shape[1]).index_add(0, self.sample_owner, means)[alive]
+        self.current_sums[block] = sums
+        if block not in self.gate_sums:
+            self.gate_sums[block] = torch.zeros(len(self.problems), sums.shape[1], device=sums.device, dtype=sums.dtype)
+        self.gate_sums[block][alive] = sums.detach()
 
     def irrelevant_states(self, last: int) -> tuple[dict[int, Tensor], Tensor, Tensor] | None:
         """States of the requests' ``unrelated`` texts under ``on``: ({block: [U, T, d]}, where [U, T, 1], owner [U]); None without any."""
@@ -140,23 +156,29 @@ class Training:
                 for b in self.blocks
             )
             state = {}
-            for b, means in self.gate_means.items():
-                past = old.state[f"weights.{b}"].to(means.device) if old else torch.zeros_like(means[i])
-                state[f"weights.{b}"] = past + means[i]
-                state["edits"] = torch.tensor([self.past_edits + 1.0])
+            for b, sums in self.gate_sums.items():
+                state[f"weights.{b}"] = self.past_weights(b) + sums[i]
+                state["edits"] = torch.tensor([self.past_samples + len(requests)])
             notes = {"steps": int(fitted.steps[i]), "loss": round(float(fitted.loss[i]), 6), "seconds": round(seconds, 4)}
             settings = to_dict(e) | {"layers": list(self.blocks)}
             patches.append(Patch.continued_from(old, e.name, settings, self.lm.fingerprint, requests, ops, state, notes))
         return patches
 
     @property
-    def past_edits(self) -> float:
-        """Edits already counted in the running gate means."""
+    def past_samples(self) -> float:
+        """Samples already counted in the running gate means.  The state ``edits`` of a patch made before joint patches counted as many
+        is less than its requests."""
+        return max(self._counted, float(len(self.before.requests))) if self.before and self._counted else 0.0
+
+    @property
+    def _counted(self) -> float:
         return float(self.before.state["edits"][0]) if self.before and "edits" in self.before.state else 0.0
 
     def past_weights(self, block: int) -> Tensor | float:
-        """Running sum over past edits of their mean gate weights [r]."""
-        return self.before.state[f"weights.{block}"].to(self.lm.device) if self.before else 0.0
+        """Running sum over past samples of their mean gate weights [r]; a patch that counted fewer has their mean for each other one."""
+        if self.before is None:
+            return 0.0
+        return self.before.state[f"weights.{block}"].to(self.lm.device) * (self.past_samples / self._counted)
 
 
 def gate_on(p: Mapping[str, Tensor], kind: str, states: Tensor, owner: Tensor) -> Tensor:

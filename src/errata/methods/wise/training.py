@@ -2,10 +2,10 @@
 
     L = L_edit + [Δ(x_u) − α]₊ + [β − Δ(x_e)]₊ + [γ + Δ(x_u) − Δ(x_e)]₊
 
-L_edit is the mean over contexts of the mean NLL of the target's tokens; each hinge is the mean over its positive entries (texts x_e and
-x_u, pairs of them), 0 without any.  Nothing below the site changes, so its inputs x are read once; a step is one product
-ΔW x for all texts of an edit, from which both Δ and, through the blocks above, L_edit follow.  At the last block no other
-token reads what a token's MLP wrote, so there only the tokens that predict the target run.
+L_edit is the mean over contexts of the target's summed NLL over its m tokens (``edit_mean``: or over m + 1); each hinge is the mean
+over its positive entries (texts x_e and x_u, pairs of them), 0 without any.  Nothing below the site changes, so its inputs x are
+read once; a step is one product ΔW x for all texts of an edit, from which both Δ and, through the blocks above, L_edit follow.  At
+the last block no other token reads what a token's MLP wrote, so there only the tokens that predict the target run.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Training:
     act: str
     on: Stack
     runner_class: Any
-    acts: Tensor = field(init=False)  # [E] Δ(x_e) at the last step of each
+    acts: Tensor = field(init=False)  # [E] Δ(x_e) at the last step of each, or before it (``least``)
+    seen: int = field(init=False, default=0)  # losses computed so far: one before each update, and one after the last
     fronted: bool = field(init=False)  # whether context stands in front of the texts
 
     def __post_init__(self) -> None:
@@ -164,10 +165,12 @@ class Training:
         where = {"start": self.starts[kept]} if self.fronted else {}
         logits = runner.logits([Bank("moved", self.at, {}, {"by": by, **where})])
         summed, number = row_nll(logits, runner.rows.labels, runner.rows.label_mask)
-        task = mean_per_problem(summed / number, owner, count)
+        task = mean_per_problem(summed / (number + (e.edit_mean == "m+1")), owner, count)
         size = torch.linalg.vector_norm(self.sigma(read["o"] + moved) - read["before"], dim=-1) * read["share"]
         act = size.new_zeros(count, self.many + read["given"].shape[1]).scatter_add(1, read["row"], size)
-        self.acts[alive] = act[:, : self.many].detach().mean(1)
+        self.seen += 1
+        if e.least == "after" or self.seen <= e.steps:
+            self.acts[alive] = act[:, : self.many].detach().mean(1)
         scaled = act / e.unit
         total = task + margins(scaled[:, : self.many], scaled[:, self.many :], read["given"], e.alpha, e.beta, e.gamma)
         return total, total

@@ -47,6 +47,10 @@ class WISE(WISEEditor):
                       margins of Δ, and the share of the least Δ at which a memory opens
     unit              what Δ is counted in: margins are multiples of it, and L_a is of Δ / unit.  1 as published, for states of LLaMA's
                       size; where states are s times larger, unit s leaves the balance of L_edit and L_a as it is there
+    edit_mean         L_edit is the target's summed NLL over its "m" tokens, or over "m+1" (the code, whose mask begins one token early, at
+                      one that adds nothing).  As L_a is not divided, the code's L_edit weighs m / (m + 1) of ours beside it
+    least             the Δ of an edit that counts for the least is that "after" its last update, which is what its prompt has at use, or
+                      "before" it (the code).  An edit that reaches ``stop`` has one for both
     activation        "output": Δ as above (the code); "input": ‖A(x)(W' − W)‖₂, no σ (the paper)
     act_on            tokens that Δ is the mean of in training: the "prompt"'s, which is what decides at use (see
                       `errata.methods.wise.op`), or the whole "text" with its target (the code)
@@ -86,6 +90,8 @@ class WISE(WISEEditor):
     gamma: float = 10.0
     act_ratio: float = 0.88
     unit: float = 1.0
+    edit_mean: Literal["m", "m+1"] = "m"
+    least: Literal["after", "before"] = "after"
     activation: Literal["output", "input"] = "output"
     act_on: Literal["prompt", "text"] = "prompt"
     contexts: tuple[tuple[int, ...], ...] = ((5, 5), (10, 5))
