@@ -18,6 +18,25 @@ INDEX = "edit.json"  # of a folder of patches: which, in the order they stack
 FEW = 8  # files that are put on the disk one after another
 
 
+def cache_folder() -> Path:
+    """``$ERRATA_CACHE``, else ``~/.cache/errata``."""
+    return Path(os.environ.get("ERRATA_CACHE") or Path.home() / ".cache" / "errata")
+
+
+@contextlib.contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """One at a time with this lock file, others wait; the lock goes with the process that holds it.  No lock where the system has none."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "a")  # noqa: SIM115
+    with stream:
+        with contextlib.suppress(ImportError, OSError):  # Windows; a file system without locks
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 @contextlib.contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``out`` at the end of the ``with`` block; on any error, or Ctrl-C, it vanishes.
