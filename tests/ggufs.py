@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import gguf
@@ -58,3 +59,12 @@ def write(path: Path, architecture: str = "llama", seed: int = 0, broken: float 
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def folders(cache: Path) -> list[str]:
+    """What lies in the cache, but for lock files."""
+    return sorted(p.name for p in cache.iterdir() if p.is_dir() and p.name != "files")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -5,12 +5,13 @@ What is in the cache is read only when it is whole: written beside and renamed, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def whole(folder: Path, *, deep: bool = False) -> bool:
 
 def converted(source: Source, progress: Progress | None = None, *, deep: bool = False) -> Path:
     """The folder of a GGUF's safetensors, made where the cache has none (``deep``: or a damaged one)."""
-    tell = progress or (lambda stage, done, total: None)
+    tell = progress or _unseen
     home = models_folder()
     if source.sha256 is not None and not deep and whole(home / source.sha256):
         return home / source.sha256
@@ -151,7 +152,8 @@ def _convert(source: Source, folder: Path, tell: Progress) -> None:
     file = source.pieces[0] if len(source.pieces) == 1 else _joined(source.pieces, folder / "joined.gguf")
     tell(stage, 1, _STEPS)
     try:
-        hf, tokenizer = _read(file, lambda: tell(stage, 2, _STEPS))
+        with _bars(source, tell):
+            hf, tokenizer = _read(file, lambda: tell(stage, 2, _STEPS))
     except ModelError as error:
         raise ModelError(f"{source.label}: {source.pieces[0]} {error}") from error
     except Exception as error:  # a damaged file makes the readers stumble in any way
@@ -169,6 +171,32 @@ def _convert(source: Source, folder: Path, tell: Progress) -> None:
             raise
         raise DiskError(f"{folder}: nothing was written (the disk is full); free space, or set ERRATA_CACHE to another place") from None
     tell(stage, 4, _STEPS)
+
+
+def _unseen(stage: str, done: int, total: int) -> None:
+    """Nobody wants to know: transformers shows its own bars."""
+
+
+@contextlib.contextmanager
+def _bars(source: Source, tell: Progress) -> Iterator[None]:
+    """``tell`` in place of the bar that transformers always draws while it unpacks weights."""
+    import transformers.modeling_gguf_pytorch_utils as reader
+
+    def counted(items: Iterable[Any], *_: Any, **__: Any) -> Iterator[Any]:
+        listed = list(items)
+        for i, item in enumerate(listed):
+            tell(f"unpacking {source.label}, tensors", i, len(listed))
+            yield item
+
+    real = getattr(reader, "tqdm", None)
+    if real is None or tell is _unseen:
+        yield
+        return
+    reader.tqdm = counted
+    try:
+        yield
+    finally:
+        reader.tqdm = real
 
 
 def _joined(pieces: Sequence[Path], out: Path) -> Path:
@@ -219,5 +247,5 @@ def _seal(source: Source, folder: Path) -> None:
     files = {path.name: (path.stat().st_size, digest([path])) for path in sorted(folder.iterdir())}
     for path in folder.iterdir():
         os.chmod(path, 0o644)
-    storage.write(folder / _MARK, json.dumps({"source": source.label, "files": files}, indent=1).encode())
+    storage.write(folder / _MARK, json.dumps({"files": files, "source": source.label}, indent=1).encode())
     storage.flush([folder])
