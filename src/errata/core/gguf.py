@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -180,7 +181,13 @@ def _unseen(stage: str, done: int, total: int) -> None:
 @contextlib.contextmanager
 def _bars(source: Source, tell: Progress) -> Iterator[None]:
     """``tell`` in place of the bar that transformers always draws while it unpacks weights."""
-    import transformers.modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
+
+    try:
+        reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    except ImportError:  # a version that reads GGUFs elsewhere, and may draw what it likes
+        yield
+        return
 
     def counted(items: Iterable[Any], *_: Any, **__: Any) -> Iterator[Any]:
         listed = list(items)
@@ -189,14 +196,14 @@ def _bars(source: Source, tell: Progress) -> Iterator[None]:
             yield item
 
     real = getattr(reader, "tqdm", None)
-    if real is None or tell is _unseen:
+    if real is None or (tell is _unseen and logging.is_progress_bar_enabled()):
         yield
         return
-    reader.tqdm = counted
+    vars(reader)["tqdm"] = counted
     try:
         yield
     finally:
-        reader.tqdm = real
+        vars(reader)["tqdm"] = real
 
 
 def _joined(pieces: Sequence[Path], out: Path) -> Path:
