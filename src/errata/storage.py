@@ -24,17 +24,21 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def turn(path: Path) -> Iterator[None]:
-    """One at a time with this lock file, others wait; the lock goes with the process that holds it.  No lock where the system has none."""
+def turn(path: Path) -> Iterator[bool]:
+    """One at a time with this lock file, others wait; the lock goes with the process that holds it.  False where the system has none."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = open(path, "a")  # noqa: SIM115
     with stream:
-        with contextlib.suppress(ImportError, OSError):  # Windows; a file system without locks
+        try:
             import fcntl
 
             fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+        except (ImportError, OSError):  # Windows; a file system without locks
+            alone = False
+        else:
+            alone = True
+        yield alone
 
 
 @contextlib.contextmanager

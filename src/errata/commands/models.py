@@ -87,8 +87,8 @@ def _terms(model: catalogue.KnownModel, accepted: bool, screen: Screen) -> None:
 def _fetch(model: catalogue.KnownModel, screen: Screen) -> None:
     """The GGUF into the cache: all of it, checked, or nothing."""
     home = model.cached.parent
-    with storage.disk_errors(home), storage.turn(home / ".lock"):
-        for left in home.glob(".get-*"):  # of a process that was killed
+    with storage.disk_errors(home), storage.turn(home / ".lock") as alone:
+        for left in home.glob(".get-*") if alone else ():  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".get-", dir=home) as name, screen.progress() as progress:
             folder, out = Path(name), Path(name) / model.file

@@ -115,9 +115,9 @@ def converted(source: Source, progress: Progress | None = None, *, deep: bool = 
     final = home / found
     if not deep and whole(final):
         return final
-    with storage.turn(home / f".{found}.lock"):
+    with storage.turn(home / f".{found}.lock") as alone:
         if not whole(final, deep=deep):
-            for left in home.glob(f".{found}.*"):  # of a process that was killed: who holds the lock is alone here
+            for left in home.glob(f".{found}.*") if alone else ():  # of a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             with storage.atomic_folder(final) as folder:
                 _convert(source, folder, tell)
