@@ -1,4 +1,4 @@
-"""SmolLM2-135M, where its wheel is installed: it answers, it is edited, and llama.cpp says the same of the same file."""
+"""SmolLM2-135M, where its wheel is installed: it answers and is edited; llama.cpp says the same of the same file, and of Gemma's."""
 
 from __future__ import annotations
 
@@ -65,19 +65,25 @@ def test_rome_writes_a_fact_and_its_neighbours_stay(smollm: LM) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="the package xllamacpp is not installed")
-def test_llama_cpp_says_the_same(smollm: LM, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", list(catalogue.KNOWN))
+def test_llama_cpp_says_the_same(name: str, tmp_path: Path) -> None:
     """Token ids of 300 texts, and the first eight tokens of 100 greedy answers."""
     import llama_cpp
 
+    pieces = catalogue.installed(catalogue.KNOWN[name])
+    if not pieces:
+        pytest.skip(f"the wheels of {name} are not installed")
+    (tmp_path / "packed.gguf").write_bytes(b"".join(piece.read_bytes() for piece in pieces))
+    lm = errata.load(name, dtype="float32")
     cases = [case.request for case in registry.get("benchmark", "almanac")().load("test", 400, 0)]
     texts = [*ODD, *(f"{r.prompt} {r.target}" for r in cases)][:300]
     prompts = list(dict.fromkeys(r.prompt for r in cases))[:100]
-    model = llama_cpp.unpacked(catalogue.installed(SMOLLM)[0], tmp_path / "unpacked.gguf")
+    model = llama_cpp.unpacked(tmp_path / "packed.gguf", tmp_path / "unpacked.gguf")
     job = json.dumps({"model": str(model), "texts": texts, "prompts": prompts, "tokens": 8})
     done = subprocess.run([sys.executable, llama_cpp.__file__], input=job, capture_output=True, text=True, check=True)
     theirs = json.loads(done.stdout)
-    assert [smollm.tokenizer(text)["input_ids"] for text in texts] == theirs["ids"]
+    assert [lm.tokenizer(text)["input_ids"] for text in texts] == theirs["ids"]
     for prompt, wanted in zip(prompts, theirs["answers"], strict=True):
-        ids = torch.tensor([smollm.tokenizer(prompt)["input_ids"]])
-        found = smollm.hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        ids = torch.tensor([lm.tokenizer(prompt)["input_ids"]])
+        found = lm.hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
         assert found[0, ids.shape[1] :].tolist()[: len(wanted)] == wanted, prompt
