@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,3 +51,34 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from errata.core.model import edit
 
     return edit(lm("llama"), FRANCE, "Rome", rank=2, steps=2).save(tmp_path_factory.mktemp("patch") / "good")
+
+
+@pytest.fixture
+def models_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where models are kept, in a cache of the test's own."""
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as GGUF."""
+    from ggufs import write
+
+    return write(tmp_path_factory.mktemp("gguf") / "model.gguf")
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that GGUFs were converted into from here on."""
+    from errata.core import gguf
+
+    made: list[Path] = []
+    real = gguf._convert
+
+    def counted(source: gguf.Source, folder: Path, tell: Any) -> None:
+        made.append(folder)
+        real(source, folder, tell)
+
+    monkeypatch.setattr(gguf, "_convert", counted)
+    return made

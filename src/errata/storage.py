@@ -18,6 +18,29 @@ INDEX = "edit.json"  # of a folder of patches: which, in the order they stack
 FEW = 8  # files that are put on the disk one after another
 
 
+def cache_folder() -> Path:
+    """``$ERRATA_CACHE``, else ``~/.cache/errata``."""
+    return Path(os.environ.get("ERRATA_CACHE") or Path.home() / ".cache" / "errata")
+
+
+@contextlib.contextmanager
+def turn(path: Path) -> Iterator[bool]:
+    """One at a time with this lock file, others wait; the lock goes with the process that holds it.  False where the system has none."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "a")  # noqa: SIM115
+    with stream:
+        try:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except (ImportError, OSError):  # Windows; a file system without locks
+            alone = False
+        else:
+            alone = True
+        yield alone
+
+
 @contextlib.contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``out`` at the end of the ``with`` block; on any error, or Ctrl-C, it vanishes.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from errata import registry
 from errata.benchmarks.files import open_benchmark
-from errata.commands.screen import Progress, quiet
+from errata.commands.screen import Progress, Screen, quiet
 from errata.config import parse_sets, read_yaml
 from errata.errors import ConfigError, ModelError
 
@@ -52,12 +52,14 @@ def parser(commands: Subparsers, name: str, run: Any, about: str, *, model: bool
 
 
 def model_argument(out: argparse.ArgumentParser) -> None:
-    out.add_argument("model", metavar="MODEL", help="a folder saved by transformers, a hub name, or 'almanac' (in the package)")
+    out.add_argument(
+        "model", metavar="MODEL", help="a folder saved by transformers, a hub name, a GGUF file, a name of `errata models`, or 'almanac'"
+    )
     model_options(out)
 
 
 def model_options(out: argparse.ArgumentParser) -> None:
-    out.add_argument("--dtype", help="float32, bfloat16 …; without it as the model was saved")
+    out.add_argument("--dtype", help="float32, bfloat16 …; without it as the model was saved (a GGUF: what the CPU is fast in)")
     out.add_argument("--device", help="cpu, cuda, cuda:1 …; without it as transformers chooses")
 
 
@@ -179,7 +181,9 @@ def load(args: argparse.Namespace, *, as_saved: bool = False, **more: Any) -> LM
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:  # torch says the latter where it was built without CUDA
             raise ModelError(f"device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return errata.load(args.model, dtype=None if as_saved else args.dtype, device=args.device, **more)
+    saved = None if args.model == "almanac" else "auto"
+    with Screen().progress() as progress:  # of a GGUF, which is converted once
+        return errata.load(args.model, dtype=saved if as_saved else args.dtype, device=args.device, progress=progress, **more)
 
 
 def prepare(editor: Any, lm: LM, progress: Progress) -> None:

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from errata import registry
+from errata import registry, storage
 from errata.commands import common
 from errata.commands.screen import Screen
 from errata.errors import ConfigError
@@ -45,7 +45,7 @@ def _layers(args: argparse.Namespace, lm: LM) -> list[int]:
 def run(args: argparse.Namespace, screen: Screen) -> None:
     lm = common.load(args)
     from errata.core.patch import Site
-    from errata.text.statistics import cache_folder, moments
+    from errata.text.statistics import moments
 
     sites = [Site(b, "mlp_down") for b in _layers(args, lm)]
     began = time.perf_counter()
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         )
     rows = [_row(found[site], args.threshold) for site in sites]
     seconds = round(time.perf_counter() - began, 3)
-    folder = str(cache_folder() / "stats")
+    folder = str(storage.cache_folder() / "stats")
     about = {"model": lm.name, "base": lm.fingerprint, "text": args.text, "threshold": args.threshold}
     screen.document({**about, "blocks": rows, "folder": folder, "seconds": seconds})
     screen.table(

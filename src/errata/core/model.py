@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from errata import registry
-from errata.core import decode, offload
+from errata.core import catalogue, decode, gguf, offload
 from errata.core.bank import Plan, Stack, active_patches, compile_plan
 from errata.core.families import Family, find, linear_sizes, resolve, text_config
 from errata.core.hooks import Hooks
@@ -281,13 +281,18 @@ def fingerprint(hf: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(name: str | Path = "almanac", *, dtype: str | torch.dtype | None = None, device: str | None = None, **more: Any) -> LM:
-    """A model by name or folder; ``"almanac"`` is the one in the package.
+def load(
+    name: str | Path = "almanac",
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    progress: gguf.Progress | None = None,
+    **more: Any,
+) -> LM:
+    """A model by name or folder, or a GGUF file; ``"almanac"`` is the one in the package, `errata models` lists other names.
 
-    ``more`` goes to transformers: device_map, quantization_config, revision …
+    ``progress`` is told how a GGUF is converted, once.  ``more`` goes to transformers: device_map, quantization_config, revision …
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     label, where = str(name), str(name)
     if label == "almanac":
         where = str(Path(__file__).parents[1] / "almanac" / "model")
@@ -296,6 +301,24 @@ def load(name: str | Path = "almanac", *, dtype: str | torch.dtype | None = None
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ModelError(f"dtype {dtype!r} is not one of torch's; try float32, bfloat16 or auto")
         dtype = getattr(torch, dtype)
+    source = catalogue.find(label) or gguf.find(label, more.get("revision"))
+    if source is None:
+        return _load(where, label, dtype, device, more)
+    dtype = dtype or getattr(torch, gguf.fast_dtype() if device in (None, "cpu") else "float32")
+    more = {key: value for key, value in more.items() if key != "revision"}
+    folder = gguf.converted(source, progress)
+    try:
+        return _load(str(folder), label, dtype, device, more)
+    except ModelError:
+        if gguf.whole(folder, deep=True):
+            raise
+    return _load(str(gguf.converted(source, progress, deep=True)), label, dtype, device, more)
+
+
+def _load(where: str, label: str, dtype: str | torch.dtype | None, device: str | None, more: dict[str, Any]) -> LM:
+    """A folder saved by transformers, or a hub name."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     if Path(where).exists() and not (Path(where) / "config.json").exists():
         raise ModelError(f"{where}: holds no config.json; give a folder saved by transformers, or a hub name")
     try:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ OnOutcome = Callable[[Outcome], None]
 @functools.lru_cache(maxsize=1)
 def _model(spec: grid.ModelSpec) -> model.LM:
     """The model of the last cell stays for the next."""
-    more = {k: v for k, v in (("device_map", spec.device_map), ("revision", spec.revision)) if v is not None}
+    more: dict[str, Any] = {k: v for k, v in (("device_map", spec.device_map), ("revision", spec.revision)) if v is not None}
     return model.load(spec.name, dtype=spec.dtype, device=spec.device, **more)
 
 

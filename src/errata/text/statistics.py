@@ -6,7 +6,6 @@ another file, and a file is refused for any model but its own.  A computation th
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -88,11 +87,6 @@ def _cholesky(c: Tensor, ridge: float) -> Tensor:
     raise ModelError("the second moments are not positive definite; make them again from more text (`errata stats`)")
 
 
-def cache_folder() -> Path:
-    """``$ERRATA_CACHE``, else ``~/.cache/errata``."""
-    return Path(os.environ.get("ERRATA_CACHE") or Path.home() / ".cache" / "errata")
-
-
 def moments(
     lm: LM,
     sites: Sequence[Site],
@@ -114,7 +108,7 @@ def moments(
     known = {site: ("moments", site, corpus.digest, tokens, seed) for site in sites}
     if all(key in lm.base_cache for key in known.values()):
         return {site: lm.base_cache[key] for site, key in known.items()}
-    folder = (cache or cache_folder()) / "stats"
+    folder = (cache or storage.cache_folder()) / "stats"
     precision = torch.promote_types(torch.float32, lm.dtype)
     job = {"base": lm.fingerprint, "corpus": corpus.digest, "tokens": tokens, "length": LENGTH, "seed": seed, "dtype": str(precision)}
     name = digest(job)
