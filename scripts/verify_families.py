@@ -35,7 +35,8 @@ import transformers
 from families_file import DTYPES, FILE, REAL, TINY, Data, put, read, write
 
 from errata import registry
-from errata.core.model import LM, load
+from errata.core.loading import load
+from errata.core.model import LM
 from errata.request import EditRequest
 
 PROMPTS = ("The capital of France is", "In Rome people speak", "The language of the people who live in Spain is")  # of unlike lengths

@@ -18,7 +18,7 @@ from own import Tiny
 from runs import FILE, cell, differences, done, records, spec_of, stop_at, summary
 
 from errata.cli import main
-from errata.core.model import load
+from errata.core.loading import load
 from errata.core.patch import Op, Patch
 from errata.errors import ConfigError, JudgeError
 from errata.methods.subspace.reft import ReFT

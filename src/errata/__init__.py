@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "LM": "errata.core.model",
     "edit": "errata.core.model",
-    "load": "errata.core.model",
+    "load": "errata.core.loading",
     "Patch": "errata.core.patch",
     "Case": "errata.request",
     "EditRequest": "errata.request",
@@ -62,7 +62,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from errata.core.model import LM, edit, load
+    from errata.core.loading import load
+    from errata.core.model import LM, edit
     from errata.core.patch import Patch
     from errata.errors import (
         ConfigError,

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from errata.core import model
+from errata.core.loading import load
+from errata.core.model import LM
 from errata.errors import ConfigError, DiskError, ErrataError, ModelError, StorageError, first_line
 from errata.run import base_answers, grid, manifest
 from errata.run.cell import CellRunner
@@ -46,10 +47,10 @@ OnOutcome = Callable[[Outcome], None]
 
 
 @functools.lru_cache(maxsize=1)
-def _model(spec: grid.ModelSpec) -> model.LM:
+def _model(spec: grid.ModelSpec) -> LM:
     """The model of the last cell stays for the next."""
     more: dict[str, Any] = {k: v for k, v in (("device_map", spec.device_map), ("revision", spec.revision)) if v is not None}
-    return model.load(spec.name, dtype=spec.dtype, device=spec.device, **more)
+    return load(spec.name, dtype=spec.dtype, device=spec.device, **more)
 
 
 def run_cell(root: str, name: str, base_only: bool = False, progress: Progress | None = None) -> Outcome:
