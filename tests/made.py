@@ -11,7 +11,8 @@ from families import SENTENCES, lm
 from torch import Tensor
 
 from errata.core.families import linear_sizes, resolve
-from errata.core.model import LM, _old
+from errata.core.loading import _old
+from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 
 PROMPTS = [p for p, _ in SENTENCES]
