@@ -7,6 +7,7 @@ does not: that is how a lower floor reaches what is registered above it.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -47,12 +48,18 @@ def public(source: Path = SOURCE, package: str = PACKAGE) -> dict[str, str]:
     return {}
 
 
+@functools.cache
+def _statements(text: str) -> tuple[ast.AST, ...]:
+    """The import statements of a file, wherever they stand."""
+    return tuple(node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom))
+
+
 def imports(source: Path = SOURCE, package: str = PACKAGE) -> dict[str, dict[str, int]]:
     """{module: {module of the package it imports: the line of the first import}}.  Importing a name counts as its module."""
     known, face = modules(source, package), public(source, package)
     out: dict[str, dict[str, int]] = {name: {} for name in known}
     for name, path in known.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in _statements(path.read_text(encoding="utf-8")):
             for target in _targets(node, known, face, package, path):
                 if target != name and name != package:  # the face names what it offers for type checkers; it runs nothing
                     out[name].setdefault(target, node.lineno)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def test_nothing_is_too_long_to_read() -> None:
     assert out == []
 
 
+@functools.cache
 def held(path: Path) -> set[str]:
     """Names that a module defines or imports."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
