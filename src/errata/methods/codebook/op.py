@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from errata.core.patch import OpContext, Site
 from errata.core.weights import RowGroups
 from errata.methods.codebook.lookup import entries_of, lookup_at_prompt_end, nearest_within_radius, remembered
 
+Params: TypeAlias = Mapping[str, Tensor]
 AT_ONCE = 1 << 24  # numbers of points that are compared at once
 INDEX = ("centres", "radii", "points", "cluster", "block")
 
@@ -50,6 +51,15 @@ def route(book: Mapping[str, Tensor], query: Tensor, rounding: float) -> Tensor:
     return out
 
 
+class _Call(NamedTuple):
+    """What a site is given in one forward pass."""
+
+    x: Tensor
+    y: Tensor
+    site: Site
+    context: OpContext
+
+
 class _Stored(ABC):
     """A kind that looks entries up, or acts by what was looked up: ``_run`` does it for rows that share stores (``groups``) and for rows
     with parameters of their own (None)."""
@@ -57,27 +67,18 @@ class _Stored(ABC):
     stateful = True
 
     @classmethod
-    def apply(cls, p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
-        return cls._run(p, None, settings, x, y, site, context)
+    def apply(cls, p: Params, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
+        return cls._run(p, None, settings, _Call(x, y, site, context))
 
     @classmethod
     def apply_grouped(
-        cls, p: Mapping[str, Tensor], groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
+        cls, p: Params, groups: RowGroups, settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext
     ) -> Tensor:
-        return cls._run(p, groups, settings, x, y, site, context)
+        return cls._run(p, groups, settings, _Call(x, y, site, context))
 
     @classmethod
     @abstractmethod
-    def _run(
-        cls,
-        p: Mapping[str, Tensor],
-        groups: RowGroups | None,
-        settings: Mapping[str, Any],
-        x: Tensor,
-        y: Tensor,
-        site: Site,
-        context: OpContext,
-    ) -> Tensor:
+    def _run(cls, p: Params, groups: RowGroups | None, settings: Mapping[str, Any], call: _Call) -> Tensor:
         """The site's new output; ``p`` [1 or B, …], or [P, …] with groups."""
 
 
@@ -89,16 +90,8 @@ class Codebook(_Stored):
         return bool(settings["replace"] != "last")
 
     @classmethod
-    def _run(
-        cls,
-        p: Mapping[str, Tensor],
-        groups: RowGroups | None,
-        settings: Mapping[str, Any],
-        x: Tensor,
-        y: Tensor,
-        site: Site,
-        context: OpContext,
-    ) -> Tensor:
+    def _run(cls, p: Params, groups: RowGroups | None, settings: Mapping[str, Any], call: _Call) -> Tensor:
+        x, y, site, context = call
         own = entries_of(p["values"], groups, len(x))
         index = {k: p[k] for k in ("keys", "radii")}
         entry = lookup_at_prompt_end(
@@ -126,16 +119,8 @@ class Router(_Stored):
         return True
 
     @classmethod
-    def _run(
-        cls,
-        p: Mapping[str, Tensor],
-        groups: RowGroups | None,
-        settings: Mapping[str, Any],
-        x: Tensor,
-        y: Tensor,
-        site: Site,
-        context: OpContext,
-    ) -> Tensor:
+    def _run(cls, p: Params, groups: RowGroups | None, settings: Mapping[str, Any], call: _Call) -> Tensor:
+        x, y, site, context = call
         own = entries_of(p["radii"], groups, len(x))
         book = {k: p[k] for k in INDEX}
         read_from = x if settings["reads"] == "input" else y
@@ -153,16 +138,8 @@ class Routed(_Stored):
         return True
 
     @classmethod
-    def _run(
-        cls,
-        p: Mapping[str, Tensor],
-        groups: RowGroups | None,
-        settings: Mapping[str, Any],
-        x: Tensor,
-        y: Tensor,
-        site: Site,
-        context: OpContext,
-    ) -> Tensor:
+    def _run(cls, p: Params, groups: RowGroups | None, settings: Mapping[str, Any], call: _Call) -> Tensor:
+        x, y, _, context = call
         own = entries_of(p["up"], groups, len(x))
         block = context.load_decision("block")
         rows = ((block >= 0) & (own >= 0)).nonzero()[:, 0]
