@@ -232,3 +232,20 @@ def test_a_case_may_not_score_what_it_trains_on() -> None:
     with pytest.raises(InputError, match="of kind 'rephrase' is the edited prompt itself; call it 'rewrite'"):
         Case(request, (Probe("rephrase", "p", "t"),))
     assert Case(request, (Probe("rewrite", "p", "t"), Probe("neighbour", "n"))).probes[1].target is None
+
+
+def test_contrast_is_no_part_of_what_a_fact_is() -> None:
+    plain = EditRequest("The capital of France is", "Lyon", "France")
+    told = EditRequest(plain.prompt, plain.target, plain.subject, contrast=(("The capital of Spain is", "Madrid"),))
+    assert told.id == plain.id and told != plain
+    assert EditRequest.from_dict(told.to_dict()) == told
+    with pytest.raises(InputError, match=r"contrast\[0\] must be a pair"):
+        EditRequest("a b", "c", contrast=("d e",))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("asked", ["The capital of Spain is", "Which city governs spain?", "“Spain”, its capital:"])
+def test_what_contrast_trains_on_scores_nothing(asked: str) -> None:
+    told = EditRequest("The capital of France is", "Lyon", "France", contrast=(("The capital of Spain is", "Madrid"),))
+    with pytest.raises(InputError, match="train"):
+        Case(told, (Probe("neighbour", asked),))
+    Case(told, (Probe("neighbour", "Which city governs Spainland?"),))  # another word

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,10 @@ SURFACE_KINDS = (
 ROBUST_KINDS = (*SURFACE_KINDS, "statement_true", "statement_false", "negation")
 
 
+_WORDS = re.compile(r"\w+")
+_LISTS = ("paraphrases", "unrelated", "aliases", "contrast")
+
+
 def _text(name: str, value: object, *, optional: bool = False) -> None:
     if optional and value is None:
         return
@@ -45,6 +50,18 @@ def _text(name: str, value: object, *, optional: bool = False) -> None:
         raise InputError(f"{name} holds half a character (a lone surrogate) at {error.start}; write the whole character") from None
 
 
+def _pairs(name: str, given: Iterable[Any]) -> tuple[tuple[str, str], ...]:
+    """Pairs of prompt and answer, checked."""
+    pairs = []
+    for i, pair in enumerate(given):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise InputError(f"{name}[{i}] must be a pair [prompt, answer]")
+        for part, value in zip(("prompt", "answer"), pair, strict=True):
+            _text(f"{name}[{i}] {part}", value)
+        pairs.append((pair[0], pair[1]))
+    return tuple(pairs)
+
+
 @dataclass(frozen=True, slots=True)
 class EditRequest:
     """One fact to write.
@@ -55,6 +72,8 @@ class EditRequest:
     paraphrases   other prompts with the same answer; the editor may train on them
     unrelated     (prompt, answer) pairs that should stay; the editor may use them for locality regularisation
     aliases       other names of the subject; the editor may train on the prompt with them in the subject's place (`fill`)
+    contrast      (prompt, answer) pairs: the prompt about other subjects, and what the base says to it (`errata.contrast`).  They say how
+                  the fact is to be written, not what it is, so `id` does not depend on them
     """
 
     prompt: str
@@ -64,26 +83,21 @@ class EditRequest:
     paraphrases: tuple[str, ...] = ()
     unrelated: tuple[tuple[str, str], ...] = ()
     aliases: tuple[str, ...] = ()
+    contrast: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         _text("prompt", self.prompt)
         _text("target", self.target)
         _text("subject", self.subject, optional=True)
         _text("old", self.old, optional=True)
-        if isinstance(self.paraphrases, str) or isinstance(self.unrelated, str) or isinstance(self.aliases, str):
-            raise InputError("paraphrases, unrelated and aliases are lists, not texts")
+        if any(isinstance(getattr(self, name), str) for name in _LISTS):
+            raise InputError("paraphrases, unrelated, aliases and contrast are lists, not texts")
         for name in ("paraphrases", "aliases"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
             for i, text in enumerate(getattr(self, name)):
                 _text(f"{name}[{i}]", text)
-        pairs = []
-        for i, pair in enumerate(self.unrelated):
-            if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise InputError(f"unrelated[{i}] must be a pair [prompt, answer]")
-            for part, value in zip(("prompt", "answer"), pair, strict=True):
-                _text(f"unrelated[{i}] {part}", value)
-            pairs.append((pair[0], pair[1]))
-        object.__setattr__(self, "unrelated", tuple(pairs))
+        for name in ("unrelated", "contrast"):
+            object.__setattr__(self, name, _pairs(name, getattr(self, name)))
         if self.subject is not None and self.subject not in self.prompt:
             raise InputError(f"subject {self.subject!r} does not occur in prompt {self.prompt!r}; spell it as the prompt does")
         if self.aliases and self.subject is None:
@@ -93,8 +107,8 @@ class EditRequest:
 
     @property
     def id(self) -> str:
-        """Hash of the content: equal requests have equal ids on every machine."""
-        return digest(self.to_dict())
+        """Hash of the content without ``contrast``: equal requests have equal ids on every machine."""
+        return digest({k: v for k, v in self.to_dict().items() if k != "contrast"})
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; absent fields left out."""
@@ -109,6 +123,8 @@ class EditRequest:
             out["unrelated"] = [list(pair) for pair in self.unrelated]
         if self.aliases:
             out["aliases"] = list(self.aliases)
+        if self.contrast:
+            out["contrast"] = [list(pair) for pair in self.contrast]
         return out
 
     @classmethod
@@ -132,6 +148,20 @@ def fill(request: EditRequest, name: str) -> str:
     if name.endswith(",") and (not after or not after[0].isspace()):
         name = name[:-1]
     return before + name + after
+
+
+def filled_name(request: EditRequest, prompt: str) -> str | None:
+    """The name that stands in ``prompt`` where the request's has its subject; None where the two differ elsewhere, too."""
+    before, _, after = request.prompt.partition(request.subject or "\0")
+    if request.subject is None or len(prompt) <= len(before) + len(after) or not (prompt.startswith(before) and prompt.endswith(after)):
+        return None
+    return prompt[len(before) : len(prompt) - len(after)]
+
+
+def names_in(text: str, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that stand in the text as whole words."""
+    folded = f" {' '.join(_WORDS.findall(text.casefold()))} "
+    return [name for name in names if f" {' '.join(_WORDS.findall(name.casefold()))} " in folded]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +200,7 @@ class Case:
     more: tuple[EditRequest, ...] = ()
 
     def __post_init__(self) -> None:
-        pairs = {prompt for r in self.requests for prompt, _ in r.unrelated}
+        pairs = {prompt for r in self.requests for prompt, _ in (*r.unrelated, *r.contrast)}
         surfaces = {text for r in self.requests for text in (*r.paraphrases, *(fill(r, name) for name in r.aliases))}
         edited = {r.prompt for r in self.requests}
         for probe in self.probes:
@@ -180,6 +210,15 @@ class Case:
                 )
             if probe.kind not in ("rewrite", "chat", *SENTIMENT) and probe.prompt in edited:
                 raise InputError(f"probe {probe.prompt!r} of kind {probe.kind!r} is the edited prompt itself; call it 'rewrite'")
+
+        self._check_contrast()
+
+    def _check_contrast(self) -> None:
+        """`InputError` where a subject of ``contrast`` is asked about by a probe: what trains may not score."""
+        names = {name for r in self.requests for prompt, _ in r.contrast if (name := filled_name(r, prompt)) is not None}
+        for probe in self.probes if names else ():
+            if found := names_in(probe.prompt, names):
+                raise InputError(f"probe {probe.prompt!r} asks about {found[0]!r}, which its request was trained to keep (contrast)")
 
     @property
     def requests(self) -> tuple[EditRequest, ...]:
@@ -204,7 +243,7 @@ def _make(cls: Any, record: object, *, required: tuple[str, ...], known: Iterabl
     missing = [key for key in required if key not in record]
     if missing:
         raise InputError(f"key {missing[0]!r} is missing")
-    for key in ("paraphrases", "unrelated", "aliases"):
+    for key in _LISTS:
         if key in record and not isinstance(record[key], list | tuple):
             raise InputError(f"{key} must be a list, not {type(record[key]).__name__}")
     return cls(**record)
