@@ -17,7 +17,7 @@ PACKAGE = "errata"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "request", "registry", "config", "storage", "endpoint", "published", "benchmarks", "report"),  # no torch
     ("core",),
-    ("text",),
+    ("text", "contrast"),
     ("methods", "score", "trace"),
     ("run", "ledger", "export", "almanac", "analyse"),
     ("serve", "commands"),

@@ -5,6 +5,7 @@ JSON Lines in and out; an error names file and line.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -160,8 +161,13 @@ def filled_name(request: EditRequest, prompt: str) -> str | None:
 
 def names_in(text: str, names: Iterable[str]) -> list[str]:
     """Those of ``names`` that stand in the text as whole words."""
-    folded = f" {' '.join(_WORDS.findall(text.casefold()))} "
-    return [name for name in names if f" {' '.join(_WORDS.findall(name.casefold()))} " in folded]
+    inside = f" {_words(text)} "
+    return [name for name in names if (words := _words(name)) and f" {words} " in inside]
+
+
+@functools.lru_cache(1 << 15)
+def _words(text: str) -> str:
+    return " ".join(_WORDS.findall(text.casefold()))
 
 
 @dataclass(frozen=True, slots=True)

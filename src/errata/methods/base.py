@@ -7,18 +7,41 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from errata.config import build, to_dict
+from errata.contrast.contrast import fill
+from errata.contrast.names import Names
+from errata.core.bank import Stack
 from errata.core.model import LM
-from errata.errors import ConfigError
+from errata.errors import ConfigError, UnknownNameError, near
+from errata.request import EditRequest
 
 E = TypeVar("E", bound="Editor")
 _SEEDS = 2**32
+PUBLISHED = "published"  # the preset of what the paper states; "published NAME": what it states for a model of that name
 
 
-def preset(cls: type, name: str) -> dict[str, Any]:
-    """The entry of ``cls.PRESETS`` whose key occurs in the model's name (longest key first); {} when none does."""
+def preset(cls: type, name: str, asked: str | None = None) -> dict[str, Any]:
+    """Settings for a model: the entry of ``cls.PRESETS`` whose key occurs in the model's name (longest key first); {} when none does.
+
+    ``asked``: a preset by its own name instead, like "published".  Its entry for this model ("published llama-2-7b") goes on top.
+    """
     table: dict[str, dict[str, Any]] = getattr(cls, "PRESETS", {})
     plain = name.lower().replace("_", "-")
-    return next((dict(table[k]) for k in sorted(table, key=len, reverse=True) if k in plain), {})
+    if asked is None:
+        own = (k for k in sorted(table, key=len, reverse=True) if k in plain and not k.startswith(PUBLISHED))
+        return next((dict(table[k]) for k in own), {})
+    if asked not in table:
+        there = near(asked, table, "there are") if table else "it has none"
+        raise UnknownNameError(f"{getattr(cls, 'name', cls.__name__)} has no preset {asked!r}; {there}")
+    own = (k for k in sorted(table, key=len, reverse=True) if k.startswith(f"{asked} ") and k.removeprefix(f"{asked} ") in plain)
+    return dict(table[asked]) | next((dict(table[k]) for k in own), {})
+
+
+def settings_for(cls: type, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset for a model of that name with ``given`` on top; the setting ``preset`` asks for one by its own name."""
+    asked = given.get("preset")
+    if asked is not None and not isinstance(asked, str):
+        raise ConfigError(f"preset is the name of one, not {asked!r}")
+    return {**preset(cls, name, asked), **{k: v for k, v in given.items() if k != "preset"}}
 
 
 class Editor(ABC):
@@ -26,7 +49,7 @@ class Editor(ABC):
 
     name, paper  the registered name, and where the method was published
     needs        what a request must bring, or may ("subject", "stats", "paraphrases?", "unrelated?")
-    PRESETS      {part of a model's name: settings that differ from the defaults there}
+    PRESETS      {part of a model's name, or a name of its own: settings that differ from the defaults there}
     """
 
     name: ClassVar[str]
@@ -36,8 +59,17 @@ class Editor(ABC):
 
     @classmethod
     def for_model(cls: type[E], lm: LM, **settings: Any) -> E:
-        """The preset for this model (see ``PRESETS``) with ``settings`` on top; an unknown or ill-typed one raises `ConfigError`."""
-        return build(cls, {**preset(cls, lm.name), **settings})
+        """The preset for this model (see ``PRESETS``) with ``settings`` on top; an unknown or ill-typed one raises `ConfigError`.
+
+        ``preset="published"`` asks for what the paper states, where a method has it.
+        """
+        return build(cls, settings_for(cls, lm.name, settings))
+
+    def contrasted(
+        self, lm: LM, requests: Sequence[EditRequest], on: Stack = (), exclude: Sequence[str] = (), names: Names | None = None
+    ) -> list[EditRequest]:
+        """Requests with as many contrast pairs each as the setting ``contrast`` says (`errata.contrast.contrast.fill`)."""
+        return fill(lm, requests, int(getattr(self, "contrast", 0)), on=on, exclude=exclude, names=names)
 
     def made_with(self, settings: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
         """Whether a patch's ``settings`` are ``own``; a field that is younger than the patch, and so not among them, is at its default."""

@@ -28,7 +28,7 @@ from errata import registry
 from errata.benchmarks.files import open_benchmark
 from errata.config import build, digest, parse_sets, read_yaml, to_dict
 from errata.errors import ConfigError, UnknownNameError
-from errata.methods.base import preset
+from errata.methods.base import settings_for
 from errata.run.guard import GuardSpec
 
 CASES = 100  # where the run file does not say
@@ -323,7 +323,7 @@ def cells(spec: RunSpec) -> list[Cell]:
 def editor(cell: Cell) -> Any:
     """The cell's method with its preset for this model and its settings; needs no model."""
     made = _class("method", cell.method.name)
-    values = {**preset(made, cell.model.name), **cell.method.set}
+    values = settings_for(made, cell.model.name, cell.method.set)
     if "seed" in {f.name for f in dataclasses.fields(made)} and "seed" not in cell.method.set:
         values["seed"] = cell.seed
     return build(made, values, f"methods.{cell.method.label}")

@@ -22,7 +22,7 @@ from errata.core.model import LM
 from errata.core.patch import WEIGHT_LIKE, Op, Patch
 from errata.core.weights import merge
 from errata.errors import FitError
-from errata.request import Case
+from errata.request import Case, EditRequest
 from errata.run.guard import Health
 
 Progress = Callable[[str, int, int], None]
@@ -156,8 +156,23 @@ def alone(
 def _each(lm: LM, editor: Any, cases: Sequence[Case], told: Callable[[int, int, float], None] | None) -> list[Patch]:
     """A patch a case.  Cases of one request are edited together, as independent edits; one of several is a joint edit by itself."""
     alone = [i for i, c in enumerate(cases) if not c.more]
-    found = dict(zip(alone, editor.edit_each(lm, [cases[i].request for i in alone], progress=told), strict=True)) if alone else {}
-    return [found[i] if i in found else editor.edit(lm, list(c.requests)) for i, c in enumerate(cases)]
+    shown = [contrasted(lm, editor, [c], (), asked_by([c])) for c in cases]
+    found = dict(zip(alone, editor.edit_each(lm, [shown[i][0] for i in alone], progress=told), strict=True)) if alone else {}
+    return [found[i] if i in found else editor.edit(lm, own) for i, own in enumerate(shown)]
+
+
+def asked_by(cases: Sequence[Case]) -> str:
+    """Every text that scores some cases."""
+    return "\n".join(probe.prompt for case in cases for probe in case.probes)
+
+
+def contrasted(lm: LM, editor: Any, cases: Sequence[Case], on: Stack, asked: str) -> list[EditRequest]:
+    """The cases' requests with contrast pairs, where the editor is one that is shown some; none is about a subject of ``asked``."""
+    requests = [r for c in cases for r in c.requests]
+    if not getattr(editor, "contrast", 0):
+        return requests
+    found: list[EditRequest] = editor.contrasted(lm, requests, on, (asked,))
+    return found
 
 
 def _editing(progress: Progress | None, before: int, group: int, total: int) -> Callable[[int, int, float], None] | None:

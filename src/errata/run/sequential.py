@@ -16,7 +16,7 @@ from errata.core.patch import Patch
 from errata.errors import ConfigError, FitError
 from errata.request import Case
 from errata.run.guard import Health, HealthGuard
-from errata.run.parts import GROUP, Clock, MergedStack, Part, Progress, Records, ResumeState, Score, settled
+from errata.run.parts import GROUP, Clock, MergedStack, Part, Progress, Records, ResumeState, Score, asked_by, contrasted, settled
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class SequentialRun:
             return set(range(step, end, step))
 
         self.looks = {*every(self.guard.limits.every), *self.how.marks} if self.guard else set()
+        self.asked = asked_by(self.cases)
         self.rolls_back = self.guard is not None and self.guard.limits.action == "rollback"
         self.ends = sorted({*self.how.marks, *self.looks, *(set() if self.rolls_back else every(self.how.group))})
 
@@ -128,7 +129,8 @@ class SequentialRun:
         for start in range(first, last, self.how.size):
             end = min(start + self.how.size, last)
             try:
-                patch = settled(self.editor.edit(self.lm, [r for c in self.cases[start:end] for r in c.requests], on=stack))
+                shown = contrasted(self.lm, self.editor, self.cases[start:end], stack, self.asked)
+                patch = settled(self.editor.edit(self.lm, shown, on=stack))
             except FitError as error:
                 if not self.rolls_back:
                     raise

@@ -20,12 +20,12 @@ from errata.methods.subspace.op import start
 from errata.methods.subspace.training import Training
 from errata.request import EditRequest
 
-_RELATIVE_DEPTHS = (9 / 32, 18 / 32, 24 / 32, 28 / 32)  # the paper's LLaMA layers
+PAPER_DEPTHS = (9 / 32, 18 / 32, 24 / 32, 28 / 32)  # the paper's LLaMA layers
 
 
-def layers_for(depth: int) -> tuple[int, ...]:
-    """The rule for a model without a preset: blocks at LLaMA's relative depths."""
-    return tuple(sorted({min(depth - 1, int(depth * f + 0.5)) for f in _RELATIVE_DEPTHS}))
+def layers_for(depth: int, depths: Sequence[float] = PAPER_DEPTHS) -> tuple[int, ...]:
+    """Blocks at relative depths, for a model whose layers nobody has named."""
+    return tuple(sorted({min(depth - 1, int(depth * f + 0.5)) for f in depths}))
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class SubspaceEditor(Editor):
     """Hyper-parameters that ReFT and BaFT share (BaFT Table 5).
 
     rank        r, dimensions of the edited subspace a block
-    layers      0-based block numbers (the paper does not say from what it counts; pyreft counts from 0); None: by `layers_for`
+    layers      0-based block numbers (the paper does not say from what it counts; pyreft counts from 0); None: by ``depths``
+    depths      of the edited blocks where ``layers`` is None, as parts of the model's depth; the paper's are those of its LLaMA layers
     last        how many last prompt tokens are edited, besides every output token
     lr, steps   for one request; ``batched_lr``, ``batched_steps`` for several in one patch
     stop        early stop when the "training loss" is below it: ``stop_on`` says whether that is the task loss as mean or as sum
@@ -52,6 +53,7 @@ class SubspaceEditor(Editor):
 
     rank: int = 12
     layers: tuple[int, ...] | None = None
+    depths: tuple[float, ...] = PAPER_DEPTHS
     last: int = 3
     lr: float = 3e-4
     steps: int = 40
@@ -74,10 +76,12 @@ class SubspaceEditor(Editor):
             raise ConfigError(f"{self.name}: a learning rate must be positive")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
+        if not self.depths or not all(0 <= f <= 1 for f in self.depths):
+            raise ConfigError(f"{self.name}: depths are parts of the model's depth, from 0 to 1; got {list(self.depths)}")
 
     def target_layers(self, lm: LM) -> tuple[int, ...]:
         """The blocks to edit on this model; `ConfigError` for one that does not exist."""
-        chosen = layers_for(lm.depth) if self.layers is None else self.layers
+        chosen = layers_for(lm.depth, self.depths) if self.layers is None else self.layers
         wrong = [b for b in chosen if not 0 <= b < lm.depth]
         if wrong or self.rank > lm.width:
             what = f"block {wrong[0]} does not exist (0 to {lm.depth - 1})" if wrong else f"rank {self.rank} exceeds the width {lm.width}"
@@ -96,7 +100,8 @@ class SubspaceEditor(Editor):
         goes on from its parameters and replaces it (BaFT §2.4, continual editing); the optimiser starts anew."""
         on = active_patches(tuple(on))
         before = on[-1] if on and self._can_resume(lm, on[-1]) else None
-        return Training(self, lm, [list(requests)], on[:-1] if before else on, before, runner).run(progress)[0]
+        requests = self.contrasted(lm, requests, on)
+        return Training(self, lm, [requests], on[:-1] if before else on, before, runner).run(progress)[0]
 
     def edit_each(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
@@ -105,6 +110,7 @@ class SubspaceEditor(Editor):
         on = active_patches(tuple(on))
         before = on[-1] if on and self._can_resume(lm, on[-1]) else None
         under = on[:-1] if before else on
+        requests = [one for r in requests for one in self.contrasted(lm, [r], on)]  # each as if it were alone
         encoded = lm.encode([r.prompt for r in requests], [r.target + self.end for r in requests])
 
         def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
