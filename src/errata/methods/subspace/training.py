@@ -128,7 +128,7 @@ class Training:
         self.gate_sums[block][alive] = sums.detach()
 
     def irrelevant_states(self, last: int) -> tuple[dict[int, Tensor], Tensor, Tensor] | None:
-        """States of ``unrelated`` and ``contrast`` texts under ``on``: ({block: [U, T, d]}, where [U, T, 1], owner [U]); None without any."""
+        """Of ``unrelated`` and ``contrast`` texts under ``on``: ({block: [U, T, d]}, where [U, T, 1], owner [U]); None without any."""
         if self.irrelevant is None:
             pairs = [(i, *pair) for i, rs in enumerate(self.problems) for r in rs for pair in (*r.unrelated, *r.contrast)]
             if not pairs:
