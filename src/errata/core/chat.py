@@ -63,7 +63,7 @@ def _render(tokenizer: Any, messages: Sequence[dict[str, str]], generate: bool) 
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
 
 
-def has_own_bos(tokenizer: Any, prompt: str) -> bool:
+def _has_own_bos(tokenizer: Any, prompt: str) -> bool:
     """Whether the prompt begins with the text of the tokenizer's BOS, so that none is to be added."""
     bos = tokenizer.bos_token
     return bool(bos) and prompt.startswith(bos)
@@ -72,16 +72,16 @@ def has_own_bos(tokenizer: Any, prompt: str) -> bool:
 def is_rendered(tokenizer: Any, prompt: str) -> bool:
     """Whether the prompt holds a chat: a control token of the tokenizer behind its beginning, or all that its template puts around."""
     shape = _shape(tokenizer)
-    rest = prompt[len(tokenizer.bos_token) :] if has_own_bos(tokenizer, prompt) else prompt
-    return any(c in rest for c in shape.controls) or (prompt.startswith(shape.before) and user_span(tokenizer, prompt) is not None)
+    rest = prompt[len(tokenizer.bos_token) :] if _has_own_bos(tokenizer, prompt) else prompt
+    return any(c in rest for c in shape.controls) or (prompt.startswith(shape.before) and _user_span(tokenizer, prompt) is not None)
 
 
 def is_exact(tokenizer: Any, prompt: str) -> bool:
     """Whether the prompt is tokenised as it stands: it is a rendered chat, or brings its own BOS."""
-    return has_own_bos(tokenizer, prompt) or is_rendered(tokenizer, prompt)
+    return _has_own_bos(tokenizer, prompt) or is_rendered(tokenizer, prompt)
 
 
-def user_span(tokenizer: Any, prompt: str) -> tuple[int, int] | None:
+def _user_span(tokenizer: Any, prompt: str) -> tuple[int, int] | None:
     """Characters [start, end) of the user's (last) words in a rendered prompt; None where the template's shape is not found."""
     shape = _shape(tokenizer)
     if not (shape.opening or shape.after) or not prompt.endswith(shape.after):
@@ -93,14 +93,14 @@ def user_span(tokenizer: Any, prompt: str) -> tuple[int, int] | None:
 
 def user_words(tokenizer: Any, prompt: str) -> str:
     """What the user says in a rendered prompt; any other prompt without its trailing whitespace."""
-    span = user_span(tokenizer, prompt) if is_rendered(tokenizer, prompt) else None
+    span = _user_span(tokenizer, prompt) if is_rendered(tokenizer, prompt) else None
     return prompt.rstrip() if span is None else prompt[slice(*span)]
 
 
 def behind(tokenizer: Any, text: str, prompt: str) -> str:
     """The prompt with a text in front: before the user's words in a rendered one, and never before a BOS of its own."""
-    span = user_span(tokenizer, prompt) if is_rendered(tokenizer, prompt) else None
-    at = span[0] if span else len(tokenizer.bos_token) if has_own_bos(tokenizer, prompt) else 0
+    span = _user_span(tokenizer, prompt) if is_rendered(tokenizer, prompt) else None
+    at = span[0] if span else len(tokenizer.bos_token) if _has_own_bos(tokenizer, prompt) else 0
     return prompt[:at] + text + prompt[at:]
 
 
@@ -122,7 +122,7 @@ def apply_chat_template(tokenizer: Any, prompt: str) -> str:
         raise InputError("this tokenizer has no chat template; leave chat off, or take a model that was tuned to chat")
     if is_rendered(tokenizer, prompt):
         return prompt
-    words = prompt[len(tokenizer.bos_token) :] if has_own_bos(tokenizer, prompt) else prompt
+    words = prompt[len(tokenizer.bos_token) :] if _has_own_bos(tokenizer, prompt) else prompt
     try:
         return _render(tokenizer, [{"role": "user", "content": words}], True)
     except Exception as error:  # templates are programs of others, and refuse in their own ways
@@ -132,7 +132,7 @@ def apply_chat_template(tokenizer: Any, prompt: str) -> str:
 def request_in_chat(tokenizer: Any, request: EditRequest) -> EditRequest:
     """The request with every prompt of it rendered, so that an editor trains on what a chat model is asked."""
     prompt = apply_chat_template(tokenizer, request.prompt)
-    span = user_span(tokenizer, prompt)
+    span = _user_span(tokenizer, prompt)
     if request.subject is not None and span is not None and prompt.find(request.subject) < span[0]:
         raise InputError(
             f"subject {request.subject!r} stands in the chat template's own text before the question {request.prompt!r}, where an edit "
