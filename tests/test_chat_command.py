@@ -104,13 +104,13 @@ def test_the_ledger(chatty: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_model_that_does_not_stop_holds_its_edits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Trained without an end, these models go on behind the answer."""
-    model = str(saved(tmp_path / "model"))
-    (row,) = told(["edit", model, *EDIT, *QUICK[:4]], capsys)["answers"]
-    assert row["as_wanted"] and row["after"].startswith("Rome") and row["after"] != "Rome"
-    told(["ledger", "apply", str(tmp_path / "book"), "--model", model, *EDIT, *QUICK[:4]], capsys)
+    """As a base model goes on behind its answer: here it is trained to."""
+    model, endless = str(saved(tmp_path / "model")), [*QUICK[:4], "--set", 'end=" people"']
+    (row,) = told(["edit", model, *EDIT, *endless], capsys)["answers"]
+    assert row["as_wanted"] and row["after"].startswith("Rome people")
+    told(["ledger", "apply", str(tmp_path / "book"), "--model", model, *EDIT, *endless], capsys)
     (held,) = told(["ledger", "check", str(tmp_path / "book")], capsys)["edits"]
-    assert held["status"] == "right" and held["answer"] == row["after"]
+    assert held["status"] == "right" and held["answer"].startswith("Rome people")
     assert main(["ledger", "apply", str(tmp_path / "book"), *EDIT[:2], "--target", "Rome", *FAST]) != 0
     book = Ledger.open(tmp_path / "book", lm("llama"))
     book.undo(1)
