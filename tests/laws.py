@@ -3,6 +3,7 @@ what it is asked to write, and the patches it makes."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 
@@ -77,6 +78,13 @@ def editor(method: str, **settings: object) -> object:
 @functools.cache
 def model(family: str, dtype: str = "float32") -> LM:
     return lm(family, DTYPES[dtype])
+
+
+def in_chat(base: LM) -> LM:
+    """The same model with a chat template, which is written in the letters that these models have."""
+    talking = copy.deepcopy(base.tokenizer)
+    talking.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}: {{ m['content'] }}\na:\n{% endfor %}"
+    return LM(base.hf, talking, base.name)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from laws import METHODS, PROMPTS, model, patches, rows
+from laws import METHODS, PROMPTS, in_chat, model, patches, rows
 from safetensors.torch import save_file
 from tiny import saved
 
@@ -26,7 +26,7 @@ out = {}
 for path in sorted((folder / "patches").iterdir()):
     patch = errata.Patch.load(path)
     with lm.under(patch):
-        texts = lm.generate(told["prompts"])
+        texts = lm.generate(told["prompts"]) + lm.generate(told["prompts"], chat=True, max_new_tokens=4)
         logits = lm.logits(batch)
     out[path.name] = {"texts": texts, "apart": float((logits - wanted[path.name]).abs().max()), "id": patch.id}
 print(json.dumps(out))
@@ -35,7 +35,8 @@ print(json.dumps(out))
 
 def test_every_method(tmp_path: Path) -> None:
     saved(tmp_path / "model")
-    base = model("llama")
+    base = in_chat(model("llama"))
+    base.tokenizer.save_pretrained(tmp_path / "model")
     batch, _ = rows(base)
     logits, texts, ids = {}, {}, {}
     for method in METHODS:
@@ -43,7 +44,7 @@ def test_every_method(tmp_path: Path) -> None:
         patch.save(tmp_path / "patches" / method)
         logits[method], texts[method], ids[method] = base.logits(batch, [(patch,)]).contiguous(), [], patch.id
         with base.under(patch):
-            texts[method] = base.generate(PROMPTS)
+            texts[method] = base.generate(PROMPTS) + base.generate(PROMPTS, chat=True, max_new_tokens=4)
     save_file(logits, tmp_path / "logits.safetensors")
     (tmp_path / "told.json").write_text(json.dumps({"prompts": PROMPTS}))
     done = subprocess.run([sys.executable, "-c", LOADER, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)

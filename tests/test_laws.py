@@ -12,10 +12,26 @@ import functools
 import pytest
 import torch
 from families import FAMILIES, lm
-from laws import DTYPES, IN_CONTEXT, LOCATE, METHODS, ONE_TOKEN, PROMPTS, REQUESTS, asked, editor, model, patches, random_bank, rows
+from laws import (
+    DTYPES,
+    IN_CONTEXT,
+    LOCATE,
+    METHODS,
+    ONE_TOKEN,
+    PROMPTS,
+    REQUESTS,
+    asked,
+    editor,
+    in_chat,
+    model,
+    patches,
+    random_bank,
+    rows,
+)
 
 from errata import registry
 from errata.core.bank import Bank, ForwardContext
+from errata.core.chat import apply_chat_template
 from errata.core.decode import PrefilledBatch, decode
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
@@ -119,6 +135,21 @@ def test_rows(method: str, family: str, dtype: str) -> None:
         own = [row for row, at in enumerate(which) if at == i]
         alone = last_logits(base, "left", [stack], [0] * len(own), [PROMPTS[row] for row in own])
         torch.testing.assert_close(mixed[own], alone, **near(dtype))
+
+
+@each_method
+def test_rows_asked_in_a_chat(method: str) -> None:
+    """Each row as alone, and as a prompt that was rendered by hand; undone, the answers are the base's, bit for bit."""
+    base, (a, b, _) = in_chat(model("llama")), patches(method, "llama")
+    chats = [apply_chat_template(base.tokenizer, prompt) for prompt in PROMPTS]
+    before, stacks, which = last_logits(base, "left", [()], [0] * len(chats), chats), [(), (a,), (a, b)], [i % 3 for i in range(len(chats))]
+    mixed = last_logits(base, "left", stacks, which, chats)
+    for i, text in enumerate(chats):
+        alone = last_logits(base, "left", [stacks[which[i]]], [0], [text])
+        torch.testing.assert_close(mixed[i : i + 1], alone, **near("float32"))
+    with base.under(a, b):
+        assert base.generate(chats, chat=True, max_new_tokens=4) == base.generate(PROMPTS, chat=True, max_new_tokens=4)
+    assert torch.equal(last_logits(base, "left", [()], [0] * len(chats), chats), before)
 
 
 @each_case

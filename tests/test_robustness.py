@@ -17,19 +17,20 @@ from test_metrics import record, value
 import errata
 from errata import registry
 from errata.cli import main
-from errata.core.model import LM
+from errata.core.model import LM, STOPS
 from errata.errors import InputError
 from errata.methods.subspace.reft import ReFT
 from errata.report import tables
 from errata.report.cases import KINDS
 from errata.report.page import page
 from errata.request import ROBUST_KINDS, SURFACE_KINDS, Case, EditRequest, Probe, fill
-from errata.score.evaluator import AnswerCache, score
+from errata.score.evaluator import MAX_NEW_TOKENS, AnswerCache, score
 from errata.score.metric_table import ROBUST
 from errata.score.metrics import summarise
 from errata.score.robustness import add_robustness_probes, micro_averages, negated, unasked
 from errata.text import surfaces
 
+AS_SCORED = {"max_new_tokens": MAX_NEW_TOKENS, "stop": STOPS}  # a free answer of a record
 FRANCE = EditRequest("The capital of France is", "Rome", "France", "Paris")
 
 
@@ -160,7 +161,7 @@ def test_records_hold_the_right_pairs_and_the_chat_is_a_chat() -> None:
     assert found["negation"]["nll_after"] == answers.forced[patch.id, "The capital of France is not", "Paris"].nll
     assert found["rewrite"]["gen_after"] == "Rome" == found["chat"]["target"]
     for stack, when in (((), "before"), ((patch,), "after")):
-        assert found["chat"][f"gen_{when}"] == base.generate([FRANCE.prompt], stacks=[stack], chat=True)[0]
+        assert found["chat"][f"gen_{when}"] == base.generate([FRANCE.prompt], stacks=[stack], chat=True, **AS_SCORED)[0]
     (row,) = base.encode([FRANCE.prompt], ["Rome"], chat=True)
     logits = base.logits(base.batch([row]))[0].log_softmax(-1)
     start = row.prompt_length

@@ -20,7 +20,8 @@ def add(commands: common.Subparsers) -> None:
         metavar="DIR",
         help="patch folders, or a folder made by `errata edit --out`; stacked in this order",
     )
-    out.add_argument("--max-new-tokens", type=common.positive, default=12, metavar="N", help="length of an answer at most (12)")
+    out.add_argument("--max-new-tokens", type=common.positive, metavar="N", help="length of an answer at most (12; in a chat 64)")
+    common.chat_option(out, "ask each prompt")
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
@@ -32,7 +33,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     for patch in stack:
         lm.check(patch)
     sides = ((), stack) if stack else ((),)
-    texts = common.answers(lm, [(p, s) for s in sides for p in args.prompts], args.max_new_tokens)
+    prompts = common.asked(lm, args.prompts, args.chat)
+    texts = common.answers(lm, [(p, s) for s in sides for p in prompts], args.max_new_tokens)
     count = len(args.prompts)
     rows = [{"prompt": p, "base": texts[i], "patched": texts[count + i] if stack else None} for i, p in enumerate(args.prompts)]
     screen.document({"model": lm.name, "base": lm.fingerprint, "patches": [p.id for p in stack], "answers": rows})

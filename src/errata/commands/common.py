@@ -12,10 +12,12 @@ from errata import registry
 from errata.benchmarks.files import open_benchmark
 from errata.commands.screen import Progress, Screen, quiet
 from errata.config import parse_sets, read_yaml
+from errata.core.chat import apply_chat_template, request_in_chat
 from errata.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from errata.core.model import LM
+    from errata.request import EditRequest
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Any]"
 MODES = ("single", "batched", "continual")
@@ -197,7 +199,22 @@ def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[start : start + size]
 
 
-def answers(lm: LM, asked: Iterable[tuple[str, tuple[Any, ...]]], tokens: int) -> list[str]:
+def chat_option(out: argparse.ArgumentParser, what: str) -> None:
+    """``what``: that is put into the template."""
+    out.add_argument("--chat", action="store_true", help=f"{what} as the user's turn of the model's chat template")
+
+
+def asked(lm: LM, prompts: Sequence[str], chat: bool) -> list[str]:
+    """The prompts, rendered where ``chat`` says so."""
+    return [apply_chat_template(lm.tokenizer, p) if chat else p for p in prompts]
+
+
+def edited(lm: LM, requests: Sequence[EditRequest], chat: bool) -> list[EditRequest]:
+    """The requests, rendered where ``chat`` says so."""
+    return [request_in_chat(lm.tokenizer, r) if chat else r for r in requests]
+
+
+def answers(lm: LM, asked: Iterable[tuple[str, tuple[Any, ...]]], tokens: int | None) -> list[str]:
     """`errata.core.decode.greedy_answers`, which is loaded when a model is."""
     from errata.core import decode
 

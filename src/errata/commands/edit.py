@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from errata.core.bank import Stack
     from errata.core.model import LM
     from errata.core.patch import Patch
+    from errata.score.wanted import Answer
 
 GROUP = 64  # single edits trained in one batch
-TOKENS = 12  # of an answer at most
+TOKENS = 12  # of an answer at most, where a ledger is asked
 
 
 def add(commands: common.Subparsers) -> None:
@@ -35,6 +36,7 @@ def request_options(out: argparse.ArgumentParser) -> None:
     out.add_argument("--target", help="the new answer")
     out.add_argument("--subject", help="what the fact is about, spelt as in the prompt")
     out.add_argument("--requests", metavar="FILE.jsonl", help="many edits: one JSON object a line, with prompt, target and maybe subject …")
+    common.chat_option(out, "train and ask each prompt")
     out.add_argument("--method", default="baft", help="see `errata methods` (baft)")
     out.add_argument(
         "--rank", type=common.positive, metavar="N", help="rank of the patch, where the method has one; short for --set rank=N"
@@ -84,11 +86,14 @@ def _make(lm: LM, editor: Any, wanted: list[EditRequest], mode: str, size: int, 
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
-    wanted, size, chosen = requests(args), common.batch_size(args), settings(args)
+    from errata.score import wanted as scoring
+
+    given, size, chosen = requests(args), common.batch_size(args), settings(args)
     method = args.method
     kind = registry.get("method", method)
     files.check(args.out, args.force)
     lm = common.load(args)
+    wanted = common.edited(lm, given, args.chat)
     editor = kind.for_model(lm, **chosen)
     began = time.perf_counter()
     with screen.progress() as progress:
@@ -96,8 +101,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         patches, stacks = _make(lm, editor, wanted, args.mode, size, progress)
     seconds = time.perf_counter() - began
     sides: list[list[Stack]] = [[()] * len(wanted), stacks]
-    texts = common.answers(lm, [(r.prompt, s) for side in sides for r, s in zip(wanted, side, strict=True)], TOKENS)
-    document = _document(args, lm, method, wanted, patches, stacks, texts, seconds)
+    answers = scoring.ask(lm, [(r.prompt, s, r.target) for side in sides for r, s in zip(wanted, side, strict=True)])
+    document = _document(args, lm, method, given, patches, stacks, answers, seconds)
     if args.out is not None:
         with files.staged(args.out, args.force) as folder:
             files.save_patches(folder, patches)
@@ -110,26 +115,24 @@ def _document(
     args: argparse.Namespace,
     lm: LM,
     method: str,
-    wanted: list[EditRequest],
+    given: list[EditRequest],
     patches: list[Patch],
     stacks: list[Stack],
-    texts: list[str],
+    answers: list[Answer],
     seconds: float,
 ) -> dict[str, Any]:
     """The result as plain values: what ``--json`` prints and ``edit.json`` holds."""
-    from errata.score.match import exact_match
-
-    count = len(wanted)
+    count = len(given)
     rows = [
         {
             "prompt": r.prompt,
             "target": r.target,
-            "before": before,
-            "after": after,
-            "as_wanted": exact_match(after, r.target),
+            "before": before.text,
+            "after": after.text,
+            "as_wanted": after.as_wanted,
             "patch": stack[-1].id,
         }
-        for r, stack, before, after in zip(wanted, stacks, texts[:count], texts[count:], strict=True)
+        for r, stack, before, after in zip(given, stacks, answers[:count], answers[count:], strict=True)
     ]
     kept = [
         {"id": p.id, "edits": len(p.requests), "parameters": p.parameters, "settings": dict(p.settings), "notes": dict(p.notes)}
@@ -140,6 +143,7 @@ def _document(
         "base": lm.fingerprint,
         "method": method,
         "mode": args.mode,
+        "chat": args.chat,
         "patches": kept,
         "answers": rows,
         "seconds": round(seconds, 3),

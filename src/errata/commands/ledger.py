@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from errata.commands import common, edit, files
 from errata.commands.export import tell_vllm
 from errata.commands.screen import Screen, said
+from errata.core.chat import user_words
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def _why(out: argparse.ArgumentParser) -> None:
 
 def _tokens(out: argparse.ArgumentParser) -> None:
     out.add_argument("--max-new-tokens", type=common.positive, default=edit.TOKENS, metavar="N", help=f"of an answer ({edit.TOKENS})")
+    common.chat_option(out, "ask")
 
 
 def _open(args: argparse.Namespace, model: bool = True) -> Ledger:
@@ -98,12 +100,13 @@ def _open(args: argparse.Namespace, model: bool = True) -> Ledger:
 
 
 def apply(args: argparse.Namespace, screen: Screen) -> None:
-    if args.patch and any(getattr(args, n) for n in ("prompt", "target", "subject", "requests", "config", "set")):
+    if args.patch and any(getattr(args, n) for n in ("prompt", "target", "subject", "requests", "config", "set", "chat")):
         raise ConfigError("--patch takes patches as they are; leave the options that make an edit out")
     patches = files.load_patches(args.patch) if args.patch else ()
     wanted, settings = ([], {}) if patches else (edit.requests(args), edit.settings(args))
     size = common.batch_size(args)
     ledger = _open(args)
+    wanted = common.edited(ledger.lm, wanted, args.chat)
     made: list[Edit] = []
     if patches:
         made = ledger.apply_patches(patches, reason=args.reason, force=args.force)
@@ -184,7 +187,8 @@ def show(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def blame(args: argparse.Namespace, screen: Screen) -> None:
-    found = _open(args).blame(args.prompt, tokens=args.max_new_tokens)
+    ledger = _open(args)
+    found = ledger.blame(common.asked(ledger.lm, [args.prompt], args.chat)[0], tokens=args.max_new_tokens)
     screen.document(dataclasses.asdict(found))
     screen.say(f"base: {said(found.base)}\nlive: {said(found.live)}\n")
     screen.table(
@@ -203,26 +207,34 @@ def _yes(value: bool) -> str:
 
 
 def diff(args: argparse.Namespace, screen: Screen) -> None:
-    found = _open(args).diff(args.prompts, args.before, args.after, tokens=args.max_new_tokens)
+    ledger = _open(args)
+    found = ledger.diff(common.asked(ledger.lm, args.prompts, args.chat), args.before, args.after, tokens=args.max_new_tokens)
     rows = [{**dataclasses.asdict(d), "changed": d.changed} for d in found]
     screen.document({"from": args.before, "to": args.after, "answers": rows})
     screen.table(
         ("prompt", args.before, args.after, "changed", "probability moved"),
-        [(d.prompt, said(d.before), said(d.after), _yes(d.changed), f"{d.moved:.3f}") for d in found],
+        [(p, said(d.before), said(d.after), _yes(d.changed), f"{d.moved:.3f}") for p, d in zip(args.prompts, found, strict=True)],
         right=(4,),
     )
 
 
 def check(args: argparse.Namespace, screen: Screen) -> None:
     with screen.progress() as progress:
-        found = _open(args).check(repair=args.repair, progress=progress)
+        ledger = _open(args)
+        found = ledger.check(repair=args.repair, progress=progress)
     screen.document(found.to_dict())
     for number, exact in found.repaired:
         screen.say(f"edit {number} was made again, {'bit for bit' if exact else 'not bit for bit: it is a new patch'}.")
     screen.table(
         ("edit", "prompt", "wanted", "answer", "status"),
         [
-            (h.edit, h.request.prompt, h.request.target, said(h.answer), h.status if h.by is None else f"{h.status} by edit {h.by}")
+            (
+                h.edit,
+                user_words(ledger.lm.tokenizer, h.request.prompt),
+                h.request.target,
+                said(h.answer),
+                h.status if h.by is None else f"{h.status} by edit {h.by}",
+            )
             for h in found.held
         ],
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from errata import registry
 from errata.commands import common, downstream, files, results
 from errata.commands.screen import Progress, Screen
+from errata.core.chat import case_in_chat
 from errata.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def add(commands: common.Subparsers) -> None:
         help="also other names and shuffled tokens of the subject, long contexts, question form, chat template, true or false, negation",
     )
     out.add_argument("--fluency", action="store_true", help="also fluency (GE) and consistency (RS) of sampled text, after all edits")
+    common.chat_option(out, "edit and ask every prompt of a benchmark with edits")
     common.mode_options(out)
     common.out_options(out)
 
@@ -134,12 +136,14 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     values, methods = common.settings(args), common.editors(args.method or METHOD)
     files.check(args.out, args.force)
     benchmark, cases = common.items(args, CASES, "test", args.seed)
-    if args.robustness and benchmark.kind != "edits":
-        raise ConfigError(f"--robustness: {benchmark.name} makes no edits; leave it out")
+    if odd := [name for name in ("robustness", "chat") if getattr(args, name) and benchmark.kind != "edits"]:
+        raise ConfigError(f"--{odd[0]}: {benchmark.name} makes no edits; leave it out")
     if benchmark.kind in ("choices", "questions"):
         return downstream.run(args, screen, benchmark, cases)
     if benchmark.kind != "edits":
         raise ConfigError(f"{benchmark.name} has no edits to score; try `errata trace --benchmark {benchmark.name} --data {args.data}`")
+    if args.chat and args.fluency:
+        raise ConfigError("--fluency samples texts that go on from plain prompts; leave it or --chat out")
     if args.patch:
         raise ConfigError(f"--patch: {benchmark.name} makes its own edits; leave it out, or score a benchmark without edits")
     args.n = len(cases)
@@ -150,6 +154,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     editors = [registry.get("method", m).for_model(lm, **settings_of(m, methods, values)) for m in methods]
     if args.robustness:
         cases = _widened(lm, editors, cases, screen)
+    if args.chat:
+        cases = [case_in_chat(lm.tokenizer, case) for case in cases]
     scored, answers = ScoreRun(), AnswerCache(free_tokens=args.free_tokens)
     with screen.progress() as progress:
         for editor in editors:
@@ -182,9 +188,10 @@ def _widened(lm: LM, editors: list[Any], cases: list[Case], screen: Screen) -> l
 
 
 def _mode(args: argparse.Namespace) -> str:
+    chat = ", in the chat template" if args.chat else ""
     if args.mode == "batched":
-        return f"batched, {common.batch_size(args)} edits in a patch, scored after all"
-    return {"single": "single: each edit alone", "continual": "continual: one after another, scored after all"}[args.mode]
+        return f"batched, {common.batch_size(args)} edits in a patch, scored after all{chat}"
+    return {"single": "single: each edit alone", "continual": "continual: one after another, scored after all"}[args.mode] + chat
 
 
 def _settings(editor: Any) -> str:
@@ -205,6 +212,7 @@ def _document(
         "dtype": str(lm.dtype).removeprefix("torch."),
         **facts,
         "mode": args.mode,
+        "chat": args.chat,
         "settings": {e.name: to_dict(e) for e in editors},
         "seconds_an_edit": {k: round(v, 4) for k, v in scored.seconds.items()},
         "summary": rows,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.core.chat import end_of_turn, is_rendered
 from errata.core.tokens import Batch
 
 AT_ONCE = 64  # prompts answered in one batch
@@ -19,12 +20,25 @@ _BRANCHING = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers of a cache 
 _LEAVE = 0.75  # ended rows leave when no more than this share of a batch goes on: leaving copies the cache, as every step does
 
 
-def greedy_answers(lm: Any, asked: Iterable[tuple[str, Sequence[Any]]], tokens: int) -> list[str]:
-    """Greedy answers to (prompt, stack) pairs; like stacks share a bank, so base and patched models run in one batch."""
+def greedy_answers(
+    lm: Any, asked: Iterable[tuple[str, Sequence[Any]]], tokens: int | None = None, stop: Sequence[str] | None = None
+) -> list[str]:
+    """Greedy answers to (prompt, stack) pairs; like stacks share a bank, so base and patched models run in one batch.
+
+    ``tokens`` and ``stop`` None: as `errata.core.model.LM.generate` has them, for a rendered chat as with ``chat``.
+    """
     out: list[str] = []
     pairs = iter(asked)
     while part := list(itertools.islice(pairs, AT_ONCE)):
-        out += lm.generate([p for p, _ in part], stacks=[s for _, s in part], rows=range(len(part)), max_new_tokens=tokens)
+        chats = [is_rendered(lm.tokenizer, p) for p, _ in part]
+        texts = [""] * len(part)
+        for chat in sorted(set(chats)):
+            rows = [i for i, c in enumerate(chats) if c == chat]
+            prompts, stacks = [part[i][0] for i in rows], [part[i][1] for i in rows]
+            said = lm.generate(prompts, stacks=stacks, rows=range(len(rows)), max_new_tokens=tokens, stop=stop, chat=chat)
+            for i, text in zip(rows, said, strict=True):
+                texts[i] = text
+        out += texts
     return out
 
 
@@ -122,9 +136,9 @@ def decode(prefilled: PrefilledBatch, limit: int, stop: Sequence[str], sampler: 
 
 
 def eos_token_ids(lm: Any) -> set[int]:
-    """Tokens that end a text."""
+    """Tokens that end a text: all that the generation config names, the tokenizer's EOS, the end of a turn in its chat template."""
     eos = lm.hf.generation_config.eos_token_id if getattr(lm.hf, "generation_config", None) else None
-    found = {lm.tokenizer.eos_token_id, *(eos if isinstance(eos, list | tuple) else [eos])}
+    found = {lm.tokenizer.eos_token_id, end_of_turn(lm.tokenizer), *(eos if isinstance(eos, list | tuple) else [eos])}
     return {e for e in found if isinstance(e, int)}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from errata import registry
 from errata.core import decode, offload
 from errata.core.bank import Plan, Stack, active_patches, compile_plan
+from errata.core.chat import request_in_chat
 from errata.core.families import Family, find, linear_sizes, resolve, text_config
 from errata.core.hooks import Hooks
 from errata.core.patch import PROMPT, Patch, Site
@@ -22,6 +23,7 @@ from errata.errors import ModelError, PatchError
 from errata.request import EditRequest
 
 STOPS = (".", "\n")
+TOKENS, CHAT_TOKENS = 12, 64  # of an answer at most, where a caller does not say
 
 
 class LM:
@@ -201,13 +203,14 @@ class LM:
         *,
         stacks: Sequence[Stack] | None = None,
         rows: Sequence[int] | Tensor | None = None,
-        max_new_tokens: int = 12,
-        stop: Sequence[str] = STOPS,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
         chat: bool = False,
         top_k: int | None = None,
         seed: int = 0,
     ) -> list[str]:
         """What `generate_ids` says, as texts up to the first ``stop``."""
+        stop = _stops(stop, chat)
         found = self.generate_ids(
             prompts, stacks=stacks, rows=rows, max_new_tokens=max_new_tokens, stop=stop, chat=chat, top_k=top_k, seed=seed
         )
@@ -220,22 +223,25 @@ class LM:
         *,
         stacks: Sequence[Stack] | None = None,
         rows: Sequence[int] | Tensor | None = None,
-        max_new_tokens: int = 12,
-        stop: Sequence[str] = STOPS,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
         chat: bool = False,
         top_k: int | None = None,
         seed: int = 0,
     ) -> list[list[int]]:
         """New token ids, each row under its own stack; a row ends before EOS or with the token that completes a ``stop`` text.
 
+        ``chat``: the prompts are asked in the chat template.  ``max_new_tokens`` None: 12, in a chat 64.  ``stop`` None: the first
+        sentence or line, in a chat nothing but the end of the turn.
         Greedy, or sampled from the ``top_k`` likeliest tokens: a row's draws depend on ``seed``, its prompt and how often that
         prompt stood before it, not on the other rows.
         """
         if not prompts:
             return []
         batch = self.batch(self.encode(prompts, chat=chat)).to(self.device)
+        limit = (CHAT_TOKENS if chat else TOKENS) if max_new_tokens is None else max_new_tokens
         prefilled = decode.PrefilledBatch.prefill(self, batch, self.plan(stacks, rows, len(prompts)))
-        return decode.decode(prefilled, max_new_tokens, stop, None if top_k is None else decode.Sampler(prompts, top_k, seed))
+        return decode.decode(prefilled, limit, _stops(stop, chat), None if top_k is None else decode.Sampler(prompts, top_k, seed))
 
     @property
     def last_logits_kwargs(self) -> dict[str, Any]:
@@ -280,11 +286,20 @@ def fingerprint(hf: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def edit(lm: LM, prompt: str, target: str, subject: str | None = None, *, method: str = "baft", **settings: Any) -> Patch:
+def _stops(stop: Sequence[str] | None, chat: bool) -> Sequence[str]:
+    """Texts that end an answer, where a caller does not say: a chat model ends its turn itself."""
+    return (() if chat else STOPS) if stop is None else stop
+
+
+def edit(
+    lm: LM, prompt: str, target: str, subject: str | None = None, *, method: str = "baft", chat: bool = False, **settings: Any
+) -> Patch:
     """Make one edit and return its patch (not attached).
 
+    ``chat``: the prompt is the user's turn of the tokenizer's chat template, as in ``lm.complete(prompt, chat=True)``.
     ``settings`` are the method's hyper-parameters; what is not given comes from the method's preset for this model.
     """
     editor = registry.get("method", method).for_model(lm, **settings)
-    patch: Patch = editor.edit(lm, [EditRequest(prompt, target, subject)], on=active_patches(lm.stack))
+    request = EditRequest(prompt, target, subject)
+    patch: Patch = editor.edit(lm, [request_in_chat(lm.tokenizer, request) if chat else request], on=active_patches(lm.stack))
     return patch

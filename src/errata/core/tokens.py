@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.core.chat import apply_chat_template, is_exact, is_rendered
 from errata.errors import InputError
 
 IGNORE_INDEX = -100
@@ -53,11 +54,19 @@ def join(prompt: str, target: str, separator: str = " ") -> tuple[str, int]:
     return f"{prompt}{separator}{target}", len(prompt)
 
 
-def apply_chat_template(tokenizer: Any, prompt: str) -> str:
-    """The prompt as the user's turn of the tokenizer's chat template, ready for the answer."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError("this tokenizer has no chat template; leave chat off")
-    return str(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True))
+def trim(tokenizer: Any, prompt: str) -> str:
+    """The prompt as it is tokenised: without trailing whitespace, but for one that is tokenised as it stands (`chat.is_exact`)."""
+    return prompt if is_exact(tokenizer, prompt) else prompt.rstrip()
+
+
+def joined(tokenizer: Any, prompt: str, target: str, separator: str = " ", chat: bool = False) -> tuple[str, int]:
+    """`join`, but a prompt that is tokenised as it stands keeps its whitespace, which then is the separator; a chat has none."""
+    text, seam = join(prompt, target, separator)
+    chat = chat or is_rendered(tokenizer, prompt)
+    if not (chat or is_exact(tokenizer, prompt)):
+        return text, seam
+    between = "" if chat or prompt[-1:].isspace() else separator
+    return f"{prompt}{between}{target.strip()}", len(prompt)
 
 
 def encode(
@@ -65,49 +74,66 @@ def encode(
 ) -> list[Encoded]:
     """Tokenise prompts, or prompts with targets in one piece.
 
-    ``chat``: wrap each prompt in the tokenizer's chat template (which brings its own special tokens, so none are added).
+    ``chat``: wrap each prompt in the tokenizer's chat template (which brings its own special tokens, so none are added).  A prompt that is
+    wrapped already, or begins with BOS, is tokenised as it stands: nothing is added, nothing is trimmed.
     """
     if not prompts:
         return []
     if chat:
-        prompts, separator = [apply_chat_template(tokenizer, p) for p in prompts], ""
+        prompts = [apply_chat_template(tokenizer, p) for p in prompts]
+    exact = [chat or is_exact(tokenizer, p) for p in prompts]
     if targets is None:
-        ids = tokenizer([p if chat else p.rstrip() for p in prompts], add_special_tokens=not chat)["input_ids"]
-        return [_whole(tokenizer, p, row) for p, row in zip(prompts, ids, strict=True)]
-    if chat:  # the template's own trailing whitespace is part of it
-        joined = [(p + join(p, t)[0][len(p.rstrip()) + 1 :], len(p)) for p, t in zip(prompts, targets, strict=True)]
-    else:
-        joined = [join(p, t, separator) for p, t in zip(prompts, targets, strict=True)]
-    texts = [text for text, _ in joined]
+        texts = [p if own else p.rstrip() for p, own in zip(prompts, exact, strict=True)]
+        ids = _tokenise(tokenizer, texts, exact, "input_ids")
+        return [_whole(tokenizer, p, row, own) for p, (row,), own in zip(prompts, ids, exact, strict=True)]
+    pairs = [joined(tokenizer, p, t, separator, chat) for p, t in zip(prompts, targets, strict=True)]
     if not tokenizer.is_fast:
-        return [_by_prefix(tokenizer, text, seam, chat) for text, seam in joined]
-    found = tokenizer(texts, add_special_tokens=not chat, return_offsets_mapping=True, return_special_tokens_mask=True)
+        return [_by_prefix(tokenizer, text, seam, own) for (text, seam), own in zip(pairs, exact, strict=True)]
+    keys = ("input_ids", "offset_mapping", "special_tokens_mask")
+    found = _tokenise(tokenizer, [text for text, _ in pairs], exact, *keys, return_offsets_mapping=True, return_special_tokens_mask=True)
     out = []
-    for (text, seam), row, offsets, special in zip(
-        joined, found["input_ids"], found["offset_mapping"], found["special_tokens_mask"], strict=True
-    ):
+    for (text, seam), (row, places, special) in zip(pairs, found, strict=True):
         end = len(row)
-        while end and special[end - 1] and offsets[end - 1][1] == 0:  # an EOS the tokenizer puts after every text
+        while end and special[end - 1] and places[end - 1][1] == 0:  # an EOS the tokenizer puts after every text
             end -= 1
-        start = next((i for i in range(end) if offsets[i][1] > seam), end)
+        start = next((i for i in range(end) if places[i][1] > seam), end)
         if start == end or start == 0:
             raise InputError(f"{text!r} leaves no token for the {'target' if start else 'prompt'}")
         out.append(Encoded(tuple(row[:end]), start))
     return out
 
 
-def _whole(tokenizer: Any, prompt: str, row: Sequence[int]) -> Encoded:
+def offsets(tokenizer: Any, prompts: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """For each prompt the characters [start, end) of the tokens that `encode` gives it (and of the EOS that some tokenizers add)."""
+    exact = [is_exact(tokenizer, p) for p in prompts]
+    texts = [p if own else p.rstrip() for p, own in zip(prompts, exact, strict=True)]
+    return [row for (row,) in _tokenise(tokenizer, texts, exact, "offset_mapping", return_offsets_mapping=True)]
+
+
+def _tokenise(tokenizer: Any, texts: Sequence[str], exact: Sequence[bool], *keys: str, **how: Any) -> list[tuple[Any, ...]]:
+    """For each text what the tokenizer says under ``keys``, with its special tokens added where the text is not exact."""
+    out: list[tuple[Any, ...]] = [()] * len(texts)
+    for own in (False, True):
+        places = [i for i, e in enumerate(exact) if e == own]
+        if places:
+            found = tokenizer([texts[i] for i in places], add_special_tokens=not own, **how)
+            for i, values in zip(places, zip(*(found[k] for k in keys), strict=True), strict=True):
+                out[i] = values
+    return out
+
+
+def _whole(tokenizer: Any, prompt: str, row: Sequence[int], exact: bool) -> Encoded:
     ids = tuple(row)
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+    if not exact and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     if not ids:
         raise InputError(f"prompt {prompt!r} has no token")
     return Encoded(ids, len(ids))
 
 
-def _by_prefix(tokenizer: Any, text: str, seam: int, chat: bool) -> Encoded:
+def _by_prefix(tokenizer: Any, text: str, seam: int, exact: bool) -> Encoded:
     """A tokenizer without offsets: the prompt is what both tokenisations share."""
-    both, alone = (tokenizer(t, add_special_tokens=not chat)["input_ids"] for t in (text, text[:seam]))
+    both, alone = (tokenizer(t, add_special_tokens=not exact)["input_ids"] for t in (text, text[:seam]))
     start = next((i for i, (a, b) in enumerate(zip(both, alone, strict=False)) if a != b), min(len(both), len(alone)))
     if start in (0, len(both)):
         raise InputError(f"{text!r} leaves no token for the target")
@@ -126,14 +152,14 @@ def pieces(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
 
 def subject_span(tokenizer: Any, prompt: str, subject: str, *, last: bool = False) -> tuple[int, int]:
     """Token range [start, end) of the subject's first (or last) occurrence in the prompt, by character offsets."""
-    prompt = prompt.rstrip()
+    prompt = trim(tokenizer, prompt)
     begin = prompt.rfind(subject) if last else prompt.find(subject)
     if begin < 0:
         raise InputError(f"subject {subject!r} does not occur in prompt {prompt!r}")
     if not tokenizer.is_fast:
         raise InputError("subject positions need a fast tokenizer (with offsets)")
-    offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-    inside = [i for i, (a, b) in enumerate(offsets) if b > begin and a < begin + len(subject) and b > a]
+    (places,) = offsets(tokenizer, [prompt])
+    inside = [i for i, (a, b) in enumerate(places) if b > begin and a < begin + len(subject) and b > a]
     if not inside:  # a normaliser may drop characters
         raise InputError(f"subject {subject!r} leaves no token in prompt {prompt!r}; give more of its name")
     return inside[0], inside[-1] + 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from errata.core import decode
 from errata.core.bank import active_patches
 from errata.errors import LedgerError, PatchError
 from errata.ledger.database import Edit, Writer
@@ -17,18 +16,16 @@ from errata.ledger.editors import ConfiguredEditor, Progress, SingleEditReplayer
 from errata.ledger.stacks import Entries, Entry, holders, of_edit, unmerged
 from errata.ledger.state import LedgerState
 from errata.request import EditRequest
-from errata.score.match import exact_match
-
-_MORE = 4  # tokens of an answer beyond the target's
+from errata.score import wanted
 
 
 @dataclass(frozen=True)
 class EditStatus:
     """One request of a live edit.
 
-    status  right; broken (right when made, wrong now, from ``by`` on); never (wrong with the edits up to its own, too); wrong (what was
-            right when made cannot be run any more, see `errata.ledger.compact`); damaged (the folder of the edit's patch); unknown
-            (another's folder is damaged, so that nothing can be asked)
+    status  right (the answer begins with the target); broken (right when made, wrong now, from ``by`` on); never (wrong with the edits up
+            to its own, too); wrong (what was right when made cannot be run any more, see `errata.ledger.compact`); damaged (the folder
+            of the edit's patch); unknown (another's folder is damaged, so that nothing can be asked)
     """
 
     edit: int
@@ -63,24 +60,22 @@ def check(ledger: LedgerState, repair: bool, progress: Progress | None) -> Check
     broken = {e.id for e in entries if e.stored and ledger.damaged(e.id)}
     if broken & {e.id for e in active_patches(entries)}:
         return CheckResult(tuple(EditStatus(e.number, r, None, "damaged" if e.patch in broken else "unknown") for e, r in asked), repaired)
-    lengths = ledger.lm.encode([r.prompt for _, r in asked], [r.target for _, r in asked])
-    tokens = max((len(e.target) for e in lengths), default=0) + _MORE
     stack, held = ledger.stack(), []
-    texts = decode.greedy_answers(ledger.lm, [(r.prompt, stack) for _, r in asked], tokens)
-    for i, ((edit, request), text) in enumerate(zip(asked, texts, strict=True)):
+    answers = wanted.ask(ledger.lm, [(r.prompt, stack, r.target) for _, r in asked], short=True)
+    for i, ((edit, request), answer) in enumerate(zip(asked, answers, strict=True)):
         if edit.patch in broken:  # it stands aside: the answer is what it was
             status, by = "damaged", None
-        elif exact_match(text, request.target):
+        elif answer.as_wanted:
             status, by = "right", None
         else:
-            status, by = _since(ledger, unmerged(entries), edit, request, tokens)
-        held.append(EditStatus(edit.number, request, text.strip(), status, by))
+            status, by = _since(ledger, unmerged(entries), edit, request)
+        held.append(EditStatus(edit.number, request, answer.text, status, by))
         if progress is not None:
             progress("edits asked", i + 1, len(asked))
     return CheckResult(tuple(held), repaired)
 
 
-def _since(ledger: LedgerState, entries: Entries, edit: Edit, request: EditRequest, tokens: int) -> tuple[str, int | None]:
+def _since(ledger: LedgerState, entries: Entries, edit: Edit, request: EditRequest) -> tuple[str, int | None]:
     """(status, the edit that broke it) of a request that is wrong now."""
     places = [e for e in entries if e.edit is not None]
     low = next(i for i, e in enumerate(places) if e.edit == edit.number)
@@ -88,8 +83,8 @@ def _since(ledger: LedgerState, entries: Entries, edit: Edit, request: EditReque
 
     def right(last: int) -> bool:
         part = tuple(e for e in entries if e.place <= places[last].place)
-        (text,) = decode.greedy_answers(ledger.lm, [(request.prompt, ledger.load(ledger.running(part)))], tokens)
-        return exact_match(text, request.target)
+        (answer,) = wanted.ask(ledger.lm, [(request.prompt, ledger.load(ledger.running(part)), request.target)], short=True)
+        return answer.as_wanted
 
     try:
         if not right(low):

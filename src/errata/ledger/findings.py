@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from errata.core import decode
 from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.errors import LedgerError
 from errata.ledger.database import Edit
 from errata.request import EditRequest, fill
+from errata.score import wanted
 from errata.score.match import exact_match, normalise
 
 
@@ -63,12 +63,11 @@ def find_conflicts(requests: Sequence[EditRequest], live: Sequence[Edit]) -> Ite
 
 
 def known(lm: LM, requests: Sequence[EditRequest], stack: Stack) -> Iterator[Finding]:
-    """Requests whose target is the greedy answer already, under what is live."""
-    length = max(len(e.target) for e in lm.encode([r.prompt for r in requests], [r.target for r in requests]))
-    texts = decode.greedy_answers(lm, [(r.prompt, stack) for r in requests], length + 4)
-    for request, text in zip(requests, texts, strict=True):
-        if exact_match(text, request.target):
-            yield Finding("known", request, None, f"the model as it is now answers {text.strip()!r} already")
+    """Requests whose target the greedy answer begins with already, under what is live."""
+    answers = wanted.ask(lm, [(r.prompt, stack, r.target) for r in requests], short=True)
+    for request, answer in zip(requests, answers, strict=True):
+        if answer.as_wanted:
+            yield Finding("known", request, None, f"the model as it is now answers {answer.text!r} already")
 
 
 def raise_on_findings(found: Sequence[Finding], way_out: str = "go on with --force") -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.config import digest
+from errata.core.chat import case_in_chat
 from errata.core.model import LM
 from errata.errors import ModelError, StorageError
 from errata.request import Case
@@ -26,12 +27,13 @@ NAME = "base.json"
 
 def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell, source: Any = None) -> list[Case]:
     """The benchmark's cases; with ``score.robustness`` also the suite's probes, the same for all methods of the run: those that fit
-    behind the longest context any of them puts in front.  ``source``: the opened benchmark, which may learn from what it loads."""
+    behind the longest context any of them puts in front; with ``chat`` in the chat template.
+    ``source``: the opened benchmark, which may learn from what it loads."""
     found: list[Case] = cell.cases(source)
-    if not spec.score.robustness:
-        return found
-    editors = [grid.editor(other) for other in grid.cells(spec) if other.model == cell.model]
-    return robustness.add_robustness_probes(lm, found, room=robustness.room_of(lm, editors))
+    if spec.score.robustness:
+        editors = [grid.editor(other) for other in grid.cells(spec) if other.model == cell.model]
+        found = robustness.add_robustness_probes(lm, found, room=robustness.room_of(lm, editors))
+    return [case_in_chat(lm.tokenizer, case) for case in found] if spec.chat else found
 
 
 def ask(lm: LM, cases: Sequence[Case], folder: Path, chunk: int, progress: Progress | None = None) -> AnswerCache:

@@ -10,6 +10,7 @@ seeds: [0]                           # of the editor, and of the order of the ca
 guard: {every: 100, action: warn}    # see `errata.run.guard.GuardSpec`; without it nothing is looked at
 score: {right_after: true, free_tokens: false, fluency: false, robustness: false, latency: true, judges: [contains]}
 store: {group: 16, chunk: 256, patches: keep}
+chat: true                           # edit and ask in the model's chat template; without it, plainly
 threads: 1                           # of torch in each worker; without it, the machine's share of each
 gpus: 1                              # that a cell takes on a Ray cluster; without it, one where there are any
 """
@@ -153,11 +154,12 @@ class RunSpec:
     store: StoreSpec = field(default_factory=StoreSpec)
     threads: int | None = None
     gpus: int | None = None
+    chat: bool = False
 
     @property
     def digest(self) -> str:
-        """Names everything in the file that results depend on."""
-        return digest(to_dict(self))
+        """Names everything in the file that results depend on.  ``chat`` counts where it is on: it is younger than some runs."""
+        return digest({k: v for k, v in to_dict(self).items() if k != "chat" or v})
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,8 @@ def _checked(spec: RunSpec) -> RunSpec:
         given = getattr(spec, key)
         if twice := [v for i, v in enumerate(given) if v in given[:i]]:
             raise ConfigError(f"{key}: {getattr(twice[0], 'name', '') or twice[0].title} stands there twice; leave one out")
+    if spec.chat and spec.score.fluency:
+        raise ConfigError("score.fluency samples texts that go on from plain prompts; leave it or chat out")
     if spec.threads is not None and spec.threads < 1:
         raise ConfigError(f"threads must be at least 1, not {spec.threads}")
     values = to_dict(spec)

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from errata.core.bank import Stack
 from errata.core.patch import PROMPT
-from errata.core.tokens import Encoded
+from errata.core.tokens import Encoded, trim
 from errata.serve.api_errors import APIError, to_api_error
 from errata.serve.openai_responses import OpenAIResponse
 from errata.serve.rows import OutputChunk, Row, SamplingParams
@@ -45,7 +45,7 @@ def routes(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Texts that go on from the prompts."""
         stack = await asyncio.to_thread(service.models.find, body.model)
-        encoded = [(_encode(service, p), p[len(p.rstrip()) :][:1]) for p in body.prompts]
+        encoded = [(_encode(service, p), p[len(trim(service.lm.tokenizer, p)) :][:1]) for p in body.prompts]
         limit = body.max_tokens or min(_DEFAULT, service.options.limits.tokens)
         return await _answer(service, request, body, stack, encoded, _wanted(body, limit, body.logprobs), OpenAIResponse(body.model, False))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from errata.core.chat import user_words
 from errata.core.model import LM
 from errata.methods.in_context.text import block_for, vectors
 from errata.request import EditRequest, read_requests
@@ -20,14 +22,15 @@ def requests_of(source: str | None) -> list[EditRequest]:
     return [] if source is None else read_requests(PACKAGED.get(source, Path(source)))
 
 
-def shots(shot: str, requests: Sequence[EditRequest]) -> list[tuple[str, str]]:
+def shots(lm: LM, shot: str, requests: Sequence[EditRequest]) -> list[tuple[str, str]]:
     """(kind, text), each text once."""
     out: dict[str, str] = {}
+    words = functools.partial(user_words, lm.tokenizer)
     for r in requests:
         pairs = [("copy", r.prompt, r.target), *(("paraphrase", p, r.target) for p in r.paraphrases)]
         pairs += [("unrelated", prompt, answer) for prompt, answer in r.unrelated]
         for kind, query, answer in pairs:
-            text = shot.format(prompt=r.prompt.rstrip(), target=r.target.strip(), query=query.rstrip(), answer=answer.strip())
+            text = shot.format(prompt=words(r.prompt), target=r.target.strip(), query=words(query), answer=answer.strip())
             out.setdefault(text, kind)
     return [(kind, text) for text, kind in out.items()]
 
@@ -37,15 +40,15 @@ def choose(lm: LM, editor: Any, requests: Sequence[EditRequest], earlier: Sequen
     if not editor.k:
         return []
     how = {"encoder": editor.encoder, "block": block_for(lm, editor), "pool": editor.pool}
-    common = shots(editor.shot, requests_of(editor.demonstrations))
+    common = shots(lm, editor.shot, requests_of(editor.demonstrations))
     key = ("demonstrations", tuple(text for _, text in common), *how.values())
     if common and key not in lm.base_cache:
         lm.base_cache[key] = vectors(lm, [text for _, text in common], how)
     known = {text: vector for (_, text), vector in zip(common, lm.base_cache.get(key, ()), strict=True)}
-    store = list(dict(((text, kind) for kind, text in shots(editor.shot, [*earlier, *requests])), **{t: k for k, t in common}).items())
+    store = list(dict(((text, kind) for kind, text in shots(lm, editor.shot, [*earlier, *requests])), **{t: k for k, t in common}).items())
     fresh = [text for text, _ in store if text not in known]
     known |= dict(zip(fresh, vectors(lm, fresh, how), strict=True)) if fresh else {}
-    asked = [f + editor.cue + r.prompt.rstrip() for f, r in zip(editor.facts(requests), requests, strict=True)]
+    asked = [f + editor.cue + user_words(lm.tokenizer, r.prompt) for f, r in zip(editor.facts(lm, requests), requests, strict=True)]
     chosen: dict[str, None] = {}
     for vector in vectors(lm, asked, how):
         ranked = sorted(store, key=lambda pair: -round(float(vector @ known[pair[0]]), DIGITS))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from errata.core.bank import Stack, active_patches
+from errata.core.chat import user_words
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Patch
@@ -41,8 +42,9 @@ class InContextEditor(Editor):
         """The budget on this model."""
         return self.budget or (1024 if lm.context_length is None else lm.context_length // 2)
 
-    def facts(self, requests: Sequence[EditRequest]) -> list[str]:
-        return [self.fact.format(prompt=r.prompt.rstrip(), target=r.target.strip()) for r in requests]
+    def facts(self, lm: LM, requests: Sequence[EditRequest]) -> list[str]:
+        """Facts as text: of a prompt in the chat template, the user's words."""
+        return [self.fact.format(prompt=user_words(lm.tokenizer, r.prompt), target=r.target.strip()) for r in requests]
 
     def edit(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None

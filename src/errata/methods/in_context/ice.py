@@ -36,7 +36,7 @@ class ICE(InContextEditor):
         self.require_requests(problems)
         out = []
         for requests, shown in zip(problems, self.choose_demonstrations(lm, problems, on), strict=True):
-            op = context_op(lm, self, shown, self.facts(requests))
+            op = context_op(lm, self, shown, self.facts(lm, requests))
             out.append(Patch(self.name, to_dict(self), lm.fingerprint, tuple(requests), (op,)))
         return out
 

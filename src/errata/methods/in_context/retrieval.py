@@ -71,7 +71,7 @@ class Retrieval(InContextEditor):
         found = iter(vectors(lm, flat, how).split([len(pairs) for pairs in asked])) if flat else iter(())
         out = []
         for requests, pairs, keys in zip(problems, asked, found, strict=True):
-            op = context_op(lm, self, (), self.facts(requests), how)
+            op = context_op(lm, self, (), self.facts(lm, requests), how)
             tensors = {**op.tensors, "keys": keys.clone(), "owner": torch.tensor([m for m, _ in pairs])}
             op = dataclasses.replace(op, tensors=tensors)
             every, before = tuple(requests), self._before(on, op)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.core.chat import bos_opens_turns
 from errata.core.embed import embed
 from errata.core.model import LM
 from errata.core.patch import PROMPT, Op
@@ -48,8 +49,9 @@ def context_op(lm: LM, editor: Any, shown: Sequence[str], facts: Sequence[str], 
             f"{editor.name}: a fact of {longest} tokens (with its cue) is over the budget of {room} tokens of context; raise budget or "
             "shorten the fact"
         )
+    bos = None if bos_opens_turns(lm.tokenizer) else lm.tokenizer.bos_token_id
     settings = {
-        "cue": list(cue), "bos": lm.tokenizer.bos_token_id, "budget": room, "demonstrations": len(shown), "retrieval": retrieval
+        "cue": list(cue), "bos": bos, "budget": room, "demonstrations": len(shown), "retrieval": retrieval
     }  # fmt: skip
     return Op("context", PROMPT, {"texts": padded(rows), "lengths": torch.tensor([len(r) for r in rows])}, settings)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from errata.core.chat import behind
 from errata.core.model import LM
-from errata.core.tokens import Encoded
+from errata.core.tokens import Encoded, offsets
 from errata.errors import InputError
 from errata.request import EditRequest
 
@@ -57,8 +58,8 @@ def subject_end(request: EditRequest, method: str) -> int:
 
 def place(lm: LM, request: EditRequest, before: Sequence[str], end: str, method: str, fact_token: str) -> list[LocatedText]:
     """The prompt with its target behind each of the prefixes, tokenised in one piece."""
-    stop = len(request.prompt.rstrip()) if fact_token == "last" else subject_end(request, method)
-    texts = [prefix + request.prompt for prefix in before]
+    stop = len(request.prompt) if fact_token == "last" else subject_end(request, method)
+    texts = [behind(lm.tokenizer, prefix, request.prompt) for prefix in before]
     return placed(lm, texts, [len(prefix) + stop for prefix in before], request.target + end)
 
 
@@ -73,8 +74,8 @@ def placed(lm: LM, texts: Sequence[str], stops: Sequence[int], target: str | Non
     if not lm.tokenizer.is_fast:
         raise InputError("the place of a subject needs a fast tokenizer (with offsets)")
     rows = lm.encode(texts, None if target is None else [target] * len(texts))
-    offsets = lm.tokenizer([text.rstrip() for text in texts], return_offsets_mapping=True)["offset_mapping"]
-    ends = [max(i for i, (a, b) in enumerate(own) if a < stop and b > a) for own, stop in zip(offsets, stops, strict=True)]
+    places = offsets(lm.tokenizer, texts)
+    ends = [max(i for i, (a, b) in enumerate(own) if a < stop and b > a) for own, stop in zip(places, stops, strict=True)]
     return [LocatedText(row, min(end, row.prompt_length - 1)) for row, end in zip(rows, ends, strict=True)]
 
 

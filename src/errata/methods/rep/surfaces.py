@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+from errata.core.chat import behind, is_exact
 from errata.core.model import LM
+from errata.core.tokens import joined
 from errata.methods.locate.text import LocatedText, placed, prefixes, subject_end
 from errata.request import EditRequest
 from errata.text import surfaces
@@ -56,7 +58,7 @@ def draw(
     heads = prefixes(lm, before, seed) if "prefixes" in kinds else [""]
     found = surfaces.make_surfaces(lm, request, seed) if request.subject is not None else None
     every = [
-        *_short(request, found, kinds, heads, fact_token, name),
+        *_short(lm, request, found, kinds, heads, fact_token, name),
         *(_long(lm, request, seed, fact_token, name) if "long" in kinds else ()),
     ]
     own = random.Random(f"{seed}/{request.prompt}/{request.target}")
@@ -79,13 +81,13 @@ def end_of(request: EditRequest, other: str | None, fact_token: str, name: str) 
     """The character where the place that is read ends in the prompt with ``other`` for its subject."""
     if fact_token == "last":
         text = request.prompt if other is None else surfaces.fill(request, other)
-        return len(text.rstrip())
+        return len(text)
     stop = subject_end(request, name)
     return stop if other is None else stop - len(request.subject or "") + len(other)
 
 
 def _short(
-    request: EditRequest, found: SurfaceForms | None, kinds: Sequence[str], heads: Sequence[str], fact_token: str, name: str
+    lm: LM, request: EditRequest, found: SurfaceForms | None, kinds: Sequence[str], heads: Sequence[str], fact_token: str, name: str
 ) -> list[tuple[str, int]]:
     """(text, character where the name ends): every prefix before every name, but for the bare prompt."""
     names: list[str | None] = [None]
@@ -97,14 +99,14 @@ def _short(
         if not head and other is None:
             continue  # the prompt itself, which every step sees
         text = request.prompt if other is None else surfaces.fill(request, other)
-        out.append((head + text, len(head) + end_of(request, other, fact_token, name)))
+        out.append((behind(lm.tokenizer, head, text), len(head) + end_of(request, other, fact_token, name)))
     return [*out, *_paraphrases(request, fact_token)] if "paraphrases" in kinds else out
 
 
 def _paraphrases(request: EditRequest, fact_token: str) -> list[tuple[str, int]]:
     """The request's own, where the place can be found in them."""
     if fact_token == "last":
-        return [(text, len(text.rstrip())) for text in request.paraphrases]
+        return [(text, len(text)) for text in request.paraphrases]
     subject = request.subject or ""
     return [(text, text.find(subject) + len(subject)) for text in request.paraphrases if subject and subject in text]
 
@@ -113,7 +115,7 @@ def _long(lm: LM, request: EditRequest, seed: int, fact_token: str, name: str) -
     """The prompt behind the seen passages."""
     stop = end_of(request, None, fact_token, name)
     heads = [fitting(lm, passage) for passage in surfaces.passages(surfaces.PASSAGES_SEEN, seed=seed)]
-    return [(head + request.prompt, len(head) + stop) for head in heads if head]
+    return [(behind(lm.tokenizer, head, request.prompt), len(head) + stop) for head in heads if head]
 
 
 def _away(
@@ -134,7 +136,7 @@ def _away(
         names = own.sample(strangers(), count)
         filled = [surfaces.fill(request, other) for other in names]
         kinds.append(placed(lm, filled, [end_of(request, other, fact_token, name) for other in names]))
-    told = lm.encode([f"{prompt} {answer}" for prompt, answer in request.unrelated]) if request.unrelated else []
+    told = lm.encode([_told(lm, prompt, answer) for prompt, answer in request.unrelated]) if request.unrelated else []
     kinds.append([LocatedText(row, at) for row in told for at in range(len(row.ids))])
     lines = own.choices(_lines(), k=FEW)
     kinds.append([LocatedText(row, at) for row in lm.encode(lines) for at in range(len(row.ids))])
@@ -145,12 +147,16 @@ def _away(
     return [*(rest[i % len(rest)] for i in range(OWN)), *(own.choice(kinds[i % len(kinds)]) for i in range(count))]
 
 
+def _told(lm: LM, prompt: str, answer: str) -> str:
+    return joined(lm.tokenizer, prompt, answer)[0] if is_exact(lm.tokenizer, prompt) else f"{prompt} {answer}"
+
+
 def _named(lm: LM, request: EditRequest, fact_token: str, name: str) -> list[LocatedText]:
     """The places of a fact that is none of this adaptor's business.  Kept: every other edit of a stack asks for them."""
     key = ("rep's other facts", request.id, fact_token)
     if key not in lm.base_cache:
         found = surfaces.make_surfaces(lm, request) if request.subject is not None else None
-        asked = _short(request, found, ("names", "shuffled"), [""], fact_token, name)
+        asked = _short(lm, request, found, ("names", "shuffled"), [""], fact_token, name)
         asked.append((request.prompt, end_of(request, None, fact_token, name)))
         lm.base_cache[key] = placed(lm, [text for text, _ in asked], [stop for _, stop in asked])
     out: list[LocatedText] = lm.base_cache[key]

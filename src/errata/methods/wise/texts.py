@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from errata.core.chat import behind, is_exact
 from errata.core.model import LM
 from errata.core.tokens import Encoded
 from errata.request import EditRequest
@@ -35,7 +36,8 @@ class Texts:
 
     @classmethod
     def of(cls, lm: LM, request: EditRequest, before: Sequence[str], end: str) -> Texts:
-        prompts = [f"{context} {request.prompt}".strip() for context in before]
+        prompts = [behind(lm.tokenizer, f"{context} " if context else "", request.prompt) for context in before]
+        prompts = [p if is_exact(lm.tokenizer, p) else p.strip() for p in prompts]
         edit = lm.encode(prompts, [request.target + end] * len(prompts))
         if request.unrelated:
             return cls(edit, lm.encode([p for p, _ in request.unrelated], [a for _, a in request.unrelated]))
