@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from errata.commands import common, files
+from errata.commands import common, files, neighbours
 from errata.commands.screen import Screen, clean, said
 from errata.errors import InputError
 
@@ -22,13 +22,14 @@ def add(commands: common.Subparsers) -> None:
     )
     out.add_argument("--max-new-tokens", type=common.positive, metavar="N", help="length of an answer at most (12; in a chat 64)")
     common.chat_option(out, "ask each prompt")
+    neighbours.options(out)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     for prompt in args.prompts:
         if clean(prompt) != prompt:
             raise InputError(f"prompt {prompt!r} holds control characters, or bytes that are not UTF-8; write it as text")
-    stack = files.load_patches(args.patch)
+    stack, names = files.load_patches(args.patch), neighbours.names(args)
     lm = common.load(args)
     for patch in stack:
         lm.check(patch)
@@ -37,8 +38,13 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     texts = common.answers(lm, [(p, s) for s in sides for p in prompts], args.max_new_tokens)
     count = len(args.prompts)
     rows = [{"prompt": p, "base": texts[i], "patched": texts[count + i] if stack else None} for i, p in enumerate(args.prompts)]
-    screen.document({"model": lm.name, "base": lm.fingerprint, "patches": [p.id for p in stack], "answers": rows})
+    edited = list({r.id: r for patch in stack for r in patch.requests}.values())
+    with screen.progress() as progress:
+        kept = neighbours.watched(lm, edited, [stack] * len(edited), args, names, progress)
+    about = [{"prompt": r.prompt, "target": r.target, "neighbours": one} for r, one in zip(edited, kept, strict=True)]
+    screen.document({"model": lm.name, "base": lm.fingerprint, "patches": [p.id for p in stack], "answers": rows, "edits": about})
     if stack:
         screen.table(("prompt", "base", "patched"), [(r["prompt"], said(r["base"]), said(r["patched"])) for r in rows])
+        neighbours.show(screen, kept)
     else:
         screen.table(("prompt", "answer"), [(r["prompt"], said(r["base"])) for r in rows])

@@ -26,12 +26,21 @@ _BATCH = 10  # requests in one joint patch, where not given
 
 def positive(text: str) -> int:
     """An argument that counts something."""
+    return _at_least(1, text)
+
+
+def count(text: str) -> int:
+    """An argument that counts something of which there may be none."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
     return value
 
 

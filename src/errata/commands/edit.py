@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from errata import registry
-from errata.commands import common, files
+from errata.commands import common, files, neighbours
 from errata.commands.screen import Progress, Screen, as_json, said
 from errata.errors import ConfigError
 from errata.request import EditRequest, read_requests
 
 if TYPE_CHECKING:
+    from errata.contrast.names import Names
     from errata.core.bank import Stack
     from errata.core.model import LM
     from errata.core.patch import Patch
@@ -26,6 +27,7 @@ TOKENS = 12  # of an answer at most, where a ledger is asked
 def add(commands: common.Subparsers) -> None:
     out = common.parser(commands, "edit", run, "write new facts as patches; the model itself is not changed")
     request_options(out)
+    neighbours.options(out)
     common.mode_options(out)
     common.out_options(out)
 
@@ -66,20 +68,23 @@ def _steps(progress: Progress, stage: str, editor: Any) -> Callable[[int, int, f
     return lambda step, running, loss: progress(stage, min(step, max(total, 1)), max(total, 1))
 
 
-def _make(lm: LM, editor: Any, wanted: list[EditRequest], mode: str, size: int, progress: Progress) -> tuple[list[Patch], list[Stack]]:
-    """(patches to keep, the stack each request is answered under)."""
+def _make(
+    lm: LM, editor: Any, wanted: list[EditRequest], mode: str, size: int, names: Names | None, progress: Progress
+) -> tuple[list[Patch], list[Stack]]:
+    """(patches to keep, the stack each request is answered under).  ``names``: from which contrast is taken."""
     from errata.core.bank import active_patches
 
     if mode == "single":
         patches: list[Patch] = []
         for part in common.chunks(wanted, GROUP):
             stage = f"steps, edits {len(patches) + 1} to {len(patches) + len(part)}"
-            patches += editor.edit_each(lm, part, progress=_steps(progress, stage, editor))
+            shown = [one for r in part for one in editor.contrasted(lm, [r], names=names)]
+            patches += editor.edit_each(lm, shown, progress=_steps(progress, stage, editor))
         return patches, [(p,) for p in patches]
     stack: Stack = ()
     done = 0
     for part in common.chunks(wanted, size if mode == "batched" else 1):
-        stack = active_patches((*stack, editor.edit(lm, part, on=stack)))
+        stack = active_patches((*stack, editor.edit(lm, editor.contrasted(lm, part, stack, names=names), on=stack)))
         done += len(part)
         progress("edits", done, len(wanted))
     return list(stack), [stack] * len(wanted)
@@ -88,7 +93,7 @@ def _make(lm: LM, editor: Any, wanted: list[EditRequest], mode: str, size: int, 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     from errata.score import wanted as scoring
 
-    given, size, chosen = requests(args), common.batch_size(args), settings(args)
+    given, size, chosen, names = requests(args), common.batch_size(args), settings(args), neighbours.names(args)
     method = args.method
     kind = registry.get("method", method)
     files.check(args.out, args.force)
@@ -98,11 +103,13 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     began = time.perf_counter()
     with screen.progress() as progress:
         common.prepare(editor, lm, progress)
-        patches, stacks = _make(lm, editor, wanted, args.mode, size, progress)
-    seconds = time.perf_counter() - began
+        patches, stacks = _make(lm, editor, wanted, args.mode, size, names, progress)
+        seconds = time.perf_counter() - began
+        kept = neighbours.watched(lm, wanted, stacks, args, names, progress)
     sides: list[list[Stack]] = [[()] * len(wanted), stacks]
     answers = scoring.ask(lm, [(r.prompt, s, r.target) for side in sides for r, s in zip(wanted, side, strict=True)])
     document = _document(args, lm, method, given, patches, stacks, answers, seconds)
+    document["answers"] = [{**row, "neighbours": one} for row, one in zip(document["answers"], kept, strict=True)]
     if args.out is not None:
         with files.staged(args.out, args.force) as folder:
             files.save_patches(folder, patches)
@@ -158,6 +165,7 @@ def _show(screen: Screen, document: dict[str, Any], args: argparse.Namespace) ->
         [(r["prompt"], r["target"], said(r["before"]), said(r["after"]), "yes" if r["as_wanted"] else "no") for r in rows],
     )
     count, right = len(rows), sum(r["as_wanted"] for r in rows)
+    neighbours.show(screen, [r["neighbours"] for r in rows])
     patches = document["patches"]
     each = document["seconds"] / count
     screen.say(f"{right} of {count} as wanted; {document['method']}, {document['seconds']:.2f} s, {each:.2f} s an edit.")

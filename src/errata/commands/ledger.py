@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.commands import common, edit, files
+from errata.commands import common, edit, files, neighbours
 from errata.commands.export import tell_vllm
 from errata.commands.screen import Screen, said
 from errata.core.chat import user_words
@@ -46,6 +46,7 @@ def add(commands: common.Subparsers) -> None:
     _tokens(out)
     out = _parser(verbs, "check", check, "ask every live edit again; name those that later edits broke")
     out.add_argument("--repair", action="store_true", help="make patches whose folders are damaged again, from the record")
+    neighbours.options(out)
     out = _parser(verbs, "compact", compact, "merge patches that change weights, drop folders nobody needs; the history stays", model=False)
     out.add_argument("--no-merge", action="store_true", help="only drop folders")
     out.add_argument("--lean", action="store_true", help="keep only the patches that run; undoing one of the others needs --remake then")
@@ -222,7 +223,11 @@ def check(args: argparse.Namespace, screen: Screen) -> None:
     with screen.progress() as progress:
         ledger = _open(args)
         found = ledger.check(repair=args.repair, progress=progress)
-    screen.document(found.to_dict())
+        requests = [h.request for h in found.held if h.status not in ("damaged", "unknown")]
+        stack, names = ledger.stack() if requests else (), neighbours.names(args)
+        kept = neighbours.watched(ledger.lm, requests, [stack] * len(requests), args, names, progress, otherwise=True)
+    about = [{"request": r.to_dict(), **one} for r, one in zip(requests, kept, strict=True) if one is not None]
+    screen.document({**found.to_dict(), "neighbours": about})
     for number, exact in found.repaired:
         screen.say(f"edit {number} was made again, {'bit for bit' if exact else 'not bit for bit: it is a new patch'}.")
     screen.table(
@@ -239,6 +244,7 @@ def check(args: argparse.Namespace, screen: Screen) -> None:
         ],
     )
     screen.say(f"{sum(h.status == 'right' for h in found.held)} of {len(found.held)} hold.")
+    neighbours.show(screen, kept)
 
 
 def compact(args: argparse.Namespace, screen: Screen) -> None:

@@ -18,6 +18,7 @@ from errata.errors import InputError
 from errata.request import read_bytes
 
 _HERE = Path(__file__).parent
+_GENERAL = 12  # facts of the almanac
 _FEWEST = 4  # names in a list of the user's: two for each half
 
 
@@ -98,3 +99,16 @@ def read(path: str | Path) -> Names:
     if len(own) < _FEWEST:
         raise InputError(f"{path}: holds {len(own)} names; write at least {_FEWEST}, one a line")
     return Names(str(path), {"given": own})
+
+
+def general(model: str) -> list[str]:
+    """Prompts about nothing in particular, to see whether an edit moved what has nothing to do with it; of the almanac, its own facts."""
+    if model != "almanac":
+        return [line for line in (_HERE / "general.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    out: dict[str, str] = {}
+    for fact in sorted(facts.facts(), key=lambda f: facts.share("watch", f.subject, f.relation)):
+        if fact.relation not in out and (shown := [t for t in facts.templates(fact)[0] if not t.endswith("?")]):
+            out[fact.relation] = shown[0].format(fact.subject)
+        if len(out) == _GENERAL:
+            break
+    return list(out.values())

@@ -14,15 +14,22 @@ from errata.contrast.names import Names
 from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.request import EditRequest
-from errata.score.compare import compare
+from errata.score.compare import Comparison, compare
 from errata.score.match import normalise
 
 _TOKENS = 6  # of an answer
+_PARAGRAPH = 32  # tokens of a free one
+_QUESTIONS = 4
 
 
 @dataclass(frozen=True)
 class Watched:
-    """One neighbour.  ``kept``: the answer's first word is the same; ``moved``: total variation of the next token, 0 to 1."""
+    """One neighbour.
+
+    kept    the answer's first word is the same; of a paragraph, its whole first sentence
+    moved   total variation of the next token, 0 to 1
+    form    how it was asked: as the edit's prompt is ("same"), as a question, or for a free paragraph
+    """
 
     subject: str
     prompt: str
@@ -30,6 +37,7 @@ class Watched:
     after: str
     kept: bool
     moved: float
+    form: str = "same"
 
 
 @dataclass(frozen=True)
@@ -41,37 +49,75 @@ class Kept:
     looked_at: int
 
     @property
+    def of(self) -> int:
+        """Neighbours asked as the edit's prompt asks."""
+        return sum(w.form == "same" for w in self.watched)
+
+    @property
     def count(self) -> int:
-        """Neighbours that kept their answers."""
-        return sum(w.kept for w in self.watched)
+        """Those of them that kept their answers."""
+        return sum(w.kept for w in self.watched if w.form == "same")
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        moved = [{"prompt": w.prompt, "before": w.before, "after": w.after, "moved": round(w.moved, 4)} for w in self.watched if not w.kept]
-        return {"kept": self.count, "of": len(self.watched), "looked_at": self.looked_at, "lost": moved}
+        lost = [
+            {"prompt": w.prompt, "before": w.before, "after": w.after, "moved": round(w.moved, 4), "form": w.form}
+            for w in self.watched
+            if not w.kept
+        ]
+        return {"kept": self.count, "of": self.of, "otherwise": len(self.watched) - self.of, "looked_at": self.looked_at, "lost": lost}
 
     def __str__(self) -> str:
-        if not self.watched:
+        if not self.of:
             why = "the request names no subject" if self.request.subject is None else "no neighbour is answered with confidence"
             return f"neighbours: none to watch, for {why}"
-        return f"neighbours kept: {self.count} of {len(self.watched)}"
+        return f"neighbours kept: {self.count} of {self.of}"
 
 
 def watch(
-    lm: LM, requests: Sequence[EditRequest], stacks: Sequence[Stack], *, count: int = COUNT, names: Names | None = None
+    lm: LM,
+    requests: Sequence[EditRequest],
+    stacks: Sequence[Stack],
+    *,
+    count: int = COUNT,
+    names: Names | None = None,
+    otherwise: bool = False,
 ) -> list[Kept]:
     """The watch half of each request, asked of the base and under its stack.  What a patch of the stack writes, or was trained on, is no
-    neighbour."""
+    neighbour.  ``otherwise``: also a few in other forms (`in_other_forms`)."""
     out = []
     for request, stack in zip(requests, stacks, strict=True):
         found = find(lm, request, count=count, names=names, exclude=("\n".join(_trained(stack, request)),))
-        sides = compare(lm, [n.prompt for n in found.watch], ((), stack), _TOKENS) if found.watch else []
+        asked = [(n.subject, n.prompt, "same") for n in found.watch]
+        asked += in_other_forms([(n.subject, n.prompt) for n in found.watch]) if otherwise else []
         own = [
-            Watched(n.subject, n.prompt, c.before.text, c.after.text, same_first_word(c.before.text, c.after.text), c.moved)
-            for n, c in zip(found.watch, sides, strict=True)
+            Watched(subject, prompt, c.before.text, c.after.text, _kept(form, c.before.text, c.after.text), c.moved, form)
+            for (subject, prompt, form), c in zip(asked, _sides(lm, asked, stack), strict=True)
         ]
         out.append(Kept(request, tuple(sorted(own, key=lambda w: (w.kept, -w.moved))), found.looked_at))
     return out
+
+
+def _sides(lm: LM, asked: Sequence[tuple[str, str, str]], stack: Stack) -> list[Comparison]:
+    """Base and edited answers; a paragraph has more tokens, so it is asked by itself."""
+    out: dict[str, Comparison] = {}
+    for free, tokens in ((False, _TOKENS), (True, _PARAGRAPH)):
+        prompts = [prompt for _, prompt, form in asked if (form == "paragraph") == free]
+        out |= dict(zip(prompts, compare(lm, prompts, ((), stack), tokens), strict=True)) if prompts else {}
+    return [out[prompt] for _, prompt, _ in asked]
+
+
+def in_other_forms(asked: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """(subject, prompt, form) of a few (subject, prompt) pairs: the first ones as questions, the very first for a free paragraph.  A prompt
+    that is a question already, or a rendered chat, is not made into one."""
+    plain = [(subject, prompt) for subject, prompt in asked if not prompt.rstrip().endswith("?") and "\n" not in prompt]
+    questions = [(subject, f"Question: {prompt.rstrip()} what?\nAnswer:", "question") for subject, prompt in plain[:_QUESTIONS]]
+    free = [(subject, f"Here is a paragraph about {subject}.", "paragraph") for subject, _ in asked[:1]]
+    return [*questions, *free]
+
+
+def _kept(form: str, before: str, after: str) -> bool:
+    return normalise(before) == normalise(after) if form == "paragraph" else same_first_word(before, after)
 
 
 def _trained(stack: Stack, request: EditRequest) -> Iterable[str]:

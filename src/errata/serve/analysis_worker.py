@@ -13,19 +13,20 @@ from typing import Any, TypeVar
 
 import torch
 
-from errata.benchmarks import facts as data
+from errata.contrast.contrast import find
+from errata.contrast.names import general
 from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.errors import InputError
 from errata.ledger import Ledger
-from errata.request import EditRequest, fill
+from errata.request import EditRequest
 from errata.score.compare import Comparison, Completion, compare
+from errata.score.neighbours import in_other_forms
 from errata.serve.api_errors import APIError
 from errata.serve.options import Limits
 from errata.trace import Fact, TraceConfig, trace
 
 T = TypeVar("T")
-SAMPLE = 12  # facts of the almanac that are watched
 KINDS = {"hidden": "block", "mlp": "mlp", "attn": "attention"}
 Answers = tuple[str | None, str | None]  # (old, new)
 
@@ -35,7 +36,6 @@ class AnalysisWorker:
 
     def __init__(self, ledger: Ledger, limits: Limits, watched: Sequence[tuple[str, str | None]], threads: int = 1) -> None:
         self.ledger, self.limits, self.watched = ledger, limits, list(watched)
-        self.almanac = ledger.lm.name == "almanac"
         self._pool = ThreadPoolExecutor(1, "errata-asking", lambda: torch.set_num_threads(threads))
         self._load, self._lock = 0, threading.Lock()
 
@@ -106,35 +106,26 @@ class AnalysisWorker:
     # -- prompts -----------------------------------------------------------------------------------------------
 
     def watch(self) -> list[str]:
-        """Those the server was told to watch; else those of live edits, and some facts of the almanac where that is the model."""
+        """Those the server was told to watch; else those of live edits, and some general ones."""
         if self.watched:
             return [prompt for prompt, _ in self.watched]
         own = [r.prompt for edit in self.ledger.edits() for r in edit.requests]
-        return list(dict.fromkeys([*own, *(prompt for prompt, _, _ in sample())])) if self.almanac else list(dict.fromkeys(own))
+        return list(dict.fromkeys([*own, *general(self.lm.name)]))
 
-    def neighbours(self, prompt: str, subject: str, paraphrases: Sequence[str], count: int) -> list[str]:
-        """Rephrasings given, then the same question about other subjects."""
+    def neighbours(self, prompt: str, subject: str, target: str | None, paraphrases: Sequence[str], count: int) -> dict[str, Any]:
+        """Rephrasings given, then the same of the subject's nearest neighbours, which no editor is shown (`errata.contrast`); a few of them
+        as questions, and one free paragraph.  What live edits write is no neighbour.  ``looked_at``: candidates there were."""
         if subject not in prompt:
             raise InputError(f"subject {subject!r} does not occur in prompt {prompt!r}; spell it as the prompt does")
-        request = EditRequest(prompt, "x", subject)
-        others: list[str] = []
-        if self.almanac:
-            template = prompt.replace(subject, "{}", 1)
-            relation = next((r for r in data.relations().values() if template in (*r.templates, *r.questions)), None)
-            own = [f for f in data.facts() if relation is not None and f.relation == relation.name and f.subject != subject]
-            others = [f.subject for f in sorted(own, key=lambda f: data.share("neighbour", subject, f.subject))[:count]]
-        texts = [fill(request, name) for name in others]
+        request = EditRequest(prompt, target or "?", subject)
         known = [*self.watched, *((r.prompt, r.subject) for edit in self.ledger.edits() for r in edit.requests)]
-        texts += [text for text, about in known if about != subject and subject not in text]
-        return list(dict.fromkeys(t for t in (*paraphrases, *texts) if t != prompt))[:count]
-
-
-def sample() -> list[tuple[str, str, str]]:
-    """(prompt, subject, answer) of a fixed choice of the almanac's facts, of as many relations as there are."""
-    out: dict[str, tuple[str, str, str]] = {}
-    for fact in sorted(data.facts(), key=lambda f: data.share("watch", f.subject, f.relation)):
-        if fact.relation not in out and (shown := [t for t in data.templates(fact)[0] if not t.endswith("?")]):
-            out[fact.relation] = (shown[0].format(fact.subject), fact.subject, fact.object)
-        if len(out) == SAMPLE:
-            break
-    return list(out.values())
+        written = [text for text, about in known if about != subject and subject not in text]
+        found = find(self.lm, request, count=count, exclude=("\n".join(written),))
+        near = [(n.subject, n.prompt) for n in found.watch]
+        other = in_other_forms(near)
+        return {
+            "prompts": list(dict.fromkeys(t for t in (*paraphrases, *(p for _, p in near), *written) if t != prompt))[:count],
+            "questions": [text for _, text, form in other if form == "question"],
+            "paragraphs": [text for _, text, form in other if form == "paragraph"],
+            "looked_at": found.looked_at,
+        }

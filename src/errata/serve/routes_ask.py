@@ -62,9 +62,10 @@ def routes(service: Service) -> APIRouter:
         return await asked(lambda: asking.trace(body.prompt, body.subject, body.target))
 
     @router.post("/v1/neighbours")
-    def neighbours(body: NeighboursRequest) -> dict[str, Any]:
+    async def neighbours(body: NeighboursRequest) -> Any:
         """Prompts that show whether an edit reaches further than it should."""
-        return {"prompts": asking.neighbours(body.prompt, body.subject, body.paraphrases, body.count)}
+        fits([body.prompt], 0)
+        return await asked(lambda: asking.neighbours(body.prompt, body.subject, body.target, body.paraphrases, body.count))
 
     @router.get("/v1/watch")
     def watch() -> dict[str, Any]:

@@ -184,6 +184,7 @@ class NoFields(StrictModel):
 class NeighboursRequest(StrictModel):
     prompt: Text
     subject: Text
+    target: Text | None = None
     count: int = Field(6, ge=1, le=64)
     paraphrases: Annotated[list[Text], Field(max_length=64)] = []
 

@@ -3,7 +3,7 @@
 import { get, post } from "./api.js";
 import { bar, button, difference, heat, make, marked, percent, spoken } from "./parts.js";
 
-const TOKENS = 12, NEAR = 6, OTHERS = 16, KINDS = { block: "whole blocks", mlp: "MLPs", attention: "attention" };
+const TOKENS = 12, NEAR = 16, OTHERS = 28, KINDS = { block: "whole blocks", mlp: "MLPs", attention: "attention" };
 const place = (id) => document.getElementById(id);
 const brief = (text) => text.split(/[.\n]/)[0].trim();
 
@@ -109,18 +109,21 @@ export class Answers {
 
   async others(about, late) {
     const { prompt, subject } = about, known = subject && prompt.includes(subject);
-    const asked = known ? post("v1/neighbours", { prompt, subject, count: NEAR }) : { prompts: [] };
+    const asked = known ? post("v1/neighbours", { prompt, subject, target: about.target || null, count: NEAR })
+      : { prompts: [], questions: [], paragraphs: [] };
     const [near, watched] = await Promise.all([asked, get("v1/watch")]);
     const own = new Set([prompt]), fresh = (p) => !own.has(p) && own.add(p);
     const edited = this.live.flatMap((e) => e.requests.map((r) => r.prompt)).filter(fresh).slice(0, NEAR);
     const same = near.prompts.filter(fresh), rest = watched.prompts.filter(fresh).slice(0, OTHERS - same.length);
-    const groups = [["The same, asked of others", same], ["Other facts", rest], ["Written by other edits", edited]];
+    const questions = near.questions.filter(fresh), free = near.paragraphs.filter(fresh);
+    const groups = [["The same, asked of others", same], ["As a question", questions], ["A free paragraph", free],
+      ["Other facts", rest], ["Written by other edits", edited]];
     const prompts = groups.flatMap(([, list]) => list);
     const rows = prompts.length ? await this.ask(prompts) : [];
     if (late()) { return; }
     const held = place("moved").contains(document.activeElement) && document.activeElement.textContent;
     place("others").hidden = !rows.length;
-    if (rows.length) { this.table(groups, rows, rows.slice(0, groups[0][1].length + groups[1][1].length)); }
+    if (rows.length) { this.table(groups, rows, rows.slice(0, rows.length - edited.length)); }
     if (held) {  /* drawn again under the keyboard */
       ([...place("moved").querySelectorAll("button")].find((b) => rows.length && b.textContent === held) || place("result")).focus();
     }
