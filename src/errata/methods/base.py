@@ -77,7 +77,8 @@ class ContrastEditor(Editor):
 class OutputTermEditor(ContrastEditor):
     """An editor that trains on them by the output term (`errata.core.keep`): loss + ``contrast_weight`` · KL.
 
-    contrast_weight  of KL(before ‖ edited), the mean over a request's pairs and their tokens.  What is compared with ``stop`` holds it, too
+    contrast_weight  of KL(before ‖ edited) of the token after a pair's prompt, the mean over pairs.  What is compared with ``stop``
+                     holds it, too
     """
 
     contrast_weight: float = 1.0
