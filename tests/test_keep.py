@@ -17,7 +17,7 @@ from errata.core.fit import SGD, fit
 from errata.core.keep import Kept, token_kl
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.read import module_at
+from errata.core.read import module_at, truncate
 from errata.core.tail import FullForward, Tail
 from errata.request import EditRequest
 
@@ -61,8 +61,10 @@ def by_hand(model: LM, pairs: Sequence[tuple[str, str]], change: Tensor, answers
     patch = Patch("test", {}, model.fingerprint, (), (Op("dense", SITE, {"weight": change}),))
     out = []
     for row in model.encode([p for p, _ in pairs], [a for _, a in pairs]):
-        batch = model.batch([row])
         last = row.prompt_length - 1
+        batch = model.batch(
+            [row if answers else truncate(row, last)]
+        )  # Gemma's norms are float32: as long a text
         places = slice(last, len(row.ids) - 1 if answers else last + 1)
         p, q = (model.logits(batch, [stack])[0, places].log_softmax(-1) for stack in ((), (patch,)))
         out.append(kl_div(q, p, log_target=True, reduction="sum") / len(p))
