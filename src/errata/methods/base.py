@@ -60,7 +60,7 @@ class Editor(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastEditor(Editor):
-    """An editor that can be told what an edit should leave alone, by pairs that requests bring (`EditRequest.contrast`).
+    """Contrast pairs, which requests bring (`EditRequest.contrast`), can say what an edit should leave alone.
 
     contrast  how many such pairs, about other subjects of the same relation, a request is filled with before it is edited
               (`errata.contrast`); 0: the pairs that a request brings are not looked at.  Requests without pairs are edited as with 0
@@ -75,7 +75,7 @@ class ContrastEditor(Editor):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputTermEditor(ContrastEditor):
-    """An editor that trains on them by the output term (`errata.core.keep`): loss + ``contrast_weight`` · KL.
+    """Contrast pairs are trained on by the output term (`errata.core.keep`): loss + ``contrast_weight`` · KL.
 
     contrast_weight  of KL(before ‖ edited) of the token after a pair's prompt, the mean over pairs.  What is compared with ``stop``
                      holds it, too
