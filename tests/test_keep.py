@@ -62,9 +62,7 @@ def by_hand(model: LM, pairs: Sequence[tuple[str, str]], change: Tensor, answers
     out = []
     for row in model.encode([p for p, _ in pairs], [a for _, a in pairs]):
         last = row.prompt_length - 1
-        batch = model.batch(
-            [row if answers else truncate(row, last)]
-        )  # Gemma's norms are float32: as long a text
+        batch = model.batch([row if answers else truncate(row, last)])  # Gemma's norms are float32: as long a text
         places = slice(last, len(row.ids) - 1 if answers else last + 1)
         p, q = (model.logits(batch, [stack])[0, places].log_softmax(-1) for stack in ((), (patch,)))
         out.append(kl_div(q, p, log_target=True, reduction="sum") / len(p))

@@ -43,7 +43,7 @@ class Insertion(NamedTuple):
     rho: float
 
 
-def limit(key: Tensor, away: Tensor | None, share: float) -> float:
+def _limit(key: Tensor, away: Tensor | None, share: float) -> float:
     """The largest radius of ``key`` that stays clear of the keys ``away`` [C, I]: ``share`` of the distance to the nearest of them."""
     if away is None or not len(away):
         return math.inf
@@ -146,11 +146,11 @@ class FilledCodebook:
     def _put(self, text: KeyedText) -> None:
         e, query, book = self.editor, text.read, self.book
         away = text.beside[0] if text.beside else None
-        size, most = float(torch.linalg.vector_norm(query)), limit(query, away, e.contrast_share)
-        radius = starting_radius(e.eps, size, most, e)
+        size, most = float(torch.linalg.vector_norm(query)), _limit(query, away, e.contrast_share)
+        radius = _starting_radius(e.eps, size, most, e)
         how, entry, _, rho = book.place(query, text.row.target, radius, self.rounding, 0.0, most)
         if how == "near":
-            held = min(book.limits[entry], limit(book.keys[entry], away, e.contrast_share))
+            held = min(book.limits[entry], _limit(book.keys[entry], away, e.contrast_share))
             if rho > held + self.rounding * size:
                 how, entry = "added", book.add(query, radius, text.row.target, most)
             else:
@@ -178,7 +178,7 @@ class FilledCodebook:
         return {"steps": steps, "loss": round(loss, 6), "entries": len(self.values), **self.counts, "lost": self.lost}
 
 
-def starting_radius(radius: float, size: float, most: float, editor: Any) -> float:
+def _starting_radius(radius: float, size: float, most: float, editor: Any) -> float:
     """Of a new key of norm ``size``: ``radius`` in the editor's unit within its limit, or the limit itself."""
     published = radius * (size if editor.unit == "norm" else 1.0)
     return most if editor.contrast_grow and math.isfinite(most) else min(published, most)
@@ -214,8 +214,8 @@ class Clusters:
     def _put(self, key: Tensor, text: KeyedText, block: int) -> None:
         e, label = self.editor, text.row.target
         away = None if text.beside is None else text.beside[0 if e.reads == "input" else 1]
-        most = limit(key, away, e.contrast_share)
-        radius = starting_radius(e.radius, float(torch.linalg.vector_norm(key)), most, e)
+        most = _limit(key, away, e.contrast_share)
+        radius = _starting_radius(e.radius, float(torch.linalg.vector_norm(key)), most, e)
         how, cluster, near, _ = self.book.place(key, label, radius, self.rounding, _SEAM, most)
         if how == "near" and not self._centre(cluster, key, radius, away):
             how, cluster = "added", self.book.add(key, radius, label, most)
@@ -233,7 +233,7 @@ class Clusters:
         centre = keys.mean(0)
         farthest = float(torch.linalg.vector_norm(keys - centre, dim=1).max())
         moved = float(torch.linalg.vector_norm(centre - book.keys[cluster]))
-        most = min(book.limits[cluster] - share * moved, limit(centre, away, share))
+        most = min(book.limits[cluster] - share * moved, _limit(centre, away, share))
         if farthest > most:
             return False
         book.keys[cluster] = centre
