@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from errata.config import build, to_dict
@@ -87,3 +88,33 @@ class Editor(ABC):
     def require_requests(self, problems: Sequence[Any]) -> None:
         """`ConfigError` where one of ``problems``, the requests of a patch each, holds none."""
         self.require(all(problems), "nothing to edit; give at least one request")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastEditor(Editor):
+    """Contrast pairs, which requests bring (`EditRequest.contrast`), can say what an edit should leave alone.
+
+    contrast  how many such pairs, about other subjects of the same relation, a request is filled with before it is edited
+              (`errata.contrast`); 0: the pairs that a request brings are not looked at.  Requests without pairs are edited as with 0
+    """
+
+    contrast: int = 0
+
+    def require_contrast(self) -> None:
+        """`ConfigError` for a number of pairs that cannot be."""
+        self.require(self.contrast >= 0, f"contrast must not be negative, not {self.contrast}; 0 turns it off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputTermEditor(ContrastEditor):
+    """Contrast pairs are trained on by the output term (`errata.core.keep`): loss + ``contrast_weight`` · KL.
+
+    contrast_weight  of KL(before ‖ edited) of the token after a pair's prompt, the mean over pairs.  What is compared with ``stop``
+                     holds it, too
+    """
+
+    contrast_weight: float = 1.0
+
+    def require_contrast(self) -> None:
+        super().require_contrast()
+        self.require(self.contrast_weight >= 0, f"contrast_weight must not be negative, not {self.contrast_weight:g}")

@@ -21,16 +21,16 @@ from errata.core.tail import Tail
 from errata.errors import ConfigError
 from errata.methods.adapters.op import find_sites
 from errata.methods.adapters.training import Training
-from errata.methods.base import Editor
+from errata.methods.base import OutputTermEditor
 from errata.request import EditRequest
 
 NUMBERS_AT_ONCE = 100_000_000  # trainable numbers of one batch; training holds some six times as many
 
 
 @dataclass(frozen=True)
-class AdapterEditor(Editor):
+class AdapterEditor(OutputTermEditor):
     """Hyper-parameters that LoRA and AdaLoRA share.  Adam without decay on all rows at once; the loss is the mean NLL of the target
-    tokens of all rows (what Hugging Face computes for a batch).
+    tokens of all rows (what Hugging Face computes for a batch).  Contrast pairs run without dropout.
 
     rank, alpha   of the branch; it is scaled by alpha / rank
     targets       names of linears in a block; None: q_proj and v_proj, or the linear that holds both (see `errata.methods.adapters.op`)
@@ -65,6 +65,7 @@ class AdapterEditor(Editor):
         if self.stop < 0:
             raise ConfigError(f"{self.name}: stop must not be negative; 0 turns the early stop off")
         self.require_seed(self.seed)
+        self.require_contrast()
         for what, chosen in (("layers", self.layers), ("targets", self.targets)):
             if chosen is not None and (not chosen or len(set(chosen)) != len(chosen)):
                 raise ConfigError(f"{self.name}: {what} must name at least one, none twice; got {list(chosen)}")
@@ -137,7 +138,7 @@ class AdapterEditor(Editor):
         tokens = [0] * len(requests)
         for (i, _, _), row in zip(texts, lm.encode([t for _, t, _ in texts], [t for _, _, t in texts]), strict=True):
             tokens[i] = max(tokens[i], len(row.ids))
-        rows = [1 + len(r.paraphrases) for r in requests]
+        rows = [1 + len(r.paraphrases) + (len(r.contrast) if self.contrast else 0) for r in requests]
 
         def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
             return Training(self, model, [[requests[i]] for i in members], under, before, runner).run(progress)

@@ -2,10 +2,13 @@
 
 A *problem* is one patch to make: one request (`edit_each`), or several that share one patch (`edit`).  Parameters of all linears of one
 shape are one tensor [E, S, …], so that an update is a few calls however many linears there are.
+
+    loss = NLL + the method's penalty + contrast_weight · KL of the contrast pairs (`errata.core.keep`); all but the penalty meets the stop
 """
 
 from __future__ import annotations
 
+import functools
 import time
 import zlib
 from collections.abc import Mapping
@@ -18,6 +21,7 @@ from torch import Tensor
 from errata.config import to_dict
 from errata.core.bank import Bank, Stack
 from errata.core.fit import AdamW, FitResult, fit
+from errata.core.keep import find_kept
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
@@ -57,6 +61,10 @@ class Training:
         runner = self.runner_class(self.lm, cut_rows, min(site.block for site in sites), self.on)
         self.owned = ProblemRows(runner, owner, len(self.problems))
         self.sites = len(sites)
+        first, start = min(site.block for site in sites), None
+        if self.before is not None:  # what the last patch changed is to stay, too
+            start = functools.partial(self._banks, self._start(), drop=None)
+        self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, first, self.on, start=start)
 
     def run(self, progress: Progress | None = None) -> list[Patch]:
         """Train and pack."""
@@ -98,19 +106,26 @@ class Training:
         self.evaluations += 1
         runner, owner, kept = self.owned.of(alive)
         drop = DropoutMask(e.dropout, e.seed, self.evaluations, self.place[kept], self.most) if e.dropout else None
-        groups = self.per_group(p)
-        banks = []
-        for own, sites in zip(groups, self.groups.values(), strict=True):
-            parts = {"down": own["A"].unbind(1), "up": own["B"].unbind(1), "gain": e.scaling(own).unbind(1)}
-            for i, site in enumerate(sites):
-                here = {k: t[i] for k, t in parts.items()}
-                banks.append(Bank("adapter", site, {"drop": drop}, here, None if self.even else owner))
-        summed, number = row_nll(runner.logits(banks), runner.rows.labels, runner.rows.label_mask)
+        summed, number = row_nll(
+            runner.logits(self._banks(p, None if self.even else owner, drop)), runner.rows.labels, runner.rows.label_mask
+        )
         nll = mean_per_problem(summed, owner, count, number.to(summed.dtype))
+        if self.kept is not None:
+            beside = self.kept.of(alive)
+            nll = nll + e.contrast_weight * beside.divergence(self._banks(p, None if beside.even else beside.owner, None))
         compared = nll.detach()
         if e.held(self.evaluations - 1):
             compared = compared.clamp_min(e.stop)
-        return nll + e.penalty(groups), compared
+        return nll + e.penalty(self.per_group(p)), compared
+
+    def _banks(self, p: Mapping[str, Tensor], owner: Tensor | None, drop: DropoutMask | None) -> list[Bank]:
+        """The branches; ``owner`` None: equally many rows of each problem stand side by side."""
+        banks = []
+        for own, sites in zip(self.per_group(p), self.groups.values(), strict=True):
+            parts = {"down": own["A"].unbind(1), "up": own["B"].unbind(1), "gain": self.editor.scaling(own).unbind(1)}
+            for i, site in enumerate(sites):
+                banks.append(Bank("adapter", site, {"drop": drop}, {k: t[i] for k, t in parts.items()}, owner))
+        return banks
 
     def _pack(self, fitted: FitResult, seconds: float) -> list[Patch]:
         e, old, patches = self.editor, self.before, []

@@ -89,6 +89,7 @@ class GRACE(CodebookEditor):
         if self.lr <= 0 or self.steps < 1:
             raise ConfigError("grace: lr must be positive and steps at least 1")
         self.require_seed(self.seed)
+        self.require_contrast()
 
     def target_site(self, lm: LM) -> Site:
         """The linear to stand beside; `ConfigError` where there is none or where it could not matter."""
@@ -103,11 +104,14 @@ class GRACE(CodebookEditor):
         began, site, rounding = time.perf_counter(), self.target_site(lm), self.tolerance(lm)
         settings = {"replace": self.replace, "rounding": rounding}
         before, under = self.resume_from(on, [site], settings)
-        books = [FilledCodebook(self, before, texts, rounding) for texts in read_keyed_texts(lm, problems, self.end, site, under)]
+        books = [
+            FilledCodebook(self, before, texts, rounding)
+            for texts in read_keyed_texts(lm, problems, self.end, site, under, self.contrast > 0)
+        ]
         train_values(self, lm, books, site, under, runner, progress)
         seconds, out = (time.perf_counter() - began) / max(1, len(problems)), []
         for book, requests in zip(books, problems, strict=True):
             op = Op("codebook", site, {"keys": book.book.keys.clone(), "values": torch.stack(book.values), "radii": book.radii}, settings)
             notes = book.notes() | {"seconds": round(seconds, 4)}
-            out.append(self.packed(lm, before, requests, [op], book.book.labels, {"layer": site.block}, notes))
+            out.append(self.packed(lm, before, requests, [op], book.book, {"layer": site.block}, notes))
         return out

@@ -99,6 +99,7 @@ class MELO(CodebookEditor):
         if self.lr <= 0 or not 0 < self.decay <= 1:
             raise ConfigError("melo: lr must be positive and decay above 0 and at most 1")
         self.require_seed(self.seed)
+        self.require_contrast()
         if self.lora_layers is not None and (not self.lora_layers or len(set(self.lora_layers)) != len(self.lora_layers)):
             raise ConfigError(f"melo: lora_layers must name at least one block, none twice; got {list(self.lora_layers)}")
 
@@ -127,7 +128,9 @@ class MELO(CodebookEditor):
         most = used + max((-(-len(requests) // self.edits_per_block) for requests in problems), default=0)
         if most > self.blocks:
             raise ConfigError(f"melo: {most} blocks are needed and there are {self.blocks}; set blocks higher from the first edit on")
-        stores = [Clusters(self, before, texts, rounding) for texts in read_keyed_texts(lm, problems, self.end, site, under)]
+        stores = [
+            Clusters(self, before, texts, rounding) for texts in read_keyed_texts(lm, problems, self.end, site, under, self.contrast > 0)
+        ]
         made = train_blocks(self, lm, stores, sites, under, runner, progress)
         seconds, out = (time.perf_counter() - began) / max(1, len(problems)), []
         resolved = {"layer": site.block, "lora_layers": [s.block for s in sites]}
@@ -141,5 +144,5 @@ class MELO(CodebookEditor):
                 "clusters": len(store.book.radii),
                 **store.counts,
             }
-            out.append(self.packed(lm, before, requests, ops, store.book.labels, resolved, notes))
+            out.append(self.packed(lm, before, requests, ops, store.book, resolved, notes))
         return out

@@ -15,7 +15,7 @@ from errata.core.read import module_at
 from errata.core.tail import Tail
 from errata.core.tokens import Encoded
 from errata.errors import ConfigError
-from errata.methods.base import Editor
+from errata.methods.base import OutputTermEditor
 from errata.methods.finetune.training import POINT, DenseTraining, Objective, TargetNew
 from errata.request import EditRequest
 
@@ -23,7 +23,7 @@ NUMBERS_AT_ONCE = 2**25  # entries of ΔW trained in one batch; each takes five:
 
 
 @dataclass(frozen=True)
-class FineTuneEditor(Editor):
+class FineTuneEditor(OutputTermEditor):
     """Hyper-parameters that fine-tuning editors share.
 
     layers           0-based blocks whose MLP's last matrix is trained; None: the one at the relative depth ``DEPTH``
@@ -36,7 +36,8 @@ class FineTuneEditor(Editor):
 
     A request's paraphrases, where it brings any, are rows of their own (EasyEdit trains on the prompt alone).  A new edit on a stack starts
     from the weights the stack makes and is a patch of its own on top: weights add, so this is training on, with a new optimiser.
-    ΔW is float32 or wider and runs beside the base; the released code changes the weights in their own dtype.
+    ΔW is float32 or wider and runs beside the base; the released code changes the weights in their own dtype.  A mini-batch holds the
+    contrast pairs of its requests.
     """
 
     DEPTH: ClassVar[float] = 21 / 32  # LLaMA's block 21
@@ -61,6 +62,7 @@ class FineTuneEditor(Editor):
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
         self.require_seed(self.seed)
+        self.require_contrast()
 
     def target_layers(self, lm: LM) -> tuple[int, ...]:
         """The blocks to train on this model; `ConfigError` for one that does not exist or a rank that its matrix does not have."""
@@ -105,5 +107,7 @@ class FineTuneEditor(Editor):
         def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
             return DenseTraining(self, model, [[requests[i]] for i in members], on, runner).run(progress)
 
-        lengths = [len(e.ids) * (1 + len(r.paraphrases)) for e, r in zip(encoded, requests, strict=True)]
-        return in_lanes(lm, lengths, train, progress, most=max(1, min(MOST_ROWS, NUMBERS_AT_ONCE // self.num_parameters(lm))))
+        beside = [len(r.contrast) if self.contrast else 0 for r in requests]
+        lengths = [len(e.ids) * (1 + len(r.paraphrases) + n) for e, r, n in zip(encoded, requests, beside, strict=True)]
+        most = min(MOST_ROWS // (1 + max(beside, default=0)), NUMBERS_AT_ONCE // self.num_parameters(lm))
+        return in_lanes(lm, lengths, train, progress, most=max(1, most))

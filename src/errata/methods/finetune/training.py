@@ -1,6 +1,7 @@
 """How fine-tuning editors train: ΔW beside frozen MLP matrices, in mini-batches, independent edits side by side.
 
     y + ΔW x  at every token,   ΔW [E, O, I] from zero,   Adam,   |ΔW_ij| ≤ ε after each update where a bound is set
+    loss of a mini-batch = mean over its rows of the objective + contrast_weight · KL of its requests' contrast pairs (`errata.core.keep`)
 
 A *problem* is one patch to make: one request (`edit_each`), or several that share one patch (`edit`).  ΔW is what this edit adds:
 an earlier edit runs underneath, as part of the frozen stack, so training goes on from the weights it left, and each is undone by itself.
@@ -20,6 +21,7 @@ from errata.config import to_dict
 from errata.core.bank import Bank, Stack
 from errata.core.families import linear_sizes
 from errata.core.fit import AdamW, FitResult, fit_epochs
+from errata.core.keep import KeptRows, find_kept
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
@@ -76,7 +78,8 @@ class PromptLast:
 class _View:
     """A mini-batch: its rows' numbers [b], their problems among those running [b], rows of each of these [e].
 
-    ``entries`` as in `Bank.rows`: None where a product for the one problem, or one a problem, needs no routing.
+    ``entries`` as in `Bank.rows`: None where a product for the one problem, or one a problem, needs no routing.  ``kept``: the contrast
+    pairs of its requests, None without the output term.
     """
 
     runner: Any  # None: to be made for the occasion
@@ -84,6 +87,7 @@ class _View:
     owner: Tensor
     entries: Tensor | None
     count: Tensor
+    kept: KeptRows | None
 
 
 @dataclass
@@ -102,6 +106,7 @@ class DenseTraining:
         self.editor.require_requests(self.problems)
         self.blocks = self.editor.target_layers(self.lm)
         pairs = [(i, text, r.target) for i, rs in enumerate(self.problems) for r in rs for text in (r.prompt, *r.paraphrases)]
+        requests = [r for rs in self.problems for r in rs]
         self.sizes = [sum(1 for j, _, _ in pairs if j == i) for i in range(len(self.problems))]
         self.owner = torch.tensor([i for i, _, _ in pairs], device=self.lm.device)
         self.batches = max((-(-n // self.editor.batch_size) for n in self.sizes), default=0)
@@ -110,6 +115,8 @@ class DenseTraining:
             self.objective: Objective = self.editor.objective(self.lm, [p for _, p, _ in pairs], [t for _, _, t in pairs])
             kept = self.objective.rows.active.numel() <= TOKENS_KEPT
             self.runner = self._runner(self.objective.rows) if kept else None
+            self.request = torch.tensor([n for n, r in enumerate(requests) for _ in (r.prompt, *r.paraphrases)], device=self.lm.device)
+            self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, min(self.blocks), self.on)
 
     def _runner(self, rows: SplitRows) -> Any:
         return self.runner_class(self.lm, rows, min(self.blocks), self.on)
@@ -145,10 +152,15 @@ class DenseTraining:
         if not len(view.numbers):
             return torch.zeros(len(alive), device=alive.device), view.count
         runner = view.runner or self._runner(self.objective.rows.select(view.numbers))
-        banks = [Bank("dense", Site(b, POINT), {}, {"weight": p[str(b)]}, view.entries) for b in self.blocks]
-        row = self.objective.loss(runner.logits(banks), runner.rows, view.numbers)
+        row = self.objective.loss(runner.logits(self._banks(p, view.entries)), runner.rows, view.numbers)
         summed = torch.zeros(len(alive), device=row.device, dtype=row.dtype).index_add(0, view.owner, row)
-        return summed / view.count.clamp_min(1), view.count
+        loss = summed / view.count.clamp_min(1)
+        if view.kept is not None:
+            loss = loss + self.editor.contrast_weight * view.kept.divergence(self._banks(p, None if len(alive) == 1 else view.kept.owner))
+        return loss, view.count
+
+    def _banks(self, p: Mapping[str, Tensor], entries: Tensor | None) -> list[Bank]:
+        return [Bank("dense", Site(b, POINT), {}, {"weight": p[str(b)]}, entries) for b in self.blocks]
 
     def _view(self, alive: Tensor, number: int, batch: int) -> _View:
         """A mini-batch's rows whose problems still run; made once where it stays the same."""
@@ -165,8 +177,17 @@ class DenseTraining:
                 runner = self.runner if len(numbers) == len(self.owner) else self.runner.select(numbers)
             straight = len(alive) == 1 or torch.equal(owner, torch.arange(len(alive), device=owner.device))
             count = torch.bincount(owner, minlength=len(alive))
-            self.views[1][batch] = _View(runner, numbers, owner, None if straight else owner, count)
+            kept = self._kept(numbers, position, len(alive))
+            self.views[1][batch] = _View(runner, numbers, owner, None if straight else owner, count, kept)
         return self.views[1][batch]
+
+    def _kept(self, numbers: Tensor, position: Tensor, count: int) -> KeptRows | None:
+        """The contrast pairs of the requests that have a row among ``numbers``."""
+        if self.kept is None:
+            return None
+        here = torch.zeros(int(self.request.max()) + 1, dtype=torch.bool, device=numbers.device).index_fill(0, self.request[numbers], True)
+        rows = here[self.kept.request].nonzero().squeeze(1)
+        return self.kept.select(rows, position[self.kept.owner[rows]], count)
 
     def _batch_of(self, number: int) -> Tensor:
         """[B]: the mini-batch of each row, problem by problem: in order, or in one drawn anew for pass ``number``."""

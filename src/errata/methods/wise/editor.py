@@ -12,7 +12,7 @@ from errata.core.model import LM
 from errata.core.patch import Patch, Site
 from errata.core.tail import Tail
 from errata.errors import ConfigError
-from errata.methods.base import Editor
+from errata.methods.base import ContrastEditor
 from errata.methods.wise.memory import Memories
 from errata.methods.wise.op import activation
 from errata.methods.wise.run import WISERun
@@ -22,7 +22,7 @@ DEPTH = 27 / 32  # LLaMA's block 27
 NUMBERS, TOKENS = 1 << 28, 1 << 13  # of one batch: written-out ΔW and its gradient; tokens of all texts
 
 
-class WISEEditor(Editor):
+class WISEEditor(ContrastEditor):
     """The entry points; the hyper-parameters are `errata.methods.wise.wise.WISE`'s."""
 
     layer: int | None

@@ -37,7 +37,7 @@ class WISERun:
         self.contexts = contexts(lm, editor.contexts)
 
     def texts(self, request: EditRequest) -> Texts:
-        return Texts.of(self.lm, request, self.contexts, self.editor.end)
+        return Texts.of(self.lm, request, self.contexts, self.editor.end, self.editor.contrast > 0)
 
     def train(self, lm: LM, texts: list[Texts], memories: Memories, progress: Progress | None) -> list[tuple[Memories, dict[str, Any]]]:
         return Training(self.editor, lm, texts, memories, self.site, self.shape, self.act, self.under, self.runner).run(progress)

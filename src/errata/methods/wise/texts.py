@@ -35,14 +35,20 @@ class Texts:
     unrelated: list[Encoded]
 
     @classmethod
-    def of(cls, lm: LM, request: EditRequest, before: Sequence[str], end: str) -> Texts:
+    def of(cls, lm: LM, request: EditRequest, before: Sequence[str], end: str, contrast: bool = False) -> Texts:
+        """``contrast``: the request's contrast pairs should not be touched either."""
         prompts = [behind(lm.tokenizer, f"{context} " if context else "", request.prompt) for context in before]
         prompts = [p if is_exact(lm.tokenizer, p) else p.strip() for p in prompts]
         edit = lm.encode(prompts, [request.target + end] * len(prompts))
+        beside = _pairs(lm, request.contrast if contrast else ())
         if request.unrelated:
-            return cls(edit, lm.encode([p for p, _ in request.unrelated], [a for _, a in request.unrelated]))
-        return cls(edit, lm.encode([context for context in before if context]))
+            return cls(edit, _pairs(lm, request.unrelated) + beside)
+        return cls(edit, lm.encode([context for context in before if context]) + beside)
 
     @property
     def tokens(self) -> int:
         return sum(len(row.ids) for row in (*self.edit, *self.unrelated))
+
+
+def _pairs(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+    return lm.encode([prompt for prompt, _ in pairs], [answer for _, answer in pairs])

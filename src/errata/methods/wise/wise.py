@@ -67,6 +67,7 @@ class WISE(WISEEditor):
     end               text trained after the target; the papers train none
 
     x_u are all ``unrelated`` texts of a request (the code takes one); a request without any is trained against the contexts themselves.
+    With ``contrast``, a request's contrast pairs are x_u, too.
     Not made: the code's other form of L_a for an irrelevant prompt that is the subject (its tokens against the rest of the prompt; here
     ``unrelated`` always is what should stay), and its replay of earlier edits.
     A joint edit writes its requests one by one, as released.  An edit goes on from, and replaces, the stack's last patch of these settings.
@@ -117,6 +118,7 @@ class WISE(WISEEditor):
         need(self.merge_freq % self.save_freq == 0, f"merge_freq ({self.merge_freq}) must be a multiple of save_freq ({self.save_freq})")
         need(all(len(c) == 2 and min(c) >= 1 for c in self.contexts), "contexts are pairs (tokens, count), both at least 1")
         self.require_seed(self.seed)
+        self.require_contrast()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,164 @@
+"""`Kept`: the output term.  What the model says to contrast pairs should stay while something else is written.
+
+    KL_e = 1/C_e Σ_c 1/m_c Σ_t Σ_v p_ct(v) (log p_ct(v) − log q_ct(v)),   t = 0 … m_c − 1
+
+Problem e has C_e pairs (prompt, answer), prompts about other subjects.  Position t = 0 of a pair is its prompt's last token, and by
+default the only one (m = 1); t > 0 stands behind t tokens of the answer, which are fed.  p [M, V]: the model before the edit, over the
+vocabulary, at all M positions of all rows, computed once; q [M, V]: the model under the parameters of the moment.
+∂KL_e/∂logits_ct = (q_ct − p_ct) / (C_e m_c): 0 where nothing changed, so the first update of an edit from nothing never feels the term.
+
+A row runs under the parameters of its own problem, and rows whose problem has ended leave the batch.  Through the tail
+(`errata.core.tail`) a step runs the blocks that can change, and the head at these positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.core.bank import Bank, Stack
+from errata.core.model import LM
+from errata.core.tail import SplitRows, split_rows_at
+from errata.core.tokens import Encoded, pad_id
+from errata.request import EditRequest
+
+_NUMBERS_KEPT = 2**28  # of p [M, V]; with more, each step makes its own anew
+
+
+class _Divergence(torch.autograd.Function):
+    """Σ_v p (log p − log q), [M].  One [M, V] is made on the way in and turned into the gradient in place on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, log_p: Tensor) -> Tensor:
+        log_q = logits.log_softmax(1)
+        ctx.log_p, ctx.log_q = log_p, log_q
+        return (log_p.exp() * (log_p - log_q)).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.log_q.exp_().sub_(ctx.log_p.exp()).mul_(gradient[:, None]), None
+
+
+def token_kl(logits: Tensor, log_p: Tensor) -> Tensor:
+    """[M]: KL(p ‖ softmax(logits)) over the vocabulary; logits and log p [M, V], natural logarithm."""
+    out: Tensor = _Divergence.apply(logits, log_p)  # type: ignore[no-untyped-call]
+    return out
+
+
+class KeptRows:
+    """Some of the rows, cut for the problems that run now.
+
+    owner [c]   the problem of each row, as a place among those that run
+    even        whether equally many rows of each problem stand side by side, for an op that needs no routing then
+    """
+
+    def __init__(self, of: Kept, numbers: Tensor, owner: Tensor, count: int) -> None:
+        self._of, self._numbers, self._count, self.owner = of, numbers, count, owner
+        self._each = torch.bincount(owner, minlength=count)
+        self.even = bool((self._each == self._each[:1]).all()) and bool((owner.diff() >= 0).all())
+        self._made: tuple[Any, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def _frozen(self) -> tuple[Any, Tensor]:
+        """(runner, log p [M, V]); made for the occasion where there is much of it."""
+        if self._made is not None:
+            return self._made
+        made = self._of.frozen(self._numbers)
+        if self._of.few:
+            self._made = made
+        return made
+
+    def divergence(self, banks: Sequence[Bank]) -> Tensor:
+        """KL_e [e] of the problems that run; 0 for one without a row."""
+        if not len(self):
+            return torch.zeros(self._count, device=self.owner.device)
+        runner, log_p = self._frozen()
+        where = runner.rows.label_mask
+        kl = token_kl(_wide(runner.logits(banks)), log_p)
+        share = 1 / (where.sum(1) * self._each[self.owner]).to(kl.dtype)
+        row = where.nonzero()[:, 0]
+        return kl.new_zeros(self._count).index_add(0, self.owner[row], kl * share[row])
+
+
+class Kept:
+    """The contrast pairs of E problems, each a list of requests, as rows of a runner (`errata.core.tail`).
+
+    owner, request   of each row [C]: its problem, and the number of its request, counted over all problems
+    first, on        as for the runner: the first block that has to compute, and what runs underneath
+    start            banks, for the owner of each row, under which p is read: for an edit that goes on from something; None: the
+                     model under ``on``
+    answers          also at the tokens of the answer.  On SmolLM2-135M the prompt's last token alone kept more first words of
+                     neighbours for the same weight (FT-M, 8 facts: .69 and .62), and costs less
+    """
+
+    def __init__(
+        self, lm: LM, problems: Sequence[Sequence[EditRequest]], runner: Any, first: int, on: Stack = (), *,
+        start: Callable[[Tensor], Sequence[Bank]] | None = None, answers: bool = False,
+    ) -> None:  # fmt: skip
+        requests = [(i, r) for i, own in enumerate(problems) for r in own]
+        pairs = [(i, n, pair) for n, (i, r) in enumerate(requests) for pair in r.contrast]
+        encoded = lm.encode([p for _, _, (p, _) in pairs], [a for _, _, (_, a) in pairs])
+        self.owner, self.request = (torch.tensor([pair[k] for pair in pairs], device=lm.device) for k in (0, 1))
+        self.count = len(problems)
+        if not answers:
+            encoded = [Encoded(row.ids[: row.prompt_length], row.prompt_length) for row in encoded]
+        rows = split_rows_at(encoded, [0] * len(encoded), pad_id(lm.tokenizer), lm.device, final=False)
+        if not answers:
+            rows.labels[torch.arange(len(encoded), device=lm.device), rows.prompt_lengths - 1] = 0  # no target: it marks the place
+        self._rows, self._start = rows, start
+        self._runner: Callable[[SplitRows], Any] = lambda rows: runner(lm, rows, first, on)
+        self.few = int(rows.label_mask.sum()) * int(lm.config.vocab_size) <= _NUMBERS_KEPT
+        self._made: tuple[Any, Tensor] | None = None
+        self._view: tuple[int, KeptRows | None] = (-1, None)
+
+    def frozen(self, numbers: Tensor) -> tuple[Any, Tensor]:
+        """(runner, log p [M, V]) of the rows with these numbers, which rise."""
+        every = len(numbers) == len(self.owner)
+        if not self.few:
+            return self._read(self._rows if every else self._rows.select(numbers), self.owner[numbers])
+        if self._made is None:
+            self._made = self._read(self._rows, self.owner)
+        if every:
+            return self._made
+        runner, log_p = self._made
+        chosen = torch.zeros(len(self.owner), dtype=torch.bool, device=numbers.device).index_fill(0, numbers, True)
+        return runner.select(numbers), log_p[chosen[self._rows.label_mask.nonzero()[:, 0]]]
+
+    @torch.no_grad()
+    def _read(self, rows: SplitRows, owner: Tensor) -> tuple[Any, Tensor]:
+        runner = self._runner(rows)
+        return runner, _wide(runner.logits(self._start(owner) if self._start else ())).log_softmax(1)
+
+    def select(self, numbers: Tensor, owner: Tensor, count: int) -> KeptRows:
+        """The rows ``numbers``, which rise, of ``count`` problems; ``owner``: each row's place among these."""
+        return KeptRows(self, numbers, owner, count)
+
+    def of(self, alive: Tensor) -> KeptRows:
+        """All rows of the problems that still run.  ``alive`` only ever shrinks during a fit (`errata.core.problems`)."""
+        length, view = self._view
+        if view is None or length != len(alive):
+            place = torch.full((self.count,), -1, device=alive.device)
+            place[alive] = torch.arange(len(alive), device=alive.device)
+            numbers = (place[self.owner] >= 0).nonzero().squeeze(1)
+            view = self.select(numbers, place[self.owner[numbers]], len(alive))
+            self._view = (len(alive), view)
+        return view
+
+
+def find_kept(
+    editor: Any, lm: LM, problems: Sequence[Sequence[EditRequest]], runner: Any, first: int, on: Stack, **how: Any
+) -> Kept | None:
+    """The output term of an editor with ``contrast`` and ``contrast_weight``; None where it is off or no request has pairs."""
+    if not editor.contrast or not editor.contrast_weight or not any(r.contrast for own in problems for r in own):
+        return None
+    return Kept(lm, problems, runner, first, on, **how)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """float32, or wider where the model is."""
+    return logits.to(torch.promote_types(torch.float32, logits.dtype))
