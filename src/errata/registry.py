@@ -35,6 +35,7 @@ ENTRIES: dict[str, dict[str, str]] = {
     },
     "benchmark": {
         "almanac": "errata.benchmarks.almanac:Almanac",
+        "everyday": "errata.benchmarks.everyday:Everyday",
         "zsre": "errata.benchmarks.zsre:ZsRE",
         "wiki-recent": "errata.benchmarks.knowedit:WikiRecent",
         "wiki-counterfact": "errata.benchmarks.knowedit:WikiCounterfact",

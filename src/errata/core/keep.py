@@ -94,11 +94,12 @@ class Kept:
                      model under ``on``
     answers          also at the tokens of the answer.  On SmolLM2-135M the prompt's last token alone kept more first words of
                      neighbours for the same weight (FT-M, 8 facts: .69 and .62), and costs less
+    last             how many last tokens of a prompt an edit changes; None: any
     """
 
     def __init__(
         self, lm: LM, problems: Sequence[Sequence[EditRequest]], runner: Any, first: int, on: Stack = (), *,
-        start: Callable[[Tensor], Sequence[Bank]] | None = None, answers: bool = False,
+        start: Callable[[Tensor], Sequence[Bank]] | None = None, answers: bool = False, last: int | None = None,
     ) -> None:  # fmt: skip
         requests = [(i, r) for i, own in enumerate(problems) for r in own]
         pairs = [(i, n, pair) for n, (i, r) in enumerate(requests) for pair in r.contrast]
@@ -107,9 +108,11 @@ class Kept:
         self.count = len(problems)
         if not answers:
             encoded = [Encoded(row.ids[: row.prompt_length], row.prompt_length) for row in encoded]
-        rows = split_rows_at(encoded, [0] * len(encoded), pad_id(lm.tokenizer), lm.device, final=False)
+        starts = [0 if last is None else max(0, row.prompt_length - last) for row in encoded]
+        rows = split_rows_at(encoded, starts, pad_id(lm.tokenizer), lm.device, final=False)
         if not answers:
-            rows.labels[torch.arange(len(encoded), device=lm.device), rows.prompt_lengths - 1] = 0  # no target: it marks the place
+            ends = torch.tensor([row.prompt_length - start - 1 for row, start in zip(encoded, starts, strict=True)], device=lm.device)
+            rows.labels[torch.arange(len(encoded), device=lm.device), ends] = 0  # no target: it marks the place
         self._rows, self._start = rows, start
         self._runner: Callable[[SplitRows], Any] = lambda rows: runner(lm, rows, first, on)
         self.few = int(rows.label_mask.sum()) * int(lm.config.vocab_size) <= _NUMBERS_KEPT

@@ -72,6 +72,10 @@ class Editor(ABC):
         """Requests with as many contrast pairs each as the setting ``contrast`` says (`errata.contrast.contrast.fill`)."""
         return fill(lm, requests, int(getattr(self, "contrast", 0)), on=on, exclude=exclude, names=names)
 
+    def contrasted_each(self, lm: LM, requests: Sequence[EditRequest], on: Stack = ()) -> list[EditRequest]:
+        """`contrasted`, each request as if it were made alone."""
+        return [one for request in requests for one in self.contrasted(lm, [request], on)]
+
     def made_with(self, settings: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
         """Whether a patch's ``settings`` are ``own``; a field that is younger than the patch, and so not among them, is at its default."""
         return to_dict(type(self)()) | dict(settings) == own

@@ -125,7 +125,7 @@ class AdapterEditor(OutputTermEditor):
         """One patch for all requests.  If the last patch of ``on`` came from this method with these linears, rank and alpha, the same
         adapter is trained on (EasyEdit's sequential mode) and the new patch replaces that one; the optimiser starts anew."""
         under, before = self._split(lm, on)
-        return Training(self, lm, [list(requests)], under, before, runner).run(progress)[0]
+        return Training(self, lm, [self.contrasted(lm, requests, on)], under, before, runner).run(progress)[0]
 
     def edit_each(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
@@ -133,6 +133,7 @@ class AdapterEditor(OutputTermEditor):
         """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length, a batch a core."""
         if not requests:
             return []
+        requests = self.contrasted_each(lm, requests, on)
         under, before = self._split(lm, on)
         texts = [(i, text, r.target + self.end) for i, r in enumerate(requests) for text in (r.prompt, *r.paraphrases)]
         tokens = [0] * len(requests)

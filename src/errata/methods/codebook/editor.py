@@ -115,13 +115,13 @@ class CodebookEditor(RadiusEditor):
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> Patch:
         """One patch with all requests, put in one after another; what they train, they train at once."""
-        return self._make(lm, [list(requests)], on, runner, progress)[0]
+        return self._make(lm, [self.contrasted(lm, requests, on)], on, runner, progress)[0]
 
     def edit_each(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> list[Patch]:
         """A patch a request, as if it were made alone on ``on``."""
-        return self._make(lm, [[r] for r in requests], on, runner, progress)
+        return self._make(lm, [[r] for r in self.contrasted_each(lm, requests, on)], on, runner, progress)
 
     @abstractmethod
     def _make(self, lm: LM, problems: Sequence[list[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:

@@ -95,13 +95,14 @@ class FineTuneEditor(OutputTermEditor):
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> Patch:
         """One patch for all requests, on top of ``on``."""
-        return DenseTraining(self, lm, [list(requests)], active_patches(tuple(on)), runner).run(progress)[0]
+        return DenseTraining(self, lm, [self.contrasted(lm, requests, on)], active_patches(tuple(on)), runner).run(progress)[0]
 
     def edit_each(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> list[Patch]:
         """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length, a batch a core."""
         on = active_patches(tuple(on))
+        requests = self.contrasted_each(lm, requests, on)
         encoded = self.encode(lm, [r.prompt for r in requests], [r.target for r in requests])
 
         def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:

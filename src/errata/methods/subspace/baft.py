@@ -83,6 +83,7 @@ class BaFT(SubspaceEditor):
     gamma: float = 0.02
     rescale: Literal["max", "margin", "none"] = "margin"
     contrast: int = 16
+    contrast_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

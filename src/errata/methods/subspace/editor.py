@@ -15,7 +15,7 @@ from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.core.tail import Tail
 from errata.errors import ConfigError
-from errata.methods.base import Editor
+from errata.methods.base import OutputTermEditor
 from errata.methods.subspace.op import start
 from errata.methods.subspace.training import Training
 from errata.request import EditRequest
@@ -29,13 +29,14 @@ def layers_for(depth: int, depths: Sequence[float] = PAPER_DEPTHS) -> tuple[int,
 
 
 @dataclass(frozen=True)
-class SubspaceEditor(Editor):
+class SubspaceEditor(OutputTermEditor):
     """Hyper-parameters that ReFT and BaFT share (BaFT Table 5).
 
     rank        r, dimensions of the edited subspace a block
     layers      0-based block numbers (the paper does not say from what it counts; pyreft counts from 0); None: by ``depths``
     depths      of the edited blocks where ``layers`` is None, as parts of the model's depth; the paper's are those of its LLaMA layers
     last        how many last prompt tokens are edited, besides every output token
+    contrast, contrast_weight   neighbours a request is shown with, and the weight of the output term on them (`errata.core.keep`)
     lr, steps   for one request; ``batched_lr``, ``batched_steps`` for several in one patch
     stop        early stop when the "training loss" is below it: ``stop_on`` says whether that is the task loss as mean or as sum
                 over target tokens, or the total with the regularisers (mean task loss + R_bal + R_loc); the paper does not say
@@ -72,6 +73,7 @@ class SubspaceEditor(Editor):
         if self.rank < 1 or self.last < 1 or self.steps < 1 or self.batched_steps < 1:
             raise ConfigError(f"{self.name}: rank, last and steps must be at least 1")
         self.require_seed(self.seed)
+        self.require_contrast()
         if self.lr <= 0 or self.batched_lr <= 0:
             raise ConfigError(f"{self.name}: a learning rate must be positive")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
@@ -110,7 +112,7 @@ class SubspaceEditor(Editor):
         on = active_patches(tuple(on))
         before = on[-1] if on and self._can_resume(lm, on[-1]) else None
         under = on[:-1] if before else on
-        requests = [one for r in requests for one in self.contrasted(lm, [r], on)]  # each as if it were alone
+        requests = self.contrasted_each(lm, requests, on)
         encoded = lm.encode([r.prompt for r in requests], [r.target + self.end for r in requests])
 
         def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:

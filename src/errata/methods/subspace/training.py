@@ -17,6 +17,7 @@ from torch import Tensor
 from errata.config import to_dict
 from errata.core.bank import Bank, Stack
 from errata.core.fit import AdamW, FitResult, fit
+from errata.core.keep import find_kept
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
@@ -61,6 +62,11 @@ class Training:
         cut_rows = split_rows(encoded, self.editor.last, pad_id(self.lm.tokenizer), device, final=gated)
         self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks) + 1, self.on) if self.problems else None
         self.owned = ProblemRows(self.runner, self.owner, len(self.problems))
+        self.kept = None
+        if self.problems:
+            first, start = min(self.blocks) + 1, self._before_banks if self.before is not None else None
+            how = {"start": start, "last": self.editor.last}
+            self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, first, self.on, **how)
 
     def run(self, progress: Progress | None = None) -> list[Patch]:
         """Train and pack; an empty list of problems is an empty list of patches."""
@@ -100,9 +106,7 @@ class Training:
         recorded: dict[Any, Tensor] = {}
         straight = len(owner) == len(alive)  # a row a problem, in order: no gathering
         per_block = self.per_block(p)
-        settings = {"gate": e.gate_kind, "last": e.last}
-        banks = [Bank("subspace", Site(b), settings, per_block[b], None if straight else owner) for b in self.blocks]
-        logits = runner.logits(banks, recorded)
+        logits = runner.logits(self._banks(per_block, None if straight else owner), recorded)
         summed, number = row_nll(logits, runner.rows.labels, runner.rows.label_mask)
         mean = summed / number
         task = mean_per_problem(summed if e.loss == "sum" else mean, owner, len(alive))
@@ -114,7 +118,19 @@ class Training:
                 gates[b] = recorded[Site(b), "gate"]
                 self._note(b, (gates[b] * valid).sum(1), valid.sum(1), self.sample[kept], alive)
         extra = e.regularise(self, per_block, gates, alive)
+        if self.kept is not None:
+            beside = self.kept.of(alive)
+            extra = extra + e.contrast_weight * beside.divergence(self._banks(per_block, beside.owner))
         return task + extra, (compared + extra if e.stop_on == "total" else compared).detach()
+
+    def _banks(self, per_block: Mapping[int, dict[str, Tensor]], owner: Tensor | None) -> list[Bank]:
+        """The ops of all blocks; ``owner`` None: a row a problem, in order."""
+        settings = {"gate": self.editor.gate_kind, "last": self.editor.last}
+        return [Bank("subspace", Site(b), settings, per_block[b], owner) for b in self.blocks]
+
+    def _before_banks(self, owner: Tensor) -> list[Bank]:
+        """What is gone on from, which the output term compares with."""
+        return self._banks(self.per_block(self._start()), owner)
 
     def _note(self, block: int, weights: Tensor, positions: Tensor, sample: Tensor, alive: Tensor) -> None:
         """Keep Σ over a problem's samples of their mean gate weights, from rows' summed weights [B, r] and positions [B, 1]."""

@@ -54,6 +54,7 @@ class WISEEditor(ContrastEditor):
     ) -> Patch:
         """One patch; requests are written one after the other."""
         self.require_requests([requests])
+        requests = self.contrasted(lm, requests, on)
         began, job = time.perf_counter(), WISERun(self, lm, active_patches(tuple(on)), runner)
         memories, notes = job.memories, []
         for request in requests:
@@ -68,6 +69,7 @@ class WISEEditor(ContrastEditor):
         """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length."""
         if not requests:
             return []
+        requests = self.contrasted_each(lm, requests, on)
         began, job = time.perf_counter(), WISERun(self, lm, active_patches(tuple(on)), runner)
         texts = [job.texts(r) for r in requests]
         tokens = [t.tokens for t in texts]
