@@ -18,7 +18,7 @@ from errata.request import Case
 from errata.run import grid
 from errata.run.folder import Journal, Records, document, locked, read_document
 from errata.score import robustness
-from errata.score.evaluator import AnswerCache, Progress, cache_base_answers
+from errata.score.evaluator import MAX_NEW_TOKENS, AnswerCache, Progress, cache_base_answers
 from errata.score.teacher_forcing import TeacherForced
 
 NAME = "base.json"
@@ -85,11 +85,16 @@ def _ask(lm: LM, parts: Mapping[str, Sequence[Case]], journal: Journal, progress
 def copied(answers: AnswerCache, free_tokens: bool = False) -> AnswerCache:
     """The same answers, to add to."""
     chat = None if answers.in_chat is None else copied(answers.in_chat, free_tokens)
-    return AnswerCache(dict(answers.forced), dict(answers.text), dict(answers.ids), free_tokens, answers.chat, chat)
+    kept = (dict(answers.forced), dict(answers.text), dict(answers.ids))
+    return AnswerCache(*kept, free_tokens, answers.chat, chat, dict(answers.limits))
 
 
 def _given(now: AnswerCache, before: AnswerCache) -> Records:
-    out: Records = [{"prompt": key[1], "text": text, "ids": list(now.ids[key])} for key, text in now.text.items() if key not in before.text]
+    out: Records = [
+        {"prompt": key[1], "text": text, "ids": list(now.ids[key]), "limit": now.limits[key]}
+        for key, text in now.text.items()
+        if now.limits[key] != before.limits.get(key)
+    ]
     out += [
         {"prompt": key[1], "target": key[2], "tokens": list(f.target), "argmax": list(f.argmax), "nll": f.nll}
         for key, f in now.forced.items()
@@ -106,7 +111,9 @@ def _take(answers: AnswerCache, records: Records) -> None:
         if r.get("chat"):
             into = answers.in_chat = answers.in_chat or AnswerCache(chat=True)
         if "text" in r:
-            into.text["", r["prompt"]], into.ids["", r["prompt"]] = r["text"], tuple(r["ids"])
+            name = "", r["prompt"]
+            into.text[name], into.ids[name] = r["text"], tuple(r["ids"])
+            into.limits[name] = r.get("limit", MAX_NEW_TOKENS)
         else:
             into.forced["", r["prompt"], r["target"]] = _forced(r)
 
