@@ -224,16 +224,18 @@ def _document(
 
 
 def _retention(screen: Screen, document: dict[str, Any]) -> None:
-    """How each method's metrics stand after T edits (generated answers)."""
+    """How each method's metrics stand after T edits, in the headline protocol."""
     from errata.report import tables
 
-    rows = [r for r in tables.main(document.get("retention", ())) if r["protocol"] == "generated"]
+    first = tables.headline(document.get("retention", ()))
+    rows = [r for r in tables.main(document.get("retention", ())) if r["protocol"] == first]
     if not rows:
         return
     at = sorted({r["T"] for r in rows})
     found = {(r["method"], r["metric"], r["T"]): r for r in rows}
-    soon = {(r["method"], r["metric"]): r for r in document["right_after"] if r["protocol"] == "generated"}
-    pairs = [(m, k) for m in tables.methods(rows) for k in tables.metrics(rows) if (m, k, at[-1]) in found]
-    screen.say("Generated: the same after T edits, and of each case right after its own edit")
-    lines = [(m, k, tables.cell(soon.get((m, k))), *(tables.cell(found.get((m, k, t))) for t in at)) for m, k in pairs]
+    soon = {(r["method"], r["metric"]): r for r in document["right_after"] if r["protocol"] == first}
+    names = tables.merged([*rows, *(r for r in soon.values() if r["metric"] in {row["metric"] for row in rows})])
+    pairs = [(m, k) for m in tables.methods(rows) for k in names if (m, k, at[-1]) in found]
+    screen.say(f"{tables.title(first).partition(':')[0]}: the same after T edits, and of each case right after its own edit")
+    lines = [(m, names[k], tables.cell(soon.get((m, k))), *(tables.cell(found.get((m, k, t))) for t in at)) for m, k in pairs]
     screen.table(("method", "metric", "right after", *(f"T = {t}" for t in at)), lines)
