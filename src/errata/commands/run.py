@@ -42,6 +42,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     if args.dry_run:
         screen.document({"out": str(root), "cells": rows})
         screen.table(("cell", "method", "benchmark", "cases", "scenario", "marks", "seed"), [tuple(r.values()) for r in rows])
+        if any(grid.only_known(spec, cell) for cell in cells):
+            screen.say("Cases: at most, where only facts that the base knows are edited (score.known: false edits all).")
         screen.say(f"{len(cells)} cells; nothing was run. They would go to {root}.")
         return
     with screen.progress() as progress:
@@ -94,10 +96,14 @@ def _tell(screen: Screen, root: Path, outcome: Any) -> None:
     if outcome.error:
         screen.say(f"{outcome.cell}: failed: {outcome.error}")
         return
+    from errata.score import known
+
     found = _found(root, outcome.cell)
     spent = found["cost"]["seconds"]
     times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in spent.items() if seconds >= 0.05)
     screen.say(f"{outcome.cell}: done ({times})")
+    if said := known.say(found.get("known")):
+        screen.say(f"  {said}")
     for gone in found.get("undone", ()):
         screen.say(
             f"  edit {gone['edit']} {gone['prompt']!r} → {gone['target']!r} was taken back: {gone['why'].removeprefix('taken back: ')}"
