@@ -45,7 +45,7 @@ def add(commands: common.Subparsers) -> None:
         default=None,
         help="only cases whose old answer the model gives; --n counts these (counterfact, mquake, robustkey: unless --no-known)",
     )
-    judge_options(out)
+    _judge_options(out)
     out.add_argument("--patch", nargs="+", action="extend", default=[], metavar="DIR", help="benchmarks without edits: score under these")
     out.add_argument("--marks", metavar="T,T,…", help="continual mode: score after so many edits (powers of ten and the last)")
     out.add_argument("--free-tokens", action="store_true", help="also the token agreement of free answers, by which GRACE was published")
@@ -59,7 +59,7 @@ def add(commands: common.Subparsers) -> None:
     common.out_options(out)
 
 
-def judge_options(out: argparse.ArgumentParser) -> None:
+def _judge_options(out: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--judge",
         nargs="+",
@@ -73,7 +73,7 @@ def judge_options(out: argparse.ArgumentParser) -> None:
     out.add_argument("--judge-key-env", metavar="NAME", help="the environment variable that holds its key")
 
 
-def judges_of(args: argparse.Namespace) -> list[Judge]:
+def _judges_of(args: argparse.Namespace) -> list[Judge]:
     """Those of --judge; what an endpoint said is kept in the cache."""
     from errata.score import judges
     from errata.storage import cache_folder
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         raise ConfigError(f"{benchmark.name} has no edits to score; try `errata trace --benchmark {benchmark.name} --data {args.data}`")
     if args.patch:
         raise ConfigError(f"--patch: {benchmark.name} makes its own edits; leave it out, or score a benchmark without edits")
-    judged = judges_of(args)
+    judged = _judges_of(args)
     args.n = len(cases)
     at = marks(args)
     if benchmark.needs_data:

@@ -77,7 +77,7 @@ PROTOCOLS: Final[dict[str, str]] = {
     "likelihood": "Likelihood: the wanted answer against its rival; ES, PS, NS share where it is likelier, EM, PM, NM by how much",
     "sampled": "Sampled: longer text; n-gram entropy in bits (GE) and likeness to texts about the new answer (RS)",
 }
-HEADLINES: Final = ("starts", "generated")  # older records have only the second
+_HEADLINES: Final = ("starts", "generated")  # older records have only the second
 _STAYS: Final = {
     "starts": " As before: the text is the same over as many tokens as the known answer has.",
     "generated": " As before: the whole text is the same.",
@@ -117,7 +117,7 @@ def metrics(rows: Iterable[Row]) -> list[str]:
 def headline(rows: Iterable[Row]) -> str:
     """The protocol that is shown where there is room for one."""
     found = {row["protocol"] for row in rows}
-    return next((protocol for protocol in HEADLINES if protocol in found), HEADLINES[0])
+    return next((protocol for protocol in _HEADLINES if protocol in found), _HEADLINES[0])
 
 
 def merged(rows: Iterable[Row]) -> dict[str, str]:
