@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from errata.errors import ErrataError, InputError, StorageError
-from errata.report import contents, curves, tables
+from errata.report import curves, tables
 from errata.report.curves import retention, sweep
 from errata.report.page import page
 from errata.report.tables import escape, markdown, terminal
@@ -111,32 +111,6 @@ def test_protocols_never_share_a_table(write: Callable[[Any], str]) -> None:
     assert "62.2 [57.2, 67.2]" in generated
     assert "62.2" not in forced
     assert write([]) == ""
-
-
-def test_metrics_that_are_equal_everywhere_are_one_column_with_both_names() -> None:
-    """By hand: true and true, known agree for both methods; reliability agrees with them in one method only."""
-    same = [row(m, k, value=v) for m, v in (("a", 0.5), ("b", 0.6)) for k in ("locality_correct", "locality_correct_known")]
-    other = [row("a", "reliability", value=0.5), row("b", "reliability", value=0.7)]
-    headings, lines = tables.grid([*same, *other], "generated")
-    assert headings == ["method", "reliability", "locality (true) = locality (true, known)"]
-    assert lines[1:] == [["a", "50.0 [45.0, 55.0]", "50.0 [45.0, 55.0]"], ["b", "70.0 [65.0, 75.0]", "60.0 [55.0, 65.0]"]]
-    assert tables.counts(same, "generated") == "locality (true) = locality (true, known) 30 cases, 90 probes"
-    fewer = [*same[:-1], {**same[-1], "n_probes": 80}]
-    assert len(tables.grid(fewer, "generated")[0]) == 3, "over other probes they are two numbers"
-    (after,) = contents.after([{**r, "T": t} for r in same for t in (1, 3)], same)
-    assert [line[:2] for line in after.lines] == [["locality (true) = locality (true, known)", m] for m in ("a", "b")]
-    assert contents.differences([{**r, "minus": "c"} for r in same])[0].headings[1:] == ["locality (true) = locality (true, known)"]
-
-
-def test_the_headline_is_what_a_text_begins_with_where_that_was_measured() -> None:
-    assert tables.headline([row(), row(protocol="starts")]) == "starts"
-    assert tables.headline([row(), row(protocol="teacher_forced")]) == "generated"
-    assert tables.protocols([row(protocol=p) for p in reversed(tables.PROTOCOLS)])[:4] == [
-        "starts",
-        "generated",
-        "contains",
-        "teacher_forced",
-    ]
 
 
 def test_a_base_model_that_goes_on_is_marked_right() -> None:

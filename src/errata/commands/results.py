@@ -65,7 +65,7 @@ def show(screen: Screen, rows: Sequence[Row], gaps: Sequence[Row]) -> None:
     """
     for part, before in ((tables.main(rows), ""), (tables.robust(rows), "Robustness. ")):
         for protocol in tables.protocols(part):
-            screen.say(before + tables.PROTOCOLS.get(protocol, protocol))
+            screen.say(before + tables.title(protocol))
             screen.table(*tables.turned(part, protocol), right=(-1,))
             screen.say(
                 f"{tables.unit(protocol)}, 95 % intervals over cases. {tables.counts(part, protocol)}.{tables.averages(part, protocol)}"
