@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from docs_methods import GROUPS, LOCATE, ROBUST, WEIGHTS, title
-from docs_results import LATENCY, MARKS, Source, batched, continual, measured, perplexity, shown, single, suite, table, value
+from docs_results import FREE, LATENCY, MARKS, Source, batched, continual, measured, perplexity, shown, single, suite, table, value
 
 UP = "results/"
 THREE = ("reliability", "generality", "locality_agreement")
@@ -32,16 +32,16 @@ def figures() -> dict[str, dict[str, float]]:
         found: dict[str, float | None] = {}
         one, joint, many = measured(single(name)), measured(batched(name)), measured(continual(name))
         if one is not None:
-            found |= {m: value(one, m, "generated") for m in THREE} | {"S": value(one, "S", "likelihood")}
+            found |= {m: value(one, m, FREE) for m in THREE} | {"S": value(one, "S", "likelihood")}
             found |= {"alone": one["seconds_alone"], "together": one["seconds_per_edit"], "kB": one["bytes"] / 1000}
         for t in MARKS:
-            found |= {f"{m} at {t}": value(many, m, "generated", t) for m in THREE}
-        found |= {f"{m} by 50": value(joint, m, "generated", 50) for m in THREE}
+            found |= {f"{m} at {t}": value(many, m, FREE, t) for m in THREE}
+        found |= {f"{m} by 50": value(joint, m, FREE, 50) for m in THREE}
         out[name] = {k: float(v) for k, v in found.items() if v is not None}
     for name in SUITES:
         asked = measured(suite(name))
-        out.setdefault(name, {}).update({m: float(value(asked, m, "generated") or 0) for m, _ in ROBUST})
-        out[name].setdefault("reliability", float(value(asked, "reliability", "generated") or 0))
+        out.setdefault(name, {}).update({m: float(value(asked, m, FREE) or 0) for m, _ in ROBUST})
+        out[name].setdefault("reliability", float(value(asked, "reliability", FREE) or 0))
     return out
 
 
@@ -137,7 +137,7 @@ def robust() -> str:
     rows = [
         [
             link(n),
-            shown(value(measured(suite(n)), "reliability", "generated")),
+            shown(value(measured(suite(n)), "reliability", FREE)),
             *(shown(found[n][m]) for m, _ in ROBUST),
             shown(_robust(found[n])),
         ]

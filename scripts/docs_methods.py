@@ -9,7 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from docs_fields import described
-from docs_results import LATENCY, MARKS, Source, batched, continual, interval, measured, perplexity, row, shown, single, suite, table, value
+from docs_results import (
+    FREE,
+    LATENCY,
+    MARKS,
+    Source,
+    batched,
+    continual,
+    headline,
+    interval,
+    measured,
+    perplexity,
+    row,
+    shown,
+    single,
+    suite,
+    table,
+    value,
+)
 
 from errata import registry
 
@@ -124,11 +141,11 @@ def _single(name: str) -> str:
         ("portability", "portability"),
         ("locality_agreement", "locality"),
     )
-    rows = [[label, *(interval(row(found, m, p)) for p in ("teacher_forced", "generated"))] for m, label in metrics]
+    rows = [[label, *(interval(row(found, m, p)) for p in ("teacher_forced", FREE))] for m, label in metrics]
     s = row(found, "S", "likelihood")
     return (
         f"**Single edits**, {found['n']} test cases, 95 % intervals ({_from(source)}):\n\n"
-        + table(["", "teacher-forced", "generated"], rows)
+        + table(["", "teacher-forced", headline(found)], rows)
         + f"\nS, from likelihoods: {interval(s)}. [What these words mean](../protocols.md).\n"
     )
 
@@ -155,10 +172,10 @@ def _continual(name: str) -> str:
         return ""
     rows = []
     for t in MARKS:
-        if value(found, "reliability", "generated", t) is not None:
-            three = [shown(value(found, m, "generated", t)) for m in ("reliability", "generality", "locality_agreement")]
+        if value(found, "reliability", FREE, t) is not None:
+            three = [shown(value(found, m, FREE, t)) for m in ("reliability", "generality", "locality_agreement")]
             rows.append([f"{t:,}", *three, shown(perplexity(found, t), 0)])
-    return f"**One edit after another**, all T edits asked on the final stack, generated ({_from(source)}):\n\n" + table(
+    return f"**One edit after another**, all T edits asked on the final stack, {headline(found)} ({_from(source)}):\n\n" + table(
         ["T", "reliability", "generality", "locality", "perplexity"], rows
     )
 
@@ -169,11 +186,11 @@ def _batched(name: str) -> str:
     if found is None:
         return ""
     rows = [
-        [f"{size}", *(shown(value(found, m, "generated", size)) for m in ("reliability", "generality", "locality_agreement")),
+        [f"{size}", *(shown(value(found, m, FREE, size)) for m in ("reliability", "generality", "locality_agreement")),
          shown(perplexity(found, size), 0), shown(found["seconds_per_edit"][str(size)], 3)]
         for size in (10, 50)
     ]  # fmt: skip
-    return f"**Many in one patch**, {found['n']} edits in joint patches, generated ({_from(source)}):\n\n" + table(
+    return f"**Many in one patch**, {found['n']} edits in joint patches, {headline(found)} ({_from(source)}):\n\n" + table(
         ["edits a patch", "reliability", "generality", "locality", "perplexity", "seconds an edit"], rows
     )
 
@@ -187,7 +204,7 @@ ROBUST = (
 
 
 def robust_row(found: Mapping[str, Any]) -> list[str]:
-    return [shown(value(found, m, "generated")) for m in ("reliability", "generality", *(k for k, _ in ROBUST), "locality_agreement")]
+    return [shown(value(found, m, FREE)) for m in ("reliability", "generality", *(k for k, _ in ROBUST), "locality_agreement")]
 
 
 def _robust(name: str) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from errata.report import tables
+
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 # Continual runs that other scripts made on the same cases; where editors/ has a file of its own, that one counts.
 ELSEWHERE = {
@@ -81,8 +83,17 @@ def measured(source: Source) -> dict[str, Any] | None:
     return _read(source.path) if source.path.exists() else None
 
 
+FREE = "free text"  # the headline protocol of a file
+
+
+def headline(found: Mapping[str, Any] | None) -> str:
+    """How free text is read in this file: files that were measured before there was "starts" have "generated"."""
+    return tables.headline((found or {}).get("rows", ()))
+
+
 def row(found: Mapping[str, Any] | None, metric: str, protocol: str, t: int | None = None) -> dict[str, Any] | None:
-    """One number with its interval."""
+    """One number with its interval; ``protocol`` may be `FREE`."""
+    protocol = headline(found) if protocol == FREE else protocol
     for r in (found or {}).get("rows", ()):
         if r["metric"] == metric and r["protocol"] == protocol and r.get("T") == t:
             return dict(r)

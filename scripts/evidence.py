@@ -125,7 +125,7 @@ def single(lm: LM, n: int) -> None:
     rows = [row for own in records.values() for row in rows_of(own)]
     gaps = {
         f"{metric} {protocol}": difference(records["baft"], records["reft"], metric, protocol)
-        for metric in SHOWN for protocol in ("teacher_forced", "generated")
+        for metric in SHOWN for protocol in ("starts", "generated", "teacher_forced")
     }  # fmt: skip
     write("single", {"n": n, "seconds_per_edit": seconds, "rows": rows, "baft_minus_reft": gaps})
     for name, gap in gaps.items():

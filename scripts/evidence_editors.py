@@ -31,6 +31,7 @@ from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.report import curves
+from errata.report.tables import headline
 from errata.score.cost import latency, size_on_disk
 from errata.score.evaluator import AnswerCache, score
 
@@ -227,7 +228,7 @@ def tables(out: Path) -> None:
     rows = [r for f in found.values() for r in [*f["rows"], *({**r, "T": "right after"} for r in f.get("immediate", ()))]]
     rows = [r for r in rows if r["metric"] in SHOWN]
     (out / "continual.md").write_text(table(rows, "T", SHOWN) + perplexities(found, "T ="))
-    drawn = [r for r in rows if r["method"] in DRAWN and r["T"] != "right after" and r["protocol"] == "generated"]
+    drawn = [r for r in rows if r["method"] in DRAWN and r["T"] != "right after" and r["protocol"] == headline(rows)]
     for metric in ("reliability", "locality_agreement"):  # one a plot: eight methods are enough lines
         curves.retention([r for r in drawn if r["metric"] == metric], out / f"continual-{metric.partition('_')[0]}.png")
 

@@ -67,7 +67,7 @@ def keep(what: str, label: str, lm: LM, records: Sequence[dict[str, Any]], stack
     out = {"n": len({r["case"] for r in records}), "rows": rows, "paper": robustness.micro_averages(records), "seconds_per_edit": seconds}
     out["perplexity"] = held_out(lm, stacks[:1])[0]
     write(f"{FOLDER}/{what}-{slug(label)}", {**out, **more, "cases": means(records)})
-    shown = {r["metric"]: round(r["value"], 3) for r in rows if r["protocol"] == "generated" and r["metric"] in COLUMNS}
+    shown = {r["metric"]: round(r["value"], 3) for r in rows if r["protocol"] == "starts" and r["metric"] in COLUMNS}
     print(label, f"{seconds:.2f} s", out["perplexity"], shown, flush=True)
 
 
@@ -76,7 +76,7 @@ def means(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r in records:
         grouped.setdefault((r["case"], "neighbour" if r["kind"] in ("neighbour", "unrelated") else r["kind"]), []).append(r)
-    fields = ("tf_after", "tf_agree", "gen_match_after", "gen_agree")
+    fields = ("tf_after", "tf_agree", "starts_after", "answer_agree", "gen_match_after", "gen_agree")
     return [
         {"method": own[0]["method"], "case": case, "kind": kind, **{f: round(sum(float(r[f]) for r in own) / len(own), 6) for f in fields}}
         for (case, kind), own in grouped.items()
@@ -147,7 +147,7 @@ def tables() -> None:
         if not found:
             continue
         text = ""
-        for protocol in ("generated", "teacher_forced"):
+        for protocol in ("starts", "generated", "teacher_forced"):
             rows = []
             for label, f in found.items():
                 at = {r["metric"]: r for r in f["rows"] if r["protocol"] == protocol}
@@ -159,7 +159,7 @@ def tables() -> None:
             names = list(dict.fromkeys(r["score"] for f in found.values() for r in f["paper"]))
             values = {label: {r["score"]: r["value"] for r in f["paper"]} for label, f in found.items()}
             text += lines(["method", *names], [[label, *(f"{v[s]:.3f}" if s in v else "–" for s in names)] for label, v in values.items()])
-            text += "\nREP against the method without it, paired over cases (generated)\n\n" + _differences(found)
+            text += "\nREP against the method without it, paired over cases (free text)\n\n" + _differences(found)
         (OUT / FOLDER / f"{what}.md").write_text(text)
 
 
@@ -170,7 +170,7 @@ def _differences(found: dict[str, Any]) -> str:
             cells = []
             for column in COLUMNS:
                 one, two = found[f"rep-{label}"]["cases"], found[label]["cases"]
-                d = difference(_full(one), _full(two), column, "generated")
+                d = difference(_full(one), _full(two), column, "starts" if "starts_after" in one[0] else "generated")
                 cells.append(f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]")
             rows.append([label, *cells])
     return lines(["method", *COLUMNS], rows)

@@ -25,7 +25,7 @@ def document(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 def test_score_reads_a_file(sample: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, data, out = sample.partition(".")[0].partition("-")[0], SAMPLES / sample, tmp_path / "out"
     settings = ("--set", "reft.rank=2", "--set", "reft.steps=2", "--set", "reft.batched_steps=2")
-    argv = ("score", tiny, "--benchmark", name, "--data", str(data), "--n", "2", "--method", "none,reft")
+    argv = ("score", tiny, "--benchmark", name, "--data", str(data), "--n", "2", "--method", "none,reft", "--no-known")
     found = document(capsys, *argv, *settings, "--out", str(out))
     assert found["n"] == 2 and found["split"] is None and found["data"] == str(data) and found["records"]["records"] == 5
     assert {r["method"] for r in found["summary"]} == {"none", "reft"}
@@ -80,7 +80,7 @@ def test_methods_that_need_a_subject_say_so(tiny: str, tmp_path: Path, capsys: p
 
 
 def test_fluency_without_prompts_is_refused(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["score", tiny, "--benchmark", "counterfact", "--method", "none", "--fluency", "--n", "1", "--data"]
+    argv = ["score", tiny, "--benchmark", "counterfact", "--method", "none", "--fluency", "--n", "1", "--no-known", "--data"]
     assert main([*argv, str(SAMPLES / "counterfact-flattened.json")]) == 2
     assert "no case has a prompt to sample from" in capsys.readouterr().err
     found = document(capsys, *argv, str(SAMPLES / "counterfact-original.json"))

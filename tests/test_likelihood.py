@@ -77,7 +77,7 @@ def test_records_without_rival_or_older_than_the_fields() -> None:
     assert values(none) == {}
     old = [{k: v for k, v in r.items() if not k.startswith("nll")} for r in CLOSED]
     rows = summarise(old)
-    assert {r["protocol"] for r in rows} == {"teacher_forced", "generated"} and rows
+    assert {r["protocol"] for r in rows} == {"generated", "teacher_forced"} and rows
     mixed = values([*({**r, "case": "old " + r["case"]} for r in old), *none, *CLOSED])
     assert mixed == values(CLOSED)
     no_before = [{k: v for k, v in r.items() if not k.endswith("before") or not k.startswith("nll")} for r in CLOSED]
@@ -97,10 +97,10 @@ def test_interval_of_s_is_joint_and_the_same_each_time() -> None:
     assert rows == [r for r in summarise(list(reversed(many()))) if r["metric"] == "S"]
     (row,) = rows
     assert row["low"] < row["value"] < row["high"]
-    # with equal kinds every resample has ES = PS = NS = S, so S has exactly ES's interval: the kinds are drawn together
+    # with equal kinds every resample has ES = PS = NS = S, so S has ES's interval, up to Wilson's for the bootstrap's: drawn together
     equal = [record(kind, f"c{i}", 1.0, 1.0 + (-1) ** i) for i in range(30) for kind in ("rewrite", "rephrase", "neighbour")]
     found = {r["metric"]: (r["low"], r["high"]) for r in summarise(equal) if r["protocol"] == "likelihood"}
-    assert found["S"] == pytest.approx(found["ES"]) and found["ES"][0] < 0.4
+    assert found["S"] == pytest.approx(found["ES"], abs=0.005) and found["ES"][0] < 0.4
 
 
 def test_few_cases_with_different_kinds_still_have_an_interval() -> None:
@@ -209,7 +209,7 @@ def test_without_a_rival_and_without_a_target() -> None:
     records = score(lm("llama"), [case], [()], "none")
     assert [r["rival"] for r in records] == [None] * 3
     assert all(math.isfinite(r["nll_after"]) and r["nll_rival_after"] is None for r in records)
-    assert {r["protocol"] for r in summarise(records)} == {"teacher_forced", "generated"}
+    assert {r["protocol"] for r in summarise(records)} == {"starts", "generated", "contains", "teacher_forced"}
 
 
 def test_rivals_cost_rows_not_passes() -> None:

@@ -86,7 +86,8 @@ def test_an_answer_begins_with_itself_whatever_follows(answer: str, more: str) -
 @given(WORDS, WORDS)
 def test_case_and_what_follows_the_end_of_a_word_do_not_matter(text: str, answer: str) -> None:
     assert starts(text, answer) == starts(text.upper(), answer) == starts(text, f"  {answer.lower()}!")
-    assert not starts(text, answer) or starts(f"{text} and so on", answer)
+    last = answer.casefold().split()[-1:]  # "Lyon" equals "Lyon a", as `normalise` has it, but no text with "Lyon" begins with it
+    assert not starts(text, answer) or starts(f"{text} and so on", answer) or last[0] in ("a", "an", "the")
 
 
 @given(ANY)

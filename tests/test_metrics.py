@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from errata.errors import InputError, UnknownNameError
-from errata.score import metrics
+from errata.score import intervals
 from errata.score.match import contains, exact_match, normalise
 from errata.score.metrics import METRICS, PROTOCOLS, case_values, difference, get_metric, summarise
 
@@ -122,9 +122,9 @@ def test_both_averages_of_a_case_by_hand() -> None:
 def test_interval_is_over_cases_not_probes() -> None:
     """Ten equal probes a case tell no more than one: the interval must not shrink."""
     few = [record("rephrase", f"c{i}", tf_after=float(i % 2)) for i in range(40)]
-    one, ten = (summarise(rows)[0] for rows in (few, few * 10))
-    assert (one["low"], one["high"]) == pytest.approx((ten["low"], ten["high"]))
-    assert one["high"] - one["low"] > 0.25
+    (one, ten) = ([value(summarise(rows), "generality", "teacher_forced", k) for k in ("low", "high")] for rows in (few, few * 10))
+    assert one == pytest.approx(ten)
+    assert one[1] - one[0] > 0.25
 
 
 def test_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -132,14 +132,14 @@ def test_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for i in range(300):
-        low, high = metrics.interval(rng.beta(2, 3, size=60), seed=i, resamples=500)
+        low, high = intervals.bootstrap(rng.beta(2, 3, size=60), seed=i, resamples=500)
         hits += low <= 0.4 <= high
     assert 0.90 <= hits / 300 <= 0.985
 
 
 def test_interval_width_matches_theory() -> None:
     values = np.random.default_rng(0).normal(size=400)
-    low, high = metrics.interval(values, seed=0, resamples=4000)
+    low, high = intervals.bootstrap(values, seed=0, resamples=4000)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
 
 
@@ -154,8 +154,8 @@ def test_chunked_resampling_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(np, "quantile", counted)
     for chunk in (7, 64, 1 << 21):
-        monkeypatch.setattr(metrics, "CHUNK", chunk)
-        metrics.interval(np.linspace(0, 1, 10), seed=0, resamples=101)
+        monkeypatch.setattr(intervals, "CHUNK", chunk)
+        intervals.bootstrap(np.linspace(0, 1, 10), seed=0, resamples=101)
     assert sizes == [101, 101, 101]
 
 
@@ -164,7 +164,8 @@ def test_order_of_records_and_seed() -> None:
     mixed = rows[:]
     random.Random(0).shuffle(mixed)
     assert summarise(rows) == summarise(mixed)
-    assert summarise(rows, seed=1)[0]["low"] != summarise(rows, seed=2)[0]["low"]
+    one, two = (value(summarise(rows, seed=seed), "generality", "teacher_forced", "low") for seed in (1, 2))
+    assert one != two
 
 
 def test_one_row_a_method_and_none_for_what_was_not_asked() -> None:
@@ -172,7 +173,7 @@ def test_one_row_a_method_and_none_for_what_was_not_asked() -> None:
     assert list(dict.fromkeys(r["method"] for r in rows)) == ["b", "a"]
     assert {(r["method"], r["metric"]) for r in rows} == {("b", "reliability"), ("a", "reliability"), ("a", "portability"), ("a", "alias")}
     assert {r["protocol"] for r in rows} == {"teacher_forced", "generated"}, "no likelihood without its fields"
-    assert {r["version"] for r in rows} == {1}
+    assert all(r["version"] == METRICS[r["metric"]].version for r in rows)
 
 
 def test_never_nan() -> None:
@@ -206,12 +207,12 @@ def test_difference_is_paired_on_common_cases() -> None:
         (
             ([record()], [record()], "reliability", "free"),
             InputError,
-            "there are teacher_forced, generated, free_tokens, likelihood and sampled",
+            "there are starts, generated, contains, teacher_forced, free_tokens, likelihood and sampled",
         ),
         (
             ([record()], [record()], "reliability", "likelihood"),
             InputError,
-            "it is as teacher_forced and generated",
+            "it is as starts and generated and contains and teacher_forced and free_tokens",
         ),
         (([record()], [record()], "ES", "likelihood"), InputError, "no case has ES on both sides"),
         (([record()], [record()], "S", "likelihood"), InputError, "no case has S on both sides"),
@@ -221,6 +222,25 @@ def test_difference_is_paired_on_common_cases() -> None:
 def test_bad_difference(arguments: tuple[Any, ...], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         difference(*arguments)
+
+
+def test_begins_with_stands_beside_equals_and_contains() -> None:
+    """Golden values by hand: four cases that say the answer and go on, say it and stop, say it later, and do not say it."""
+    said = [(True, False, True), (True, True, True), (False, False, True), (False, False, False)]
+    mine = [
+        record(case=f"c{i}", starts_after=s, gen_match_after=g, contains_after=c, starts_before=False, contains_before=False)
+        for i, (s, g, c) in enumerate(said)
+    ]
+    mine += [record("neighbour", f"c{i}", answer_agree=i < 3, first_word_agree=True, gen_agree=i < 1, tf_agree=0.5) for i in range(4)]
+    mine += [record("negation", f"c{i}", starts_before=True, starts_after=s, contains_after=c) for i, (s, _, c) in enumerate(said)]
+    rows = summarise(mine)
+    assert [value(rows, "reliability", p) for p in ("starts", "generated", "contains")] == [0.5, 0.25, 0.75]
+    assert value(rows, "reliability", "starts", "before") == 0.0
+    assert [value(rows, "locality_agreement", p) for p in ("starts", "generated", "teacher_forced")] == [0.75, 0.25, 0.5]
+    assert value(rows, "locality_first_word", "starts") == 1.0
+    assert value(rows, "negation", "starts") == 0.5 and value(rows, "negation", "contains") == 0.25
+    assert value(rows, "negation", "starts", "before") == 0.0 and value(rows, "negation", "contains", "before") is None
+    assert next(r["protocol"] for r in rows) == "starts", "the headline comes first"
 
 
 def test_bad_records_and_settings() -> None:

@@ -104,13 +104,19 @@ class Reader(html.parser.HTMLParser):
 @pytest.mark.parametrize("write", [terminal, markdown])
 def test_protocols_never_share_a_table(write: Callable[[Any], str]) -> None:
     text = write(ROWS)
-    forced, generated = text.split("Generated:")
-    assert "Teacher-forced:" in forced
+    generated, forced = text.split("Teacher-forced:")
+    assert "Generated:" in generated, "free text comes first"
     assert "82.2 [77.2, 87.2]" in forced
     assert "82.2" not in generated
     assert "62.2 [57.2, 67.2]" in generated
     assert "62.2" not in forced
     assert write([]) == ""
+
+
+def test_a_base_model_that_goes_on_is_marked_right() -> None:
+    free = {"starts_before": False, "starts_after": True, "gen_match_after": False, "answer_agree": True, "gen_after": "Rome, and so on"}
+    (edit, stays) = shown(page("t", [], [record(**free), record("neighbour", target=None, **free)], {}))
+    assert edit[4] == [("y", "Rome, and so on")] and stays[4] == [("y", "Rome, and so on")]
 
 
 LIKELIHOOD = [row("baft", "EM", "likelihood", 0.44), row("baft", "S", "likelihood", 0.33, before=None)]
@@ -119,7 +125,9 @@ SAMPLED = [row("baft", "GE", "sampled", 6.266, before=6.2), row("baft", "RS", "s
 
 def test_likelihoods_and_sampled_text_have_tables_of_their_own() -> None:
     text = terminal([*SAMPLED, *LIKELIHOOD, *ROWS])
-    forced, generated, likelihood, sampled = text.replace("Likelihood:", "|").replace("Generated:", "|").replace("Sampled:", "|").split("|")
+    generated, forced, likelihood, sampled = (
+        text.replace("Likelihood:", "|").replace("Teacher-forced:", "|").replace("Sampled:", "|").split("|")
+    )
     assert "S (harmonic mean)  EM (edited prompt)" in likelihood
     assert "33.0 [28.0, 38.0]   44.0 [39.0, 49.0]" in likelihood and "44.0" not in forced + generated + sampled
     assert "626.6 [621.6, 631.6]" in sampled and "31.9 [26.9, 36.9]" in sampled
@@ -218,8 +226,8 @@ def test_page_fits_dark_and_narrow_screens() -> None:
 
 def test_page_shows_scores_by_protocol_and_notes() -> None:
     read = Reader(page("A run", ROWS, [], {"model": "almanac", "cases": 30}))
-    forced, generated = read.text.split("Generated scores")
-    assert "Teacher-forced scores" in forced
+    generated, forced = read.text.split("Teacher-forced scores")
+    assert "Generated scores" in generated
     assert "[77.2, 87.2]" in forced
     assert "[57.2, 67.2]" in generated
     assert read.count("table", class_="scores") == 2

@@ -45,10 +45,14 @@ def test_numbers_beside_lines_do_not_cover_each_other() -> None:
 
 def test_retention_panels_have_a_point_a_mark_and_a_panel_a_metric() -> None:
     rows = [
-        row(m, k, T=t, value=v) for m in ("a", "b") for k in ("reliability", "generality") for t, v in ((1, 0.9), (10, 0.7), (100, 0.6))
+        row(m, k, T=t, value=v - less)
+        for m in ("a", "b")
+        for k, less in (("reliability", 0.0), ("generality", 0.1), ("locality_correct", 0.1))
+        for t, v in ((1, 0.9), (10, 0.7), (100, 0.6))
     ]
     found = panels([*rows, row("a", "alias", T=1), row("a", "reliability", "teacher_forced", T=1)], "generated")
-    assert len(found) == 2, "one T is no curve, and protocols are apart"
+    assert len(found) == 2, "one T is no curve, protocols are apart, and equal metrics are one"
+    assert "generality = locality (true), Generated" in found[1]
     assert found[0].count("<circle") == 6 and "a T 1 0.900, T 10 0.700, T 100 0.600; b T 1" in found[0]
     xs = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', found[0])][:3]
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.11), "T is logarithmic"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,17 @@ def test_both_kinds_of_folder_are_read_as_one() -> None:
 def test_the_numbers_are_those_of_the_records() -> None:
     def again(records: Callable[[], Any]) -> list[dict[str, Any]]:
         """The metrics there were when the folder was written."""
-        return [row for row in summarise(list(records())) if not get_metric(row["metric"]).by_kind]
+        return values([row for row in summarise(list(records())) if not get_metric(row["metric"]).by_kind])
+
+    def values(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Without intervals, which were all bootstrapped then, and in one order."""
+        found = [{k: v for k, v in row.items() if k not in ("low", "high", "version")} for row in rows]
+        return sorted(found, key=lambda row: (row["metric"], row["protocol"]))
 
     (section,) = gather([read(SCORED)])
     for name in ("none", "baft"):
-        assert again(section.records[name]) == [row for row in section.rows if row["method"] == name]
-        assert again(section.right_after_records[name]) == [row for row in section.right_after if row["method"] == name]
+        assert again(section.records[name]) == values(row for row in section.rows if row["method"] == name)
+        assert again(section.right_after_records[name]) == values(row for row in section.right_after if row["method"] == name)
 
 
 def test_records_are_told_apart_by_when_they_were_made() -> None:

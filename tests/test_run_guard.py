@@ -294,13 +294,13 @@ def test_judged_answers_are_protocols_of_their_own(tiny: str, tmp_path: Path) ->
         if r["target"] is None:
             assert "judged" not in r
         else:
-            assert r["judged"]["contains@1"][1] >= r["gen_match_after"]  # whole words in the answer
+            assert r["judged"]["contains@2"][1] >= r["gen_match_after"]  # whole words in the answer
             assert r["judged"]["own:shouts@1"] == [r[f"gen_{when}"].upper() == r["target"].upper() for when in ("before", "after")]
     rows = {(r["metric"], r["protocol"]): r for r in summary(tmp_path / "run")["summary"]}
-    assert rows["reliability", "judged contains@1"]["value"] >= rows["reliability", "generated"]["value"] > 0
-    assert ("locality_agreement", "judged contains@1") not in rows and ("ES", "judged contains@1") not in rows
+    assert rows["reliability", "judged contains@2"]["value"] >= rows["reliability", "generated"]["value"] > 0
+    assert ("locality_agreement", "judged contains@2") not in rows and ("ES", "judged contains@2") not in rows
     other = [{**r, "method": "b"} for r in found]
-    assert difference(found, other, "reliability", "judged contains@1")["value"] == 0
+    assert difference(found, other, "reliability", "judged contains@2")["value"] == 0
     stricter = [{**r, "judged": {"never@1": [False, False]}} if "judged" in r else r for r in found]
     assert {r["value"] for r in summarise(stricter) if r["protocol"] == "judged never@1" and r["metric"] == "reliability"} == {0.0}
 

@@ -43,7 +43,7 @@ def test_answers_are_those_of_whole_texts() -> None:
     lm = hybrid()
     patch = build(ReFT, {"rank": 4, "lr": 0.02, "steps": 3}).edit(lm, [EditRequest(PROMPTS[0], "Rome")])
     answers = AnswerCache()
-    ask(lm, [(s, p, ["Rome", "Madrid and Tokyo"], True) for s in ((), (patch,)) for p in PROMPTS], answers)
+    ask(lm, [(s, p, ["Rome", "Madrid and Tokyo"], 12) for s in ((), (patch,)) for p in PROMPTS], answers)
     for (name, prompt, target), found in answers.forced.items():
         (alone,) = teacher_forcing.score_full_texts(lm, lm.encode([prompt], [target]), [(patch,) if name else ()], [0])
         assert found.nll == pytest.approx(alone.nll, abs=1e-4) and found.argmax == alone.argmax

@@ -14,7 +14,8 @@ from errata.errors import ConfigError
 from errata.methods.subspace.baft import BaFT
 from errata.methods.subspace.reft import ReFT
 from errata.request import Case, EditRequest, Probe
-from errata.score.evaluator import AnswerCache, score
+from errata.score import evaluator
+from errata.score.evaluator import AnswerCache, ask, score, tokens_to_ask
 
 CASES = [
     Case(
@@ -159,3 +160,81 @@ def test_a_batch_of_nothing() -> None:
     with pytest.raises(ConfigError, match="at least one edit"):
         run.batched(lm("llama"), EDITOR, CASES, 0)
     assert run.single(lm("llama"), EDITOR, []) == ([], [])
+
+
+# -- free text, read as people read it --------------------------------------------------------------------------------
+
+LONG = "Rome " * 30
+
+
+class Says:
+    """The words a model says after any prompt, whatever it would have said."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, base: LM, before: str, after: str) -> None:
+        real, ids = evaluator.decode, {k: base.tokenizer(v, add_special_tokens=False)["input_ids"] for k, v in (("", before), ("p", after))}
+        self.limits: list[int] = []
+
+        def decode(prefilled: Any, limits: Any, stop: Any) -> list[list[int]]:
+            assert len(real(prefilled, limits, stop)) == len(limits)
+            self.limits += limits
+            return [ids[self.stack][:limit] for limit in limits]
+
+        monkeypatch.setattr(evaluator, "decode", decode)
+        self.stack = ""
+
+
+def free(monkeypatch: pytest.MonkeyPatch, before: str, after: str, *probes: Probe) -> list[dict[str, Any]]:
+    """Records of a model that says ``before`` unedited and ``after`` edited, and never stops."""
+    base = lm("llama")
+    (patch,) = EDITOR.edit_each(base, [CASES[0].request])
+    says, answers = Says(monkeypatch, base, before, after), AnswerCache()
+    case = Case(CASES[0].request, probes)
+    evaluator.cache_base_answers(base, [case], answers)
+    says.stack = "p"
+    return score(base, [case], [(patch,)], "m", answers=answers)
+
+
+def test_a_base_model_that_says_the_answer_and_goes_on_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = CASES[0].request.prompt
+    (record,) = free(monkeypatch, "Paris and Rome and Tokyo", "Rome and Paris", Probe("rewrite", prompt, "Rome"))
+    assert (record["starts_before"], record["starts_after"]) == (False, True)
+    assert (record["gen_match_before"], record["gen_match_after"]) == (False, False)
+    assert (record["contains_before"], record["contains_after"]) == (True, True)
+    assert record["known"], "the base's answer begins with the truth"
+    assert not record["answer_agree"] and not record["first_word_agree"]
+
+
+def test_locality_is_on_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = (
+        Probe("neighbour", "The capital of Japan is", "Tokyo", ("Kyoto", "Tokyo and Rome")),
+        Probe("unrelated", "The capital of Spain is", "Tokyo and Rome"),
+        Probe("unrelated", "In Rome people speak"),
+    )
+    short, long, none = free(monkeypatch, "Tokyo and Paris", "Tokyo and Rome", *probes)
+    assert short["answer_agree"] and short["known"] and not short["gen_agree"] and short["first_word_agree"]
+    assert not long["answer_agree"] and not long["known"] and long["starts_after"] and long["first_word_agree"]
+    assert not none["answer_agree"], "where nothing is wanted, the base's whole answer is"
+
+
+def test_a_long_answer_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, prompt = lm("llama"), "The capital of Japan is"
+    needed = len(base.tokenizer(LONG, add_special_tokens=False)["input_ids"])
+    assert tokens_to_ask(base, [LONG, "Rome"]) == needed + 4 > evaluator.MAX_NEW_TOKENS == tokens_to_ask(base, ["Rome"])
+    long, short = free(monkeypatch, LONG + "and", LONG + "Rome", Probe("neighbour", prompt, LONG.strip()), Probe("alias", prompt, "Rome"))
+    assert long["starts_before"] and long["starts_after"] and long["answer_agree"] and not long["gen_agree"]
+    assert short["starts_after"] and short["gen_agree"], "a probe with a short answer sees no more than if it had been asked alone"
+    assert len(short["gen_after"]) < len(long["gen_after"])
+
+
+def test_rows_of_a_batch_end_at_their_own_limit() -> None:
+    base, answers = lm("llama"), AnswerCache()
+    ask(base, [((), c.request.prompt, (), n) for c, n in zip(CASES, (1, 2, 30), strict=True)], answers)
+    whole = AnswerCache()
+    ask(base, [((), c.request.prompt, (), 30) for c in CASES], whole)
+    for case, n in zip(CASES, (1, 2, 30), strict=True):
+        name = "", case.request.prompt
+        assert answers.ids[name] == whole.ids[name][:n] and answers.said(base, name, n) == whole.said(base, name, n)
+        assert answers.has(name, n) and answers.limits[name] == n
+    before = dict(answers.ids)
+    ask(base, [((), c.request.prompt, (), 1) for c in CASES], answers)
+    assert answers.ids == before, "what is there is not asked again"

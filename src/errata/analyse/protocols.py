@@ -20,9 +20,9 @@ from errata.benchmarks.downstream import MultipleChoice
 from errata.core.bank import Stack, active_patches
 from errata.core.model import LM
 from errata.request import LOCAL_KINDS, Case
-from errata.score import downstream, robustness
+from errata.score import downstream, intervals, robustness
 from errata.score.evaluator import AnswerCache, score
-from errata.score.metrics import case_values, interval
+from errata.score.metrics import case_values, get_metric
 
 Progress = Callable[[str, int, int], None]
 Row = dict[str, Any]
@@ -70,12 +70,13 @@ class Measurement:
     def keep(self, found: Sequence[Row], wanted: Mapping[str, tuple[str, str]], by_kind: bool = False, **row: Any) -> None:
         """A row of figures from records.  ``by_kind``: see `errata.score.metrics.case_values`."""
         means = {column: case_values(found, *which, by_kind) for column, which in wanted.items()}
-        figures = _figures({column: values for column, values in means.items() if values})
+        shares = all(get_metric(metric).share for metric, _ in wanted.values())
+        figures = _figures({column: values for column, values in means.items() if values}, shares)
         self.into.rows.append({**row, "n": len({r["case"] for r in found}), "figures": figures})
         self.into.records += [{**r, **{k: row[k] for k in ("part", "T", "batch") if k in row}} for r in found]
 
 
-def _figures(means: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def _figures(means: Mapping[str, Mapping[str, float]], shares: bool) -> dict[str, dict[str, float]]:
     """{column: value, low, high} from {column: {case: value}}; of several columns also the average, with an interval of its own: the
     columns of a case rise and fall together, so cases are drawn, not columns."""
     cases = sorted({case for values in means.values() for case in values})
@@ -83,10 +84,12 @@ def _figures(means: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, fl
     out = {}
     for i, column in enumerate(means):
         own = table[:, i][~np.isnan(table[:, i])]
-        low, high = interval(own, 0)
+        low, high = intervals.share(own, 0) if shares else intervals.bootstrap(own, 0)
         out[column] = {"value": float(own.mean()), "low": low, "high": high}
     if len(means) > 1:
-        low, high = interval(table, 0, statistic=_average)
+        low, high = intervals.bootstrap(table, 0, statistic=_average)
+        if shares:
+            low, high = intervals.at_the_edge((low, high), *table.T, statistic=lambda limits: float(limits.mean()))
         out["average"] = {"value": float(_average(table)), "low": low, "high": high}
     return out
 

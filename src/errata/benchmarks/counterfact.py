@@ -68,6 +68,7 @@ class CounterFact(FileBenchmark):
     """Counterfactual edits with neighbours that share the old object."""
 
     name = "counterfact"
+    only_known = True
     version = "1"
     source = "counterfact.json of ROME and MEMIT (original form); counterfact-edit.json of EasyEdit (flattened form)"
     licence = "MIT"

@@ -74,6 +74,7 @@ class FileData(Generic[Item]):
     forms: ClassVar[tuple[RecordFormat[Any], ...]]
     needs_data: ClassVar[bool] = True
     kind: ClassVar[str] = "edits"  # or choices, questions, facts: without edits
+    only_known: ClassVar[bool] = False  # its edits deny an old answer: scored on those that the base knows, unless told otherwise
 
     def __init__(self, data: str | Path) -> None:
         self.data = data

@@ -44,6 +44,7 @@ class MQuAKE(FileBenchmark):
     """Multi-hop questions for knowledge editing: the files CF, CF-3k, T and hard, and AKEW's extension of CF."""
 
     name = "mquake"
+    only_known = True
     version = "1"
     source = "MQuAKE-CF.json, MQuAKE-CF-3k.json, MQuAKE-T.json of princeton-nlp/MQuAKE; MQuAKE-hard.json; AKEW's MQuAKE-CF.json"
     licence = "MIT"

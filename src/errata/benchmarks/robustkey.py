@@ -50,6 +50,7 @@ class RobustKey(FileBenchmark):
     """Counterfactual edits under other names of their subjects."""
 
     name = "robustkey"
+    only_known = True
     version = "1"
     source = "*_para_prompt_para_subject*.json of ElliottYan/RobustKeyEdit"
     licence = "none stated for the data; code MIT"

@@ -12,7 +12,7 @@ from errata.errors import ConfigError
 
 def run(args: argparse.Namespace, screen: Screen, benchmark: Any, items: list[Any]) -> None:
     """Accuracy with intervals, before and after."""
-    for name in ("method", "marks", "config", "fluency", "free_tokens", "set"):
+    for name in ("method", "marks", "config", "fluency", "free_tokens", "set", "known", "judge"):
         if getattr(args, name):
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(

@@ -81,7 +81,7 @@ def _from_run(args: argparse.Namespace, run: Path, named: str | None, values: di
     lm = common.load(args, **{k: v for k, v in more.items() if v is not None})
     if (then := _read(folder / "cell.json").get("fingerprint")) != lm.fingerprint:
         raise InputError(f"{folder} belongs to base {then}, {args.model} is {lm.fingerprint}; give its model with --model")
-    cases = base_answers.cases_of(lm, spec, cell)
+    cases = base_answers.cases_of(lm, spec, cell, run / "base" / cell.base)
     entries = Journal(folder, repair=False).entries
     numbers = live_edits(entries)
     found = Source(cell=cell.id, cases=cases, by_mark=_by_mark(folder / "records.jsonl", cell.method.label))

@@ -36,7 +36,7 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument(
         "--against", metavar="METHOD", help="what differences are taken from; all: every pair (all of up to 5 methods, else the first)"
     )
-    out.add_argument("--protocol", metavar="NAME[,NAME]", help="only these: teacher_forced, generated …")
+    out.add_argument("--protocol", metavar="NAME[,NAME]", help="only these: starts, teacher_forced …")
     out.add_argument("--cases", type=common.positive, metavar="N", help="of each section in the page (all)")
 
 

@@ -61,22 +61,26 @@ def paired(said: Mapping[str, Read], rows: Sequence[Row], pairs: Sequence[tuple[
 def show(screen: Screen, rows: Sequence[Row], gaps: Sequence[Row]) -> None:
     """A table for each protocol, metrics down and methods across: few methods are compared on many metrics, and a terminal is narrow.
 
-    Robustness has tables of its own behind them; of its many differences only those of generated text are pointed out.
+    Robustness has tables of its own behind them; of its many differences only those of the headline protocol are pointed out.
     """
     for part, before in ((tables.main(rows), ""), (tables.robust(rows), "Robustness. ")):
         for protocol in tables.protocols(part):
-            screen.say(before + tables.PROTOCOLS.get(protocol, protocol))
+            screen.say(before + tables.title(protocol))
             screen.table(*tables.turned(part, protocol), right=(-1,))
             screen.say(
                 f"{tables.unit(protocol)}, 95 % intervals over cases. {tables.counts(part, protocol)}.{tables.averages(part, protocol)}"
             )
             screen.say()
-    gaps = [g for g in gaps if g["metric"] not in tables.ROBUST or g["protocol"] == "generated"]
+    first = tables.headline(gaps)
+    gaps = [g for g in gaps if g["metric"] not in tables.ROBUST or g["protocol"] == first]
     enough = [g for g in gaps if g["n_cases"] >= LEAST]
     shown = [g for g in enough if contents.clear(g)]
-    for g in shown:
-        where = f"{tables.HEADINGS.get(g['metric'], g['metric'])} ({g['protocol'].replace('_', '-')})"
-        screen.say(f"{g['method']} − {g['minus']}, {where}: {contents.gap(g)}")
+    for protocol in tables.protocols(shown):
+        mine = [g for g in shown if g["protocol"] == protocol]
+        names = tables.merged(mine)
+        for g in (g for g in mine if g["metric"] in names):
+            where = f"{names[g['metric']]} ({protocol.replace('_', '-')})"
+            screen.say(f"{g['method']} − {g['minus']}, {where}: {contents.gap(g)}")
     if enough:
         screen.say(f"No {'other ' if shown else ''}paired difference over at least {LEAST} cases is clear of 0 at 95 %.")
 

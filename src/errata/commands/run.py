@@ -42,6 +42,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     if args.dry_run:
         screen.document({"out": str(root), "cells": rows})
         screen.table(("cell", "method", "benchmark", "cases", "scenario", "marks", "seed"), [tuple(r.values()) for r in rows])
+        if any(grid.only_known(spec, cell) for cell in cells):
+            screen.say("Cases: at most, where only facts that the base knows are edited (score.known: false edits all).")
         screen.say(f"{len(cells)} cells; nothing was run. They would go to {root}.")
         return
     with screen.progress() as progress:
@@ -94,10 +96,14 @@ def _tell(screen: Screen, root: Path, outcome: Any) -> None:
     if outcome.error:
         screen.say(f"{outcome.cell}: failed: {outcome.error}")
         return
+    from errata.score import known
+
     found = _found(root, outcome.cell)
     spent = found["cost"]["seconds"]
     times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in spent.items() if seconds >= 0.05)
     screen.say(f"{outcome.cell}: done ({times})")
+    if said := known.say(found.get("known")):
+        screen.say(f"  {said}")
     for gone in found.get("undone", ()):
         screen.say(
             f"  edit {gone['edit']} {gone['prompt']!r} → {gone['target']!r} was taken back: {gone['why'].removeprefix('taken back: ')}"
@@ -111,13 +117,11 @@ def _tell(screen: Screen, root: Path, outcome: Any) -> None:
 
 
 def _show(screen: Screen, found: dict[str, dict[str, Any]]) -> None:
-    """Generated and teacher-forced reliability, generality and locality of each cell, with times; the rest is in the folder."""
-    columns = (
-        ("reliability", "generated"),
-        ("generality", "generated"),
-        ("locality_agreement", "generated"),
-        ("reliability", "teacher_forced"),
-    )
+    """Reliability, generality and locality of free text, teacher-forced reliability, and times of each cell; the rest is in the folder."""
+    from errata.report import tables
+
+    first = tables.headline([row for cell in found.values() for row in cell["summary"]])
+    columns = (*((metric, first) for metric in ("reliability", "generality", "locality_agreement")), ("reliability", "teacher_forced"))
     lines = []
     for name, cell in found.items():
         by = {(r["metric"], r["protocol"]): r["value"] for r in cell["summary"]}
@@ -126,8 +130,9 @@ def _show(screen: Screen, found: dict[str, dict[str, Any]]) -> None:
         lines.append((name, cell["edits"], *values, *(f"{spent.get(k, 0.0):.1f}" for k in ("loading", "editing", "scoring"))))
     heads = ("cell", "T", "reliability", "generality", "locality (as before)", "reliability, forced", "loading s", "editing s", "scoring s")
     screen.table(heads, lines, right=(-1,))
+    what = tables.title(first).partition(":")[0].lower()
     screen.say(
-        "Percent, generated answers but where it says forced; intervals, marks and forgetting by age are in each cell's summary.json."
+        f"Percent, free text ({what}) but where it says forced; intervals, marks and forgetting by age are in each cell's summary.json."
     )
 
 

@@ -13,8 +13,11 @@ from errata.core.chat import case_in_chat
 from errata.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from errata.core.model import LM
     from errata.request import Case
+    from errata.score.judges import Judge
 
 CASES = 100
 METHOD = "baft"
@@ -37,6 +40,13 @@ def add(commands: common.Subparsers) -> None:
     out = common.parser(commands, "score", run, "score editing methods on a benchmark")
     out.add_argument("--method", metavar="NAME[,NAME]", help=f"methods to compare ({METHOD})")
     common.case_options(out, CASES)
+    out.add_argument(
+        "--known",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="only cases whose old answer the model gives; --n counts these (counterfact, mquake, robustkey: unless --no-known)",
+    )
+    _judge_options(out)
     out.add_argument("--patch", nargs="+", action="extend", default=[], metavar="DIR", help="benchmarks without edits: score under these")
     out.add_argument("--marks", metavar="T,T,…", help="continual mode: score after so many edits (powers of ten and the last)")
     out.add_argument("--free-tokens", action="store_true", help="also the token agreement of free answers, by which GRACE was published")
@@ -49,6 +59,37 @@ def add(commands: common.Subparsers) -> None:
     common.chat_option(out, "edit and ask every prompt of a benchmark with edits")
     common.mode_options(out)
     common.out_options(out)
+
+
+def _judge_options(out: argparse.ArgumentParser) -> None:
+    out.add_argument(
+        "--judge",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="who else says whether an answer is right, as a protocol: contains, module:function, or any name with --judge-endpoint",
+    )
+    out.add_argument("--judge-endpoint", metavar="URL", help="a server that speaks OpenAI's chat completions (http://…/v1)")
+    out.add_argument("--judge-model", metavar="NAME", help="the name it knows its model by")
+    out.add_argument("--judge-key-env", metavar="NAME", help="the environment variable that holds its key")
+
+
+def _judges_of(args: argparse.Namespace) -> list[Judge]:
+    """Those of --judge; what an endpoint said is kept in the cache."""
+    from errata.score import judges
+    from errata.storage import cache_folder
+
+    asked = (args.judge_endpoint, args.judge_model, args.judge_key_env)
+    if not args.judge and any(asked):
+        raise ConfigError("--judge-endpoint, --judge-model and --judge-key-env have no meaning without --judge NAME")
+    if len(set(args.judge)) < len(args.judge):
+        raise ConfigError(f"--judge {' '.join(args.judge)} names one judge twice")
+    named = [name for name in args.judge if name in ("exact", "contains") or ":" in name]
+    if any(asked) and len(args.judge) - len(named) != 1:
+        raise ConfigError("--judge-endpoint belongs to one judge; give it a name of its own: --judge NAME --judge-endpoint URL")
+    made = [judges.make(name, cache_folder() / "judged", *(asked if name not in named else ())) for name in args.judge]
+    return [judge for judge in made if judge is not None]
 
 
 def marks(args: argparse.Namespace) -> list[int]:
@@ -85,20 +126,25 @@ def _score(
     answers: Any,
     progress: Progress,
     into: ScoreRun,
+    judged: Sequence[Judge] = (),
 ) -> None:
     """One method in one mode; its records are added to ``into``."""
     from errata import run as scenarios
+    from errata.score.judges import judge
 
     watched = results.Watched(progress, editor.name)
     stacks: list[Any]
     if args.mode == "single":
-        patches, final = scenarios.single(lm, editor, cases, watched, answers)
+        patches, found = scenarios.single(lm, editor, cases, watched, answers)
+        final = judge(found, judged)
         stacks, into.every = [(p,) for p in patches], into.every + final
     elif args.mode == "batched":
-        stack, final = scenarios.batched(lm, editor, cases, common.batch_size(args), watched, answers)
+        stack, found = scenarios.batched(lm, editor, cases, common.batch_size(args), watched, answers)
+        final = judge(found, judged)
         stacks, into.every = [stack] * len(cases), into.every + final
     else:
         stack, by_mark, right_after = scenarios.continual(lm, editor, cases, at, watched, answers)
+        by_mark, right_after = {mark: judge(records, judged) for mark, records in by_mark.items()}, judge(right_after, judged)
         stacks, final = [stack] * at[-1], by_mark[at[-1]]
         for mark, records in by_mark.items():
             into.at.setdefault(mark, []).extend(records)
@@ -129,6 +175,7 @@ def _fluency(
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.score import known
     from errata.score.evaluator import AnswerCache
     from errata.score.metrics import summarise
 
@@ -146,33 +193,52 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         raise ConfigError("--fluency samples texts that go on from plain prompts; leave it or --chat out")
     if args.patch:
         raise ConfigError(f"--patch: {benchmark.name} makes its own edits; leave it out, or score a benchmark without edits")
+    judged = _judges_of(args)
     args.n = len(cases)
     at = marks(args)
     if benchmark.needs_data:
         screen.say("\n".join(benchmark.report.lines()))
     lm = common.load(args)
     editors = [registry.get("method", m).for_model(lm, **settings_of(m, methods, values)) for m in methods]
+    scored, answers, told = ScoreRun(), AnswerCache(free_tokens=args.free_tokens), None
+    if getattr(benchmark, "only_known", False) if args.known is None else args.known:
+        cases, told = _known(lm, benchmark, args, answers, screen)
+        at = marks(args)
     if args.robustness:
         cases = _widened(lm, editors, cases, screen)
     if args.chat:
         cases = [case_in_chat(lm.tokenizer, case) for case in cases]
-    scored, answers = ScoreRun(), AnswerCache(free_tokens=args.free_tokens)
     with screen.progress() as progress:
         for editor in editors:
             common.prepare(editor, lm, progress)
-            _score(lm, editor, cases, benchmark, args, at, answers, progress, scored)
-    document = _document(args, lm, editors, scored, summarise, common.benchmark_facts(args, benchmark, len(cases)))
+            _score(lm, editor, cases, benchmark, args, at, answers, progress, scored, judged)
+    told = told or known.all_cases(lm, cases, answers)
+    document = _document(args, lm, editors, scored, summarise, {**common.benchmark_facts(args, benchmark, len(cases)), "known": told})
     if args.out is not None:
         what = results.notes(lm, benchmark, args.split, len(cases), args.seed, _mode(args), scored.seconds)
+        what |= {"known": said.removeprefix("known: ")} if (said := known.say(told)) else {}
         what |= {f"{e.name} settings": _settings(e) for e in editors}
         title = f"{' and '.join(methods)} on {lm.name or 'the model'}"
         with files.staged(args.out, args.force) as folder:
             results.save(folder, title, document, scored.every, scored.final, what)
     screen.document(document)
+    if said := known.say(told):
+        screen.say(f"{said[:1].upper()}{said[1:]}.")
     results.show(screen, document["summary"], document["differences"])
     results.micro(screen, document.get("micro_averages", ()))
     _retention(screen, document)
     screen.say(common.saved(args.out))
+
+
+def _known(lm: LM, benchmark: Any, args: argparse.Namespace, answers: Any, screen: Screen) -> tuple[list[Case], dict[str, Any]]:
+    """(the cases whose facts the base knows, --n of them where there are so many, what was found)."""
+    from errata.score import known
+
+    with screen.progress() as progress:
+        every = benchmark.load(args.split, None, args.seed)
+        found = known.known_cases(lm, every, args.n, answers, lambda done, of: progress("asking for facts the model knows", done, of))
+    args.n = len(found.cases)
+    return found.cases, found.to_dict()
 
 
 def _widened(lm: LM, editors: list[Any], cases: list[Case], screen: Screen) -> list[Case]:
@@ -232,16 +298,18 @@ def _document(
 
 
 def _retention(screen: Screen, document: dict[str, Any]) -> None:
-    """How each method's metrics stand after T edits (generated answers)."""
+    """How each method's metrics stand after T edits, in the headline protocol."""
     from errata.report import tables
 
-    rows = [r for r in tables.main(document.get("retention", ())) if r["protocol"] == "generated"]
+    first = tables.headline(document.get("retention", ()))
+    rows = [r for r in tables.main(document.get("retention", ())) if r["protocol"] == first]
     if not rows:
         return
     at = sorted({r["T"] for r in rows})
     found = {(r["method"], r["metric"], r["T"]): r for r in rows}
-    soon = {(r["method"], r["metric"]): r for r in document["right_after"] if r["protocol"] == "generated"}
-    pairs = [(m, k) for m in tables.methods(rows) for k in tables.metrics(rows) if (m, k, at[-1]) in found]
-    screen.say("Generated: the same after T edits, and of each case right after its own edit")
-    lines = [(m, k, tables.cell(soon.get((m, k))), *(tables.cell(found.get((m, k, t))) for t in at)) for m, k in pairs]
+    soon = {(r["method"], r["metric"]): r for r in document["right_after"] if r["protocol"] == first}
+    names = tables.merged([*rows, *(r for r in soon.values() if r["metric"] in {row["metric"] for row in rows})])
+    pairs = [(m, k) for m in tables.methods(rows) for k in names if (m, k, at[-1]) in found]
+    screen.say(f"{tables.title(first).partition(':')[0]}: the same after T edits, and of each case right after its own edit")
+    lines = [(m, names[k], tables.cell(soon.get((m, k))), *(tables.cell(found.get((m, k, t))) for t in at)) for m, k in pairs]
     screen.table(("method", "metric", "right after", *(f"T = {t}" for t in at)), lines)

@@ -109,13 +109,15 @@ def select_cache_rows(cache: Any, rows: Tensor) -> Any:
     return other
 
 
-def decode(prefilled: PrefilledBatch, limit: int, stop: Sequence[str], sampler: Sampler | None = None) -> list[list[int]]:
-    """New ids of each row, at most ``limit``; see `errata.core.model.LM.generate_ids`.  Rows that have ended leave the batch."""
+def decode(prefilled: PrefilledBatch, limit: int | Sequence[int], stop: Sequence[str], sampler: Sampler | None = None) -> list[list[int]]:
+    """New ids of each row, at most ``limit`` (of all rows, or one a row); see `errata.core.model.LM.generate_ids`.  Rows that have ended
+    leave the batch."""
     over, tokenizer = eos_token_ids(prefilled.lm), prefilled.lm.tokenizer
     new: list[list[int]] = [[] for _ in prefilled.next_token_logits]
+    limits = [limit] * len(new) if isinstance(limit, int) else list(limit)
     rows = list(range(len(new)))  # of the batch as it is now
-    live = set(rows)
-    for step in range(limit):
+    live = {i for i in rows if limits[i] > 0}
+    for step in range(max(limits, default=0)):
         ids = prefilled.next_token_logits.argmax(-1, keepdim=True) if sampler is None else sampler(prefilled.next_token_logits, rows)
         for i, token in zip(rows, ids[:, 0].tolist(), strict=True):
             if i not in live:
@@ -124,9 +126,9 @@ def decode(prefilled: PrefilledBatch, limit: int, stop: Sequence[str], sampler: 
                 live.discard(i)
                 continue
             new[i].append(token)
-            if stop and any(s in tokenizer.decode(new[i]).lstrip() for s in stop):
+            if step + 1 >= limits[i] or (stop and any(s in tokenizer.decode(new[i]).lstrip() for s in stop)):
                 live.discard(i)
-        if not live or step + 1 == limit:
+        if not live:
             break
         if len(live) <= _LEAVE * len(rows) and prefilled.can_fork:
             keep = torch.tensor([at for at, i in enumerate(rows) if i in live], device=ids.device)

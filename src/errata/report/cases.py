@@ -53,6 +53,7 @@ KINDS: Final[dict[str, str]] = {
 }
 _AVOIDED: Final = frozenset({"negation"})  # kinds where the target is the one wrong answer
 _UNSAID: Final = frozenset({"generation", "choice"})  # no question with an answer: long sampled texts, likelihoods
+_SAID: Final = {True: "y", False: "n", None: "-"}
 LONGEST: Final = 400  # characters of a prompt that are shown; the whole is in the records
 AFTER, SOON = "after all edits", "right after its own edit"
 
@@ -105,7 +106,7 @@ def _probe(record: Record, texts: Texts, columns: int) -> list[Any]:
     target = record["target"]
     before = record.get("gen_before")
     wanted = -1 if target is None else texts(f"not {target}" if record["kind"] in _AVOIDED else str(target))
-    mark = "-" if target is None else _mark(record, "gen_match_before")
+    mark = "-" if target is None else _mark(record, "before")
     return [
         *(str(record["kind"]), texts(shortened(str(record["prompt"]))), wanted, -2 if before is None else texts(str(before))),
         *([mark, *" " * columns], [-1] * columns, [-1] * columns),
@@ -114,19 +115,19 @@ def _probe(record: Record, texts: Texts, columns: int) -> list[Any]:
 
 def _answer(probe: list[Any], record: Record, column: int, texts: Texts) -> None:
     after, fed = record.get("gen_after"), record.get("tf_after")
-    probe[4][column + 1] = (
-        ("-" if record.get("gen_agree") is None else "y" if record["gen_agree"] else "n")
-        if record["target"] is None
-        else _mark(record, "gen_match_after")
-    )
+    probe[4][column + 1] = _SAID[_first(record, "answer_agree", "gen_agree")] if record["target"] is None else _mark(record, "after")
     probe[5][column] = -2 if after is None else texts(str(after))
     probe[6][column] = -1 if fed is None or record["target"] is None else round(100 * float(fed))
 
 
-def _mark(record: Record, field: str) -> str:
-    if record.get(field) is None:
-        return "-"
-    return "y" if bool(record[field]) != (record["kind"] in _AVOIDED) else "n"
+def _mark(record: Record, when: str) -> str:
+    found = _first(record, f"starts_{when}", f"gen_match_{when}")
+    return _SAID[found if found is None else found != (record["kind"] in _AVOIDED)]
+
+
+def _first(record: Record, *fields: str) -> bool | None:
+    """The first of these fields that the record has: older ones lack the first."""
+    return next((bool(record[field]) for field in fields if record.get(field) is not None), None)
 
 
 def _case(name: str, probes: Mapping[tuple[str, str, str], list[Any]], texts: Texts) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from errata.report.layout import Table
 from errata.report.sections import Section
-from errata.report.tables import HEADINGS, cell, main, methods, metrics, percent, protocols, scores, span, title
+from errata.report.tables import cell, main, merged, methods, percent, protocols, scores, span, title
 
 Row = Mapping[str, Any]
 _MICRO: Final = "As REP averages: percent of all items of all records, every token of the answer right, the answer being fed"
@@ -64,13 +64,11 @@ def differences(rows: Sequence[Row]) -> list[Table]:
     for protocol in protocols(rows):
         mine = [row for row in rows if row["protocol"] == protocol]
         at = {(row["method"], row["minus"], row["metric"]): row for row in mine}
-        columns, pairs = metrics(mine), list(dict.fromkeys((row["method"], row["minus"]) for row in mine))
+        columns, pairs = merged(mine), list(dict.fromkeys((row["method"], row["minus"]) for row in mine))
         lines = [[f"{a} − {b}", *(_gap(at.get((a, b, metric))) for metric in columns)] for a, b in pairs]
         counts = [int(row["n_cases"]) for row in mine]
         note = f"Points, 95 % intervals over {span(counts)} common cases, paired by case; {CLEAR} its interval leaves out 0."
-        out.append(
-            Table(f"Paired differences. {title(protocol)}", ["methods", *(HEADINGS.get(m, m) for m in columns)], lines, note, key=protocol)
-        )
+        out.append(Table(f"Paired differences. {title(protocol)}", ["methods", *columns.values()], lines, note, key=protocol))
     return out
 
 
@@ -84,10 +82,13 @@ def after(retention: Sequence[Row], right_after: Sequence[Row]) -> list[Table]:
     for protocol in protocols(rows):
         mine = [row for row in rows if row["protocol"] == protocol]
         found = {(row["method"], row["metric"], row["T"]): row for row in mine}
-        first = {(row["method"], row["metric"]): row for row in soon if row["protocol"] == protocol}
+        then = [row for row in soon if row["protocol"] == protocol]
+        first = {(row["method"], row["metric"]): row for row in then}
         at = sorted({row["T"] for row in mine})
-        pairs = [(m, k) for k in metrics(mine) for m in methods(mine) if any((m, k, t) in found for t in at)]
-        lines = [[HEADINGS.get(k, k), m, cell(first.get((m, k))), *(cell(found.get((m, k, t))) for t in at)] for m, k in pairs]
+        shown = {row["metric"] for row in mine}
+        names = merged([*mine, *(row for row in then if row["metric"] in shown)])
+        pairs = [(m, k) for k in names for m in methods(mine) if any((m, k, t) in found for t in at)]
+        lines = [[names[k], m, cell(first.get((m, k))), *(cell(found.get((m, k, t))) for t in at)] for m, k in pairs]
         heads = ["metric", "method", "right after", *(f"T = {t}" for t in at)]
         out.append(Table(f"After T edits. {title(protocol)}", heads, lines, TIMES, 2, key=protocol))
     return out

@@ -15,7 +15,7 @@ from errata.report import cases, contents, gate_maps, retention, svg
 from errata.report.layout import UNHOLDABLE, Table
 from errata.report.scatter import scatter
 from errata.report.sections import Section, of
-from errata.report.tables import escape, methods, protocols, scores, title
+from errata.report.tables import escape, headline, methods, protocols, scores, title
 from errata.request import LOCAL_KINDS
 
 Row = Mapping[str, Any]
@@ -24,10 +24,9 @@ Record = Mapping[str, Any]
 _POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 STAYS: Final = (*LOCAL_KINDS, "same_subject", "forgetfulness")  # kinds that an edit should leave as they are
 SAID: Final = (
-    "Greedy text before and after each edit; ✓ and ✗ compare it with the wanted answer, or with the text before where nothing should "
-    "change. “fed”: how much of the wanted answer is likeliest when its beginning is given."
+    "Greedy text before and after each edit; ✓ and ✗: it begins with the wanted answer, or, where none is, it is as before over the whole "
+    "answer. “fed”: how much of the wanted answer is likeliest when its beginning is given."
 )
-FIRST: Final = "generated"  # the protocol whose curves are open
 
 
 def page(
@@ -147,10 +146,11 @@ def _scatters(section: Section) -> list[str]:
 def _curves(section: Section) -> list[str]:
     tables = {table.key: table for table in contents.after(section.retention, section.right_after)}
     out = ["<h3>After T edits</h3>", svg.legend(methods(section.retention))] if tables else []
+    first = headline(section.retention)
     for protocol, table in tables.items():
         panels = "".join(f"<figure>{panel}</figure>" for panel in retention.panels(section.retention, protocol))
         name = escape(title(protocol).partition(":")[0])
-        opened = " open" if protocol == FIRST or FIRST not in tables else ""
+        opened = " open" if protocol == first or first not in tables else ""
         numbers = f"<details><summary>{name}: the numbers</summary>{_grid(table)}</details>"
         out.append(f'<details{opened}><summary>{name}</summary><div class="figures">{panels}</div>{numbers}</details>')
     return out

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from errata.report import svg
-from errata.report.tables import HEADINGS, escape, main, methods, metrics, title
+from errata.report.tables import escape, main, merged, methods, title
 
 Row = Mapping[str, Any]
 AREA: Final = svg.Axes(400, 260, right=28)
@@ -18,10 +18,10 @@ def panels(rows: Sequence[Row], protocol: str) -> list[str]:
     """A drawing with caption for each metric that was scored at two T at least."""
     mine = [row for row in main(rows) if row["protocol"] == protocol]
     names, out = methods(rows), []
-    for metric in metrics(mine):
+    for metric, heading in merged(mine).items():
         here = [row for row in mine if row["metric"] == metric]
         if len({row["T"] for row in here}) > 1:
-            out.append(_panel(here, metric, protocol, names))
+            out.append(_panel(here, heading, protocol, names))
     return out
 
 
@@ -31,7 +31,7 @@ def _ends(rows: Sequence[Row]) -> tuple[float, float]:
     return min(0.0, math.floor(10 * low) / 10), max(1.0, math.ceil(10 * high) / 10)
 
 
-def _panel(rows: Sequence[Row], metric: str, protocol: str, names: Sequence[str]) -> str:
+def _panel(rows: Sequence[Row], heading: str, protocol: str, names: Sequence[str]) -> str:
     at = sorted({int(row["T"]) for row in rows})
     (start, end), (low, high) = _ends(rows), (math.log(at[0]), math.log(at[-1]))
     log, y = AREA.across(low, high), AREA.up(start, end)
@@ -41,7 +41,7 @@ def _panel(rows: Sequence[Row], metric: str, protocol: str, names: Sequence[str]
 
     step = (end - start) / 5
     parts = [*AREA.x_ticks(_thinned(at), x, lambda t: f"{t:g}"), *AREA.y_ticks([start + i * step for i in range(6)], y, svg.percent)]
-    parts += AREA.frame("edits made (T)", f"{HEADINGS.get(metric, metric)}, %")
+    parts += AREA.frame("edits made (T)", f"{heading}, %")
     ends, marks, spoken = [], [], []
     for i, name in enumerate(names):
         if line := sorted((row for row in rows if row["method"] == name), key=lambda row: int(row["T"])):
@@ -50,7 +50,7 @@ def _panel(rows: Sequence[Row], metric: str, protocol: str, names: Sequence[str]
             marks.append(i)
             spoken.append(f"{name} " + ", ".join(f"T {row['T']} {float(row['value']):.3f}" for row in line))
     parts += svg.stacked(ends, marks, AREA)
-    what = f"{HEADINGS.get(metric, metric)}, {title(protocol).partition(':')[0]}"
+    what = f"{heading}, {title(protocol).partition(':')[0]}"
     return f"{svg.drawing(AREA, parts, f'{what}: ' + '; '.join(spoken))}<figcaption>{escape(what)}</figcaption>"
 
 

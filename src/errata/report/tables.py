@@ -1,6 +1,7 @@
 """Summary rows (`errata.score.metrics.summarise`) as text.  Methods are rows, metrics are columns.
 
-Teacher-forced, generated, likelihood and sampled numbers answer different questions, so they never share a table.
+Free text that begins with the answer is the headline.  Free text, teacher-forced, likelihood and sampled numbers answer different
+questions, so they never share a table.  Metrics that are equal in every row of a table are one column with both names.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ HEADINGS: Final[dict[str, str]] = {
     "out_of_domain": "another text",
     "locality_agreement": "locality (as before)",
     "locality_agreement_by_kind": "locality (as before, mean of kinds)",
+    "locality_first_word": "locality (first word as before)",
     "locality_correct": "locality (true)",
     "locality_correct_known": "locality (true, known)",
     "same_subject": "same subject (as before)",
@@ -67,14 +69,23 @@ HEADINGS: Final[dict[str, str]] = {
     **ROBUST,
 }
 PROTOCOLS: Final[dict[str, str]] = {
-    "teacher_forced": "Teacher-forced: share of the answer's tokens, the answer being fed",
+    "starts": "Begins with: the model's own text begins with the answer",
     "generated": "Generated: the model's own text equals the answer",
+    "contains": "Contains: the answer stands somewhere in the model's own text",
+    "teacher_forced": "Teacher-forced: share of the answer's tokens, the answer being fed",
     "free_tokens": "Free tokens: share of the answer's tokens at the same place of the model's own text (EasyEdit's vanilla generation)",
     "likelihood": "Likelihood: the wanted answer against its rival; ES, PS, NS share where it is likelier, EM, PM, NM by how much",
     "sampled": "Sampled: longer text; n-gram entropy in bits (GE) and likeness to texts about the new answer (RS)",
 }
+_HEADLINES: Final = ("starts", "generated")  # older records have only the second
+_STAYS: Final = {
+    "starts": " As before: the text is the same over as many tokens as the known answer has.",
+    "generated": " As before: the whole text is the same.",
+}
 _POOLED: Final = ("portability", "locality_agreement", "locality_correct", "locality_correct_known")
+_AS_BEFORE: Final = ("locality_agreement", "same_subject", "forgetfulness")
 _BY_KIND: Final = ("portability_by_kind", "locality_agreement_by_kind")
+_ALIKE: Final = ("method", "minus", "T", "value", "low", "high", "before", "n_cases", "n_probes")  # of metrics that are shown as one
 _BEFORE: Final = "unedited model"
 JUDGED: Final = "judged "  # a judge's protocol is this and its name
 
@@ -103,6 +114,25 @@ def metrics(rows: Iterable[Row]) -> list[str]:
     return [*(m for m in HEADINGS if m in found), *sorted(found - set(HEADINGS))]
 
 
+def headline(rows: Iterable[Row]) -> str:
+    """The protocol that is shown where there is room for one."""
+    found = {row["protocol"] for row in rows}
+    return next((protocol for protocol in _HEADLINES if protocol in found), _HEADLINES[0])
+
+
+def merged(rows: Iterable[Row]) -> dict[str, str]:
+    """{metric: heading} of rows of one protocol, in reading order: metrics that are equal in all rows (numbers, intervals and counts alike)
+    stand once, under the first of them and all their names."""
+    rows = list(rows)
+    said: dict[str, set[tuple[Any, ...]]] = {}
+    for row in rows:
+        said.setdefault(row["metric"], set()).add(tuple(row.get(key) for key in _ALIKE))
+    groups: dict[frozenset[tuple[Any, ...]], list[str]] = {}
+    for metric in metrics(rows):
+        groups.setdefault(frozenset(said[metric]), []).append(metric)
+    return {group[0]: " = ".join(HEADINGS.get(metric, metric) for metric in group) for group in groups.values()}
+
+
 def methods(rows: Iterable[Row]) -> list[str]:
     """The methods in the order they were scored."""
     return list(dict.fromkeys(row["method"] for row in rows))
@@ -129,7 +159,7 @@ def grid(rows: Sequence[Row], protocol: str) -> tuple[list[str], list[list[str]]
     Methods that were scored on different cases have different "before" values; each of them then gets its own such line.
     """
     mine = [row for row in rows if row["protocol"] == protocol]
-    names, columns = methods(mine), metrics(mine)
+    names, columns = methods(mine), merged(mine)
     at = {(row["method"], row["metric"]): row for row in mine}
     before = {
         name: [percent(row["before"]) if (row := at.get((name, column))) is not None else "–" for column in columns] for name in names
@@ -139,7 +169,7 @@ def grid(rows: Sequence[Row], protocol: str) -> tuple[list[str], list[list[str]]
     lines = [[_BEFORE if same else f"{_BEFORE}, cases of {name}", *line] for name, line in before.items()]
     lines = lines[:1] if same else lines
     lines += [[name, *(cell(at.get((name, column))) for column in columns)] for name in names]
-    return ["method", *(HEADINGS.get(column, column) for column in columns)], lines
+    return ["method", *columns.values()], lines
 
 
 def turned(rows: Sequence[Row], protocol: str) -> tuple[list[str], list[list[str]]]:
@@ -178,20 +208,21 @@ def counts(rows: Sequence[Row], protocol: str) -> str:
     """ "reliability 300 cases, 300 probes; …": what the numbers of one protocol rest on."""
     mine = [row for row in rows if row["protocol"] == protocol]
     parts = []
-    for name in metrics(mine):
+    for name, heading in merged(mine).items():
         here = [row for row in mine if row["metric"] == name]
         cases, probes = ([int(row[key]) for row in here] for key in ("n_cases", "n_probes"))
-        parts.append(f"{HEADINGS.get(name, name)} {span(cases)} cases, {span(probes)} probes")
+        parts.append(f"{heading} {span(cases)} cases, {span(probes)} probes")
     return "; ".join(parts)
 
 
 def averages(rows: Iterable[Row], protocol: str) -> str:
-    """How the table of a protocol averages a case's probes; "" where no metric in it has several kinds of them."""
+    """What "as before" means in the table of a protocol, and how it averages the probes of a case that has several kinds of them."""
     found = {row["metric"] for row in rows if row["protocol"] == protocol}
+    stays = _STAYS.get(protocol, "") if found & {*_AS_BEFORE} else ""
     said = " Portability and locality of a case: the mean over all its probes"
     if found & {*_BY_KIND}:
-        return f"{said}; (mean of kinds): over its kinds of probe, of each kind's mean, as EasyEdit averages."
-    return f"{said}." if found & {*_POOLED} else ""
+        return f"{stays}{said}; (mean of kinds): over its kinds of probe, of each kind's mean, as EasyEdit averages."
+    return stays + (f"{said}." if found & {*_POOLED} else "")
 
 
 def span(values: Sequence[int]) -> str:

@@ -20,31 +20,62 @@ from errata.run import grid
 from errata.run.folder import Journal, Records, document, locked, read_document
 from errata.score import robustness
 from errata.score.evaluator import AnswerCache, Progress, cache_base_answers
+from errata.score.known import known_cases
 from errata.score.teacher_forcing import TeacherForced
 
 NAME = "base.json"
+KNOWN = "known.json"
 
 
-def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell, source: Any = None) -> list[Case]:
-    """The benchmark's cases; with ``score.robustness`` also the suite's probes, the same for all methods of the run: those that fit
-    behind the longest context any of them puts in front; with ``chat`` in the chat template.
-    ``source``: the opened benchmark, which may learn from what it loads."""
-    found: list[Case] = cell.cases(source)
+def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell, folder: Path, source: Any = None) -> list[Case]:
+    """The benchmark's cases, those that the base knows where ``score.known`` asks for that (``folder``: of the base's answers, which keeps
+    what was found); with ``score.robustness`` also the suite's probes, the same for all methods of the run: those that fit
+    behind the longest context any of them puts in front; with ``chat`` in the chat template.  ``source``: the opened benchmark, which may learn from what it loads."""
+    found: list[Case] = _known(lm, cell, folder, source) if grid.only_known(spec, cell) else cell.cases(source)
     if spec.score.robustness:
         editors = [grid.editor(other) for other in grid.cells(spec) if other.model == cell.model]
         found = robustness.add_robustness_probes(lm, found, room=robustness.room_of(lm, editors))
     return [case_in_chat(lm.tokenizer, case) for case in found] if spec.chat else found
 
 
+def known(folder: Path) -> dict[str, Any] | None:
+    """What `errata.score.known` found, where it was asked."""
+    return read_document(folder / KNOWN)["known"] if (folder / KNOWN).exists() else None
+
+
+def _known(lm: LM, cell: grid.Cell, folder: Path, source: Any) -> list[Case]:
+    every = cell.cases(source, every=True)
+    path = folder / KNOWN
+    if not path.exists():
+        with locked(folder):
+            answers = AnswerCache()
+            found = known_cases(lm, every, cell.wanted, answers)
+            kept = {"fingerprint": lm.fingerprint, "known": found.to_dict(), "cases": [case.id for case in found.cases]}
+            document(path, {**kept, "asked": _given(answers, AnswerCache())})
+    then = read_document(path)
+    if then["fingerprint"] != lm.fingerprint:
+        raise ModelError(f"{folder}: was begun with the model {then['fingerprint']}, which is now {lm.fingerprint}; give another --out")
+    by_id = {case.id: case for case in every}
+    return [by_id[name] for name in then["cases"] if name in by_id]
+
+
+def _begin_with(folder: Path) -> AnswerCache:
+    """What the base said when it was found out which facts it knows, or nothing."""
+    answers = AnswerCache()
+    if (folder / KNOWN).exists():
+        _take(answers, read_document(folder / KNOWN)["asked"])
+    return answers
+
+
 def ask(lm: LM, cases: Sequence[Case], folder: Path, chunk: int, progress: Progress | None = None) -> AnswerCache:
     """The answers kept in ``folder``; what is not there is asked and kept.  An error where they are of another model or other cases."""
     _begun(folder, who(lm, cases))
     parts = {f"cases {i + 1}-{min(i + chunk, len(cases))}": cases[i : i + chunk] for i in range(0, len(cases), chunk)}
-    journal, answers = Journal(folder), AnswerCache()
+    journal, answers = Journal(folder), _begin_with(folder)
     if len(journal.entries) < len(parts):
         with locked(folder):
             journal.sweep()
-            _ask(lm, parts, journal, progress)
+            _ask(lm, parts, journal, _begin_with(folder), progress)
     for part in parts:  # those just asked too: what is read is what every other worker reads
         _take(answers, journal.records(part))
     return answers
@@ -74,8 +105,7 @@ def _begun(folder: Path, now: dict[str, str]) -> None:
     same(folder, read_document(folder / NAME), now)
 
 
-def _ask(lm: LM, parts: Mapping[str, Sequence[Case]], journal: Journal, progress: Progress | None) -> None:
-    answers = AnswerCache()
+def _ask(lm: LM, parts: Mapping[str, Sequence[Case]], journal: Journal, answers: AnswerCache, progress: Progress | None) -> None:
     for part, cases in parts.items():
         if all(e["part"] != part for e in journal.entries):
             fresh = copied(answers)
@@ -87,11 +117,16 @@ def _ask(lm: LM, parts: Mapping[str, Sequence[Case]], journal: Journal, progress
 def copied(answers: AnswerCache, free_tokens: bool = False) -> AnswerCache:
     """The same answers, to add to."""
     chat = None if answers.in_chat is None else copied(answers.in_chat, free_tokens)
-    return AnswerCache(dict(answers.forced), dict(answers.text), dict(answers.ids), free_tokens, answers.chat, chat)
+    kept = (dict(answers.forced), dict(answers.text), dict(answers.ids))
+    return AnswerCache(*kept, free_tokens, answers.chat, chat, dict(answers.limits))
 
 
 def _given(now: AnswerCache, before: AnswerCache) -> Records:
-    out: Records = [{"prompt": key[1], "text": text, "ids": list(now.ids[key])} for key, text in now.text.items() if key not in before.text]
+    out: Records = [
+        {"prompt": key[1], "text": text, "ids": list(now.ids[key]), **({"limit": now.limits[key]} if key in now.limits else {})}
+        for key, text in now.text.items()
+        if key not in before.text or now.limits.get(key) != before.limits.get(key)
+    ]
     out += [
         {"prompt": key[1], "target": key[2], "tokens": list(f.target), "argmax": list(f.argmax), "nll": f.nll}
         for key, f in now.forced.items()
@@ -108,7 +143,10 @@ def _take(answers: AnswerCache, records: Records) -> None:
         if r.get("chat"):
             into = answers.in_chat = answers.in_chat or AnswerCache(chat=True)
         if "text" in r:
-            into.text["", r["prompt"]], into.ids["", r["prompt"]] = r["text"], tuple(r["ids"])
+            name = "", r["prompt"]
+            into.text[name], into.ids[name] = r["text"], tuple(r["ids"])
+            if "limit" in r:
+                into.limits[name] = r["limit"]
         else:
             into.forced["", r["prompt"], r["target"]] = _forced(r)
 

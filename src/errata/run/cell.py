@@ -44,7 +44,7 @@ class CellRunner:
     def __post_init__(self) -> None:
         self.editor = grid.editor(self.cell)
         self.source = grid.benchmark(self.cell.benchmark)
-        self.cases: list[Case] = base_answers.cases_of(self.lm, self.spec, self.cell, self.source)
+        self.cases: list[Case] = base_answers.cases_of(self.lm, self.spec, self.cell, self.base, self.source)
         self.marks = self.cell.scenario.at(len(self.cases))
         self.single = self.cell.scenario.kind == "single"
         made = (judges.make(j.name, self.judged, j.endpoint, j.model, j.key_env) for j in self.spec.score.judges)
@@ -183,7 +183,8 @@ class CellRunner:
         records = [r for part in parts for r in journal.records(part)]
         if self.spec.score.fluency:
             records += clock.run("sampling", lambda: self._fluency(journal, stacks))
-        document(self.folder / "summary.json", summary.of_cell(self.cell, records, journal.entries, self.cases))
+        found = summary.of_cell(self.cell, records, journal.entries, self.cases)
+        document(self.folder / "summary.json", {**found, "known": base_answers.known(self.base)})
         memory = cost.peak(self.lm.device)
         found = summary.sizes(stacks, self.single)
         if self.spec.score.latency:

@@ -65,7 +65,8 @@ def run_cell(root: str, name: str, base_only: bool = False, progress: Progress |
         lm = _model(cell.model)
         loading = time.perf_counter() - began
         if base_only:
-            base_answers.ask(lm, base_answers.cases_of(lm, spec, cell), Path(root) / "base" / cell.base, spec.store.chunk)
+            base = Path(root) / "base" / cell.base
+            base_answers.ask(lm, base_answers.cases_of(lm, spec, cell, base), base, spec.store.chunk)
             return Outcome(name)
         CellRunner(lm, spec, cell, folder, Path(root) / "base" / cell.base, Path(root) / "judged", progress).run(loading)
         (folder / "error.txt").unlink(missing_ok=True)

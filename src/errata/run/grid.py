@@ -9,6 +9,7 @@ scenario: {kind: continual, marks: [1, 10, 100]}    # or single, or "batched(10)
 seeds: [0]                           # of the editor, and of the order of the cases where the benchmark names none
 guard: {every: 100, action: warn}    # see `errata.run.guard.GuardSpec`; without it nothing is looked at
 score: {right_after: true, free_tokens: false, fluency: false, robustness: false, latency: true, judges: [contains]}
+       # known: only cases whose fact the base knows; without it, as the benchmark has it (CounterFact and its kin: true)
 store: {group: 16, chunk: 256, patches: keep}
 chat: true                           # edit and ask in the model's chat template; without it, plainly
 threads: 1                           # of torch in each worker; without it, the machine's share of each
@@ -114,13 +115,17 @@ class JudgeSpec:
 
 @dataclass(frozen=True)
 class ScoreSpec:
-    """What is measured beside the three protocols of every record, and whether each case is scored right after its own edit too."""
+    """What is measured beside the protocols of every record, and whether each case is scored right after its own edit too.
+
+    known   only cases whose fact the base knows (`errata.score.known`); None: as the benchmark has it
+    """
 
     right_after: bool = True
     free_tokens: bool = False
     fluency: bool = False
     robustness: bool = False
     latency: bool = True
+    known: bool | None = None
     judges: tuple[JudgeSpec, ...] = ()
 
 
@@ -195,12 +200,23 @@ class Cell:
     def to_dict(self) -> dict[str, Any]:
         return to_dict(self)
 
-    def cases(self, source: Any = None) -> list[Any]:
-        """The benchmark's, in this cell's order; ``source``: the benchmark, where it is open already."""
+    @property
+    def wanted(self) -> int | None:
+        """How many cases; None for all."""
+        return CASES if self.benchmark.n is None else self.benchmark.n if isinstance(self.benchmark.n, int) else None
+
+    def cases(self, source: Any = None, every: bool = False) -> list[Any]:
+        """The benchmark's, in this cell's order; ``every``: all, to choose from; ``source``: the benchmark, where it is open already."""
         spec, source = self.benchmark, source or benchmark(self.benchmark)
         split = spec.split or (None if getattr(source, "needs_data", False) else "test")
-        found = source.load(split, spec.n if isinstance(spec.n, int) else None, self.order)
-        return list(itertools.islice(found, CASES) if spec.n is None else found)
+        found = source.load(split, spec.n if isinstance(spec.n, int) and not every else None, self.order)
+        return list(itertools.islice(found, CASES) if spec.n is None and not every else found)
+
+
+def only_known(spec: RunSpec, cell: Cell) -> bool:
+    """Whether the cell edits only facts that the base knows."""
+    asked = spec.score.known
+    return bool(getattr(_class("benchmark", cell.benchmark.name), "only_known", False)) if asked is None else asked
 
 
 def benchmark(spec: BenchmarkSpec) -> Any:

@@ -16,7 +16,7 @@ from errata.text.corpora import open_corpus
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell, how many cases it has and at which T they are scored."""
+    """A cell, how many cases it has (at most, where only known facts are edited) and at which T they are scored."""
 
     cell: grid.Cell
     cases: int

@@ -1,7 +1,7 @@
 """What a model can still do under a stack of patches, by benchmarks without edits: choices by likelihood, questions by free text.
 
 A record, one an item, has kind "choice" or "question"; `errata.score.metrics.summarise` makes rows of the metrics `choices`
-(likelihood) and `questions` (generated) of them, with the base's share as ``before``.
+(likelihood) and `questions` (free text) of them, with the base's share as ``before``.
 
     nll_before, nll_after     of each choice: −1/|a| Σ_t log p(a_t | prompt, a_<t), the mean over the choice's tokens, in nats
     right_before, right_after the right choice has the lowest of them (of equal ones the first counts)
@@ -19,8 +19,8 @@ from typing import Any
 from errata.benchmarks.downstream import MultipleChoice, Question
 from errata.core.bank import Stack
 from errata.core.model import LM
-from errata.score.evaluator import AnswerCache, Progress, generate, key, teacher_force
-from errata.score.match import exact_match
+from errata.score import match
+from errata.score.evaluator import AnswerCache, Progress, ask, key, teacher_force, tokens_to_ask
 
 
 def _case(*parts: str) -> str:
@@ -53,11 +53,12 @@ def choices(
 def questions(
     lm: LM, items: Sequence[Question], stack: Stack, method: str, answers: AnswerCache | None = None, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
-    """A record an item; a free answer that equals one of the accepted ones is right."""
+    """A record an item; a free answer that begins with one of the accepted ones is right (beside it: equals one, contains one)."""
     answers = answers if answers is not None else AnswerCache()
-    generate(lm, [(s, item.prompt) for item in items for s in ((), stack)], answers, progress)
+    tokens = [tokens_to_ask(lm, item.answers) for item in items]
+    ask(lm, [(s, item.prompt, (), n) for item, n in zip(items, tokens, strict=True) for s in ((), stack)], answers, progress)
     out = []
-    for item in items:
+    for item, n in zip(items, tokens, strict=True):
         record: dict[str, Any] = {
             "method": method,
             "case": _case(item.prompt),
@@ -67,7 +68,9 @@ def questions(
             "also": list(item.answers[1:]),
         }
         for when, name in (("before", ""), ("after", key(stack))):
-            said = answers.text[name, item.prompt]
-            record |= {f"gen_{when}": said, f"gen_match_{when}": any(exact_match(said, a) for a in item.answers)}
+            said, _ = answers.said(lm, (name, item.prompt), n)
+            record[f"gen_{when}"] = said
+            for field, same in (("gen_match", match.exact_match), ("starts", match.starts), ("contains", match.contains)):
+                record[f"{field}_{when}"] = any(same(said, a) for a in item.answers)
         out.append({**record, "gen_agree": record["gen_before"] == record["gen_after"]})
     return out

@@ -19,15 +19,15 @@ from errata.core.bank import Stack
 from errata.core.decode import PrefilledBatch, decode, detokenize
 from errata.core.model import LM, STOPS
 from errata.core.tokens import Encoded
-from errata.request import LOCAL_KINDS, SURFACE_KINDS, Case, Probe
-from errata.score import teacher_forcing
-from errata.score.match import exact_match
+from errata.request import LOCAL_KINDS, SURFACE_KINDS, Case, EditRequest, Probe
+from errata.score import match, teacher_forcing
 from errata.score.teacher_forcing import TeacherForced
 
 Progress = Callable[[int, int], None]
 ROWS = 192  # of a batch; more gains nothing on two cores and holds more memory
 TOKENS = 1 << 14  # of a batch: long contexts run in smaller ones
-MAX_NEW_TOKENS = 12
+MAX_NEW_TOKENS = 12  # of a free answer; more where an answer it is compared with is longer (`tokens_to_ask`)
+_BEHIND = 4  # tokens asked behind the longest of those: whether a word ends there
 _STATEMENTS = {"statement_true": "False", "statement_false": "True"}  # kind -> the wrong answer
 
 
@@ -37,6 +37,8 @@ class AnswerCache:
 
     free_tokens  records made with these answers also hold the fields of that protocol
     chat         prompts are asked in the tokenizer's chat template; ``in_chat`` are the answers to such probes (kind "chat")
+    limits       so many tokens were asked of a free answer.  One prompt may be asked for short and for long answers: `said` cuts what it
+                 returns to the tokens that its probe asks, so that no record depends on what else was asked
     """
 
     forced: dict[tuple[str, str, str], TeacherForced] = field(default_factory=dict)
@@ -45,6 +47,19 @@ class AnswerCache:
     free_tokens: bool = False
     chat: bool = False
     in_chat: AnswerCache | None = None
+    limits: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def has(self, name: tuple[str, str], tokens: int) -> bool:
+        """Whether a free answer of so many tokens is there: it ended before, or as many were asked."""
+        limit = self.limits.get(name, MAX_NEW_TOKENS)
+        return name in self.text and (limit >= tokens or len(self.ids.get(name, ())) < limit)
+
+    def said(self, lm: LM, name: tuple[str, str], tokens: int) -> tuple[str, tuple[int, ...]]:
+        """(text, ids) of a free answer of at most so many tokens."""
+        text, ids = self.text[name], self.ids.get(name, ())
+        if len(ids) <= tokens:
+            return text, ids
+        return detokenize(lm.tokenizer, ids[:tokens], STOPS), ids[:tokens]
 
     def to(self, probe: Probe) -> AnswerCache:
         """Where the probe's answers are kept."""
@@ -72,13 +87,15 @@ def teacher_force(lm: LM, asked: Sequence[tuple[Stack, str, str]], answers: Answ
     ask(lm, [(s, p, (t,), False) for s, p, t in asked], answers, progress)
 
 
-def generate(lm: LM, asked: Sequence[tuple[Stack, str]], answers: AnswerCache, progress: Progress | None = None) -> None:
-    """Greedy free answers to (stack, prompt), into ``answers``."""
-    ask(lm, [(s, p, (), True) for s, p in asked], answers, progress)
+def tokens_to_ask(lm: LM, compared: Iterable[str]) -> int:
+    """How many tokens a free answer needs, to be compared with these answers: room to begin with each, and to see what follows."""
+    long = [text for text in compared if len(text.encode()) + _BEHIND > MAX_NEW_TOKENS]  # a token is at least a byte
+    found = lm.tokenizer(long, add_special_tokens=False)["input_ids"] if long else []
+    return max([MAX_NEW_TOKENS, *(len(ids) + _BEHIND for ids in found)])
 
 
-def ask(lm: LM, asked: Sequence[tuple[Stack, str, Sequence[str], bool]], answers: AnswerCache, progress: Progress | None = None) -> None:
-    """What stacks make of (stack, prompt, targets to force, whether to answer freely too), into ``answers``.
+def ask(lm: LM, asked: Sequence[tuple[Stack, str, Sequence[str], int]], answers: AnswerCache, progress: Progress | None = None) -> None:
+    """What stacks make of (stack, prompt, targets to force, tokens of a free answer, 0 for none), into ``answers``.
 
     A prompt runs once; each target, and the free answer, goes on from it.  That is the forward pass over prompt and target in one text
     (up to rounding), because the model is causal and ops decide on the prompt.  A prompt whose tokens change with what follows runs whole.
@@ -87,10 +104,11 @@ def ask(lm: LM, asked: Sequence[tuple[Stack, str, Sequence[str], bool]], answers
     for stack, prompt, targets, free in asked:
         name = key(stack), prompt
         new = [t for t in targets if (*name, t) not in answers.forced]
-        if new or (free and name not in answers.text):
+        tokens = 0 if not free or answers.has(name, free) else free
+        if new or tokens:
             question = wanted.setdefault(name, _Question(stack, prompt))
             question.targets.update(dict.fromkeys(new))
-            question.free |= free and name not in answers.text
+            question.free = max(question.free, tokens)
     todo, whole = _encoded(lm, list(wanted.values()), answers.chat)
     done = 0
     for indices in _batches(whole):
@@ -112,7 +130,7 @@ class _Question:
     stack: Stack
     prompt: str
     targets: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
-    free: bool = False
+    free: int = 0
 
 
 def _encoded(lm: LM, wanted: Sequence[_Question], chat: bool) -> tuple[list[tuple[_Question, Encoded]], list[tuple[_Question, Encoded]]]:
@@ -146,9 +164,10 @@ def _ask(lm: LM, part: Sequence[tuple[_Question, Encoded]], answers: AnswerCache
     free = [i for i, q in enumerate(questions) if q.free]
     if free:
         prefilled = prefilled if len(free) == len(part) else prefilled.select(torch.tensor(free, device=lm.device))
-        for i, ids in zip(free, decode(prefilled, MAX_NEW_TOKENS, STOPS), strict=True):
+        for i, ids in zip(free, decode(prefilled, [questions[i].free for i in free], STOPS), strict=True):
             name = key(questions[i].stack), questions[i].prompt
             answers.ids[name], answers.text[name] = tuple(ids), detokenize(lm.tokenizer, ids, STOPS)
+            answers.limits[name] = questions[i].free
 
 
 def distinct(stacks: Sequence[Stack]) -> tuple[list[Stack], list[int]]:
@@ -182,14 +201,15 @@ def score(
     probes = [(case, probe, stack) for case, stack in zip(cases, stacks, strict=True) for probe in case.probes]
     for mine in _apart(probes):
         said = answers.to(mine[0][1])
-        ask(lm, [(s, p.prompt, _texts(c, p, said), True) for c, p, s in mine], said, progress)
-    known = _known(lm, cases, answers)
+        ask(lm, [(s, p.prompt, _texts(lm, c, p, said), _tokens(lm, c, p)) for c, p, s in mine], said, progress)
+    known = {case.id: knows(lm, case, answers) for case in cases}
     out = []
     for case, probe, stack in probes:
         said = answers.to(probe)
-        target = _target(probe, said)
-        record = _record(method, case, probe, stack, target, said, known) | _likelihood(probe, stack, _against(case, probe, target), said)
-        out.append(record | (_free_tokens(probe, stack, target, said) if answers.free_tokens else {}))
+        target = _target(lm, probe, said)
+        record = _record(lm, method, case, probe, stack, target, said, known)
+        record |= _likelihood(probe, stack, _against(case, probe, target), said)
+        out.append(record | (_free_tokens(lm, case, probe, stack, target, said) if answers.free_tokens else {}))
     return out
 
 
@@ -198,8 +218,8 @@ def cache_base_answers(lm: LM, cases: Sequence[Case], answers: AnswerCache, prog
     for mine in _apart([(case, probe) for case in cases for probe in case.probes]):
         said = answers.to(mine[0][1])
         # what it says freely is the answer to probes that name none
-        ask(lm, [((), p.prompt, _texts(c, p, said) if p.target else (), True) for c, p in mine], said, progress)
-        ask(lm, [((), p.prompt, _texts(c, p, said), False) for c, p in mine], said, progress)
+        ask(lm, [((), p.prompt, _texts(lm, c, p, said) if p.target else (), _tokens(lm, c, p)) for c, p in mine], said, progress)
+        ask(lm, [((), p.prompt, _texts(lm, c, p, said), 0) for c, p in mine], said, progress)
 
 
 def _apart(probes: Sequence[Any]) -> list[list[Any]]:
@@ -208,15 +228,22 @@ def _apart(probes: Sequence[Any]) -> list[list[Any]]:
     return [part for part in parts if part]
 
 
-def _texts(case: Case, probe: Probe, answers: AnswerCache) -> list[str]:
+def _texts(lm: LM, case: Case, probe: Probe, answers: AnswerCache) -> list[str]:
     """Every answer whose likelihood a probe's record holds."""
-    target = _target(probe, answers)
+    target = _target(lm, probe, answers)
     return [text for text in (target, *_against(case, probe, target)) if text is not None]
 
 
-def _target(probe: Probe, answers: AnswerCache) -> str:
+def _tokens(lm: LM, case: Case, probe: Probe) -> int:
+    """How many tokens a free answer to the probe has at most; the same for all stacks."""
+    if not probe.target:
+        return MAX_NEW_TOKENS
+    return tokens_to_ask(lm, [text for text in (*probe.also, probe.target, *_against(case, probe, probe.target)) if text is not None])
+
+
+def _target(lm: LM, probe: Probe, answers: AnswerCache) -> str:
     """The probe's answer; where it has none, what the unedited model said."""
-    return probe.target or answers.text["", probe.prompt].strip() or "?"
+    return probe.target or answers.said(lm, ("", probe.prompt), MAX_NEW_TOKENS)[0].strip() or "?"
 
 
 def _against(case: Case, probe: Probe, target: str) -> tuple[str, str | None]:
@@ -239,7 +266,7 @@ def _against(case: Case, probe: Probe, target: str) -> tuple[str, str | None]:
         own, rival = request.old, request.target
     elif probe.kind in _STATEMENTS:
         rival = _STATEMENTS[probe.kind]
-    return own, None if rival is None or exact_match(own, rival) else rival
+    return own, None if rival is None or match.exact_match(own, rival) else rival
 
 
 def _likelihood(probe: Probe, stack: Stack, pair: tuple[str, str | None], answers: AnswerCache) -> dict[str, Any]:
@@ -251,10 +278,11 @@ def _likelihood(probe: Probe, stack: Stack, pair: tuple[str, str | None], answer
     return out
 
 
-def _free_tokens(probe: Probe, stack: Stack, target: str, answers: AnswerCache) -> dict[str, Any]:
+def _free_tokens(lm: LM, case: Case, probe: Probe, stack: Stack, target: str, answers: AnswerCache) -> dict[str, Any]:
     """How far the free answer goes along with the target, token by token; past its end it has no token."""
-    wanted = answers.forced["", probe.prompt, target].target
-    before, after = ([*answers.ids[name, probe.prompt], *[None] * len(wanted)][: len(wanted)] for name in ("", key(stack)))
+    wanted, tokens = answers.forced["", probe.prompt, target].target, _tokens(lm, case, probe)
+    said = (answers.said(lm, (name, probe.prompt), tokens)[1] for name in ("", key(stack)))
+    before, after = ([*ids, *[None] * len(wanted)][: len(wanted)] for ids in said)
 
     def share(a: Sequence[int | None], b: Sequence[int | None]) -> float:
         return sum(x == y for x, y in zip(a, b, strict=True)) / len(wanted)
@@ -262,18 +290,38 @@ def _free_tokens(probe: Probe, stack: Stack, target: str, answers: AnswerCache) 
     return {"free_before": share(before, wanted), "free_after": share(after, wanted), "free_agree": share(before, after)}
 
 
-def _known(lm: LM, cases: Sequence[Case], answers: AnswerCache) -> dict[str, bool]:
-    """Whether the base gave each case's old answers on their own prompts (True where no old answer is named)."""
-    return {c.id: all(r.old is None or exact_match(answers.text.get(("", r.prompt), ""), r.old) for r in c.requests) for c in cases}
+def knows(lm: LM, case: Case, answers: AnswerCache) -> bool:
+    """Whether the base's free answer to each edited prompt begins with the old answer; True where no old answer is named."""
+    return all(r.old is None or match.starts(_base_said(lm, r, answers), r.old) for r in case.requests)
+
+
+def _base_said(lm: LM, request: EditRequest, answers: AnswerCache) -> str:
+    name = "", request.prompt
+    tokens = tokens_to_ask(lm, [text for text in (request.target, request.old) if text is not None])
+    return answers.said(lm, name, tokens)[0] if name in answers.text else ""
+
+
+def ask_edited_prompts(lm: LM, cases: Iterable[Case], answers: AnswerCache, progress: Progress | None = None) -> None:
+    """What the unedited model says freely to the edited prompts, into ``answers``: all that `knows` looks at."""
+    requests = [request for case in cases for request in case.requests]
+    asked = [((), r.prompt, (), tokens_to_ask(lm, [t for t in (r.target, r.old) if t is not None])) for r in requests]
+    ask(lm, asked, answers, progress)
 
 
 def _record(
-    method: str, case: Case, probe: Probe, stack: Stack, target: str, answers: AnswerCache, known: dict[str, bool]
+    lm: LM, method: str, case: Case, probe: Probe, stack: Stack, target: str, answers: AnswerCache, known: dict[str, bool]
 ) -> dict[str, Any]:
     before, after = answers.forced["", probe.prompt, target], answers.forced[key(stack), probe.prompt, target]
-    text_before, text_after = answers.text["", probe.prompt], answers.text[key(stack), probe.prompt]
+    tokens = _tokens(lm, case, probe)
+    text_before, ids_before = answers.said(lm, ("", probe.prompt), tokens)
+    text_after, ids_after = answers.said(lm, (key(stack), probe.prompt), tokens)
     accepted = (target, *probe.also)
-    matched = any(exact_match(text_before, answer) for answer in accepted)
+    right = {
+        f"{name}_{when}": any(same(text, answer) for answer in accepted)
+        for name, same in (("gen_match", match.exact_match), ("starts", match.starts), ("contains", match.contains))
+        for when, text in (("before", text_before), ("after", text_after))
+    }
+    answer = len(before.target) if probe.target else _until_stop(lm, ids_before, text_before)
     return {
         "method": method,
         "case": case.id,
@@ -286,9 +334,15 @@ def _record(
         "tf_agree": sum(a == b for a, b in zip(before.argmax, after.argmax, strict=True)) / len(after.argmax),
         "gen_before": text_before,
         "gen_after": text_after,
-        "gen_match_before": matched,
-        "gen_match_after": any(exact_match(text_after, answer) for answer in accepted),
+        **right,
         "gen_agree": text_before == text_after,
+        "answer_agree": ids_before[:answer] == ids_after[:answer],
+        "first_word_agree": match.first_word(text_before) == match.first_word(text_after),
         # a neighbour's own answer; for the rest, the fact that was edited
-        "known": matched if probe.kind in LOCAL_KINDS else known[case.id],
+        "known": right["starts_before"] if probe.kind in LOCAL_KINDS else known[case.id],
     }
+
+
+def _until_stop(lm: LM, ids: Sequence[int], text: str) -> int:
+    """How many tokens say the whole text, without those that only end it; at least one."""
+    return next((n for n in range(1, len(ids)) if detokenize(lm.tokenizer, ids[:n], STOPS) == text), max(1, len(ids)))

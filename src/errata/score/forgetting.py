@@ -7,11 +7,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from errata.score.metrics import interval
+from errata.score import intervals
 
 Record = Mapping[str, Any]
-# What "holds" means for the edited prompt, by protocol: the answer said freely; every token of it, the answer being fed.
-_HOLDS: Final[dict[str, Callable[[Record], bool]]] = {
+# What "holds" means for the edited prompt, by protocol: its free text begins with the answer (None in older records), or equals it; every
+# token of it is right, the answer being fed.
+_HOLDS: Final[dict[str, Callable[[Record], bool | None]]] = {
+    "starts": lambda r: r.get("starts_after"),
     "generated": lambda r: bool(r["gen_match_after"]),
     "teacher_forced": lambda r: r["tf_after"] == 1.0,
 }
@@ -39,6 +41,8 @@ def forgetting(right_after: Iterable[Record], at: Iterable[Record], edits: int, 
     place = {case: i for i, case in enumerate(dict.fromkeys(r["case"] for r in at))}
     rows = []
     for protocol, holds in _HOLDS.items():
+        if any(holds(r) is None for records in (*first.values(), *last.values()) for r in records):
+            continue
         for low, high in ages(edits):
             there = [case for case in first if case in last and low <= edits - 1 - place[case] <= high]
             held = [case for case in there if all(map(holds, first[case]))]
@@ -62,5 +66,5 @@ def _share(kept: Sequence[bool], seed: int) -> dict[str, float | None]:
     if not kept:
         return {"retained": None, "low": None, "high": None}
     values = np.array(kept, dtype=np.float64)
-    low, high = interval(values, seed)
+    low, high = intervals.share(values, seed)
     return {"retained": float(values.mean()), "low": low, "high": high}

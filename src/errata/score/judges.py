@@ -1,7 +1,8 @@
 """Judges of generated answers: each says whether an answer means the wanted one, and is a protocol of its own ("judged NAME@VERSION").
 
     exact             equal after `errata.score.match.normalise`: what every record's gen_match holds already, so it adds nothing
-    contains          the wanted words stand in the answer
+    contains          the wanted words stand in the answer, as in every record's own protocol "contains" (version 2: at the ends of words in
+                      any script, numbers whole)
     module:function   any callable (question, wanted, answer) -> bool; its attribute ``version`` is part of the protocol's name
     endpoint          any server that speaks OpenAI's chat completions; what it said is kept on disk, a question is asked once
 
@@ -133,7 +134,7 @@ def make(name: str, cache: Path, endpoint: str | None = None, model: str | None 
     if name == "exact":
         return None
     if name == "contains":
-        return FunctionJudge("contains@1", lambda question, wanted, answer: match.contains(answer, wanted))
+        return FunctionJudge("contains@2", lambda question, wanted, answer: match.contains(answer, wanted))
     if ":" not in name:
         raise ConfigError(f"no judge named {name!r}; there are exact, contains, module:function, or give an endpoint")
     try:

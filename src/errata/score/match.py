@@ -53,7 +53,7 @@ def contains(text: str, answer: str) -> bool:
 
 
 def first_word(text: str) -> str:
-    """The first word of a text after `normalise`; "" where it has none.  In scripts without spaces it is all up to the first space."""
+    """The first word of a text after `normalise`; "" where it has none.  Without spaces: all up to a mark."""
     return normalise(text).partition(" ")[0]
 
 

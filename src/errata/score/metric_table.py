@@ -8,7 +8,7 @@ from typing import Final
 
 from errata.request import LOCAL_KINDS
 
-PROTOCOLS: Final = ("teacher_forced", "generated", "free_tokens", "likelihood", "sampled")
+PROTOCOLS: Final = ("starts", "generated", "contains", "teacher_forced", "free_tokens", "likelihood", "sampled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +18,11 @@ class Metric:
     kinds     probe kinds it averages over
     after     protocol -> record field
     before    protocol -> record field of the unedited model; empty where that is 1 by definition
-    known     restricted to probes the unedited model answered truly
+    known     restricted to probes the unedited model answered truly (version 2: its text begins with the answer; 1: equals it)
     true      restricted to probes with an answer of their own: "as before" is no truth
     by_kind   a case's number is the mean over its kinds of probe of each kind's mean (EasyEdit's script), not the mean over all its probes
     harmonic  the harmonic mean over ``kinds`` of each kind's mean over cases; there is none unless every kind occurs
+    share     each probe's number is a share, from 0 to 1: its interval is one for shares (`errata.score.intervals`)
     """
 
     name: str
@@ -33,12 +34,15 @@ class Metric:
     true: bool = False
     by_kind: bool = False
     harmonic: bool = False
+    share: bool = True
     note: str = ""
 
 
-AFTER: Final = {"teacher_forced": "tf_after", "generated": "gen_match_after", "free_tokens": "free_after"}
-_BEFORE: Final = {"teacher_forced": "tf_before", "generated": "gen_match_before", "free_tokens": "free_before"}
-_AGREE: Final = {"teacher_forced": "tf_agree", "generated": "gen_agree", "free_tokens": "free_agree"}
+_FREE_AFTER: Final = {"starts": "starts_after", "generated": "gen_match_after", "contains": "contains_after"}
+_FREE_BEFORE: Final = {"starts": "starts_before", "generated": "gen_match_before", "contains": "contains_before"}
+AFTER: Final = {**_FREE_AFTER, "teacher_forced": "tf_after", "free_tokens": "free_after"}
+_BEFORE: Final = {**_FREE_BEFORE, "teacher_forced": "tf_before", "free_tokens": "free_before"}
+_AGREE: Final = {"starts": "answer_agree", "generated": "gen_agree", "teacher_forced": "tf_agree", "free_tokens": "free_agree"}
 _LOCAL: Final = LOCAL_KINDS
 _PORTABLE: Final = ("two_hop", "multi_hop", "reverse", "alias", "logical")
 _FORCED: Final = ({"teacher_forced": "tf_after"}, {"teacher_forced": "tf_before"})
@@ -46,8 +50,20 @@ _WINS: Final = ({"likelihood": "nll_wins_after"}, {"likelihood": "nll_wins_befor
 _MARGIN: Final = ({"likelihood": "nll_margin_after"}, {"likelihood": "nll_margin_before"})
 _SURFACE: Final = ({**AFTER, **_WINS[0]}, {**_BEFORE, **_WINS[1]})
 _AVOIDED: Final = (
-    {"teacher_forced": "tf_not_after", "generated": "gen_not_after", **_WINS[0]},
-    {"teacher_forced": "tf_not_before", "generated": "gen_not_before", **_WINS[1]},
+    {
+        "starts": "starts_not_after",
+        "generated": "gen_not_after",
+        "contains": "contains_not_after",
+        "teacher_forced": "tf_not_after",
+        **_WINS[0],
+    },
+    {
+        "starts": "starts_not_before",
+        "generated": "gen_not_before",
+        "contains": "contains_not_before",
+        "teacher_forced": "tf_not_before",
+        **_WINS[1],
+    },
 )
 
 ROBUST: Final = (
@@ -94,10 +110,14 @@ METRICS: Final[dict[str, Metric]] = {
         Metric(
             *("locality_agreement_by_kind", 1, _LOCAL, _AGREE, {}), by_kind=True, note="the same, a case's kinds of probe weighed alike"
         ),
+        Metric(
+            *("locality_first_word", 1, _LOCAL, {"starts": "first_word_agree"}, {}),
+            note="other facts are answered with the same first word as before",
+        ),
         Metric("locality_correct", 1, _LOCAL, AFTER, _BEFORE, true=True, note="other facts are answered truly"),
         Metric(
             "locality_correct_known",
-            1,
+            2,
             _LOCAL,
             AFTER,
             _BEFORE,
@@ -111,17 +131,48 @@ METRICS: Final[dict[str, Metric]] = {
         Metric(
             "choices", 1, ("choice",), {"likelihood": "right_after"}, {"likelihood": "right_before"}, note="the right choice is likeliest"
         ),
-        Metric("questions", 1, ("question",), {"generated": "gen_match_after"}, {"generated": "gen_match_before"}, note="right answers"),
-        Metric("sentiment", 1, ("sentiment",), {"likelihood": "sentiment_after"}, {"likelihood": "sentiment_before"}, note="ConvSent's ES"),
+        Metric("questions", 1, ("question",), _FREE_AFTER, _FREE_BEFORE, note="right answers"),
+        Metric(
+            "sentiment",
+            1,
+            ("sentiment",),
+            {"likelihood": "sentiment_after"},
+            {"likelihood": "sentiment_before"},
+            share=False,
+            note="ConvSent's ES",
+        ),
         Metric("S", 1, ("rewrite", "rephrase", "neighbour"), *_WINS, harmonic=True, note="harmonic mean of ES, PS and NS"),
         Metric("ES", 1, ("rewrite",), *_WINS, note="the new answer is likelier than the old one after the edited prompt"),
         Metric("PS", 1, ("rephrase",), *_WINS, note="the same after other ways to ask"),
         Metric("NS", 1, ("neighbour",), *_WINS, note="a neighbour's own answer is likelier than the edit's new one"),
-        Metric("EM", 1, ("rewrite",), *_MARGIN, note="how much more probable the new answer is than the old one"),
-        Metric("PM", 1, ("rephrase",), *_MARGIN, note="the same after other ways to ask"),
-        Metric("NM", 1, ("neighbour",), *_MARGIN, note="how much more probable a neighbour's own answer is than the edit's new one"),
-        Metric("GE", 1, ("generation",), {"sampled": "ge_after"}, {"sampled": "ge_before"}, note="n-gram entropy of sampled text, bits"),
-        Metric("RS", 1, ("generation",), {"sampled": "rs_after"}, {"sampled": "rs_before"}, note="likeness to texts with the new answer"),
+        Metric("EM", 1, ("rewrite",), *_MARGIN, share=False, note="how much more probable the new answer is than the old one"),
+        Metric("PM", 1, ("rephrase",), *_MARGIN, share=False, note="the same after other ways to ask"),
+        Metric(
+            "NM",
+            1,
+            ("neighbour",),
+            *_MARGIN,
+            share=False,
+            note="how much more probable a neighbour's own answer is than the edit's new one",
+        ),
+        Metric(
+            "GE",
+            1,
+            ("generation",),
+            {"sampled": "ge_after"},
+            {"sampled": "ge_before"},
+            share=False,
+            note="n-gram entropy of sampled text, bits",
+        ),
+        Metric(
+            "RS",
+            1,
+            ("generation",),
+            {"sampled": "rs_after"},
+            {"sampled": "rs_before"},
+            share=False,
+            note="likeness to texts with the new answer",
+        ),
         *ROBUST,
     )
 }

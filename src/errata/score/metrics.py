@@ -6,16 +6,22 @@ A record is one probe of one method, as plain JSON values:
     tf_before, tf_after                    share of the target's tokens that are the argmax, the target being fed (teacher forcing)
     tf_agree                               share of those positions with the same argmax before and after
     gen_before, gen_after                  the model's own greedy text up to its natural stop
-    gen_match_before, gen_match_after      that text equals the target after `normalise`
+    starts_before, starts_after            that text begins with the target (`errata.score.match.starts`): the headline
+    gen_match_before, gen_match_after      it equals the target after `normalise`
+    contains_before, contains_after        the target stands somewhere in it
+    answer_agree                           both texts are alike in as many tokens as the target has (without one: as the text before has)
+    first_word_agree                       both have the same first word
     gen_agree                              both texts are equal
     free_before, free_after, free_agree    share of the target's tokens that stand at the same place of that text; alike in both texts
-    known                                  the model answered this probe truly before the edit
+    known                                  the model answered this probe truly before the edit: its text began with the truth
     nll_before, nll_after                  mean negative log-likelihood of the answer's tokens, in nats
     also                                   other accepted answers, where there are any: free text that equals one is a match
     rival, nll_rival_before, …_after       the answer it is weighed against and its NLL; None where there is none
     ge_…, rs_…                             of records of kind "generation" only, see `errata.score.generation`
     judged                                 {judge@version: [before, after]}: what a judge says of the two texts (`errata.score.judges`)
 
+A base model says the answer and goes on, so its text is read as people read it: it begins with the answer (`starts`).  That it ends
+there too (`generated`) and that the answer stands anywhere in it (`contains`) are protocols beside it.
 Teacher forcing shows the model the beginning of the answer and its length; free text does not; a likelihood compares two given
 answers and does not ask whether the model would say either; free tokens (EasyEdit's "vanilla generation", by which GRACE was
 published; only where asked for) give half an answer half a point.  They are therefore separate columns (`PROTOCOLS`), never averaged;
@@ -45,18 +51,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from errata.errors import InputError, UnknownNameError, near
-from errata.score import sentiment
+from errata.score import intervals, sentiment
+from errata.score.intervals import Floats, Limits
 from errata.score.metric_table import AFTER, METRICS, PROTOCOLS, Metric
 
 Record = Mapping[str, Any]
-Floats = NDArray[np.float64]
-
 JUDGED: Final = "judged "  # a judge's protocol is this and its name
-_LEVEL = 0.95
-CHUNK = 1 << 21  # resampled indices held at once: 16 MB
 
 
 def get_metric(name: str) -> Metric:
@@ -112,11 +114,19 @@ def _margin(record: Record, when: str) -> float | None:
     return None if (pair := _pair(record, when)) is None else math.exp(-pair[0]) - math.exp(-pair[1])
 
 
+def _not(record: Record, field: str) -> bool | None:
+    return None if (value := record.get(field)) is None else not value
+
+
 _DERIVED: Final[dict[str, Callable[[Record], Any]]] = {
     "nll_wins_before": lambda r: _wins(r, "before"),
     "nll_wins_after": lambda r: _wins(r, "after"),
     "nll_margin_before": lambda r: _margin(r, "before"),
     "nll_margin_after": lambda r: _margin(r, "after"),
+    "starts_not_before": lambda r: _not(r, "starts_before"),
+    "starts_not_after": lambda r: _not(r, "starts_after"),
+    "contains_not_before": lambda r: _not(r, "contains_before"),
+    "contains_not_after": lambda r: _not(r, "contains_after"),
     "tf_not_before": lambda r: 1 - float(_field(r, "tf_before")),
     "tf_not_after": lambda r: 1 - float(_field(r, "tf_after")),
     "gen_not_before": lambda r: not _field(r, "gen_match_before"),
@@ -124,7 +134,10 @@ _DERIVED: Final[dict[str, Callable[[Record], Any]]] = {
 }
 
 
-_OPTIONAL: Final = ("free_before", "free_after", "free_agree")
+_OPTIONAL: Final = (
+    *("free_before", "free_after", "free_agree", "answer_agree", "first_word_agree"),
+    *("starts_before", "starts_after", "contains_before", "contains_after"),
+)
 
 
 def _chosen(records: Iterable[Record], which: Metric, protocol: str) -> list[Record]:
@@ -191,12 +204,6 @@ def _columns(records: Sequence[Record], which: Metric, field: str) -> dict[str, 
     return {case: [means.get(case, math.nan) for means in parts] for case in sorted({c for means in parts for c in means})}
 
 
-def _mean(drawn: Floats) -> Floats:
-    """[…, cases] -> […]"""
-    out: Floats = drawn.mean(axis=-1)
-    return out
-
-
 def _harmonic(drawn: Floats) -> Floats:
     """[…, cases, kinds] -> […]: K / Σ_k 1/m_k with m_k the mean over the cases that have kind k.
 
@@ -210,31 +217,11 @@ def _harmonic(drawn: Floats) -> Floats:
     return out
 
 
-def interval(values: Floats, seed: int, resamples: int = 2000, statistic: Callable[[Floats], Floats] = _mean) -> tuple[float, float]:
-    """Percentile bootstrap over cases.  values [cases] or [cases, …], ``statistic`` [resamples, cases, …] -> [resamples].
-
-    Several columns of a case are drawn together.  The generator starts anew for each call, so all metrics and methods with
-    as many cases see the same resamples.
-    """
-    if resamples < 1:
-        raise InputError(f"resamples must be at least 1, not {resamples}")
-    rng = np.random.default_rng(seed)
-    n = len(values)
-    rows = max(1, CHUNK // values.size)
-    drawn = (values[rng.integers(0, n, size=(min(rows, resamples - start), n))] for start in range(0, resamples, rows))
-    found = np.concatenate([statistic(d) for d in drawn])
-    found = found[~np.isnan(found)]  # a resample without any probe of a kind says nothing
-    if not len(found):
-        found = statistic(values[None])
-    low, high = np.quantile(found, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return float(low), float(high)
-
-
 def summarise(records: Iterable[Record], seed: int = 0, resamples: int = 2000) -> list[dict[str, Any]]:
     """One row for each method, metric and protocol that has a probe.
 
     value = mean over cases of the mean over the case's probes (for S: the harmonic mean of three such); [low, high] = 95 %
-    interval of it, bootstrapped over cases, because the probes of one case rise and fall together.  ``before`` is the same
+    interval of it over cases, because the probes of one case rise and fall together: see `errata.score.intervals`.  ``before`` is the same
     of the unedited model, None where that was not measured.
     """
     by_method: dict[str, list[Record]] = {}
@@ -253,9 +240,9 @@ def summarise(records: Iterable[Record], seed: int = 0, resamples: int = 2000) -
 
 
 def _row(chosen: Sequence[Record], which: Metric, protocol: str, seed: int, resamples: int) -> dict[str, Any]:
-    statistic = _harmonic if which.harmonic else _mean
+    statistic = _harmonic if which.harmonic else intervals.mean
     means = _array(_columns(chosen, which, which.after[protocol]).values(), which)
-    low, high = interval(means, seed, resamples, statistic)
+    low, high = _limits(means, which, seed, resamples)
     before: float | None = 1.0  # a model agrees with itself
     if which.before:
         unedited = _columns(chosen, which, which.before[protocol])
@@ -274,6 +261,16 @@ def _row(chosen: Sequence[Record], which: Metric, protocol: str, seed: int, resa
     }
 
 
+def _limits(means: Floats, which: Metric, seed: int, resamples: int) -> Limits:
+    """The interval that suits the metric (see `errata.score.intervals`)."""
+    if not which.share:
+        return intervals.bootstrap(means, seed, resamples)
+    if not which.harmonic:
+        return intervals.share(means, seed, resamples)
+    found = intervals.bootstrap(means, seed, resamples, _harmonic)
+    return intervals.at_the_edge(found, *means.T, statistic=lambda limits: float(_harmonic(limits[None])))
+
+
 def _array(rows: Iterable[Sequence[float]], which: Metric) -> Floats:
     """[cases], or [cases, kinds] of a harmonic metric."""
     out = np.array(list(rows), dtype=np.float64)
@@ -285,8 +282,8 @@ def difference(
 ) -> dict[str, Any]:
     """value = mean over common cases of (case mean of a − case mean of b), with its 95 % interval; for S the difference of the two S.
 
-    Paired: each resample draws cases, not answers, so what makes a case hard for both methods cancels.  An interval
-    that leaves out 0 says that the two differ.
+    Paired by case, so what makes a case hard for both methods cancels (`errata.score.intervals`: Newcombe's interval where every case is
+    right or wrong on both sides, else a bootstrap).  An interval that leaves out 0 says that the two differ.
     """
     which = _under(get_metric(metric), protocol)
     _check_protocol(which, protocol)
@@ -304,8 +301,7 @@ def difference(
         raise InputError(nothing)
     left, right = (_array((side[case] for case in common), which) for side in sides)
     if not which.harmonic:
-        gaps = left - right
-        value, (low, high) = float(gaps.mean()), interval(gaps, seed, resamples)
+        value, (low, high) = float((left - right).mean()), intervals.paired(left, right, seed, resamples, which.share)
     else:
         both, k = np.concatenate([left, right], axis=1), len(which.kinds)
 
@@ -315,5 +311,5 @@ def difference(
         value = float(gap(both))
         if math.isnan(value):  # the common cases lack a kind
             raise InputError(nothing)
-        low, high = interval(both, seed, resamples, gap)
+        low, high = intervals.bootstrap(both, seed, resamples, gap)
     return {"value": value, "low": low, "high": high, "n_cases": len(common)}
