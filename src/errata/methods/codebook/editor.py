@@ -73,9 +73,12 @@ class RadiusEditor(ContrastEditor):
     contrast_share  a radius is at most this share of the distance to the nearest of them.  What would widen or move a key past its limit
                     becomes one of its own, with the same label
     contrast_grow   a new key's radius is that bound, however wide, in place of the least of it and the published one
+
+    The share was chosen on SmolLM2-135M, 8 facts of CounterFact: GRACE, its radii grown to half the distance, answered none of the
+    rephrasings and kept all neighbours; grown to .9 of it, .19 of the rephrasings, and kept .93 of the neighbours.
     """
 
-    contrast_share: float = 0.5
+    contrast_share: float = 0.9
     contrast_grow: bool = False
 
     def require_contrast(self) -> None:
