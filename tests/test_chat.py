@@ -24,6 +24,10 @@ from errata.core.tokens import encode, joined, offsets, pad, subject_span
 from errata.errors import InputError
 from errata.request import Case, EditRequest, Probe
 from errata.score.wanted import ask, read
+from errata.serve.engine import GenerationEngine
+from errata.serve.metrics import Metrics
+from errata.serve.options import Limits
+from errata.serve.rows import OutputChunk, Row, SamplingParams
 
 QUESTION = "The capital of France is"
 PLAIN = [QUESTION, "The capital of France is ", "x", "a line\nand another", "a < b <| c", "¿Dónde está 東京? "]
@@ -260,3 +264,12 @@ def test_the_ledger_keeps_what_was_asked(talker: LM, tmp_path: Path) -> None:
     known = chat.request_in_chat(talker.tokenizer, EditRequest(QUESTION, "Paris", "France"))
     with pytest.raises(errata.errors.LedgerError, match="answers 'Paris' already"):
         book.apply([known], settings=how)
+
+
+def test_a_served_answer_ends_with_the_turn(talker: LM) -> None:
+    rendered = [chat.apply_chat_template(talker.tokenizer, p) for p, _ in SENTENCES]
+    engine, told = GenerationEngine(talker, Limits(), Metrics()), [list[OutputChunk]() for _ in rendered]
+    engine.submit([Row(i, e, (), SamplingParams(12), told[i].append) for i, e in enumerate(talker.encode(rendered))])
+    while engine.num_unfinished:
+        engine._turn(engine._take())
+    assert [("".join(c.text for c in said).strip(), said[-1].finish_reason) for said in told] == [(t, "stop") for _, t in SENTENCES]

@@ -122,7 +122,8 @@ def case_options(out: argparse.ArgumentParser, cases: int) -> None:
 def items(args: argparse.Namespace, most: int, packaged: str, seed: int | None) -> tuple[Any, list[Any]]:
     """(the benchmark, its first items): --n of them, else up to ``most``.  ``packaged``: the split of a benchmark in the package."""
     benchmark = open_benchmark(args.benchmark, args.data)
-    args.split = args.split or (None if benchmark.needs_data else packaged)
+    if not benchmark.needs_data:
+        args.split = args.split or (packaged if packaged in benchmark.splits else benchmark.splits[0])
     found = benchmark.load(args.split, args.n, seed)
     return benchmark, list(found if args.n else itertools.islice(found, most))
 

@@ -236,7 +236,9 @@ def _known(lm: LM, benchmark: Any, args: argparse.Namespace, answers: Any, scree
 
     with screen.progress() as progress:
         every = benchmark.load(args.split, None, args.seed)
-        found = known.known_cases(lm, every, args.n, answers, lambda done, of: progress("asking for facts the model knows", done, of))
+        shown = (lambda case: case_in_chat(lm.tokenizer, case)) if args.chat else (lambda case: case)
+        told = lambda done, of: progress("asking for facts the model knows", done, of)  # noqa: E731
+        found = known.known_cases(lm, every, args.n, answers, told, shown)
     args.n = len(found.cases)
     return found.cases, found.to_dict()
 

@@ -31,7 +31,7 @@ def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell, folder: Path, source: 
     """The benchmark's cases, those that the base knows where ``score.known`` asks for that (``folder``: of the base's answers, which keeps
     what was found); with ``score.robustness`` also the suite's probes, the same for all methods of the run: those that fit
     behind the longest context any of them puts in front; with ``chat`` in the chat template.  ``source``: the opened benchmark, which may learn from what it loads."""
-    found: list[Case] = _known(lm, cell, folder, source) if grid.only_known(spec, cell) else cell.cases(source)
+    found: list[Case] = _known(lm, cell, folder, source, spec.chat) if grid.only_known(spec, cell) else cell.cases(source)
     if spec.score.robustness:
         editors = [grid.editor(other) for other in grid.cells(spec) if other.model == cell.model]
         found = robustness.add_robustness_probes(lm, found, room=robustness.room_of(lm, editors))
@@ -43,13 +43,14 @@ def known(folder: Path) -> dict[str, Any] | None:
     return read_document(folder / KNOWN)["known"] if (folder / KNOWN).exists() else None
 
 
-def _known(lm: LM, cell: grid.Cell, folder: Path, source: Any) -> list[Case]:
+def _known(lm: LM, cell: grid.Cell, folder: Path, source: Any, chat: bool) -> list[Case]:
     every = cell.cases(source, every=True)
     path = folder / KNOWN
     if not path.exists():
         with locked(folder):
             answers = AnswerCache()
-            found = known_cases(lm, every, cell.wanted, answers)
+            shown = (lambda case: case_in_chat(lm.tokenizer, case)) if chat else (lambda case: case)
+            found = known_cases(lm, every, cell.wanted, answers, shown=shown)
             kept = {"fingerprint": lm.fingerprint, "known": found.to_dict(), "cases": [case.id for case in found.cases]}
             document(path, {**kept, "asked": _given(answers, AnswerCache())})
     then = read_document(path)

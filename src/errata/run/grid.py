@@ -208,7 +208,7 @@ class Cell:
     def cases(self, source: Any = None, every: bool = False) -> list[Any]:
         """The benchmark's, in this cell's order; ``every``: all, to choose from; ``source``: the benchmark, where it is open already."""
         spec, source = self.benchmark, source or benchmark(self.benchmark)
-        split = spec.split or (None if getattr(source, "needs_data", False) else "test")
+        split = spec.split or (None if getattr(source, "needs_data", False) or "test" not in source.splits else "test")
         found = source.load(split, spec.n if isinstance(spec.n, int) and not every else None, self.order)
         return list(itertools.islice(found, CASES) if spec.n is None and not every else found)
 

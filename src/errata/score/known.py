@@ -7,7 +7,7 @@ is mostly not there to be lost.  A case is known if the base's free answer to ea
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -52,22 +52,28 @@ def all_cases(lm: LM, cases: Iterable[Case], answers: AnswerCache) -> dict[str, 
     return {"only": False, "cases": len(every), "known": sum(knows(lm, case, answers) for case in named) if named else None}
 
 
-def known_cases(lm: LM, cases: Iterable[Case], wanted: int | None, answers: AnswerCache, progress: Progress | None = None) -> KnownCases:
+def known_cases(
+    lm: LM,
+    cases: Iterable[Case],
+    wanted: int | None,
+    answers: AnswerCache,
+    progress: Progress | None = None,
+    shown: Callable[[Case], Case] = lambda case: case,
+) -> KnownCases:
     """The first ``wanted`` cases (None: all) whose facts the base knows; what it was asked is in ``answers``.
 
-    At most `MOST` times as many are looked at.  `InputError` where none is found.
+    ``shown``: a case as it is asked, in a chat template for one.  At most `MOST` times as many are looked at.  `InputError` where none is found.
     """
     left = iter(cases) if wanted is None else itertools.islice(cases, MOST * wanted)
     found: list[Case] = []
     looked = unnamed = 0
     while (wanted is None or len(found) < wanted) and (part := list(itertools.islice(left, AT_ONCE))):
-        named = [case for case in part if all(request.old is not None for request in case.requests)]
-        ask_edited_prompts(lm, named, answers)
-        there = {case.id for case in named}
+        there = {case.id: shown(case) for case in part if all(request.old is not None for request in case.requests)}
+        ask_edited_prompts(lm, list(there.values()), answers)
         for case in part:
             looked += 1
             unnamed += case.id not in there
-            found += [case] if case.id in there and knows(lm, case, answers) else []
+            found += [case] if case.id in there and knows(lm, there[case.id], answers) else []
             if len(found) == wanted:
                 break
         if progress:
