@@ -22,6 +22,7 @@ PROBE_KINDS = (
     *("neighbour", "unrelated", "same_subject", "forgetfulness", "distracting"),
     *("two_hop", "multi_hop", "reverse", "alias", "logical", "sub_fact", "out_of_domain"),
     *("same_sentiment", "opposite_sentiment"),
+    "watch",  # the same of other subjects, found on the model (`errata.score.neighbours`)
 )
 SENTIMENT = ("same_sentiment", "opposite_sentiment")  # replies to the edited prompt itself, weighed by their likelihood
 LOCAL_KINDS = ("neighbour", "unrelated", "same_subject", "forgetfulness")  # facts that an edit should leave as they were

@@ -55,6 +55,12 @@ def add(commands: common.Subparsers) -> None:
         action="store_true",
         help="also other names and shuffled tokens of the subject, long contexts, question form, chat template, true or false, negation",
     )
+    out.add_argument(
+        "--watch",
+        type=common.count,
+        metavar="N",
+        help="also N neighbours of each fact that no editor is shown, found on the model (16 where the benchmark has none)",
+    )
     out.add_argument("--fluency", action="store_true", help="also fluency (GE) and consistency (RS) of sampled text, after all edits")
     common.chat_option(out, "edit and ask every prompt of a benchmark with edits")
     common.mode_options(out)
@@ -204,6 +210,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     if getattr(benchmark, "only_known", False) if args.known is None else args.known:
         cases, told = _known(lm, benchmark, args, answers, screen)
         at = marks(args)
+    cases = _watching(lm, args, cases, screen)
     if args.robustness:
         cases = _widened(lm, editors, cases, screen)
     if args.chat:
@@ -241,6 +248,18 @@ def _known(lm: LM, benchmark: Any, args: argparse.Namespace, answers: Any, scree
         found = known.known_cases(lm, every, args.n, answers, told, shown)
     args.n = len(found.cases)
     return found.cases, found.to_dict()
+
+
+def _watching(lm: LM, args: argparse.Namespace, cases: list[Case], screen: Screen) -> list[Case]:
+    """With probes of the watch half: as many a case as --watch says, by default where the benchmark brings nothing that should stay."""
+    from errata.score import neighbours
+
+    count = args.watch if args.watch is not None else neighbours.COUNT if neighbours.wants_watching(cases) else 0
+    if not count:
+        return cases
+    with screen.progress() as progress:
+        told = lambda done, of: progress("finding neighbours", done, of)  # noqa: E731
+        return neighbours.add_watch_probes(lm, cases, count, together=args.mode != "single", progress=told)
 
 
 def _widened(lm: LM, editors: list[Any], cases: list[Case], screen: Screen) -> list[Case]:

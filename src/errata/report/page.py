@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 Record = Mapping[str, Any]
 
 _POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-STAYS: Final = (*LOCAL_KINDS, "same_subject", "forgetfulness")  # kinds that an edit should leave as they are
+STAYS: Final = (*LOCAL_KINDS, "same_subject", "forgetfulness", "watch")  # kinds that an edit should leave as they are
 SAID: Final = (
     "Greedy text before and after each edit; ✓ and ✗: it begins with the wanted answer, or, where none is, it is as before over the whole "
     "answer. “fed”: how much of the wanted answer is likeliest when its beginning is given."

@@ -49,6 +49,7 @@ HEADINGS: Final[dict[str, str]] = {
     "locality_agreement": "locality (as before)",
     "locality_agreement_by_kind": "locality (as before, mean of kinds)",
     "locality_first_word": "locality (first word as before)",
+    "watch": "neighbours kept (watched)",
     "locality_correct": "locality (true)",
     "locality_correct_known": "locality (true, known)",
     "same_subject": "same subject (as before)",

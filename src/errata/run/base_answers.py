@@ -18,7 +18,7 @@ from errata.errors import ModelError, StorageError
 from errata.request import Case
 from errata.run import grid
 from errata.run.folder import Journal, Records, document, locked, read_document
-from errata.score import robustness
+from errata.score import neighbours, robustness
 from errata.score.evaluator import AnswerCache, Progress, cache_base_answers
 from errata.score.known import known_cases
 from errata.score.teacher_forcing import TeacherForced
@@ -32,6 +32,9 @@ def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell, folder: Path, source: 
     what was found); with ``score.robustness`` also the suite's probes, the same for all methods of the run: those that fit
     behind the longest context any of them puts in front; with ``chat`` in the chat template.  ``source``: the opened benchmark, which may learn from what it loads."""
     found: list[Case] = _known(lm, cell, folder, source, spec.chat) if grid.only_known(spec, cell) else cell.cases(source)
+    count = spec.score.watch if spec.score.watch is not None else neighbours.COUNT if neighbours.wants_watching(found) else 0
+    if count:
+        found = neighbours.add_watch_probes(lm, found, count, together=any(s.kind != "single" for s in spec.scenario))
     if spec.score.robustness:
         editors = [grid.editor(other) for other in grid.cells(spec) if other.model == cell.model]
         found = robustness.add_robustness_probes(lm, found, room=robustness.room_of(lm, editors))

@@ -8,7 +8,7 @@ benchmark: {name: almanac, split: test, n: 100}     # data: a local file, where 
 scenario: {kind: continual, marks: [1, 10, 100]}    # or single, or "batched(10)"; a list for several
 seeds: [0]                           # of the editor, and of the order of the cases where the benchmark names none
 guard: {every: 100, action: warn}    # see `errata.run.guard.GuardSpec`; without it nothing is looked at
-score: {right_after: true, free_tokens: false, fluency: false, robustness: false, latency: true, judges: [contains]}
+score: {right_after: true, free_tokens: false, fluency: false, robustness: false, watch: null, latency: true, judges: [contains]}
        # known: only cases whose fact the base knows; without it, as the benchmark has it (CounterFact and its kin: true)
 store: {group: 16, chunk: 256, patches: keep}
 chat: true                           # edit and ask in the model's chat template; without it, plainly
@@ -118,12 +118,15 @@ class ScoreSpec:
     """What is measured beside the protocols of every record, and whether each case is scored right after its own edit too.
 
     known   only cases whose fact the base knows (`errata.score.known`); None: as the benchmark has it
+    watch   neighbours of each case that are found on the model (`errata.score.neighbours`); None: 16 where the benchmark brings nothing
+            that should stay
     """
 
     right_after: bool = True
     free_tokens: bool = False
     fluency: bool = False
     robustness: bool = False
+    watch: int | None = None
     latency: bool = True
     known: bool | None = None
     judges: tuple[JudgeSpec, ...] = ()
@@ -163,8 +166,9 @@ class RunSpec:
 
     @property
     def digest(self) -> str:
-        """Names everything in the file that results depend on.  ``chat`` counts where it is on: it is younger than some runs."""
-        return digest({k: v for k, v in to_dict(self).items() if k != "chat" or v})
+        """Names everything in the file that results depend on.  What is younger than some runs counts where it is given."""
+        values = {k: v for k, v in to_dict(self).items() if k != "chat" or v}
+        return digest(values | {"score": {k: v for k, v in values["score"].items() if v is not None}})
 
 
 @dataclass(frozen=True)

@@ -162,8 +162,8 @@ def _each(lm: LM, editor: Any, cases: Sequence[Case], told: Callable[[int, int, 
 
 
 def asked_by(cases: Sequence[Case]) -> str:
-    """Every text that scores some cases."""
-    return "\n".join(probe.prompt for case in cases for probe in case.probes)
+    """Every text that scores some cases, but for the watch half, whose names never train."""
+    return "\n".join(probe.prompt for case in cases for probe in case.probes if probe.kind != "watch")
 
 
 def contrasted(lm: LM, editor: Any, cases: Sequence[Case], on: Stack, asked: str) -> list[EditRequest]:

@@ -62,7 +62,8 @@ def known_cases(
 ) -> KnownCases:
     """The first ``wanted`` cases (None: all) whose facts the base knows; what it was asked is in ``answers``.
 
-    ``shown``: a case as it is asked, in a chat template for one.  At most `MOST` times as many are looked at.  `InputError` where none is found.
+    ``shown``: a case as it is asked, in a chat template for one.  At most `MOST` times as many are looked at; `InputError` where none is
+    found.
     """
     left = iter(cases) if wanted is None else itertools.islice(cases, MOST * wanted)
     found: list[Case] = []

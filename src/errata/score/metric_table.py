@@ -114,6 +114,10 @@ METRICS: Final[dict[str, Metric]] = {
             *("locality_first_word", 1, _LOCAL, {"starts": "first_word_agree"}, {}),
             note="other facts are answered with the same first word as before",
         ),
+        Metric(
+            *("watch", 1, ("watch",), {**_AGREE, "starts": "first_word_agree"}, {}),
+            note="the nearest subjects, found on the model and shown to no editor, are answered with the same first word as before",
+        ),
         Metric("locality_correct", 1, _LOCAL, AFTER, _BEFORE, true=True, note="other facts are answered truly"),
         Metric(
             "locality_correct_known",

@@ -6,16 +6,17 @@ No editor is ever shown them, so they say whether an edit keeps what it was not 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from errata.contrast.contrast import COUNT, find
 from errata.contrast.names import Names
 from errata.core.bank import Stack
 from errata.core.model import LM
-from errata.request import EditRequest
+from errata.request import LOCAL_KINDS, Case, EditRequest, Probe
 from errata.score.compare import Comparison, compare
-from errata.score.match import normalise
+from errata.score.evaluator import Progress
+from errata.score.match import first_word, normalise
 
 _TOKENS = 6  # of an answer
 _PARAGRAPH = 32  # tokens of a free one
@@ -117,7 +118,31 @@ def in_other_forms(asked: Sequence[tuple[str, str]]) -> list[tuple[str, str, str
 
 
 def _kept(form: str, before: str, after: str) -> bool:
-    return normalise(before) == normalise(after) if form == "paragraph" else same_first_word(before, after)
+    return normalise(before) == normalise(after) if form == "paragraph" else first_word(before) == first_word(after)
+
+
+def add_watch_probes(
+    lm: LM, cases: Sequence[Case], count: int = COUNT, *, together: bool = False, progress: Progress | None = None
+) -> list[Case]:
+    """Cases with up to ``count`` probes of kind "watch" each: the watch half of their first request.
+
+    None is about a subject that its case asks about or, where cases are edited ``together`` (on one stack), that another edits.
+    """
+    out = []
+    for case in cases:
+        own = {r.prompt for r in case.requests}
+        others = "\n".join(r.prompt for other in cases for r in other.requests if r.prompt not in own) if together else ""
+        asked = "\n".join(p.prompt for p in case.probes if p.kind != "watch")
+        found = find(lm, case.request, count=count, exclude=(asked, others))  # for single edits: the search that training made
+        out.append(replace(case, probes=(*case.probes, *(Probe("watch", n.prompt) for n in found.watch))))
+        if progress is not None:
+            progress(len(out), len(cases))
+    return out
+
+
+def wants_watching(cases: Sequence[Case]) -> bool:
+    """Whether cases bring no probes of what should stay, so that nothing else would say what an edit moved."""
+    return not any(probe.kind in LOCAL_KINDS for case in cases for probe in case.probes)
 
 
 def _trained(stack: Stack, request: EditRequest) -> Iterable[str]:
@@ -125,8 +150,3 @@ def _trained(stack: Stack, request: EditRequest) -> Iterable[str]:
         for own in patch.requests:
             if own.id != request.id:  # what it was itself shown is seen to by `find`
                 yield from (own.prompt, *own.paraphrases, *(prompt for prompt, _ in own.unrelated))
-
-
-def same_first_word(a: str, b: str) -> bool:
-    """Whether two answers begin with the same word, articles aside; two that say nothing are alike."""
-    return normalise(a).partition(" ")[0] == normalise(b).partition(" ")[0]
