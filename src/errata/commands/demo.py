@@ -1,4 +1,4 @@
-"""``errata demo``: BaFT and ReFT side by side on facts that the almanac knows, in under three minutes; or BaFT's Theorem 2.3 in numbers."""
+"""``errata demo``: BaFT and ReFT side by side on facts that a real model knows, in a few minutes; or BaFT's Theorem 2.3 in numbers."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ from typing import TYPE_CHECKING, Any
 
 from errata import registry
 from errata.commands import common, files, results
-from errata.commands.screen import Screen, as_json, said
+from errata.commands.screen import Progress, Screen, as_json, said
 
 if TYPE_CHECKING:
+    from errata.core.model import LM
     from errata.core.patch import Patch
     from errata.request import Case
+    from errata.score.evaluator import AnswerCache
 
 METHODS = ("baft", "reft")
-FACTS = 24
-SHOWN = {"rewrite": "the edited prompt", "rephrase": "asked otherwise", "neighbour": "another fact"}
+REAL = "smollm2-135m"
+FACTS = {"everyday": 12, "almanac": 24}
+SHOWN = {"rewrite": "the edited prompt", "rephrase": "asked otherwise", "neighbour": "another fact", "watch": "another subject"}
 
 
 def add(commands: common.Subparsers) -> None:
     out = common.parser(
-        commands, "demo", run, f"edit {FACTS} facts of the almanac with {' and '.join(METHODS)} and show what comes of it", model=False
+        commands,
+        "demo",
+        run,
+        f"edit facts that a real model knows with {' and '.join(METHODS)}, and show what comes of it",
+        model=False,
     )
     out.add_argument(
-        "what",
-        nargs="?",
-        choices=("edits", "theorem"),
-        default="edits",
-        help="facts of the almanac, or why a linear edit moves what is near it",
+        "what", nargs="?", choices=("edits", "theorem"), default="edits", help="facts, or why a linear edit moves what is near it"
     )
-    out.add_argument("--n", type=common.positive, default=FACTS, help=f"facts to edit ({FACTS})")
-    out.add_argument(
-        "--model", default="almanac", metavar="PATH", help="another model that knows the almanac's facts (the one in the package)"
-    )
+    out.add_argument("--n", type=common.positive, help=f"facts to edit ({FACTS['everyday']}; of the almanac {FACTS['almanac']})")
+    out.add_argument("--model", metavar="MODEL", help=f"any model ({REAL}; where that is not on this machine, the almanac)")
+    out.add_argument("--facts", choices=tuple(FACTS), help="everyday facts that the model knows, or the almanac's (as the model is)")
     common.model_options(out)
     common.out_options(out)
 
@@ -45,14 +47,14 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     files.check(args.out, args.force)
     if args.what == "theorem":
         return _theorem(args, screen)
-    benchmark = registry.get("benchmark", "almanac")()
-    cases = list(benchmark.load("dev", args.n))
+    _choose(args, screen)
+    benchmark, answers = registry.get("benchmark", args.facts)(), AnswerCache()  # the base is asked once for both methods
     lm = common.load(args)
     records: list[dict[str, Any]] = []
     made: dict[str, list[Patch]] = {}
     seconds: dict[str, float] = {}
-    answers = AnswerCache()  # the base is asked once for both methods
     with screen.progress() as progress:
+        cases, split = _cases(lm, benchmark, args, answers, progress)
         for name in METHODS:
             editor = registry.get("method", name).for_model(lm)
             watched = results.Watched(progress, name)
@@ -71,9 +73,9 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         "saved": None if args.out is None else str(args.out),
     }
     if args.out is not None:
-        what = results.notes(lm, benchmark, "dev", len(cases), 0, "single: each edit alone", seconds)
+        what = results.notes(lm, benchmark, split, len(cases), 0, "single: each edit alone", seconds)
         with files.staged(args.out, args.force) as folder:
-            results.save(folder, f"errata demo: {len(cases)} facts, edited", document, records, records, what)
+            results.save(folder, f"errata demo: {len(cases)} facts of {lm.name}, edited", document, records, records, what)
             files.save_patches(folder / "patches", [p for patches in made.values() for p in patches])
     screen.document(document)
     _show(screen, document, len(cases))
@@ -82,6 +84,30 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         screen.say(
             f"Open {args.out / 'report.html'}, or: errata ask {args.model} 'PROMPT' --patch {args.out / 'patches' / made['baft'][0].id}"
         )
+
+
+def _choose(args: argparse.Namespace, screen: Screen) -> None:
+    """The model, the facts and how many, where they were not given."""
+    from errata.core import catalogue
+
+    if args.model is None:
+        there = catalogue.where(catalogue.known(REAL)) is not None
+        args.model = REAL if there else "almanac"
+        if not there:
+            screen.say(f"{REAL} is not on this machine (`{catalogue.known(REAL).command}` brings it), so this is errata's own test bed.")
+    args.facts = args.facts or ("almanac" if args.model == "almanac" else "everyday")
+    args.n = args.n or FACTS[args.facts]
+
+
+def _cases(lm: LM, benchmark: Any, args: argparse.Namespace, answers: AnswerCache, progress: Progress) -> tuple[list[Case], str]:
+    """(facts to edit, the split they are from): everyday facts that the model knows, with neighbours found on it."""
+    from errata.score import known, neighbours
+
+    if args.facts == "almanac":
+        return list(benchmark.load("dev", args.n)), "dev"
+    found = known.known_cases(lm, benchmark.load(), args.n, answers, lambda done, of: progress("facts the model knows", done, of)).cases
+    told = lambda done, of: progress("finding neighbours", done, of)  # noqa: E731
+    return neighbours.add_watch_probes(lm, found, progress=told), benchmark.splits[0]
 
 
 def replies(cases: list[Case], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,7 +131,10 @@ def replies(cases: list[Case], records: list[dict[str, Any]]) -> list[dict[str, 
 
 def _show(screen: Screen, document: dict[str, Any], count: int) -> None:
     first = document["answers"][0]
-    screen.say(f"{count} facts, each changed alone: {first['prompt']!r} from {first['old']!r} to {first['new']!r}, and so on.")
+    screen.say(
+        f"{count} facts that {document['model']} knows, each changed alone: {first['prompt']!r} from {first['old']!r} to {first['new']!r}, "
+        "and so on. An answer is right when it begins as wanted; other subjects should be answered as before."
+    )
     lines = []
     for case in document["answers"]:
         for row in case["said"]:

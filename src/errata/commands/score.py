@@ -254,7 +254,7 @@ def _watching(lm: LM, args: argparse.Namespace, cases: list[Case], screen: Scree
     """With probes of the watch half: as many a case as --watch says, by default where the benchmark brings nothing that should stay."""
     from errata.score import neighbours
 
-    count = args.watch if args.watch is not None else neighbours.COUNT if neighbours.wants_watching(cases) else 0
+    count = args.watch if args.watch is not None else neighbours.WATCHED if neighbours.wants_watching(cases) else 0
     if not count:
         return cases
     with screen.progress() as progress:

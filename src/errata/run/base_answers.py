@@ -30,9 +30,10 @@ KNOWN = "known.json"
 def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell, folder: Path, source: Any = None) -> list[Case]:
     """The benchmark's cases, those that the base knows where ``score.known`` asks for that (``folder``: of the base's answers, which keeps
     what was found); with ``score.robustness`` also the suite's probes, the same for all methods of the run: those that fit
-    behind the longest context any of them puts in front; with ``chat`` in the chat template.  ``source``: the opened benchmark, which may learn from what it loads."""
+    behind the longest context any of them puts in front; with ``chat`` in the chat template.
+    ``source``: the opened benchmark, which may learn from what it loads."""
     found: list[Case] = _known(lm, cell, folder, source, spec.chat) if grid.only_known(spec, cell) else cell.cases(source)
-    count = spec.score.watch if spec.score.watch is not None else neighbours.COUNT if neighbours.wants_watching(found) else 0
+    count = spec.score.watch if spec.score.watch is not None else neighbours.WATCHED if neighbours.wants_watching(found) else 0
     if count:
         found = neighbours.add_watch_probes(lm, found, count, together=any(s.kind != "single" for s in spec.scenario))
     if spec.score.robustness:

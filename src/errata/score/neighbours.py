@@ -18,6 +18,7 @@ from errata.score.compare import Comparison, compare
 from errata.score.evaluator import Progress
 from errata.score.match import first_word, normalise
 
+WATCHED = COUNT  # neighbours of an edit
 _TOKENS = 6  # of an answer
 _PARAGRAPH = 32  # tokens of a free one
 _QUESTIONS = 4
@@ -80,7 +81,7 @@ def watch(
     requests: Sequence[EditRequest],
     stacks: Sequence[Stack],
     *,
-    count: int = COUNT,
+    count: int = WATCHED,
     names: Names | None = None,
     otherwise: bool = False,
 ) -> list[Kept]:
@@ -122,7 +123,7 @@ def _kept(form: str, before: str, after: str) -> bool:
 
 
 def add_watch_probes(
-    lm: LM, cases: Sequence[Case], count: int = COUNT, *, together: bool = False, progress: Progress | None = None
+    lm: LM, cases: Sequence[Case], count: int = WATCHED, *, together: bool = False, progress: Progress | None = None
 ) -> list[Case]:
     """Cases with up to ``count`` probes of kind "watch" each: the watch half of their first request.
 
