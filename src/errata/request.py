@@ -152,7 +152,7 @@ def fill(request: EditRequest, name: str) -> str:
     return before + name + after
 
 
-def filled_name(request: EditRequest, prompt: str) -> str | None:
+def _filled_name(request: EditRequest, prompt: str) -> str | None:
     """The name that stands in ``prompt`` where the request's has its subject; None where the two differ elsewhere, too."""
     before, _, after = request.prompt.partition(request.subject or "\0")
     if request.subject is None or len(prompt) <= len(before) + len(after) or not (prompt.startswith(before) and prompt.endswith(after)):
@@ -222,7 +222,7 @@ class Case:
 
     def _check_contrast(self) -> None:
         """`InputError` where a subject of ``contrast`` is asked about by a probe: what trains may not score."""
-        names = {name for r in self.requests for prompt, _ in r.contrast if (name := filled_name(r, prompt)) is not None}
+        names = {name for r in self.requests for prompt, _ in r.contrast if (name := _filled_name(r, prompt)) is not None}
         for probe in self.probes if names else ():
             if found := names_in(probe.prompt, names):
                 raise InputError(f"probe {probe.prompt!r} asks about {found[0]!r}, which its request was trained to keep (contrast)")

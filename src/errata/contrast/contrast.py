@@ -16,8 +16,8 @@ from errata.core.model import LM
 from errata.request import EditRequest, names_in
 
 COUNT = 16  # neighbours in each half
-CONFIDENT = 0.15  # probability of the base's first token
-DOUBTFUL = 0.05  # the least, where too few are answered with confidence
+_CONFIDENT = 0.15  # probability of the base's first token
+_DOUBTFUL = 0.05  # the least, where too few are answered with confidence
 _TOKENS = 4  # of an answer
 
 
@@ -45,7 +45,7 @@ class Contrast:
 
 
 def find(lm: LM, request: EditRequest, *, count: int = COUNT, names: Names | None = None, exclude: Iterable[str] = ()) -> Contrast:
-    """Up to ``count`` neighbours in each half: the nearest of those that the base answers with confidence (`CONFIDENT`, `DOUBTFUL`).
+    """Up to ``count`` neighbours in each half: the nearest of those that the base answers with confidence (`_CONFIDENT`, `_DOUBTFUL`).
 
     ``exclude``: texts whose subjects are no neighbours (probes; what other requests write).  Empty for a request without a subject.
     """
@@ -68,6 +68,8 @@ def _shown(request: EditRequest) -> tuple[str, ...]:
 def _find(lm: LM, request: EditRequest, count: int, names: Names, banned: Sequence[str]) -> Contrast:
     near = Nearest(lm, request, names, banned)
     halves = [_chosen([c for c in near.found if may_train(c.name) == training], count) for training in (True, False)]
+    shown = [c.name for c in halves[0]]  # "Guinea" may train and "Papua New Guinea" not: then it is no witness either
+    halves[1] = [c for c in halves[1] if not names_in(c.name, shown) and not names_in("\n".join(shown), [c.name])]
     both = [c for half in halves for c in half]
     said = dict(zip((c.prompt for c in both), near.answers(both, _TOKENS), strict=True))
     training, watch = ([_neighbour(c, said[c.prompt]) for c in half if _tells(said[c.prompt], request.target)][:count] for half in halves)
@@ -76,8 +78,8 @@ def _find(lm: LM, request: EditRequest, count: int, names: Names, banned: Sequen
 
 def _chosen(half: Sequence[Candidate], count: int) -> list[Candidate]:
     """The nearest that are answered with confidence, or with some where those are too few; a few to spare, as some answers tell nothing."""
-    sure = [c for c in half if c.confidence >= CONFIDENT]
-    rest = sorted((c for c in half if DOUBTFUL <= c.confidence < CONFIDENT), key=lambda c: -c.confidence)
+    sure = [c for c in half if c.confidence >= _CONFIDENT]
+    rest = sorted((c for c in half if _DOUBTFUL <= c.confidence < _CONFIDENT), key=lambda c: -c.confidence)
     return sorted([*sure, *rest[: max(0, count - len(sure))]], key=lambda c: -c.similarity)[: count + count // 4]
 
 

@@ -23,7 +23,7 @@ from errata.core.read import activation_hooks, read_activations
 from errata.request import EditRequest, fill, names_in
 from errata.storage import cache_folder, write_atomic
 
-CANDIDATES = 96  # names that are looked at
+_CANDIDATES = 96  # names that are looked at
 _ENOUGH = 40  # names of one kind, below which a subject's other kinds are looked at as well
 _SAMPLE = 6  # names of each kind that stand for it
 _KINDS = 2  # kinds taken for a subject that no list holds
@@ -97,7 +97,7 @@ class Nearest:
 
 
 def _pool(lm: LM, request: EditRequest, names: Names, banned: Sequence[str]) -> list[str]:
-    """At most `CANDIDATES` names.  Where a kind holds more, half are those whose tokens are most like the subject's, half any."""
+    """At most `_CANDIDATES` names.  Where a kind holds more, half are those whose tokens are most like the subject's, half any."""
     subject = request.subject or ""
     kinds = names.kinds_of(subject) or _kinds_by_state(lm, subject, names)
     if kinds and len(names.kinds[kinds[0]]) >= _ENOUGH:  # lists are in order: the well-known names come first
@@ -106,10 +106,10 @@ def _pool(lm: LM, request: EditRequest, names: Names, banned: Sequence[str]) -> 
     barred = {name for text in banned for name in names_in(text, every)}
     every = [name for name in every if name not in barred and not names_in(name, (subject, request.target))]
     mixed = sorted(every, key=share)
-    if len(mixed) <= CANDIDATES:
+    if len(mixed) <= _CANDIDATES:
         return mixed
-    alike = _by_tokens(lm, subject, mixed)[: CANDIDATES // 2]
-    return list(dict.fromkeys([*alike, *mixed]))[:CANDIDATES]
+    alike = _by_tokens(lm, subject, mixed)[: _CANDIDATES // 2]
+    return list(dict.fromkeys([*alike, *mixed]))[:_CANDIDATES]
 
 
 def _by_tokens(lm: LM, subject: str, names: Sequence[str]) -> list[str]:

@@ -25,7 +25,7 @@ from errata.score import cost, generation, judges
 from errata.score.evaluator import score
 
 RIGHT_AFTER = "right after its own"
-SAMPLE = 8  # patches of single edits whose size and speed are looked at
+_SAMPLE = 8  # patches of single edits whose size and speed are looked at
 CELL = "cell.json"
 
 
@@ -121,7 +121,7 @@ class CellRunner:
         clock = Clock(dict(part.seconds))
         if self.single:
             keep = self.spec.store.patches == "keep"
-            made = [(t, p) for t, p in part.made if keep or t <= SAMPLE]
+            made = [(t, p) for t, p in part.made if keep or t <= _SAMPLE]
             clock.run("saving", lambda: self.patches.save(made))
             clock.run("saving", lambda: journal.add(part.name, part.records, edits=part.edits, made=[t for t, _ in made]))
         elif part.mark is not None:
@@ -172,7 +172,7 @@ class CellRunner:
     def _stacks(self, journal: Journal) -> list[Stack]:
         """What size and speed are taken of: the final stack, or the first single edits."""
         numbers = live_edits(journal.entries)
-        loaded = self.patches.load(numbers[:SAMPLE] if self.single else numbers)
+        loaded = self.patches.load(numbers[:_SAMPLE] if self.single else numbers)
         if loaded is None:
             raise StorageError(f"{self.patches.folder}: a patch was damaged since it was written; run again, it will be made anew")
         return [(p,) for p in loaded] if self.single else [tuple(loaded)]
