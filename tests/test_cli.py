@@ -185,7 +185,8 @@ def test_score_writes_a_result(tiny: str, tmp_path: Path, capsys: pytest.Capture
     assert main([*argv[:-2], str(again)]) == 0
     text = capsys.readouterr().out
     assert "reliability" in text and "unedited model" in text and "reft" in text
-    assert text.index("Teacher-forced:") < text.index("Generated:") < text.index("Likelihood:") < text.index("NS (neighbours)")
+    titles = ("Begins with:", "Generated:", "Contains:", "Teacher-forced:", "Likelihood:", "NS (neighbours)")
+    assert [text.index(title) for title in titles] == sorted(text.index(title) for title in titles)
     assert (again / "records.jsonl").read_bytes() == (out / "records.jsonl").read_bytes()  # same inputs, same bytes
 
 

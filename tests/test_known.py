@@ -103,9 +103,13 @@ def test_the_command_says_how_many_are_known(tiny: str, tmp_path: Path, capsys: 
     assert said("--n", "1")["known"]["looked_at"] == 2, "--n counts the known"
     every = said("--no-known")
     assert every["known"] == {"only": False, "cases": 3, "known": 2} and every["n"] == 3
-    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert main([*argv, "--out", str(tmp_path / "out")]) == main([*argv, "--out", str(tmp_path / "all"), "--no-known"]) == 0
     assert "Known: 2 of 3 cases looked at" in capsys.readouterr().out
     assert "known: 2 of 3 cases looked at" in (tmp_path / "out" / "report.md").read_text()
+    assert "known: all 3 cases, of which the base knows the fact in 2" in (tmp_path / "all" / "report.md").read_text()
+    for name, told in (("out", "only facts that the base knows: 2 of 3 cases looked at"), ("all", "the base knows the fact in 2")):
+        assert main(["report", str(tmp_path / name)]) == 0
+        assert told in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_keeps_what_was_found(tiny: str, tmp_path: Path) -> None:

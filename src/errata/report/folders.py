@@ -34,7 +34,7 @@ class Result:
 
     asked      names what was asked: the digest a run declares, and that of the cases with their probes; who share one are comparable
     run        the folder of the run it belongs to
-    document   what summary.json says of it: summary, retention, right_after, forgetting, health, undone, micro_averages
+    document   what summary.json says of it: summary, retention, right_after, forgetting, health, undone, micro_averages, known
     """
 
     where: Path
@@ -250,7 +250,7 @@ def _of_document(path: Path, document: Mapping[str, Any], records: Records | Non
                 f"batched({document.get('batch_size', '?')})" if mode == "batched" else mode,
                 None,
                 asked,
-                _of(document, method),
+                {**_of(document, method), "known": document.get("known")},
                 {} if seconds is None else {"seconds_an_edit": seconds},
                 document.get("settings", {}).get(method, {}),
                 records,

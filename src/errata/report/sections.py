@@ -113,6 +113,7 @@ def _section(group: _Group, earlier: Sequence[_Group]) -> Section:
         "model": f"{first.model} (fingerprint {first.fingerprint})",
         "benchmark": f"{first.benchmark} (digest {_names(first.asked)})",
         "scenario": first.scenario,
+        **_known(first.document.get("known")),
         "runs": ", ".join(dict.fromkeys(str(r.run) for r in group.results)),
     }
     return Section(
@@ -134,6 +135,15 @@ def _section(group: _Group, earlier: Sequence[_Group]) -> Section:
         [f"section {i}: {'; '.join(_differences(other, first))}" for i, other in enumerate(earlier, 1)],
         group.results,
     )
+
+
+def _known(known: Mapping[str, Any] | None) -> dict[str, object]:
+    """Whether only facts were edited that the base knows; nothing where that is not written."""
+    if not known or (not known["only"] and known["known"] is None):
+        return {}
+    if known["only"]:
+        return {"known": f"only facts that the base knows: {known['cases']} of {known['looked_at']} cases looked at"}
+    return {"known": f"all {known['cases']} cases, of which the base knows the fact in {known['known']}"}
 
 
 def _reader(result: Result, label: str, when: Any) -> Read:

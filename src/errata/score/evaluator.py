@@ -90,8 +90,10 @@ def teacher_force(lm: LM, asked: Sequence[tuple[Stack, str, str]], answers: Answ
 def tokens_to_ask(lm: LM, compared: Iterable[str]) -> int:
     """How many tokens a free answer needs, to be compared with these answers: room to begin with each, and to see what follows."""
     long = [text for text in compared if len(text.encode()) + _BEHIND > MAX_NEW_TOKENS]  # a token is at least a byte
-    found = lm.tokenizer(long, add_special_tokens=False)["input_ids"] if long else []
-    return max([MAX_NEW_TOKENS, *(len(ids) + _BEHIND for ids in found)])
+    lengths: dict[str, int] = lm.base_cache.setdefault("tokens of answers", {})
+    if new := [text for text in long if text not in lengths]:
+        lengths.update(zip(new, map(len, lm.tokenizer(new, add_special_tokens=False)["input_ids"]), strict=True))
+    return max([MAX_NEW_TOKENS, *(lengths[text] + _BEHIND for text in long)])
 
 
 def ask(lm: LM, asked: Sequence[tuple[Stack, str, Sequence[str], int]], answers: AnswerCache, progress: Progress | None = None) -> None:
