@@ -49,12 +49,13 @@ def meta(width: int, depth: int, name: str, model_type: str = "Llama") -> LM:
         ("baft", "meta-llama/Meta-Llama-3-8B-Instruct", 4096, 32, 606_256),
         ("reft", "google/gemma-1.1-7b-it", 3072, 28, 294_960),
         ("baft", "google/gemma-1.1-7b-it", 3072, 28, 454_704),
-        ("baft", "llama-2-7b-all-layers", 4096, 32, 6_423_040),
+        ("baft published-all-layers", "meta-llama/Llama-2-7b-hf", 4096, 32, 6_423_040),
     ],
 )
 def test_parameter_counts_are_the_papers(method: str, name: str, width: int, depth: int, published: int) -> None:
     base = meta(width, depth, name, "Gemma" if "gemma" in name else "Llama")
-    editor = registry.get("method", method).for_model(base)
+    method, _, preset = method.partition(" ")
+    editor = registry.get("method", method).for_model(base, **({"preset": preset} if preset else {}))
     assert editor.num_parameters(base) == published
     if method == "baft":
         assert (
@@ -132,7 +133,7 @@ def test_regularisers_equal_the_printed_formulas() -> None:
             return out
 
     self_p: dict[int, dict[str, torch.Tensor]] = {}
-    editor = Spy(layers=(1, 2), rank=4, rescale="none", steps=1, alpha=0.3, beta=0.6, gamma=0.5)
+    editor = Spy(layers=(1, 2), rank=4, gate="shared_logit", rescale="none", steps=1, alpha=0.3, beta=0.6, gamma=0.5)
     training = Training(editor, base, [[r] for r in requests], (), None, Tail)
     training.run()
     states, where, owner = training.irrelevant_states(3)
@@ -165,7 +166,7 @@ def test_balancing_averages_samples_not_patches() -> None:
                 seen.update(w=gates[2].detach(), out=out.detach())
             return out
 
-    editor = Spy(layers=(2,), rank=4, batched_steps=1)
+    editor = Spy(layers=(2,), rank=4, batched_steps=1, contrast=0)
     before = editor.edit(base, [FRANCE, ITALY, EditRequest("The capital of Spain is", "Paris")])
     assert float(before.state["edits"][0]) == 3.0
     for old in (before, dataclasses.replace(before, state={"weights.2": before.state["weights.2"] / 3, "edits": torch.tensor([1.0])})):
@@ -185,7 +186,7 @@ def test_locality_term_shuts_the_gate_on_unrelated_text() -> None:
     request = EditRequest(FRANCE.prompt, FRANCE.target, unrelated=STAYS)
     opened = {}
     for locality in (True, False):
-        editor = BaFT(layers=(2,), rank=4, lr=0.02, locality=locality, rescale="margin", stop=0.0, gate="rmsnorm")
+        editor = BaFT(layers=(2,), rank=4, lr=0.02, locality=locality, stop=0.0, weight_decay=0.0, contrast=0)
         training = Training(editor, base, [[request]], (), None, Tail)
         (patch,) = training.run()
         states, where, _ = training.irrelevant_states(3)
@@ -198,7 +199,7 @@ def test_locality_term_shuts_the_gate_on_unrelated_text() -> None:
 
 def test_continual_edits_go_on_from_the_last_patch_and_replace_it() -> None:
     base = lm("llama")
-    editor = BaFT(rank=6, lr=0.02, end=".")
+    editor = BaFT.for_model(base, preset="published", rank=6, lr=0.02, batched_lr=0.02, end=".")
     first = editor.edit(base, [FRANCE])
     second = editor.edit(base, [ITALY], on=(first,))
     assert second.replaces == (first.id,) and second.requests == (FRANCE, ITALY)
@@ -213,7 +214,8 @@ def test_continual_edits_go_on_from_the_last_patch_and_replace_it() -> None:
         assert base.complete(ITALY.prompt) == "Spanish"
     other = editor.edit(base, [ITALY], on=(ReFT(rank=6).edit(base, [FRANCE]),))
     assert other.replaces == ()
-    regated = BaFT(rank=6, lr=0.02, end=".", gate="rmsnorm").edit(base, [ITALY], on=(first,))  # another gate cannot go on from this one
+    regate = BaFT.for_model(base, preset="published", rank=6, lr=0.02, end=".", gate="rmsnorm")  # cannot go on from another gate's
+    regated = regate.edit(base, [ITALY], on=(first,))
     assert regated.replaces == () and regated.requests == (ITALY,)
     with base.under(regated):
         assert base.complete(ITALY.prompt) == "Spanish"

@@ -23,7 +23,9 @@ from errata.run.parts import asked_by, contrasted
 from errata.score import neighbours
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France")
-PLACES = names.Names("a test", {"places": ("Italy", "Spain", "Japan", "Rome", "Paris", "Madrid", "Tokyo", "the Italy of old", "Peru", "Chile")})
+PLACES = names.Names(
+    "a test", {"places": ("Italy", "Spain", "Japan", "Rome", "Paris", "Madrid", "Tokyo", "the Italy of old", "Peru", "Chile")}
+)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,7 @@ def test_neighbours_before_and_after(almanac: LM) -> None:
     still = registry.get("method", "none").for_model(almanac).edit(almanac, [request])
     lost, kept = neighbours.watch(almanac, [request, request], [(broken,), (still,)], otherwise=True)
     assert str(kept) == f"neighbours kept: {kept.of} of {kept.of}" and kept.of and not kept.to_dict()["lost"]
-    assert lost.count < lost.of and lost.watched[0].moved > 0.1 and not lost.watched[0].kept
+    assert lost.of == kept.of and lost.count < lost.of and lost.watched[0].moved > 0.1 and not lost.watched[0].kept
     worst = [w.moved for w in lost.watched if not w.kept]
     assert worst == sorted(worst, reverse=True)
     assert {w.form for w in kept.watched} == {"same", "question", "paragraph"}

@@ -101,7 +101,8 @@ def test_forty_steps_are_pyrefts_and_cholesky_is_slower_at_the_same_rate() -> No
 @pytest.mark.parametrize("method", [ReFT, BaFT])
 def test_an_edit_with_it_is_written_trained_in_a_batch_as_alone_and_goes_on(method: type[ReFT] | type[BaFT]) -> None:
     base = lm("llama")
-    editor = method(rank=6, lr=0.02, end=".", parametrisation="householder")
+    preset = {"preset": "published"} if method is BaFT else {}
+    editor = method.for_model(base, **preset, rank=6, lr=0.02, end=".", parametrisation="householder")
     both = editor.edit_each(base, [FRANCE, ITALY])
     for patch, request in zip(both, (FRANCE, ITALY), strict=True):
         alone = editor.edit(base, [request])
@@ -115,5 +116,7 @@ def test_an_edit_with_it_is_written_trained_in_a_batch_as_alone_and_goes_on(meth
     assert second.replaces == (first.id,)
     with base.under(second):
         assert base.complete(ITALY.prompt) == "Spanish"
-    kept = method(rank=6, lr=1e-9, end=".", steps=1, parametrisation="householder").edit(base, [ITALY], on=(first,))
+    kept = method.for_model(base, **preset, rank=6, lr=1e-9, end=".", steps=1, parametrisation="householder").edit(
+        base, [ITALY], on=(first,)
+    )
     torch.testing.assert_close(kept.ops[0].tensors["R"], first.ops[0].tensors["R"], atol=1e-6, rtol=0)  # it begins where the first ended

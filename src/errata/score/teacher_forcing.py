@@ -47,6 +47,8 @@ def score_continuations(prefilled: PrefilledBatch, rows: Sequence[int], targets:
     The prompt foretells a target's first token and the last one foretells nothing: n tokens take n − 1 steps, together.  Where texts
     cannot go on from what has run (`errata.core.decode.can_fork`), prompts run again with their targets.
     """
+    if not rows:
+        return []
     device = prefilled.next_token_logits.device
     at = torch.tensor(rows, device=device)
     if not prefilled.can_fork:
