@@ -115,9 +115,11 @@ class Kept:
             rows.labels[torch.arange(len(encoded), device=lm.device), ends] = 0  # no target: it marks the place
         self._rows, self._start = rows, start
         self._runner: Callable[[SplitRows], Any] = lambda rows: runner(lm, rows, first, on)
+        self.turns = 1
+        self.turn = torch.zeros_like(self.owner)  # [C] when a row's turn is, of so many turns
         self.few = int(rows.label_mask.sum()) * int(lm.config.vocab_size) <= _NUMBERS_KEPT
         self._made: tuple[Any, Tensor] | None = None
-        self._view: tuple[int, KeptRows | None] = (-1, None)
+        self._view: tuple[int, dict[int, KeptRows]] = (-1, {})
 
     def frozen(self, numbers: Tensor) -> tuple[Any, Tensor]:
         """(runner, log p [M, V]) of the rows with these numbers, which rise."""
@@ -141,16 +143,29 @@ class Kept:
         """The rows ``numbers``, which rise, of ``count`` problems; ``owner``: each row's place among these."""
         return KeptRows(self, numbers, owner, count)
 
-    def of(self, alive: Tensor) -> KeptRows:
-        """All rows of the problems that still run.  ``alive`` only ever shrinks during a fit (`errata.core.problems`)."""
-        length, view = self._view
-        if view is None or length != len(alive):
+    def in_turns(self, size: int) -> None:
+        """From now on `of` gives about ``size`` rows of each problem, others at each step, so that a step costs less; 0: all."""
+        place = torch.zeros_like(self.owner)
+        for e in range(self.count):
+            mine = self.owner == e
+            place[mine] = torch.arange(int(mine.sum()), device=place.device)
+        self.turns = max(1, -(-(int(place.max()) + 1) // size)) if size and len(place) else 1
+        self.turn = place % self.turns
+
+    def of(self, alive: Tensor, step: int = 0) -> KeptRows:
+        """The rows of the problems that still run whose turn is at ``step``.  ``alive`` only ever shrinks during a fit
+        (`errata.core.problems`)."""
+        length, views = self._view
+        if length != len(alive):
+            views = {}
+            self._view = (len(alive), views)
+        turn = step % self.turns
+        if turn not in views:
             place = torch.full((self.count,), -1, device=alive.device)
             place[alive] = torch.arange(len(alive), device=alive.device)
-            numbers = (place[self.owner] >= 0).nonzero().squeeze(1)
-            view = self.select(numbers, place[self.owner[numbers]], len(alive))
-            self._view = (len(alive), view)
-        return view
+            numbers = ((place[self.owner] >= 0) & (self.turn == turn)).nonzero().squeeze(1)
+            views[turn] = self.select(numbers, place[self.owner[numbers]], len(alive))
+        return views[turn]
 
 
 def find_kept(
@@ -159,7 +174,9 @@ def find_kept(
     """The output term of an editor with ``contrast`` and ``contrast_weight``; None where it is off or no request has pairs."""
     if not editor.contrast or not editor.contrast_weight or not any(r.contrast for own in problems for r in own):
         return None
-    return Kept(lm, problems, runner, first, on, **how)
+    kept = Kept(lm, problems, runner, first, on, **how)
+    kept.in_turns(editor.contrast_batch)
+    return kept
 
 
 def _wide(logits: Tensor) -> Tensor:

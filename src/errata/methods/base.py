@@ -115,10 +115,13 @@ class OutputTermEditor(ContrastEditor):
 
     contrast_weight  of KL(before ‖ edited) of the token after a pair's prompt, the mean over pairs.  What is compared with ``stop``
                      holds it, too
+    contrast_batch   pairs of a step: they take turns, for a step with all of them costs many times one without; 0: all at each step
     """
 
     contrast_weight: float = 1.0
+    contrast_batch: int = 4
 
     def require_contrast(self) -> None:
         super().require_contrast()
         self.require(self.contrast_weight >= 0, f"contrast_weight must not be negative, not {self.contrast_weight:g}")
+        self.require(self.contrast_batch >= 0, f"contrast_batch must not be negative, not {self.contrast_batch}; 0 takes all pairs")

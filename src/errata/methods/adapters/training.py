@@ -111,7 +111,7 @@ class Training:
         )
         nll = mean_per_problem(summed, owner, count, number.to(summed.dtype))
         if self.kept is not None:
-            beside = self.kept.of(alive)
+            beside = self.kept.of(alive, self.evaluations)
             nll = nll + e.contrast_weight * beside.divergence(self._banks(p, None if beside.even else beside.owner, None))
         compared = nll.detach()
         if e.held(self.evaluations - 1):

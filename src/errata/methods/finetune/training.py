@@ -79,7 +79,7 @@ class _View:
     """A mini-batch: its rows' numbers [b], their problems among those running [b], rows of each of these [e].
 
     ``entries`` as in `Bank.rows`: None where a product for the one problem, or one a problem, needs no routing.  ``kept``: the contrast
-    pairs of its requests, None without the output term.
+    pairs of its requests by turns, none without the output term.
     """
 
     runner: Any  # None: to be made for the occasion
@@ -87,7 +87,7 @@ class _View:
     owner: Tensor
     entries: Tensor | None
     count: Tensor
-    kept: KeptRows | None
+    kept: list[KeptRows]
 
 
 @dataclass
@@ -155,8 +155,9 @@ class DenseTraining:
         row = self.objective.loss(runner.logits(self._banks(p, view.entries)), runner.rows, view.numbers)
         summed = torch.zeros(len(alive), device=row.device, dtype=row.dtype).index_add(0, view.owner, row)
         loss = summed / view.count.clamp_min(1)
-        if view.kept is not None:
-            loss = loss + self.editor.contrast_weight * view.kept.divergence(self._banks(p, None if len(alive) == 1 else view.kept.owner))
+        if view.kept:
+            kept = view.kept[number % len(view.kept)]
+            loss = loss + self.editor.contrast_weight * kept.divergence(self._banks(p, None if len(alive) == 1 else kept.owner))
         return loss, view.count
 
     def _banks(self, p: Mapping[str, Tensor], entries: Tensor | None) -> list[Bank]:
@@ -181,13 +182,13 @@ class DenseTraining:
             self.views[1][batch] = _View(runner, numbers, owner, None if straight else owner, count, kept)
         return self.views[1][batch]
 
-    def _kept(self, numbers: Tensor, position: Tensor, count: int) -> KeptRows | None:
-        """The contrast pairs of the requests that have a row among ``numbers``."""
+    def _kept(self, numbers: Tensor, position: Tensor, count: int) -> list[KeptRows]:
+        """The contrast pairs of the requests that have a row among ``numbers``, those of each turn."""
         if self.kept is None:
-            return None
+            return []
         here = torch.zeros(int(self.request.max()) + 1, dtype=torch.bool, device=numbers.device).index_fill(0, self.request[numbers], True)
-        rows = here[self.kept.request].nonzero().squeeze(1)
-        return self.kept.select(rows, position[self.kept.owner[rows]], count)
+        turns = [(here[self.kept.request] & (self.kept.turn == turn)).nonzero().squeeze(1) for turn in range(self.kept.turns)]
+        return [self.kept.select(rows, position[self.kept.owner[rows]], count) for rows in turns]
 
     def _batch_of(self, number: int) -> Tensor:
         """[B]: the mini-batch of each row, problem by problem: in order, or in one drawn anew for pass ``number``."""

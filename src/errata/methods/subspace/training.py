@@ -62,7 +62,7 @@ class Training:
         cut_rows = split_rows(encoded, self.editor.last, pad_id(self.lm.tokenizer), device, final=gated)
         self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks) + 1, self.on) if self.problems else None
         self.owned = ProblemRows(self.runner, self.owner, len(self.problems))
-        self.kept = None
+        self.kept, self.evaluations = None, 0
         if self.problems:
             first, start = min(self.blocks) + 1, self._before_banks if self.before is not None else None
             how = {"start": start, "last": self.editor.last}
@@ -119,7 +119,8 @@ class Training:
                 self._note(b, (gates[b] * valid).sum(1), valid.sum(1), self.sample[kept], alive)
         extra = e.regularise(self, per_block, gates, alive)
         if self.kept is not None:
-            beside = self.kept.of(alive)
+            beside = self.kept.of(alive, self.evaluations)
+            self.evaluations += 1
             extra = extra + e.contrast_weight * beside.divergence(self._banks(per_block, beside.owner))
         return task + extra, (compared + extra if e.stop_on == "total" else compared).detach()
 
