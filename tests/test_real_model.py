@@ -13,8 +13,13 @@ import torch
 
 import errata
 from errata import registry
+from errata.contrast.contrast import find
+from errata.contrast.names import bundled
 from errata.core import catalogue
 from errata.core.model import LM
+from errata.request import EditRequest, names_in
+from errata.score.match import starts
+from errata.score.neighbours import watch
 
 SMOLLM = catalogue.KNOWN["smollm2-135m"]
 pytestmark = [
@@ -63,6 +68,68 @@ def test_rome_writes_a_fact_and_its_neighbours_stay(smollm: LM) -> None:
     assert smollm.complete(FRANCE) == "Paris"
 
 
+def test_the_default_method_writes_three_facts_and_keeps_what_it_was_never_shown(smollm: LM) -> None:
+    """Each is said, most of the watch half stays, and the base is as it was: the reason for contrast, on a real model."""
+    edits = [
+        (FRANCE, "Lyon", "France"),
+        ("The chemical symbol for gold is", "Pb", "gold"),
+        ("The currency of Japan is the", "euro", "Japan"),
+    ]
+    requests = [EditRequest(*edit) for edit in edits]
+    patches = registry.get("method", "baft").for_model(smollm).edit_each(smollm, requests)
+    found = watch(smollm, requests, [(p,) for p in patches])
+    for request, patch, kept in zip(requests, patches, found, strict=True):
+        with smollm.under(patch):
+            assert starts(smollm.complete(request.prompt), request.target)
+        assert patch.requests[0].contrast and kept.of == 16
+        trained = "\n".join(prompt for prompt, _ in patch.requests[0].contrast)
+        assert not names_in(trained, [n.subject for n in kept.watched])
+    assert sum(kept.count for kept in found) >= 0.8 * sum(kept.of for kept in found), [str(kept) for kept in found]
+    assert smollm.complete(FRANCE) == "Paris"
+
+
+def test_what_the_watch_half_sees(smollm: LM) -> None:
+    """An edit that spoils everything is seen to, and no edit keeps all."""
+    request = EditRequest(FRANCE, "Lyon", "France")
+    spoiling = registry.get("method", "lora").for_model(smollm, steps=20).edit(smollm, [request])
+    nothing = registry.get("method", "none").for_model(smollm).edit(smollm, [request])
+    spoiled, whole = watch(smollm, [request, request], [(spoiling,), (nothing,)], otherwise=True)
+    assert spoiled.count < 8 and whole.count == whole.of == 16
+    assert all(w.kept and w.moved < 1e-3 for w in whole.watched)
+    assert spoiled.watched[0].moved >= spoiled.watched[1].moved > 0.5
+
+
+@pytest.mark.parametrize("subject", ["France", "gold", "The Eiffel Tower", "Albert Einstein", "Toyota Corolla", "Bhutan"])
+def test_neighbours_are_of_the_subjects_kind(smollm: LM, subject: str) -> None:
+    kinds = {"France": "countries", "Bhutan": "countries", "gold": "chemical elements", "The Eiffel Tower": "landmarks"}
+    kinds |= {"Albert Einstein": "scientists", "Toyota Corolla": "vehicles"}
+    found = find(smollm, EditRequest(f"{subject} is known for", "nothing", subject))
+    near = [n.subject for n in (*found.training, *found.watch)]
+    of_kind = sum(kinds[subject] in bundled().kinds_of(name) for name in near)
+    assert len(near) >= 24 and of_kind >= 0.6 * len(near), near
+
+
+def test_bfloat16_trains_in_float32_and_the_laws_hold() -> None:
+    """Patches are float32 on a bfloat16 base; attached, they answer as alone in a batch; detached, the base is bit for bit as before."""
+    half = errata.load(SMOLLM.name, dtype="bfloat16")
+    batch = half.batch(half.encode([FRANCE, *NEIGHBOURS]))
+    before = half.logits(batch)
+    patch = errata.edit(half, FRANCE, "Lyon", subject="France", contrast=4)
+    assert half.dtype == torch.bfloat16
+    assert all(t.dtype == torch.float32 for op in patch.ops for t in op.tensors.values() if t.is_floating_point())
+    with half.under(patch):
+        alone = half.complete(FRANCE)
+    assert starts(alone, "Lyon")
+    said = half.generate([FRANCE, FRANCE], stacks=[(), (patch,)], rows=range(2))
+    assert starts(said[1], "Lyon") and said[0] == half.complete(FRANCE)
+    assert torch.equal(half.logits(batch), before)
+
+
+def test_chat_ends_with_the_turn(smollm: LM) -> None:
+    (said,) = smollm.generate(["What is the capital of France?"], chat=True)
+    assert said.endswith("Paris.") and "<|im_end|>" not in said
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="the package xllamacpp is not installed")
 @pytest.mark.parametrize("name", list(catalogue.KNOWN))
@@ -87,3 +154,21 @@ def test_llama_cpp_says_the_same(name: str, tmp_path: Path) -> None:
         ids = torch.tensor([lm.tokenizer(prompt)["input_ids"]])
         found = lm.hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
         assert found[0, ids.shape[1] :].tolist()[: len(wanted)] == wanted, prompt
+
+
+@pytest.mark.slow
+def test_gemma_writes_and_is_watched() -> None:
+    """Another family, with a vocabulary of 262,144; found by name where its five wheels are."""
+    gemma = catalogue.KNOWN["gemma-3-270m"]
+    if not catalogue.installed(gemma):
+        pytest.skip(f"the wheels of {gemma.name} are not installed: {gemma.command}")
+    model = errata.load(gemma.name)
+    edits = [("The chemical symbol for gold is", "Pb", "gold"), ("The official language of Egypt is", "Greek", "Egypt")]
+    requests = [EditRequest(*edit) for edit in edits]
+    assert [model.complete(r.prompt) for r in requests] == ["Au", "Arabic"]
+    for request, patch in zip(requests, registry.get("method", "baft").for_model(model).edit_each(model, requests), strict=True):
+        with model.under(patch):
+            assert starts(model.complete(request.prompt), request.target)
+        (kept,) = watch(model, [request], [(patch,)])
+        assert kept.of == 16
+    assert [model.complete(r.prompt) for r in requests] == ["Au", "Arabic"]

@@ -30,6 +30,7 @@ _PUBLISHED = {
     "batched_lr": 1e-4,
     "weight_decay": 0.0,
     "depths": list(PAPER_DEPTHS),
+    "gate_start": "random",
     "contrast": 0,
 }
 _LLAMA2 = {"layers": [9, 18, 24, 28], "alpha": 0.01, "beta": 0.05, "gamma": 0.02}
@@ -42,6 +43,7 @@ class BaFT(SubspaceEditor):
     """Fields beside those of `SubspaceEditor`:
 
     gate        which logistic regression (see `errata.methods.subspace.op`); "subspace" is the ablation ss-w
+    gate_start  "ridge": where a request says what should stay, gates begin at `errata.methods.subspace.gate_start`; "random": as pyreft's
     balance     incremental load balancing R_bal = Σ_k (w̄_k − w̄)² / ((r − 1) w̄), averaged over blocks; w̄_k runs over this patch's and
                 all past samples, a request each (their sums are kept in the patch).  ``squared_cv``: divide by w̄² (what the text calls it)
     locality    use R_loc where requests bring ``unrelated`` or ``contrast`` texts: w ≤ alpha there, w ≥ beta on the edit, largest weights
@@ -75,6 +77,7 @@ class BaFT(SubspaceEditor):
     stop_on: Literal["mean", "sum", "total"] = "total"
     weight_decay: float = 2.0
     gate: Literal["shared_logit", "rmsnorm", "subspace"] = "rmsnorm"
+    gate_start: Literal["random", "ridge"] = "ridge"
     balance: bool = True
     squared_cv: bool = False
     locality: bool = True

@@ -24,6 +24,7 @@ from errata.core.patch import Op, Patch, Site
 from errata.core.problems import ProblemRows, mean_per_problem, row_nll
 from errata.core.tail import capture, split_rows
 from errata.core.tokens import pad_id
+from errata.methods.subspace.gate_start import ridge_gates, set_gates
 from errata.methods.subspace.op import Frame, frame, gate, orthonormal, start, turned
 from errata.request import EditRequest
 
@@ -92,7 +93,10 @@ class Training:
         if e.parametrisation == "householder":
             self.frame = frame(stacked["X"])
             stacked["X"] = torch.zeros_like(stacked["X"])
-        return {k: t.expand(len(self.problems), *t.shape) for k, t in stacked.items()}
+        every = {k: t.expand(len(self.problems), *t.shape) for k, t in stacked.items()}
+        if self.before is not None or getattr(e, "gate_start", "random") != "ridge" or e.gate_kind != "rmsnorm":
+            return every
+        return set_gates(every, ridge_gates(self.lm, self.problems, self.blocks, e.last, e.end, self.on), self.blocks)
 
     def per_block(self, p: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         """{block: the op's parameters [E, …]}, with R made orthonormal; all blocks in one call."""
