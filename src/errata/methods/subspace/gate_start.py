@@ -2,7 +2,8 @@
 
     v = argmin_v Σ_i c_i (v·x_i − y_i)² + λ |v|²,     x_i = h_i / rms(h_i) [d],   y_i = `_OPEN` on the edit, `_SHUT` elsewhere
 
-h_i are the base's states at the positions an edit touches; c_i gives both sides the same weight.  A random start leaves every gate half
+h_i are the base's states at the positions an edit touches, on the edit from its subject's last token on: what stands before is the same
+whoever is asked about.  c_i gives both sides the same weight.  A random start leaves every gate half
 open, and some dozens of steps at a small rate only close it in part: what is written through gates of a tenth is then large, and a gate of
 a twenty-fifth on a neighbour lets a third of it through.  From the ridge solution the gate has only to be kept, and the rest is learnt.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.core.tail import capture
+from errata.core.tokens import subject_span
 from errata.request import EditRequest
 
 _OPEN, _SHUT = 2.0, -6.0  # logits: a gate of 0.88, and of 0.0025
@@ -29,19 +31,28 @@ def ridge_gates(
     lm: LM, problems: Sequence[Sequence[EditRequest]], blocks: Sequence[int], last: int, end: str, on: Stack
 ) -> dict[int, dict[int, Tensor]]:
     """{problem: {block: v [d]}} of the problems that say what should stay (``contrast``, ``unrelated``)."""
-    rows = [(i, text, r.target + end, True) for i, own in enumerate(problems) for r in own for text in (r.prompt, *r.paraphrases)]
-    rows += [(i, *pair, False) for i, own in enumerate(problems) for r in own for pair in (*r.unrelated, *r.contrast)]
+    edits = [(i, r, text) for i, own in enumerate(problems) for r in own for text in (r.prompt, *r.paraphrases)]
+    rows = [(i, text, r.target + end, _knows_subject(lm, r, text)) for i, r, text in edits]
+    rows += [(i, *pair, None) for i, own in enumerate(problems) for r in own for pair in (*r.unrelated, *r.contrast)]
     out: dict[int, dict[int, Tensor]] = {}
     for problem in range(len(problems)):
         mine = [row for row in rows if row[0] == problem]
-        if all(wanted for *_, wanted in mine):
+        if all(start is not None for *_, start in mine):
             continue
         encoded = lm.encode([text for _, text, _, _ in mine], [answer for _, _, answer, _ in mine])
         states, position, lengths = capture(lm, encoded, blocks, on)
         where = (position >= 0) & (position >= lengths[:, None] - last)
-        wanted = torch.tensor([row[3] for row in mine], device=where.device)[:, None].expand_as(where)[where]
-        out[problem] = {b: _solve(h[where], wanted) for b, h in states.items()}
+        edited = torch.tensor([row[3] is not None for row in mine], device=where.device)[:, None].expand_as(where)
+        where &= position >= torch.tensor([row[3] or 0 for row in mine], device=where.device)[:, None]
+        out[problem] = {b: _solve(h[where], edited[where]) for b, h in states.items()}
     return out
+
+
+def _knows_subject(lm: LM, request: EditRequest, text: str) -> int:
+    """The first token of a prompt whose state knows its subject; 0 where the text does not name it."""
+    if request.subject is None or request.subject not in text:
+        return 0
+    return subject_span(lm.tokenizer, text, request.subject, last=True)[1] - 1
 
 
 def _solve(h: Tensor, wanted: Tensor) -> Tensor:
