@@ -133,7 +133,7 @@ def test_regularisers_equal_the_printed_formulas() -> None:
             return out
 
     self_p: dict[int, dict[str, torch.Tensor]] = {}
-    editor = Spy(layers=(1, 2), rank=4, gate="shared_logit", rescale="none", steps=1, alpha=0.3, beta=0.6, gamma=0.5)
+    editor = Spy(layers=(1, 2), rank=4, prefixes=0, gate="shared_logit", rescale="none", steps=1, alpha=0.3, beta=0.6, gamma=0.5)
     training = Training(editor, base, [[r] for r in requests], (), None, Tail)
     training.run()
     states, where, owner = training.irrelevant_states(3)
@@ -166,7 +166,7 @@ def test_balancing_averages_samples_not_patches() -> None:
                 seen.update(w=gates[2].detach(), out=out.detach())
             return out
 
-    editor = Spy(layers=(2,), rank=4, batched_steps=1, contrast=0)
+    editor = Spy(layers=(2,), rank=4, batched_steps=1, contrast=0, prefixes=0)
     before = editor.edit(base, [FRANCE, ITALY, EditRequest("The capital of Spain is", "Paris")])
     assert float(before.state["edits"][0]) == 3.0
     for old in (before, dataclasses.replace(before, state={"weights.2": before.state["weights.2"] / 3, "edits": torch.tensor([1.0])})):

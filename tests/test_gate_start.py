@@ -15,13 +15,14 @@ from errata.request import EditRequest
 STAYS = (("The capital of Italy is", "Rome"), ("The capital of Spain is", "Madrid"), ("The capital of Japan is", "Tokyo"))
 FRANCE = EditRequest("The capital of France is", "Rome", "France", contrast=STAYS)
 ITALY = EditRequest("The language of Italy is", "Spanish", "Italy", contrast=(("The language of Spain is", "Spanish"),))
+PLAINLY = BaFT(prefixes=0)
 PLAIN = EditRequest("In Rome people speak", "French")
 
 
 def test_it_solves_the_weighted_ridge_problem() -> None:
     """Against the d×d normal equations, on states read one text at a time."""
     base = lm("llama", torch.float64)
-    found = ridge_gates(base, [[FRANCE]], (1, 2), 3, "", ())
+    found = ridge_gates(PLAINLY, base, [[FRANCE]], (1, 2), ())
     for block, v in found[0].items():
         rows, wanted = [], []
         for prompt, answer, own in ((FRANCE.prompt, FRANCE.target, True), *((p, a, False) for p, a in STAYS)):
@@ -52,7 +53,7 @@ def last_block(base, ids):  # type: ignore[no-untyped-def]
 
 def test_gates_begin_open_on_the_edit_and_shut_elsewhere() -> None:
     base = lm("llama")
-    editor = BaFT(layers=(1, 2), rank=4)
+    editor = BaFT(layers=(1, 2), rank=4, prefixes=0)
     training = Training(editor, base, [[FRANCE], [ITALY], [PLAIN]], (), None, Tail)
     blocks = training.per_block(training._start())
     states, where, owner = training.irrelevant_states(3)
@@ -62,7 +63,7 @@ def test_gates_begin_open_on_the_edit_and_shut_elsewhere() -> None:
         for problem in (0, 1):
             assert float(shut[owner == problem].amax()) < 0.3  # the target itself is an answer of a neighbour here
         assert not torch.equal(own["V"][0], own["V"][1])
-    random = Training(BaFT(layers=(1, 2), rank=4, gate_start="random"), base, [[FRANCE], [PLAIN]], (), None, Tail)
+    random = Training(BaFT(layers=(1, 2), rank=4, gate_start="random", prefixes=0), base, [[FRANCE], [PLAIN]], (), None, Tail)
     plain = random.per_block(random._start())
     for block in (1, 2):  # a request that says nothing of what should stay begins as ever
         torch.testing.assert_close(blocks[block]["V"][2], plain[block]["V"][1])
@@ -70,7 +71,9 @@ def test_gates_begin_open_on_the_edit_and_shut_elsewhere() -> None:
 
 def test_alone_as_in_a_batch() -> None:
     base = lm("llama", torch.float64)
-    together = ridge_gates(base, [[FRANCE], [PLAIN], [ITALY]], (1,), 3, "", ())
+    together = ridge_gates(BaFT(prefixes=2), base, [[FRANCE], [PLAIN], [ITALY]], (1,), ())
     assert sorted(together) == [0, 2]
     for place, request in ((0, FRANCE), (2, ITALY)):
-        torch.testing.assert_close(together[place][1], ridge_gates(base, [[request]], (1,), 3, "", ())[0][1], atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(
+            together[place][1], ridge_gates(BaFT(prefixes=2), base, [[request]], (1,), ())[0][1], atol=1e-9, rtol=1e-7
+        )

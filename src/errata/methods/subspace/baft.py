@@ -31,6 +31,7 @@ _PUBLISHED = {
     "weight_decay": 0.0,
     "depths": list(PAPER_DEPTHS),
     "gate_start": "random",
+    "prefixes": 0,
     "contrast": 0,
 }
 _LLAMA2 = {"layers": [9, 18, 24, 28], "alpha": 0.01, "beta": 0.05, "gamma": 0.02}
@@ -85,6 +86,7 @@ class BaFT(SubspaceEditor):
     beta: float = 0.05
     gamma: float = 0.02
     rescale: Literal["max", "margin", "none"] = "margin"
+    prefixes: int = 4
     contrast: int = 16
     contrast_weight: float = 1.0
 

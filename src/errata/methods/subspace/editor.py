@@ -17,6 +17,7 @@ from errata.core.tail import Tail
 from errata.errors import ConfigError
 from errata.methods.base import OutputTermEditor
 from errata.methods.subspace.op import start
+from errata.methods.subspace.texts import MOST
 from errata.methods.subspace.training import Training
 from errata.request import EditRequest
 
@@ -36,6 +37,7 @@ class SubspaceEditor(OutputTermEditor):
     layers      0-based block numbers (the paper does not say from what it counts; pyreft counts from 0); None: by ``depths``
     depths      of the edited blocks where ``layers`` is None, as parts of the model's depth; the paper's are those of its LLaMA layers
     last        how many last prompt tokens are edited, besides every output token
+    prefixes    short texts behind which the prompt and its neighbours are trained, too (`errata.methods.subspace.texts`)
     contrast, contrast_weight   neighbours a request is shown with, and the weight of the output term on them (`errata.core.keep`)
     lr, steps   for one request; ``batched_lr``, ``batched_steps`` for several in one patch
     stop        early stop when the "training loss" is below it: ``stop_on`` says whether that is the task loss as mean or as sum
@@ -67,6 +69,7 @@ class SubspaceEditor(OutputTermEditor):
     init: Literal["pyreft", "identity"] = "pyreft"
     parametrisation: Literal["cholesky", "householder"] = "cholesky"
     end: str = ""
+    prefixes: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,6 +77,7 @@ class SubspaceEditor(OutputTermEditor):
             raise ConfigError(f"{self.name}: rank, last and steps must be at least 1")
         self.require_seed(self.seed)
         self.require_contrast()
+        self.require(0 <= self.prefixes <= MOST, f"prefixes must be from 0 to {MOST}, not {self.prefixes}")
         if self.lr <= 0 or self.batched_lr <= 0:
             raise ConfigError(f"{self.name}: a learning rate must be positive")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):

@@ -11,6 +11,7 @@ a twenty-fifth on a neighbour lets a third of it through.  From the ridge soluti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.core.tail import capture
 from errata.core.tokens import subject_span
+from errata.methods.subspace.texts import ways_to_ask, what_stays
 from errata.request import EditRequest
 
 _OPEN, _SHUT = 2.0, -6.0  # logits: a gate of 0.88, and of 0.0025
@@ -28,12 +30,13 @@ _EPS = 1e-6
 
 
 def ridge_gates(
-    lm: LM, problems: Sequence[Sequence[EditRequest]], blocks: Sequence[int], last: int, end: str, on: Stack
+    editor: Any, lm: LM, problems: Sequence[Sequence[EditRequest]], blocks: Sequence[int], on: Stack
 ) -> dict[int, dict[int, Tensor]]:
     """{problem: {block: v [d]}} of the problems that say what should stay (``contrast``, ``unrelated``)."""
-    edits = [(i, r, text) for i, own in enumerate(problems) for r in own for text in (r.prompt, *r.paraphrases)]
-    rows = [(i, text, r.target + end, _knows_subject(lm, r, text)) for i, r, text in edits]
-    rows += [(i, *pair, None) for i, own in enumerate(problems) for r in own for pair in (*r.unrelated, *r.contrast)]
+    edits = [(i, r, text) for i, own in enumerate(problems) for r in own for text in ways_to_ask(lm, r, editor.prefixes)]
+    rows: list[tuple[int, str, str, int | None]]
+    rows = [(i, text, r.target + editor.end, _knows_subject(lm, r, text)) for i, r, text in edits]
+    rows += [(i, *pair, None) for i, own in enumerate(problems) for pair in what_stays(lm, own, editor.prefixes)]
     out: dict[int, dict[int, Tensor]] = {}
     for problem in range(len(problems)):
         mine = [row for row in rows if row[0] == problem]
@@ -41,7 +44,7 @@ def ridge_gates(
             continue
         encoded = lm.encode([text for _, text, _, _ in mine], [answer for _, _, answer, _ in mine])
         states, position, lengths = capture(lm, encoded, blocks, on)
-        where = (position >= 0) & (position >= lengths[:, None] - last)
+        where = (position >= 0) & (position >= lengths[:, None] - editor.last)
         edited = torch.tensor([row[3] is not None for row in mine], device=where.device)[:, None].expand_as(where)
         where &= position >= torch.tensor([row[3] or 0 for row in mine], device=where.device)[:, None]
         out[problem] = {b: _solve(h[where], edited[where]) for b, h in states.items()}
@@ -62,7 +65,8 @@ def _solve(h: Tensor, wanted: Tensor) -> Tensor:
     y = torch.where(wanted, _OPEN, _SHUT).double()
     weight = torch.where(wanted, 1 / wanted.sum(), 1 / (~wanted).sum().clamp_min(1)).double()
     gram = x @ x.T + torch.diag(_RIDGE * x.square().sum(-1).mean() / (weight * len(y) / 2))
-    return (x.T @ torch.linalg.solve(gram, y)).to(torch.promote_types(torch.float32, h.dtype))
+    v: Tensor = x.T @ torch.linalg.solve(gram, y)
+    return v.to(torch.promote_types(torch.float32, h.dtype))
 
 
 def set_gates(params: Mapping[str, Tensor], found: Mapping[int, Mapping[int, Tensor]], blocks: Sequence[int]) -> dict[str, Tensor]:

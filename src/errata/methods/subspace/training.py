@@ -26,6 +26,7 @@ from errata.core.tail import capture, split_rows
 from errata.core.tokens import pad_id
 from errata.methods.subspace.gate_start import ridge_gates, set_gates
 from errata.methods.subspace.op import Frame, frame, gate, orthonormal, start, turned
+from errata.methods.subspace.texts import ways_to_ask, what_stays
 from errata.request import EditRequest
 
 
@@ -52,7 +53,7 @@ class Training:
         self.editor.require_requests(self.problems)
         self.blocks = self.editor.target_layers(self.lm)
         samples = [(i, r) for i, rs in enumerate(self.problems) for r in rs]
-        rows = [(s, text, r.target) for s, (_, r) in enumerate(samples) for text in (r.prompt, *r.paraphrases)]
+        rows = [(s, text, r.target) for s, (_, r) in enumerate(samples) for text in ways_to_ask(self.lm, r, self.editor.prefixes)]
         device = self.lm.device
         self.sample = torch.tensor([s for s, _, _ in rows], dtype=torch.long, device=device)
         self.sample_owner = torch.tensor([i for i, _ in samples], dtype=torch.long, device=device)
@@ -96,7 +97,7 @@ class Training:
         every = {k: t.expand(len(self.problems), *t.shape) for k, t in stacked.items()}
         if self.before is not None or getattr(e, "gate_start", "random") != "ridge" or e.gate_kind != "rmsnorm":
             return every
-        return set_gates(every, ridge_gates(self.lm, self.problems, self.blocks, e.last, e.end, self.on), self.blocks)
+        return set_gates(every, ridge_gates(e, self.lm, self.problems, self.blocks, self.on), self.blocks)
 
     def per_block(self, p: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         """{block: the op's parameters [E, …]}, with R made orthonormal; all blocks in one call."""
@@ -151,7 +152,7 @@ class Training:
     def irrelevant_states(self, last: int) -> tuple[dict[int, Tensor], Tensor, Tensor] | None:
         """Of ``unrelated`` and ``contrast`` texts under ``on``: ({block: [U, T, d]}, where [U, T, 1], owner [U]); None without any."""
         if self.irrelevant is None:
-            pairs = [(i, *pair) for i, rs in enumerate(self.problems) for r in rs for pair in (*r.unrelated, *r.contrast)]
+            pairs = [(i, *pair) for i, rs in enumerate(self.problems) for pair in what_stays(self.lm, rs, self.editor.prefixes)]
             if not pairs:
                 return None
             encoded = self.lm.encode([p for _, p, _ in pairs], [a for _, _, a in pairs])

@@ -1,0 +1,42 @@
+"""What an edit is trained on beside its prompt: the prompt behind a few short texts, and neighbours behind the same texts.
+
+A fact is rarely asked at the very beginning of a text.  An edit that saw its prompt only there is not found behind another sentence, and a
+gate that saw neighbours only there may open on anything that follows a sentence; so both are shown both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from errata.core.chat import behind
+from errata.core.model import LM
+from errata.request import EditRequest
+
+_BEFORE = (
+    "It is often said that",
+    "In 2019, a local newspaper wrote about it.",
+    "He looked up and smiled.",
+    "Here is what I know:",
+    "The meeting ended late, and most people had left.",
+    "See chapter 3 for details.",
+    "She closed the book and thought for a while.",
+    "For many years nobody asked, but today it is well known:",
+)
+MOST = len(_BEFORE)
+
+
+def ways_to_ask(lm: LM, request: EditRequest, prefixes: int) -> list[str]:
+    """The prompt, its paraphrases, and the prompt behind so many short texts."""
+    texts = [behind(lm.tokenizer, f"{before} ", request.prompt) for before in _BEFORE[:prefixes]]
+    return [request.prompt, *request.paraphrases, *texts]
+
+
+def what_stays(lm: LM, requests: Sequence[EditRequest], prefixes: int) -> list[tuple[str, str]]:
+    """The requests' ``unrelated`` and ``contrast`` pairs, the latter also behind one of so many short texts each."""
+    out = []
+    for request in requests:
+        out += [*request.unrelated, *request.contrast]
+        if prefixes:
+            pairs = enumerate(request.contrast)
+            out += [(behind(lm.tokenizer, f"{_BEFORE[i % prefixes]} ", prompt), answer) for i, (prompt, answer) in pairs]
+    return out
