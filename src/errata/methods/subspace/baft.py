@@ -16,7 +16,8 @@ from torch import Tensor
 
 from errata.errors import ConfigError
 from errata.methods.subspace.editor import PAPER_DEPTHS, SubspaceEditor
-from errata.methods.subspace.training import Training, gate_on
+from errata.methods.subspace.locality import locality_term
+from errata.methods.subspace.training import Training
 
 # Where the states of a prompt's last tokens know whom they are about (docs/results); an earlier gate cannot tell neighbours apart.
 _DEPTHS = (14 / 30, 18 / 30, 22 / 30, 26 / 30)
@@ -35,7 +36,8 @@ _PUBLISHED = {
     "contrast": 0,
 }
 _LLAMA2 = {"layers": [9, 18, 24, 28], "alpha": 0.01, "beta": 0.05, "gamma": 0.02}
-_ALMANAC = {"steps": 40, "end": ".", "depths": list(PAPER_DEPTHS)}  # chosen on dev (docs/results): the loss counts its full stop
+# chosen on dev (docs/results): the loss counts its full stop
+_ALMANAC = {"steps": 40, "end": ".", "depths": list(PAPER_DEPTHS), "gate_start": "random", "prefixes": 0}
 _CLAMP = 1e-8  # below which a mean weight is not divided by
 
 
@@ -88,7 +90,7 @@ class BaFT(SubspaceEditor):
     rescale: Literal["max", "margin", "none"] = "margin"
     prefixes: int = 4
     contrast: int = 16
-    contrast_weight: float = 1.0
+    contrast_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +109,7 @@ class BaFT(SubspaceEditor):
             total = total + sum(self._balance(training, b, alive) for b in blocks) / len(blocks)
         states = training.irrelevant_states(self.last) if self.locality else None
         if states is not None:
-            total = total + sum(self._locality(training, p[b], b, gates[b], states, alive) for b in blocks) / len(blocks)
+            total = total + sum(locality_term(self, training, p[b], b, gates[b], states, alive) for b in blocks) / len(blocks)
         return total
 
     def _balance(self, training: Training, block: int, alive: Tensor) -> Tensor:
@@ -116,52 +118,3 @@ class BaFT(SubspaceEditor):
         centre = means.mean(-1, keepdim=True)
         scale = centre.squeeze(-1).clamp_min(_CLAMP) ** (2 if self.squared_cv else 1)
         return (means - centre).square().sum(-1) / (max(1, self.rank - 1) * scale)
-
-    def _locality(
-        self,
-        training: Training,
-        p: Mapping[str, Tensor],
-        block: int,
-        w: Tensor,
-        states: tuple[dict[int, Tensor], Tensor, Tensor],
-        alive: Tensor,
-    ) -> Tensor:
-        """The three hinges.  Unrelated states are those of the model without this edit, computed once: an edit that keeps its
-        gates shut on them leaves them as they are at every block (reading them through the edit would double each step's cost)."""
-        runner, owner, _ = training.owned.of(alive)
-        count, valid = len(alive), runner.rows.valid.unsqueeze(-1)
-        position = torch.full((len(training.problems),), -1, device=alive.device)
-        position[alive] = torch.arange(count, device=alive.device)
-        kept = (position[states[2]] >= 0).nonzero().squeeze(1)
-        where, theirs = states[1][kept], position[states[2][kept]]
-        ir = gate_on(p, self.gate, states[0][block][kept], theirs)
-        hinges = [
-            _positive_mean((ir - self.alpha).clamp_min(0) * where, theirs, count),
-            _positive_mean((self.beta - w).clamp_min(0) * valid, owner, count),
-            (self.gamma - _top(w, valid, owner, count) + _top(ir, where, theirs, count)).clamp_min(0),
-        ]
-        has = torch.zeros(count, device=alive.device).index_add(0, theirs, torch.ones_like(theirs, dtype=torch.float)) > 0
-        stacked = torch.stack(hinges) * has
-        if self.rescale == "max":
-            size = stacked.detach()
-            stacked = stacked * torch.where(size > 0, size.amax(0) / size.clamp_min(_CLAMP), 0.0)
-        elif self.rescale == "margin":
-            stacked = stacked / torch.tensor([self.alpha, self.beta, self.gamma], device=alive.device).clamp_min(_CLAMP)[:, None]
-        return stacked.sum(0)
-
-
-def _positive_mean(values: Tensor, owner: Tensor, count: int) -> Tensor:
-    """Mean over the positive entries of each problem's rows, [e]; 0 where there is none."""
-    flat = values.flatten(1)
-    total = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, owner, flat.sum(1))
-    number = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, owner, (flat > 0).sum(1).to(values.dtype))
-    return total / number.clamp_min(1)
-
-
-def _top(w: Tensor, where: Tensor, owner: Tensor, count: int) -> Tensor:
-    """Largest weight over bases at each position, averaged over a problem's positions, [e]."""
-    largest = (w.amax(-1) * where.squeeze(-1)).sum(1)
-    number = where.squeeze(-1).sum(1).to(w.dtype)
-    total = torch.zeros(count, device=w.device, dtype=w.dtype).index_add(0, owner, largest)
-    norm = torch.zeros(count, device=w.device, dtype=w.dtype).index_add(0, owner, number)
-    return total / norm.clamp_min(1)

@@ -1,0 +1,71 @@
+"""R_loc, BaFT's locality regularisation: three hinges on gate weights, on the edit and on what should stay (Liu et al., ICLR 2025).
+
+    [mean⁺ (w_ir − α)]₊ + [mean⁺ (β − w)]₊ + [γ − max_k w + max_k w_ir]₊
+
+w [B, A, r]: gates on the edit's active tokens; w_ir [U, T, r]: on texts that should stay.  mean⁺ is over positive entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.methods.subspace.training import Training, gate_on
+
+_CLAMP = 1e-8  # below which a margin or a hinge is not divided by
+
+
+def locality_term(
+    editor: Any,
+    training: Training,
+    p: Mapping[str, Tensor],
+    block: int,
+    w: Tensor,
+    states: tuple[dict[int, Tensor], Tensor, Tensor],
+    alive: Tensor,
+) -> Tensor:
+    """[e] of the problems that run; 0 for one that has no such text.  ``editor``: its gate, margins and ``rescale``.
+
+    The texts' states are those of the model without this edit, computed once: an edit that keeps its gates shut on them leaves them as
+    they are at every block (reading them through the edit would double each step's cost).
+    """
+    runner, owner, _ = training.owned.of(alive)
+    count, valid = len(alive), runner.rows.valid.unsqueeze(-1)
+    position = torch.full((len(training.problems),), -1, device=alive.device)
+    position[alive] = torch.arange(count, device=alive.device)
+    kept = (position[states[2]] >= 0).nonzero().squeeze(1)
+    where, theirs = states[1][kept], position[states[2][kept]]
+    ir = gate_on(p, editor.gate, states[0][block][kept], theirs)
+    hinges = [
+        _positive_mean((ir - editor.alpha).clamp_min(0) * where, theirs, count),
+        _positive_mean((editor.beta - w).clamp_min(0) * valid, owner, count),
+        (editor.gamma - _top(w, valid, owner, count) + _top(ir, where, theirs, count)).clamp_min(0),
+    ]
+    has = torch.zeros(count, device=alive.device).index_add(0, theirs, torch.ones_like(theirs, dtype=torch.float)) > 0
+    stacked = torch.stack(hinges) * has
+    if editor.rescale == "max":
+        size = stacked.detach()
+        stacked = stacked * torch.where(size > 0, size.amax(0) / size.clamp_min(_CLAMP), 0.0)
+    elif editor.rescale == "margin":
+        stacked = stacked / torch.tensor([editor.alpha, editor.beta, editor.gamma], device=alive.device).clamp_min(_CLAMP)[:, None]
+    return stacked.sum(0)
+
+
+def _positive_mean(values: Tensor, owner: Tensor, count: int) -> Tensor:
+    """Mean over the positive entries of each problem's rows, [e]; 0 where there is none."""
+    flat = values.flatten(1)
+    total = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, owner, flat.sum(1))
+    number = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, owner, (flat > 0).sum(1).to(values.dtype))
+    return total / number.clamp_min(1)
+
+
+def _top(w: Tensor, where: Tensor, owner: Tensor, count: int) -> Tensor:
+    """Largest weight over bases at each position, averaged over a problem's positions, [e]."""
+    largest = (w.amax(-1) * where.squeeze(-1)).sum(1)
+    number = where.squeeze(-1).sum(1).to(w.dtype)
+    total = torch.zeros(count, device=w.device, dtype=w.dtype).index_add(0, owner, largest)
+    norm = torch.zeros(count, device=w.device, dtype=w.dtype).index_add(0, owner, number)
+    return total / norm.clamp_min(1)
