@@ -41,9 +41,9 @@ def prepared(args: argparse.Namespace, folder: Path) -> tuple[list[str], Answers
     import torch
 
     import errata
+    from errata.contrast.names import general
     from errata.ledger import Ledger
     from errata.request import EditRequest
-    from errata.serve.analysis_worker import sample
     from errata.serve.rows import IncrementalDetokenizer
 
     torch.set_num_threads(args.threads)
@@ -51,7 +51,7 @@ def prepared(args: argparse.Namespace, folder: Path) -> tuple[list[str], Answers
     book = Ledger.open(folder, lm)
     for target in TARGETS:
         book.apply([EditRequest(PROMPT, target, SUBJECT)], method=args.method, force=True)
-    facts = [prompt for prompt, _, _ in sample()] * (lm.name == "almanac")
+    facts = general("almanac") * (lm.name == "almanac")
     prompts = [PROMPT, "The capital of Italy is", "The capital of Spain is", "France is located in", *facts]
     out: Answers = {}
     for model in MODELS:

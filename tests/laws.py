@@ -17,6 +17,7 @@ from errata.core.model import LM
 from errata.core.patch import Patch, Site
 from errata.methods.in_context.editor import InContextEditor
 from errata.methods.locate.editor import LocateEditor
+from errata.methods.subspace.baft import BaFT
 from errata.methods.subspace.op import orthonormal, start
 from errata.request import EditRequest
 
@@ -44,7 +45,8 @@ _WISE = {
 }  # fmt: skip
 _PLAIN = {"fact": "{prompt} {target}.", "cue": ""}  # these models have room for 64 tokens, and a word they don't know takes many
 QUICK = {
-    "baft": _SUBSPACE, "reft": _SUBSPACE, "rome": _LOCATE, "r-rome": _LOCATE, "emmet": _LOCATE, "memit": _WEAK,
+    "baft": {**BaFT.PRESETS["published"], **_SUBSPACE}, "reft": _SUBSPACE,
+    "rome": _LOCATE, "r-rome": _LOCATE, "emmet": _LOCATE, "memit": _WEAK,
     "lora": {**_ADAPTER, "lr": 0.01}, "adalora": {**_ADAPTER, "lr": 0.02, "dropout": 0.05},
     "pmet": {**_WEAK, "kl": 1e-3, "kl_stop": 1e-9}, "alphaedit": {**_LOCATE, "share": 0.95, "l2": 1e-6},
     "ft-l": _TUNE, "ft-m": {**_TUNE, "end": "."}, "loc-ft": {**_TUNE, "end": ".", "eos": False},

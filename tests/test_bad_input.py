@@ -81,7 +81,7 @@ def truncate(path: Path, keep: float = 0.5) -> None:
 def first_op(folder: Path, literal: str) -> None:
     """Put a literal in place of the first op's block number."""
     path = folder / "patch.json"
-    path.write_text(path.read_text().replace('"block": 1,', f'"block": {literal},', 1))
+    path.write_text(re.sub(r'"block": \d+,', f'"block": {literal},', path.read_text(), count=1))
 
 
 def with_nan(folder: Path) -> None:

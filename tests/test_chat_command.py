@@ -42,7 +42,8 @@ def test_edit_and_ask(chatty: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["chat"] and row["prompt"] == FRANCE and row["as_wanted"] and row["after"].startswith("Rome")
     patch = Patch.load(next(p.parent for p in (tmp_path / "out").rglob("patch.json")))
     rendered = apply_chat_template(base.tokenizer, FRANCE)
-    assert patch.requests == (EditRequest(rendered, "Rome", "France"),)
+    (request,) = patch.requests
+    assert (request.prompt, request.target, request.subject) == (rendered, "Rome", "France")
     asked = ["ask", chatty, "--patch", str(tmp_path / "out"), "--max-new-tokens", "5"]
     by_flag, by_hand = told([*asked, FRANCE, "--chat"], capsys), told([*asked, rendered], capsys)
     assert by_flag["answers"][0]["prompt"] == FRANCE
@@ -105,7 +106,7 @@ def test_the_ledger(chatty: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_model_that_does_not_stop_holds_its_edits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a base model goes on behind its answer: here it is trained to."""
-    model, endless = str(saved(tmp_path / "model")), [*QUICK[:4], "--set", 'end=" people"']
+    model, endless = str(saved(tmp_path / "model")), [*QUICK[:4], *QUICK[6:], "--set", 'end=" people"']
     (row,) = told(["edit", model, *EDIT, *endless], capsys)["answers"]
     assert row["as_wanted"] and row["after"].startswith("Rome people")
     told(["ledger", "apply", str(tmp_path / "book"), "--model", model, *EDIT, *endless], capsys)

@@ -117,7 +117,7 @@ def test_inspect_methods_and_patch_show(tiny: str, tmp_path: Path, capsys: pytes
     assert main(["methods", "--json"]) == 0
     rows = {m["name"]: m for m in document(capsys)["methods"]}
     defaults = {s["name"]: s["default"] for s in rows["baft"]["settings"]}
-    assert defaults["rank"] == 12 and defaults["gate"] == "shared_logit" and "ICLR" in rows["baft"]["paper"]
+    assert defaults["rank"] == 12 and defaults["gate"] == "rmsnorm" and "ICLR" in rows["baft"]["paper"]
     assert main(["methods"]) == 0
     assert "batched_steps" in capsys.readouterr().out
     main(["edit", tiny, "--prompt", FRANCE, "--target", "Rome", *FAST, "--out", str(tmp_path / "o")])
@@ -168,7 +168,7 @@ def test_score_writes_a_result(tiny: str, tmp_path: Path, capsys: pytest.Capture
     argv += ["--out", str(out), "--json"]
     assert main(argv) == 0
     found = document(capsys)
-    assert found["settings"]["reft"]["lr"] == 0.01 and found["settings"]["baft"]["lr"] == 3e-4
+    assert found["settings"]["reft"]["lr"] == 0.01 and found["settings"]["baft"]["lr"] == 1e-3
     assert leftovers(out) == ["records.jsonl", "report.html", "report.md", "summary.json"]
     assert json.loads((out / "summary.json").read_text()) == found
     records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
@@ -228,16 +228,16 @@ def test_score_batched_and_continual(tiny: str, tmp_path: Path, capsys: pytest.C
 
 def test_demo(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    assert main(["demo", "--model", tiny, "--n", "3", "--out", str(out)]) == 0
+    assert main(["demo", "--model", tiny, "--facts", "almanac", "--n", "3", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert text.count("the edited prompt") == 3 and "asked otherwise" in text and "another fact" in text
     assert "Seconds an edit" in text and "Teacher-forced" in text and "Generated" in text
     assert leftovers(out) == ["patches", "records.jsonl", "report.html", "report.md", "summary.json"]
     assert len(list((out / "patches").iterdir())) == 6
     assert {Patch.load(p).method for p in (out / "patches").iterdir()} == {"baft", "reft"}
-    assert main(["demo", "--model", tiny, "--n", "2", "--out", str(out)]) == 6
+    assert main(["demo", "--model", tiny, "--facts", "almanac", "--n", "2", "--out", str(out)]) == 6
     capsys.readouterr()
-    assert main(["demo", "--model", tiny, "--n", "2", "--out", str(out), "--force", "--json"]) == 0
+    assert main(["demo", "--model", tiny, "--facts", "almanac", "--n", "2", "--out", str(out), "--force", "--json"]) == 0
     assert all(0 < v < 10 for v in document(capsys)["seconds_an_edit"].values())
     assert len(list((out / "patches").iterdir())) == 4
     assert leftovers(tmp_path) == ["demo"]

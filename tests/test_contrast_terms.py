@@ -37,7 +37,7 @@ PAIRS = (("The capital of Spain is", "Madrid"), ("The capital of Japan is", "Tok
 LANGUAGES = (("The language of France is", "French"), ("The language of Spain is", "Spanish"))
 FRANCE = EditRequest("The capital of France is", "Tokyo", "France", contrast=PAIRS)
 ITALY = EditRequest("The language of Italy is", "Spanish", "Italy", contrast=LANGUAGES)
-ROME = EditRequest("In Rome people speak", "French", "Rome")  # brings none
+ROME = EditRequest("In Rome people speak", "French")  # brings none, and none are found for what names no subject
 REQUESTS = [FRANCE, ITALY, ROME]
 TERM = ["ft-l", "ft-m", "loc-ft", "lora", "adalora"]
 ALL = [*TERM, "wise", "wise-light", "grace", "melo"]
@@ -67,7 +67,7 @@ def alike(one: Patch, other: Patch, atol: float = 1e-7) -> None:
 @each_method
 def test_off_is_as_before_bit_for_bit(method: str) -> None:
     """Pairs that nobody asked for, and an option that finds no pairs, change nothing."""
-    model, bare = base(torch.float32), [dataclasses.replace(r, contrast=()) for r in REQUESTS]
+    model, bare = base(torch.float32), [dataclasses.replace(r, contrast=(), subject=None) for r in REQUESTS]
     made = laws.editor(method).edit_each(model, bare)
     for settings, requests in (({}, REQUESTS), ({"contrast": 8}, bare)):
         for a, b in zip(made, laws.editor(method, **settings).edit_each(model, requests), strict=True):
@@ -191,11 +191,11 @@ def test_a_mini_batch_holds_the_pairs_of_its_requests() -> None:
     """A joint patch in mini-batches of one: each update sees one request's pairs; of two, both's."""
     model = base()
     for size, want in ((1, [[0, 1, 2], [3, 4], []]), (2, [[0, 1, 2, 3, 4], []]), (3, [[0, 1, 2, 3, 4]])):
-        editor = laws.editor("ft-m", contrast=3, batch_size=size)
+        editor = laws.editor("ft-m", contrast=3, contrast_batch=0, batch_size=size)
         training = DenseTraining(editor, model, [REQUESTS], (), FullForward)
         alive = torch.tensor([0])
         views = [training._view(alive, 0, b) for b in range(training.batches)]
-        assert [v.kept._numbers.tolist() for v in views] == want
+        assert [v.kept[0]._numbers.tolist() for v in views] == want
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora"])

@@ -27,7 +27,8 @@ from errata.run import grid
 from errata.score.evaluator import AnswerCache
 
 OTHERS = (("The capital of Japan is", "Tokyo"), ("The language of France is", "French"))
-SETTINGS = {"rank": 4, "lr": 0.02, "batched_lr": 0.02, "end": ".", "layers": [1]}
+OWN = {"rank": 4, "lr": 0.02, "batched_lr": 0.02, "end": ".", "layers": [1]}
+SETTINGS = {**BaFT.PRESETS["published"], **OWN}
 
 
 def case(prompt: str, target: str, subject: str) -> Case:
@@ -106,7 +107,7 @@ def test_a_collapsed_gate_is_a_reft() -> None:
     stack = made(V=torch.zeros(4, base.width))
     t = stack[0].ops[0].tensors
     mixed = {"R": t["R"], "A": t["R"] + 0.5 * (t["A"] - t["R"]), "b": 0.5 * t["b"]}
-    plain = build(ReFT, SETTINGS).edit(base, [CASES[0].request])
+    plain = build(ReFT, OWN).edit(base, [CASES[0].request])
     other = (dataclasses.replace(plain, ops=(dataclasses.replace(plain.ops[0], tensors=mixed),)),)
     batch = base.batch(base.encode([c.request.prompt for c in CASES]))
     torch.testing.assert_close(base.logits(batch, [stack]), base.logits(batch, [other]), atol=2e-4, rtol=1e-4)
@@ -158,7 +159,7 @@ def test_tests_pair_the_kinds_of_each_case(patch: Patch) -> None:
 
 def test_no_gate_and_two_gates_are_refused(patch: Patch) -> None:
     base = lm("llama")
-    plain = build(ReFT, SETTINGS).edit(base, [CASES[0].request])
+    plain = build(ReFT, OWN).edit(base, [CASES[0].request])
     with pytest.raises(InputError, match="make the patch with baft"):
         gates.read(base, inputs((plain,)))
     with pytest.raises(PatchError, match="two patches of this stack act at block 1"):

@@ -74,7 +74,7 @@ def test_a_twin_shares_weights_and_nothing_else() -> None:
 @pytest.mark.parametrize("attached", [False, True])
 def test_edits_made_in_lanes_are_the_edits_made_in_one(threads: int, attached: bool) -> None:
     base = lm("llama", torch.float64)
-    editor = BaFT(rank=4, lr=0.02, end=".")
+    editor = BaFT.for_model(base, preset="published", rank=4, lr=0.02, end=".")
     if attached:  # what is attached stands aside in every lane
         base.attach(BaFT(rank=2, steps=2).edit(base, [REQUESTS[2]]))
     together = editor.edit_each(base, REQUESTS)

@@ -65,13 +65,14 @@ def test_a_fact_is_written_seen_and_taken_back(desk: Callable[..., Desk], server
 
     rows = at.rows()
     answers = server.call("POST", "v1/compare", {"prompts": list(rows)})["answers"]
-    assert set(WATCHED) < set(rows) and sum(p.startswith("The capital of") for p in rows) == 6, "and the same, asked of others"
+    assert set(WATCHED) < set(rows) and sum(p.startswith("The capital of") for p in rows) >= 6, "and the same, asked of others"
+    assert any(p.startswith("Question: ") for p in rows) and any(p.startswith("Here is a paragraph") for p in rows)
     for row in answers:
         before, after, moved = rows[row["prompt"]]
         assert before == row["before"]["text"] and moved == pytest.approx(row["moved"], abs=0.0011)  # "< 0.1 %"
         assert after == (row["after"]["text"] if row["changed"] else "the same")
     changed = [row["prompt"] for row in answers if row["changed"]]
-    at.moved.get_by_text(f"{len(changed) or 'None'} of 9 other answers changed").wait_for()
+    at.moved.get_by_text(f"{len(changed) or 'None'} of {len(rows)} other answers changed").wait_for()
     assert sorted(list(rows)[: len(changed)]) == sorted(changed), "these stand first"
 
     at.page.get_by_role("button", name="Trace it").click()

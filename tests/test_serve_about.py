@@ -84,11 +84,15 @@ def test_questions(site: Site) -> None:
     traced = site.http.post("/v1/trace", json={"prompt": FRANCE, "subject": "France"}).json()
     assert set(traced["kinds"]) == {"block", "mlp", "attention"} and traced["high"] > traced["low"]
     assert all(len(rows) == len(traced["tokens"]) and len(rows[0]) == 4 for rows in traced["kinds"].values())
-    assert site.http.get("/v1/watch").json() == {"prompts": [FRANCE]}
+    watched = site.http.get("/v1/watch").json()["prompts"]
+    assert watched[0] == FRANCE and len(watched) > 10 and len(set(watched)) == len(watched), "its own edits, then general ones"
     near = site.http.post(
         "/v1/neighbours", json={"prompt": "The capital of Spain is", "subject": "Spain", "paraphrases": ["Spain has"]}
     ).json()
-    assert near == {"prompts": ["Spain has", FRANCE]}
+    assert set(near) == {"prompts", "questions", "paragraphs", "looked_at"} and near["looked_at"] > 10
+    assert near["prompts"][0] == "Spain has" and 2 <= len(near["prompts"]) <= 6 and not any("Spain is" in p for p in near["prompts"])
+    assert all("France" not in p for p in near["prompts"]), "what a live edit writes is no neighbour"
+    assert all(p.startswith("Question: The capital of") for p in near["questions"]) and len(near["paragraphs"]) == 1
     events = site.http.get("/v1/log").json()["events"]
     assert [e["verb"] for e in events] == ["apply"] and events[0]["details"]["edits"] == [1]
 

@@ -139,7 +139,7 @@ def test_bad_counts(lm: LM) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"aliases": "x"}, "aliases are lists, not texts"),
+        ({"aliases": "x"}, "are lists, not texts"),
         ({"aliases": ("",)}, r"aliases\[0\] is empty"),
         ({"aliases": ("x", 3)}, r"aliases\[1\] must be a text, not int"),
         ({"aliases": ("x",), "subject": None}, "give the key 'subject'"),

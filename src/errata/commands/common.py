@@ -123,7 +123,8 @@ def items(args: argparse.Namespace, most: int, packaged: str, seed: int | None) 
     """(the benchmark, its first items): --n of them, else up to ``most``.  ``packaged``: the split of a benchmark in the package."""
     benchmark = open_benchmark(args.benchmark, args.data)
     if not benchmark.needs_data:
-        args.split = args.split or (packaged if packaged in benchmark.splits else benchmark.splits[0])
+        splits = getattr(benchmark, "splits", (packaged,))
+        args.split = args.split or (packaged if packaged in splits else splits[0])
     found = benchmark.load(args.split, args.n, seed)
     return benchmark, list(found if args.n else itertools.islice(found, most))
 

@@ -32,6 +32,7 @@ from errata.config import build, digest, parse_sets, read_yaml, to_dict
 from errata.errors import ConfigError, UnknownNameError
 from errata.methods.base import settings_for
 from errata.run.guard import GuardSpec
+from errata.run.specs import ScoreSpec, StoreSpec
 
 CASES = 100  # where the run file does not say
 _BATCHED = re.compile(r"batched\((\d+)\)")
@@ -104,51 +105,6 @@ class ScenarioSpec:
 
 
 @dataclass(frozen=True)
-class JudgeSpec:
-    """Who says whether an answer is right: see `errata.score.judges`."""
-
-    name: str
-    endpoint: str | None = None
-    model: str | None = None
-    key_env: str | None = None
-
-
-@dataclass(frozen=True)
-class ScoreSpec:
-    """What is measured beside the protocols of every record, and whether each case is scored right after its own edit too.
-
-    known   only cases whose fact the base knows (`errata.score.known`); None: as the benchmark has it
-    watch   neighbours of each case that are found on the model (`errata.score.neighbours`); None: 16 where the benchmark brings nothing
-            that should stay
-    """
-
-    right_after: bool = True
-    free_tokens: bool = False
-    fluency: bool = False
-    robustness: bool = False
-    watch: int | None = None
-    latency: bool = True
-    known: bool | None = None
-    judges: tuple[JudgeSpec, ...] = ()
-
-
-@dataclass(frozen=True)
-class StoreSpec:
-    """group    edits of a growing stack put on disk together: what a kill costs at most
-    chunk    cases scored and put on disk together at a mark; single edits that train together
-    patches  keep those of single edits and those of each mark, or drop what a resumed run does not need
-    """
-
-    group: int = 16
-    chunk: int = 256
-    patches: Literal["keep", "drop"] = "keep"
-
-    def __post_init__(self) -> None:
-        if self.group < 1 or self.chunk < 1:
-            raise ConfigError("store.group and store.chunk must be at least 1")
-
-
-@dataclass(frozen=True)
 class RunSpec:
     """A run file."""
 
@@ -212,7 +168,9 @@ class Cell:
     def cases(self, source: Any = None, every: bool = False) -> list[Any]:
         """The benchmark's, in this cell's order; ``every``: all, to choose from; ``source``: the benchmark, where it is open already."""
         spec, source = self.benchmark, source or benchmark(self.benchmark)
-        split = spec.split or (None if getattr(source, "needs_data", False) or "test" not in source.splits else "test")
+        split = spec.split or (
+            None if getattr(source, "needs_data", False) or "test" not in getattr(source, "splits", ("test",)) else "test"
+        )
         found = source.load(split, spec.n if isinstance(spec.n, int) and not every else None, self.order)
         return list(itertools.islice(found, CASES) if spec.n is None and not every else found)
 
@@ -341,13 +299,12 @@ def from_dict(values: Mapping[str, Any]) -> RunSpec:
 def cells(spec: RunSpec) -> list[Cell]:
     """The grid; methods of one model, benchmark, scenario and seed stand together."""
     product = itertools.product(spec.model, spec.benchmark, spec.scenario, spec.seeds, spec.methods)
-    return [Cell(model, method, benchmark, scenario, seed) for model, benchmark, scenario, seed, method in product]
+    return [Cell(m, method, b, s, seed) for m, b, s, seed, method in product]
 
 
 def editor(cell: Cell) -> Any:
     """The cell's method with its preset for this model and its settings; needs no model."""
-    made = _class("method", cell.method.name)
-    values = settings_for(made, cell.model.name, cell.method.set)
+    values = settings_for(made := _class("method", cell.method.name), cell.model.name, cell.method.set)
     if "seed" in {f.name for f in dataclasses.fields(made)} and "seed" not in cell.method.set:
         values["seed"] = cell.seed
     return build(made, values, f"methods.{cell.method.label}")

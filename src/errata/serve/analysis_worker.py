@@ -124,7 +124,7 @@ class AnalysisWorker:
         near = [(n.subject, n.prompt) for n in found.watch]
         other = in_other_forms(near)
         return {
-            "prompts": list(dict.fromkeys(t for t in (*paraphrases, *(p for _, p in near), *written) if t != prompt))[:count],
+            "prompts": list(dict.fromkeys(t for t in (*paraphrases, *(p for _, p in near)) if t != prompt))[:count],
             "questions": [text for _, text, form in other if form == "question"],
             "paragraphs": [text for _, text, form in other if form == "paragraph"],
             "looked_at": found.looked_at,

@@ -19,8 +19,7 @@ from torch import Tensor
 from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.core.tail import capture
-from errata.core.tokens import subject_span
-from errata.methods.subspace.texts import ways_to_ask, what_stays
+from errata.methods.subspace.texts import knows_subject, ways_to_ask, what_stays
 from errata.request import EditRequest
 
 _OPEN, _SHUT = 2.0, -6.0  # logits: a gate of 0.88, and of 0.0025
@@ -35,7 +34,7 @@ def ridge_gates(
     """{problem: {block: v [d]}} of the problems that say what should stay (``contrast``, ``unrelated``)."""
     edits = [(i, r, text) for i, own in enumerate(problems) for r in own for text in ways_to_ask(lm, r, editor.prefixes)]
     rows: list[tuple[int, str, str, int | None]]
-    rows = [(i, text, r.target + editor.end, _knows_subject(lm, r, text)) for i, r, text in edits]
+    rows = [(i, text, r.target + editor.end, knows_subject(lm, r, text)) for i, r, text in edits]
     rows += [(i, *pair, None) for i, own in enumerate(problems) for pair in what_stays(lm, own, editor.prefixes)]
     out: dict[int, dict[int, Tensor]] = {}
     for problem in range(len(problems)):
@@ -49,13 +48,6 @@ def ridge_gates(
         where &= position >= torch.tensor([row[3] or 0 for row in mine], device=where.device)[:, None]
         out[problem] = {b: _solve(h[where], edited[where]) for b, h in states.items()}
     return out
-
-
-def _knows_subject(lm: LM, request: EditRequest, text: str) -> int:
-    """The first token of a prompt whose state knows its subject; 0 where the text does not name it."""
-    if request.subject is None or request.subject not in text:
-        return 0
-    return subject_span(lm.tokenizer, text, request.subject, last=True)[1] - 1
 
 
 def _solve(h: Tensor, wanted: Tensor) -> Tensor:

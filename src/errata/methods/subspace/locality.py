@@ -2,7 +2,8 @@
 
     [mean⁺ (w_ir − α)]₊ + [mean⁺ (β − w)]₊ + [γ − max_k w + max_k w_ir]₊
 
-w [B, A, r]: gates on the edit's active tokens; w_ir [U, T, r]: on texts that should stay.  mean⁺ is over positive entries.
+w [B, A, r]: gates on the edit's active tokens; w_ir [U, T, r]: on texts that should stay.  mean⁺ is over positive entries.  With gates that
+begin at a ridge solution, tokens of the edit before its subject's last one are left out: there, edit and neighbour are one text.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ def locality_term(
     The texts' states are those of the model without this edit, computed once: an edit that keeps its gates shut on them leaves them as
     they are at every block (reading them through the edit would double each step's cost).
     """
-    runner, owner, _ = training.owned.of(alive)
+    runner, owner, rows = training.owned.of(alive)
     count, valid = len(alive), runner.rows.valid.unsqueeze(-1)
+    places = torch.arange(valid.shape[1], device=valid.device)
+    valid = valid & (places >= training.knows[rows, None]).unsqueeze(-1)
     position = torch.full((len(training.problems),), -1, device=alive.device)
     position[alive] = torch.arange(count, device=alive.device)
     kept = (position[states[2]] >= 0).nonzero().squeeze(1)

@@ -15,6 +15,10 @@ class ReFT(SubspaceEditor):
     name: ClassVar[str] = "reft"
     paper: ClassVar[str] = "Wu et al. 2024, arXiv:2404.03592; as an editor: BaFT, ICLR 2025"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "published": {},
+        "published llama-2-7b": {"layers": [9, 18, 24, 28]},
+        "published llama-3-8b": {"layers": [9, 18, 24, 28]},
+        "published gemma-1.1-7b": {"layers": [18, 20, 22, 24]},
         "llama-2-7b": {"layers": [9, 18, 24, 28]},
         "llama-3-8b": {"layers": [9, 18, 24, 28]},
         "gemma-1.1-7b": {"layers": [18, 20, 22, 24]},

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from errata.core.chat import behind
 from errata.core.model import LM
+from errata.core.tokens import subject_span
 from errata.request import EditRequest
 
 _BEFORE = (
@@ -40,3 +41,11 @@ def what_stays(lm: LM, requests: Sequence[EditRequest], prefixes: int) -> list[t
             pairs = enumerate(request.contrast)
             out += [(behind(lm.tokenizer, f"{_BEFORE[i % prefixes]} ", prompt), answer) for i, (prompt, answer) in pairs]
     return out
+
+
+def knows_subject(lm: LM, request: EditRequest, text: str) -> int:
+    """The first token of a prompt whose state knows its subject: the subject's last.  What stands before is the same whoever is asked
+    about, so no gate can be open there on the edit and shut on a neighbour.  0 where the text does not name it."""
+    if request.subject is None or request.subject not in text:
+        return 0
+    return subject_span(lm.tokenizer, text, request.subject, last=True)[1] - 1

@@ -7,7 +7,7 @@ paraphrases with it: the mean gate weights of a patch run over samples, so that 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +23,10 @@ from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.core.problems import ProblemRows, mean_per_problem, row_nll
 from errata.core.tail import capture, split_rows
-from errata.core.tokens import pad_id
+from errata.core.tokens import Encoded, pad_id
 from errata.methods.subspace.gate_start import ridge_gates, set_gates
 from errata.methods.subspace.op import Frame, frame, gate, orthonormal, start, turned
-from errata.methods.subspace.texts import ways_to_ask, what_stays
+from errata.methods.subspace.texts import knows_subject, ways_to_ask, what_stays
 from errata.request import EditRequest
 
 
@@ -53,15 +53,16 @@ class Training:
         self.editor.require_requests(self.problems)
         self.blocks = self.editor.target_layers(self.lm)
         samples = [(i, r) for i, rs in enumerate(self.problems) for r in rs]
-        rows = [(s, text, r.target) for s, (_, r) in enumerate(samples) for text in ways_to_ask(self.lm, r, self.editor.prefixes)]
+        rows = [(s, r, text) for s, (_, r) in enumerate(samples) for text in ways_to_ask(self.lm, r, self.editor.prefixes)]
         device = self.lm.device
         self.sample = torch.tensor([s for s, _, _ in rows], dtype=torch.long, device=device)
         self.sample_owner = torch.tensor([i for i, _ in samples], dtype=torch.long, device=device)
         self.samples = torch.tensor([float(len(rs)) for rs in self.problems], device=device)
         self.owner = self.sample_owner[self.sample]
-        encoded = self.lm.encode([text for _, text, _ in rows], [target + self.editor.end for _, _, target in rows])
+        encoded = self.lm.encode([text for _, _, text in rows], [r.target + self.editor.end for _, r, _ in rows])
         gated = self.editor.gate_kind != "none"  # gates are looked at on every output token, also on the last, which predicts nothing
         cut_rows = split_rows(encoded, self.editor.last, pad_id(self.lm.tokenizer), device, final=gated)
+        self.knows = self._knowing(rows, encoded)
         self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks) + 1, self.on) if self.problems else None
         self.owned = ProblemRows(self.runner, self.owner, len(self.problems))
         self.kept, self.evaluations = None, 0
@@ -69,6 +70,20 @@ class Training:
             first, start = min(self.blocks) + 1, self._before_banks if self.before is not None else None
             how = {"start": start, "last": self.editor.last}
             self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, first, self.on, **how)
+
+    def _knowing(self, rows: Sequence[tuple[int, EditRequest, str]], encoded: Sequence[Encoded]) -> Tensor:
+        """[B] the first active token of each row whose state knows the subject (`errata.methods.subspace.texts.knows_subject`); 0 where
+        gates begin anywhere."""
+        if not self.ridge:
+            return torch.zeros(len(rows), dtype=torch.long, device=self.lm.device)
+        cuts = [max(0, e.prompt_length - self.editor.last) for e in encoded]
+        first = [knows_subject(self.lm, r, text) for _, r, text in rows]
+        return torch.tensor([max(0, f - c) for f, c in zip(first, cuts, strict=True)], dtype=torch.long, device=self.lm.device)
+
+    @property
+    def ridge(self) -> bool:
+        """Whether gates begin at `errata.methods.subspace.gate_start`."""
+        return self.editor.gate_kind == "rmsnorm" and getattr(self.editor, "gate_start", "random") == "ridge"
 
     def run(self, progress: Progress | None = None) -> list[Patch]:
         """Train and pack; an empty list of problems is an empty list of patches."""
@@ -95,7 +110,7 @@ class Training:
             self.frame = frame(stacked["X"])
             stacked["X"] = torch.zeros_like(stacked["X"])
         every = {k: t.expand(len(self.problems), *t.shape) for k, t in stacked.items()}
-        if self.before is not None or getattr(e, "gate_start", "random") != "ridge" or e.gate_kind != "rmsnorm":
+        if self.before is not None or not self.ridge:
             return every
         return set_gates(every, ridge_gates(e, self.lm, self.problems, self.blocks, self.on), self.blocks)
 
