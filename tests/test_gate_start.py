@@ -15,14 +15,14 @@ from errata.request import EditRequest
 STAYS = (("The capital of Italy is", "Rome"), ("The capital of Spain is", "Madrid"), ("The capital of Japan is", "Tokyo"))
 FRANCE = EditRequest("The capital of France is", "Rome", "France", contrast=STAYS)
 ITALY = EditRequest("The language of Italy is", "Spanish", "Italy", contrast=(("The language of Spain is", "Spanish"),))
-PLAINLY = BaFT(prefixes=0)
+PLAINLY, TWICE = BaFT(layers=(1, 2), rank=4, prefixes=0), BaFT(layers=(1,), rank=4, prefixes=2)
 PLAIN = EditRequest("In Rome people speak", "French")
 
 
 def test_it_solves_the_weighted_ridge_problem() -> None:
     """Against the d×d normal equations, on states read one text at a time."""
     base = lm("llama", torch.float64)
-    found = ridge_gates(PLAINLY, base, [[FRANCE]], (1, 2), ())
+    found = ridge_gates(Training(PLAINLY, base, [[FRANCE]], (), None, Tail))
     for block, v in found[0].items():
         rows, wanted = [], []
         for prompt, answer, own in ((FRANCE.prompt, FRANCE.target, True), *((p, a, False) for p, a in STAYS)):
@@ -71,9 +71,9 @@ def test_gates_begin_open_on_the_edit_and_shut_elsewhere() -> None:
 
 def test_alone_as_in_a_batch() -> None:
     base = lm("llama", torch.float64)
-    together = ridge_gates(BaFT(prefixes=2), base, [[FRANCE], [PLAIN], [ITALY]], (1,), ())
+    together = ridge_gates(Training(TWICE, base, [[FRANCE], [PLAIN], [ITALY]], (), None, Tail))
     assert sorted(together) == [0, 2]
     for place, request in ((0, FRANCE), (2, ITALY)):
         torch.testing.assert_close(
-            together[place][1], ridge_gates(BaFT(prefixes=2), base, [[request]], (1,), ())[0][1], atol=1e-9, rtol=1e-7
+            together[place][1], ridge_gates(Training(TWICE, base, [[request]], (), None, Tail))[0][1], atol=1e-9, rtol=1e-7
         )

@@ -240,11 +240,14 @@ def capture(lm: LM, encoded: Sequence[Encoded], blocks: Sequence[int], on: Stack
     """Block outputs {block: [B, T, D]}, position [B, T] (-1: padding) and prompt lengths [B] of rows under ``on``."""
     batch = lm.batch(encoded).to(lm.device)
     seen: dict[int, Tensor] = {}
+    last = max(blocks)
 
     def keep(block: int) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
             out = hidden_of(output).detach()
             seen[block] = out[:, -batch.ids.shape[1] :]  # context may stand in front
+            if block == last:
+                raise StopForward
 
         return hook
 
@@ -254,6 +257,8 @@ def capture(lm: LM, encoded: Sequence[Encoded], blocks: Sequence[int], on: Stack
         handles = [lm.blocks[b].register_forward_hook(keep(b)) for b in blocks]
         try:
             lm.forward(batch.ids, batch.mask, use_cache=False, **lm.last_logits_kwargs)
+        except StopForward:  # nothing above the last block is asked for
+            pass
         finally:
             for handle in handles:
                 handle.remove()

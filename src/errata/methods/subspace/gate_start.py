@@ -16,11 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.core.bank import Stack
-from errata.core.model import LM
 from errata.core.tail import capture
-from errata.methods.subspace.texts import knows_subject, ways_to_ask, what_stays
-from errata.request import EditRequest
 
 _OPEN, _SHUT = 2.0, -6.0  # logits: a gate of 0.88, and of 0.0025
 _RIDGE = 0.03  # λ as a part of the mean |x|², which is d
@@ -28,25 +24,21 @@ _SPREAD = 0.1  # of the random start, which stays between the bases of a patch
 _EPS = 1e-6
 
 
-def ridge_gates(
-    editor: Any, lm: LM, problems: Sequence[Sequence[EditRequest]], blocks: Sequence[int], on: Stack
-) -> dict[int, dict[int, Tensor]]:
+def ridge_gates(training: Any) -> dict[int, dict[int, Tensor]]:
     """{problem: {block: v [d]}} of the problems that say what should stay (``contrast``, ``unrelated``)."""
-    edits = [(i, r, text) for i, own in enumerate(problems) for r in own for text in ways_to_ask(lm, r, editor.prefixes)]
-    rows: list[tuple[int, str, str, int | None]]
-    rows = [(i, text, r.target + editor.end, knows_subject(lm, r, text)) for i, r, text in edits]
-    rows += [(i, *pair, None) for i, own in enumerate(problems) for pair in what_stays(lm, own, editor.prefixes)]
+    stays = training.irrelevant_states(training.editor.last)
+    if stays is None:
+        return {}
+    shut, there, theirs = stays[0], stays[1].squeeze(-1), stays[2]
+    own, position, lengths = capture(training.lm, training.encoded, training.blocks, training.on)
+    first = (lengths - training.editor.last).clamp_min(0) + training.knows
+    here = (position >= 0) & (position >= first[:, None])
     out: dict[int, dict[int, Tensor]] = {}
-    for problem in range(len(problems)):
-        mine = [row for row in rows if row[0] == problem]
-        if all(start is not None for *_, start in mine):
-            continue
-        encoded = lm.encode([text for _, text, _, _ in mine], [answer for _, _, answer, _ in mine])
-        states, position, lengths = capture(lm, encoded, blocks, on)
-        where = (position >= 0) & (position >= lengths[:, None] - editor.last)
-        edited = torch.tensor([row[3] is not None for row in mine], device=where.device)[:, None].expand_as(where)
-        where &= position >= torch.tensor([row[3] or 0 for row in mine], device=where.device)[:, None]
-        out[problem] = {b: _solve(h[where], edited[where]) for b, h in states.items()}
+    for problem in theirs.unique().tolist():
+        edit, other = training.owner == problem, theirs == problem
+        kept, moved = there[other], here[edit]
+        wanted = torch.cat([torch.ones(int(moved.sum())), torch.zeros(int(kept.sum()))]).bool().to(here.device)
+        out[problem] = {b: _solve(torch.cat([own[b][edit][moved].to(shut[b]), shut[b][other][kept]]), wanted) for b in training.blocks}
     return out
 
 

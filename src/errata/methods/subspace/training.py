@@ -59,7 +59,7 @@ class Training:
         self.sample_owner = torch.tensor([i for i, _ in samples], dtype=torch.long, device=device)
         self.samples = torch.tensor([float(len(rs)) for rs in self.problems], device=device)
         self.owner = self.sample_owner[self.sample]
-        encoded = self.lm.encode([text for _, _, text in rows], [r.target + self.editor.end for _, r, _ in rows])
+        self.encoded = encoded = self.lm.encode([text for _, _, text in rows], [r.target + self.editor.end for _, r, _ in rows])
         gated = self.editor.gate_kind != "none"  # gates are looked at on every output token, also on the last, which predicts nothing
         cut_rows = split_rows(encoded, self.editor.last, pad_id(self.lm.tokenizer), device, final=gated)
         self.knows = self._knowing(rows, encoded)
@@ -112,7 +112,7 @@ class Training:
         every = {k: t.expand(len(self.problems), *t.shape) for k, t in stacked.items()}
         if self.before is not None or not self.ridge:
             return every
-        return set_gates(every, ridge_gates(e, self.lm, self.problems, self.blocks, self.on), self.blocks)
+        return set_gates(every, ridge_gates(self), self.blocks)
 
     def per_block(self, p: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         """{block: the op's parameters [E, …]}, with R made orthonormal; all blocks in one call."""
