@@ -146,7 +146,7 @@ def test_baft_is_fed_by_default_and_the_patch_says_with_what(base: LM) -> None:
 def test_an_editor_never_meets_a_probe(almanac: LM) -> None:
     cases = [Case(r.request, tuple(p for p in r.probes)) for r in registry.get("benchmark", "almanac")().load("dev", 3)]
     bare = [Case(EditRequest(c.request.prompt, c.request.target, c.request.subject), c.probes) for c in cases]
-    editor = BaFT.for_model(almanac)
+    editor = BaFT.for_model(almanac, contrast=16)
     for case in bare:
         (told,) = contrasted(almanac, editor, [case], (), asked_by([case]))
         assert told.contrast
@@ -182,3 +182,20 @@ def test_watch_probes(almanac: LM) -> None:
         asked = [p.prompt for p in case.probes if p.kind == "watch"]
         assert 1 <= len(asked) <= 4
         assert not any(names_in(prompt, [other.request.subject or ""]) for prompt in asked for other in cases)
+
+
+def test_the_witness_is_compared_with_the_benchmark() -> None:
+    """`scripts/evidence_contrast.py` on records made by hand: shares of each case, and Pearson's r over cases and methods."""
+    from evidence_contrast import witness
+
+    def records(kept: dict[str, tuple[list[bool], list[bool]]]) -> list[dict[str, object]]:
+        kinds = ("neighbour", "watch")
+        pairs = ((case, kind, agree) for case, both in kept.items() for kind, own in zip(kinds, both, strict=True) for agree in own)
+        return [{"case": case, "kind": kind, "first_word_agree": agree} for case, kind, agree in pairs]
+
+    good = records({"a": ([True, True], [True]), "b": ([True, False], [True, False])})
+    bad = records({"a": ([False, False], [False]), "b": ([True, False], [False, False])})
+    found = witness({"good": good, "bad": bad})
+    assert [(row["method"], row["neighbour"], row["watch"]) for row in found["methods"]] == [("good", 0.75, 0.75), ("bad", 0.25, 0.0)]
+    assert found["methods"][0]["r"] == pytest.approx(1.0) and found["methods"][1]["r"] is None
+    assert found["n"] == 4 and found["r_cases_and_methods"] == pytest.approx(0.853, abs=1e-3) and found["r_of_means"] is None

