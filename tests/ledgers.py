@@ -14,7 +14,7 @@ from errata.core.model import LM
 from errata.ledger import Ledger
 from errata.request import EditRequest
 
-SETTINGS: dict[str, Any] = {"rank": 2, "lr": 0.02, "steps": 12, "end": "."}
+SETTINGS: dict[str, Any] = {"preset": "published", "rank": 2, "lr": 0.02, "steps": 12, "end": "."}
 WEIGHTS: dict[str, Any] = {"layers": [1, 2], "steps": 10}  # of ft-m
 PROMPTS = [prompt for prompt, _ in SENTENCES]
 REQUESTS = [EditRequest(p, t, s) for p, t, s in EDITS]

@@ -29,7 +29,7 @@ def test_score_reads_a_file(sample: str, tiny: str, tmp_path: Path, capsys: pyte
     found = document(capsys, *argv, *settings, "--out", str(out))
     assert found["n"] == 2 and found["split"] is None and found["data"] == str(data) and found["records"]["records"] == 5
     assert {r["method"] for r in found["summary"]} == {"none", "reft"}
-    assert all(r["value"] == r["before"] for r in found["summary"] if r["method"] == "none")
+    assert all(r["value"] == pytest.approx(r["before"], abs=1e-5) for r in found["summary"] if r["method"] == "none")  # other batches
     assert {"records.jsonl", "report.html", "report.md", "summary.json"} == {p.name for p in out.iterdir()}
     assert "5 records (" in (out / "report.md").read_text()
 
