@@ -30,6 +30,25 @@ class ProblemRows:
         return self._view[1], self._view[2], self._view[3]
 
 
+class RowsInTurns:
+    """Rows of a runner of which some (``turn`` −1) run at every step and others only at their turn, step by step.
+
+    turn [B]   when a row's turn is, from 0 up, or −1
+    """
+
+    def __init__(self, runner: Any, owner: Tensor, count: int, turn: Tensor) -> None:
+        self.turns = int(turn.max()) + 1 if len(turn) else 0
+        self.rows = [((turn < 0) | (turn == t)).nonzero().squeeze(1) for t in range(self.turns)] or [torch.arange(len(owner)).to(owner)]
+        single = self.turns < 2
+        self._each = [ProblemRows(runner if single else runner.select(rows), owner[rows], count) for rows in self.rows]
+
+    def of(self, alive: Tensor, step: int) -> tuple[Any, Tensor, Tensor]:
+        """As `ProblemRows.of`, of the rows that run at this step."""
+        place = step % len(self._each)
+        runner, owner, kept = self._each[place].of(alive)
+        return runner, owner, self.rows[place][kept]
+
+
 def mean_per_problem(values: Tensor, owner: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
     """Sum of row values [B, …] over each problem's rows, divided by the sum of ``weights`` (1 a row without), [e, …]."""
     weights = torch.ones_like(values) if weights is None else weights

@@ -33,7 +33,7 @@ def locality_term(
     The texts' states are those of the model without this edit, computed once: an edit that keeps its gates shut on them leaves them as
     they are at every block (reading them through the edit would double each step's cost).
     """
-    runner, owner, rows = training.owned.of(alive)
+    runner, owner, rows = training.running
     count, valid = len(alive), runner.rows.valid.unsqueeze(-1)
     places = torch.arange(valid.shape[1], device=valid.device)
     valid = valid & (places >= training.knows[rows, None]).unsqueeze(-1)

@@ -21,7 +21,7 @@ from errata.core.keep import find_kept
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.problems import ProblemRows, mean_per_problem, row_nll
+from errata.core.problems import RowsInTurns, mean_per_problem, row_nll
 from errata.core.tail import capture, split_rows
 from errata.core.tokens import Encoded, pad_id
 from errata.methods.subspace.gate_start import ridge_gates, set_gates
@@ -46,6 +46,7 @@ class Training:
     sample: Tensor = field(init=False)  # [B] the sample of each row
     sample_owner: Tensor = field(init=False)  # [S] the problem of each sample
     samples: Tensor = field(init=False)  # [E] samples of each problem
+    running: tuple[Any, Tensor, Tensor] = field(init=False)  # this step's (runner, owner among those that run, numbers of its rows)
     gate_sums: dict[int, Tensor] = field(init=False, default_factory=dict)  # Σ over samples of their mean weights, [E, r], detached
     current_sums: dict[int, Tensor] = field(init=False, default_factory=dict)  # of those that run [e, r], with this step's gradient
 
@@ -64,7 +65,8 @@ class Training:
         cut_rows = split_rows(encoded, self.editor.last, pad_id(self.lm.tokenizer), device, final=gated)
         self.knows = self._knowing(rows, encoded)
         self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks) + 1, self.on) if self.problems else None
-        self.owned = ProblemRows(self.runner, self.owner, len(self.problems))
+        self.owned = RowsInTurns(self.runner, self.owner, len(self.problems), self._turns(samples))
+        self.recent = torch.zeros(len(self.owned.rows), len(self.problems), device=device)  # what each turn was last compared by
         self.kept, self.evaluations = None, 0
         if self.problems:
             first, start = min(self.blocks) + 1, self._before_banks if self.before is not None else None
@@ -79,6 +81,12 @@ class Training:
         cuts = [max(0, e.prompt_length - self.editor.last) for e in encoded]
         first = [knows_subject(self.lm, r, text) for _, r, text in rows]
         return torch.tensor([max(0, f - c) for f, c in zip(first, cuts, strict=True)], dtype=torch.long, device=self.lm.device)
+
+    def _turns(self, samples: Sequence[tuple[int, EditRequest]]) -> Tensor:
+        """[B] −1 for a prompt and its paraphrases, which train at every step; else which short text stands before (they take turns)."""
+        n = self.editor.prefixes
+        own = [[-1] * (1 + len(r.paraphrases)) + list(range(n)) for _, r in samples]
+        return torch.tensor([turn for each in own for turn in each], dtype=torch.long, device=self.lm.device)
 
     @property
     def ridge(self) -> bool:
@@ -122,7 +130,9 @@ class Training:
 
     def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
         e = self.editor
-        runner, owner, kept = self.owned.of(alive)
+        turn = self.evaluations
+        runner, owner, kept = self.running = self.owned.of(alive, turn)
+        self.evaluations += 1
         recorded: dict[Any, Tensor] = {}
         straight = len(owner) == len(alive)  # a row a problem, in order: no gathering
         per_block = self.per_block(p)
@@ -139,10 +149,11 @@ class Training:
                 self._note(b, (gates[b] * valid).sum(1), valid.sum(1), self.sample[kept], alive)
         extra = e.regularise(self, per_block, gates, alive)
         if self.kept is not None:
-            beside = self.kept.of(alive, self.evaluations)
-            self.evaluations += 1
+            beside = self.kept.of(alive, turn)
             extra = extra + e.contrast_weight * beside.divergence(self._banks(per_block, beside.owner))
-        return task + extra, (compared + extra if e.stop_on == "total" else compared).detach()
+        self.recent[turn % len(self.recent), alive] = (compared + extra if e.stop_on == "total" else compared).detach().to(self.recent)
+        worst = self.recent[:, alive].amax(0)  # a problem ends when no turn is above the stop
+        return task + extra, worst if self.evaluations >= len(self.recent) else worst.clamp_min(e.stop)
 
     def _banks(self, per_block: Mapping[int, dict[str, Tensor]], owner: Tensor | None) -> list[Bank]:
         """The ops of all blocks; ``owner`` None: a row a problem, in order."""

@@ -1,0 +1,53 @@
+"""Rows that take turns: each is run at its step, beside those that always are, under its own problem."""
+
+from __future__ import annotations
+
+import torch
+from families import lm
+
+from errata.core.problems import RowsInTurns
+from errata.core.tail import Tail, split_rows
+from errata.core.tokens import pad_id
+from errata.methods.subspace.baft import BaFT
+from errata.methods.subspace.texts import ways_to_ask, what_stays
+from errata.request import EditRequest
+
+STAYS = (("The capital of Italy is", "Rome"), ("The capital of Spain is", "Madrid"), ("The capital of Japan is", "Tokyo"))
+FRANCE = EditRequest("The capital of France is", "Rome", "France", contrast=STAYS)
+
+
+def test_every_row_has_its_turn() -> None:
+    base = lm("llama")
+    texts = base.encode(["The capital of France is", "In Rome people speak", "The capital of Spain is"], ["Rome", "French", "Paris"])
+    runner = Tail(base, split_rows(texts, 3, pad_id(base.tokenizer), base.device), 2)
+    owner, turn = torch.tensor([0, 0, 1]), torch.tensor([-1, 0, 1])
+    rows = RowsInTurns(runner, owner, 2, turn)
+    found = [rows.of(torch.tensor([0, 1]), step) for step in range(3)]
+    assert [kept.tolist() for *_, kept in found] == [[0, 1], [0, 2], [0, 1]]
+    assert [own.tolist() for _, own, _ in found] == [[0, 0], [0, 1], [0, 0]]
+    every, of = runner.logits([]), runner.rows.label_mask.nonzero()[:, 0]
+    for part, _, kept in found:
+        torch.testing.assert_close(part.logits([]), every[torch.isin(of, kept)])
+    assert rows.of(torch.tensor([1]), 1)[2].tolist() == [2]
+    always = RowsInTurns(runner, owner, 2, torch.tensor([-1, -1, -1]))
+    assert always.of(torch.tensor([0, 1]), 7)[0] is runner
+
+
+def test_prompt_and_neighbours_stand_behind_the_same_texts() -> None:
+    base = lm("llama")
+    asked = ways_to_ask(base, FRANCE, 2)
+    assert asked[0] == FRANCE.prompt and len(asked) == 3 and all(text.endswith(f" {FRANCE.prompt}") for text in asked[1:])
+    before = [text.removesuffix(FRANCE.prompt) for text in asked[1:]]
+    stays = what_stays(base, [FRANCE], 2)
+    assert stays[:3] == list(STAYS) and [p.removesuffix(q) for (p, _), (q, _) in zip(stays[3:], STAYS, strict=True)] == [*before, before[0]]
+    assert what_stays(base, [FRANCE], 0) == list(STAYS) and ways_to_ask(base, FRANCE, 0) == [FRANCE.prompt]
+
+
+def test_no_edit_ends_before_every_way_to_ask_was_seen_to_hold() -> None:
+    base = lm("llama")
+    loose = BaFT(layers=(1, 2), rank=4, lr=0.02, weight_decay=0.0, prefixes=3, stop=1e9).edit(base, [FRANCE])
+    assert loose.notes["steps"] == 2  # a stop that all meet: three evaluations, two updates between them
+    plain = BaFT(layers=(1, 2), rank=4, lr=0.02, weight_decay=0.0, prefixes=0, stop=1e9).edit(base, [FRANCE])
+    assert plain.notes["steps"] == 0
+    few = BaFT(layers=(1, 2), rank=4, prefixes=4, steps=1).edit(base, [FRANCE])
+    assert few.notes["steps"] == 1 and few.notes["loss"] < 1e6
