@@ -231,7 +231,8 @@ def test_demo(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["demo", "--model", tiny, "--facts", "almanac", "--n", "3", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert text.count("the edited prompt") == 3 and "asked otherwise" in text and "another fact" in text
-    assert "Seconds an edit" in text and "Teacher-forced" in text and "Generated" in text
+    assert "Seconds an edit" in text and "Begins with" in text and "Teacher-forced:" not in text
+    assert "Teacher-forced" in (out / "report.md").read_text() and "Generated" in (out / "report.md").read_text()
     assert leftovers(out) == ["patches", "records.jsonl", "report.html", "report.md", "summary.json"]
     assert len(list((out / "patches").iterdir())) == 6
     assert {Patch.load(p).method for p in (out / "patches").iterdir()} == {"baft", "reft"}

@@ -32,7 +32,7 @@ def test_it_solves_the_weighted_ridge_problem() -> None:
             h = states[block + 1][0] if block + 1 < base.depth else last_block(base, text.ids)
             h = h[(text.prompt_length - 2 if own else max(0, text.prompt_length - 3)) :]  # from "France" on: "of" is in all four
             rows.append(h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6))
-            wanted += [own] * len(h)
+            wanted += [own] * (len(h) - 1) + [False]  # the target's last token ends the edit
         x, own = torch.cat(rows), torch.tensor(wanted)
         y = torch.where(own, 2.0, -6.0).double()
         c = torch.where(own, 1 / own.sum(), 1 / (~own).sum()).double() * len(y) / 2

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from errata import registry
 from errata.commands import common, files, results
 from errata.commands.screen import Progress, Screen, as_json, said
+from errata.report import tables
 
 if TYPE_CHECKING:
     from errata.core.model import LM
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 
 METHODS = ("baft", "reft")
 REAL = "smollm2-135m"
-FACTS = {"everyday": 12, "almanac": 24}
+FACTS = {"everyday": 10, "almanac": 24}
+_READ = (
+    "each fact was given a new answer, alone. Reliability: the edited prompt gets the new answer. Generality: other ways to ask get it, "
+    "too. Neighbours kept, or locality: other facts are answered as before. Below the tables stands every answer, before and after."
+)
 SHOWN = {"rewrite": "the edited prompt", "rephrase": "asked otherwise", "neighbour": "another fact", "watch": "another subject"}
 
 
@@ -74,6 +79,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     }
     if args.out is not None:
         what = results.notes(lm, benchmark, split, len(cases), 0, "single: each edit alone", seconds)
+        what["how to read it"] = _READ
         with files.staged(args.out, args.force) as folder:
             results.save(folder, f"errata demo: {len(cases)} facts of {lm.name}, edited", document, records, records, what)
             files.save_patches(folder / "patches", [p for patches in made.values() for p in patches])
@@ -142,9 +148,13 @@ def _show(screen: Screen, document: dict[str, Any], count: int) -> None:
             lines.append((SHOWN[row["kind"]], row["prompt"], wanted, said(row["before"]), *(said(row[m]) for m in METHODS)))
     screen.table(("", "asked", "wanted", "before", *METHODS), lines)
     screen.say()
-    results.show(screen, document["summary"], document["differences"])
+    first = tables.headline(document["summary"])  # the page has the others
+    results.show(screen, *([row for row in document[part] if row["protocol"] == first] for part in ("summary", "differences")))
     each = ", ".join(f"{name} {value:.2f}" for name, value in document["seconds_an_edit"].items())
     screen.say(f"Seconds an edit (all trained in one batch): {each}.")
+    screen.say(
+        "The page of --out has every answer, the other protocols (equal to the answer, teacher-forced, likelihoods), and what each means."
+    )
 
 
 def _theorem(args: argparse.Namespace, screen: Screen) -> None:

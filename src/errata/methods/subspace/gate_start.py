@@ -2,10 +2,13 @@
 
     v = argmin_v Σ_i c_i (v·x_i − y_i)² + λ |v|²,     x_i = h_i / rms(h_i) [d],   y_i = `_OPEN` on the edit, `_SHUT` elsewhere
 
-h_i are the base's states at the positions an edit touches, on the edit from its subject's last token on: what stands before is the same
-whoever is asked about.  c_i gives both sides the same weight.  A random start leaves every gate half
-open, and some dozens of steps at a small rate only close it in part: what is written through gates of a tenth is then large, and a gate of
-a twenty-fifth on a neighbour lets a third of it through.  From the ridge solution the gate has only to be kept, and the rest is learnt.
+h_i are the base's states at the positions an edit touches; on the edit, from its subject's last token on (what stands before is the same
+whoever is asked about) to the target's last but one (at its last the gate is shut: what follows is the model's own again).  c_i gives both
+sides the same weight.
+
+A random start leaves every gate half open, and some dozens of steps at a small rate only close it in part: what is written through gates of
+a tenth is then large, and a gate of a twenty-fifth on a neighbour lets a third of it through.  From the ridge solution the gate has only to
+be kept, and the rest is learnt.
 """
 
 from __future__ import annotations
@@ -32,12 +35,13 @@ def ridge_gates(training: Any) -> dict[int, dict[int, Tensor]]:
     shut, there, theirs = stays[0], stays[1].squeeze(-1), stays[2]
     own, position, lengths = capture(training.lm, training.encoded, training.blocks, training.on)
     first = (lengths - training.editor.last).clamp_min(0) + training.knows
+    ends = position == position.amax(1, keepdim=True)  # the target's last token: what follows it is the model's own again
     here = (position >= 0) & (position >= first[:, None])
     out: dict[int, dict[int, Tensor]] = {}
     for problem in theirs.unique().tolist():
         edit, other = training.owner == problem, theirs == problem
         kept, moved = there[other], here[edit]
-        wanted = torch.cat([torch.ones(int(moved.sum())), torch.zeros(int(kept.sum()))]).bool().to(here.device)
+        wanted = torch.cat([~ends[edit][moved], torch.zeros(int(kept.sum()), dtype=torch.bool, device=here.device)])
         out[problem] = {b: _solve(torch.cat([own[b][edit][moved].to(shut[b]), shut[b][other][kept]]), wanted) for b in training.blocks}
     return out
 

@@ -3,7 +3,8 @@
     [mean⁺ (w_ir − α)]₊ + [mean⁺ (β − w)]₊ + [γ − max_k w + max_k w_ir]₊
 
 w [B, A, r]: gates on the edit's active tokens; w_ir [U, T, r]: on texts that should stay.  mean⁺ is over positive entries.  With gates that
-begin at a ridge solution, tokens of the edit before its subject's last one are left out: there, edit and neighbour are one text.
+begin at a ridge solution, tokens of the edit before its subject's last one are left out, where edit and neighbour are one text, and the
+target's last one, where the edit has ended.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def locality_term(
     runner, owner, rows = training.running
     count, valid = len(alive), runner.rows.valid.unsqueeze(-1)
     places = torch.arange(valid.shape[1], device=valid.device)
-    valid = valid & (places >= training.knows[rows, None]).unsqueeze(-1)
+    if training.ridge:
+        ends = valid.sum(1) - 1
+        valid = valid & ((places >= training.knows[rows, None]) & (places != ends)).unsqueeze(-1)
     position = torch.full((len(training.problems),), -1, device=alive.device)
     position[alive] = torch.arange(count, device=alive.device)
     kept = (position[states[2]] >= 0).nonzero().squeeze(1)
