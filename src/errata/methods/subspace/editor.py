@@ -37,6 +37,7 @@ class SubspaceEditor(OutputTermEditor):
     layers      0-based block numbers (the paper does not say from what it counts; pyreft counts from 0); None: by ``depths``
     depths      of the edited blocks where ``layers`` is None, as parts of the model's depth; the paper's are those of its LLaMA layers
     last        how many last prompt tokens are edited, besides every output token
+    resume      an edit on top of this method's own last patch goes on from its parameters and replaces it; False: it stands by itself
     prefixes    short texts behind which the prompt and its neighbours are trained, too (`errata.methods.subspace.texts`)
     contrast, contrast_weight   neighbours a request is shown with, and the weight of the output term on them (`errata.core.keep`)
     lr, steps   for one request; ``batched_lr``, ``batched_steps`` for several in one patch
@@ -70,6 +71,7 @@ class SubspaceEditor(OutputTermEditor):
     parametrisation: Literal["cholesky", "householder"] = "cholesky"
     end: str = ""
     prefixes: int = 0
+    resume: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ class SubspaceEditor(OutputTermEditor):
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> Patch:
         """One patch for all requests.  If the last patch of ``on`` came from this method with these layers, rank and gate, the edit
-        goes on from its parameters and replaces it (BaFT §2.4, continual editing); the optimiser starts anew."""
+        goes on from its parameters and replaces it (BaFT §2.4, continual editing; see ``resume``); the optimiser starts anew."""
         on = active_patches(tuple(on))
         before = on[-1] if on and self._can_resume(lm, on[-1]) else None
         requests = self.contrasted(lm, requests, on)
@@ -126,7 +128,7 @@ class SubspaceEditor(OutputTermEditor):
 
     def _can_resume(self, lm: LM, patch: Patch) -> bool:
         blocks = tuple(op.site.block for op in patch.ops)
-        if patch.method != self.name or blocks != self.target_layers(lm):
+        if not self.resume or patch.method != self.name or blocks != self.target_layers(lm):
             return False
         same = {"gate": self.gate_kind, "last": self.last}  # another gate has other parameters
         return all(op.settings == same and op.tensors["R"].shape[0] == self.rank for op in patch.ops)
