@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 METHODS = ("baft", "reft")
 REAL = "smollm2-135m"
-FACTS = {"everyday": 10, "almanac": 24}
+FACTS = {"everyday": 8, "almanac": 24}
 _READ = (
     "each fact was given a new answer, alone. Reliability: the edited prompt gets the new answer. Generality: other ways to ask get it, "
     "too. Neighbours kept, or locality: other facts are answered as before. Below the tables stands every answer, before and after."
