@@ -26,7 +26,22 @@ def document(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, object
 
 def test_every_verb_prints_one_document(tiny: str, requests: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     book = str(tmp_path / "book")
-    made = document(capsys, "ledger", "apply", book, "--model", tiny, "--requests", requests, "--mode", "continual", *FAST, "--force")
+    made = document(
+        capsys,
+        "ledger",
+        "apply",
+        book,
+        "--model",
+        tiny,
+        "--requests",
+        requests,
+        "--mode",
+        "continual",
+        *FAST,
+        "--set",
+        "resume=true",
+        "--force",
+    )
     assert [e["number"] for e in made["edits"]] == [1, 2, 3] and all(e["live"] for e in made["edits"])
     assert main(["ledger", "undo", book, "2"]) == 7
     assert "inside a chain" in capsys.readouterr().err

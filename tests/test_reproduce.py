@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from families import lm
-from test_gates import CASES, SETTINGS, case
+from test_gates import CASES, OWN, case
 from test_keys import WRAPPED
 from tiny import leftovers, write_piqa
 
@@ -32,7 +32,7 @@ def job() -> protocols.Measurement:
 
 
 def test_windows_are_disjoint_and_begin_at_the_unedited_model() -> None:
-    editor, own = build(ReFT, SETTINGS), job()
+    editor, own = build(ReFT, OWN), job()
     found = protocols.windows(own, "reft", editor, [*CASES, FOURTH], 2, part="zsre", benchmark="almanac")
     assert [[c.id for c in part] for part, _ in found] == [[CASES[0].id, CASES[1].id], [CASES[2].id, FOURTH.id]]
     first = editor.edit(own.lm, [CASES[2].request])
@@ -80,7 +80,7 @@ def test_figures_are_averaged_over_kinds_then_cases_and_the_average_has_an_inter
 
 
 def test_windows_of_one_edit_are_single_edits_and_what_does_not_fit_is_said() -> None:
-    editor, own = build(ReFT, {**SETTINGS, "steps": 3}), job()
+    editor, own = build(ReFT, {**OWN, "steps": 3}), job()
     protocols.sequential(own, {"reft": editor}, CASES, [1, 2, 10], part="zsre", benchmark="almanac")
     assert [(r["T"], r["windows"], r["n"]) for r in own.into.rows] == [(1, 3, 3), (2, 1, 2)]
     assert own.into.left_out == ["T = 10: needs 10 cases, there are 3"]
@@ -98,7 +98,7 @@ def test_choices_alternate_and_name_the_right_answer() -> None:
 
 def test_choosing_sets_the_unedited_model_beside() -> None:
     own = job()
-    editors = {"reft": build(ReFT, SETTINGS)}
+    editors = {"reft": build(ReFT, OWN)}
     protocols.choosing(own, editors, CASES, protocols.choices_of(CASES), part="piqa", benchmark="almanac")
     before, after = own.into.rows
     assert (before["method"], after["method"], before["T"]) == ("none", "reft", 3)
@@ -107,7 +107,7 @@ def test_choosing_sets_the_unedited_model_beside() -> None:
 
 
 def test_redundancy_counts_small_dimensions_of_the_update() -> None:
-    own, editor = job(), build(ReFT, {**SETTINGS, "rank": 6})
+    own, editor = job(), build(ReFT, {**OWN, "rank": 6})
     protocols.redundancy(own, {"reft": editor}, CASES)
     counts = []
     for c, patch in zip(CASES, editor.edit_each(own.lm, [c.request for c in CASES]), strict=True):
@@ -132,7 +132,7 @@ def test_updates_of_a_gated_patch_are_weighed() -> None:
     base = lm("llama")
     stack = made(V=torch.zeros(4, base.width))
     t = stack[0].ops[0].tensors
-    plain = build(ReFT, SETTINGS).edit(base, [CASES[0].request])
+    plain = build(ReFT, OWN).edit(base, [CASES[0].request])
     other = replace(plain, ops=(replace(plain.ops[0], tensors={k: t[k] for k in ("A", "R", "b")}),))
     a, b = (gates.read(base, [gates.of_case(CASES[0], (p,))], None, "update") for p in (stack[0], other))
     np.testing.assert_allclose([f.w for f in a], [0.5 * f.w for f in b], rtol=1e-4, atol=1e-6)

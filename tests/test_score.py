@@ -131,7 +131,7 @@ def test_free_tokens_are_those_of_plain_greedy_decoding() -> None:
     assert "free_after" not in score(base, CASES, [(p,) for p in patches], "reft")[0]
 
 
-@pytest.mark.parametrize("editor", [EDITOR, BaFT(rank=4, lr=0.02, end=".")], ids=["reft", "baft"])
+@pytest.mark.parametrize("editor", [EDITOR, BaFT(**{**BaFT.PRESETS["published"], "rank": 4, "lr": 0.02, "end": "."})], ids=["reft", "baft"])
 def test_continual_scores_the_final_stack_and_right_after(editor: ReFT | BaFT) -> None:
     base = lm("llama")
     stack, at, immediate = run.continual(base, editor, CASES, [1, 3])

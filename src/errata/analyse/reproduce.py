@@ -111,7 +111,8 @@ def editors(lm: LM, asked: ReproduceOptions) -> dict[str, Any]:
     chosen = base if asked.methods is None else {m: base.get(m, (m, {})) for m in asked.methods}
     out = {}
     for label, (method, own) in chosen.items():
-        values = {**own, **asked.settings(method)}
+        goes_on = {"resume": True} if method == "baft" else {}  # one patch for all edits, as published
+        values = {**goes_on, **own, **asked.settings(method)}
         kind = registry.get("method", method)
         if asked.name == "baft-fig2" and "layers" not in values:
             blocks = kind.for_model(lm).target_layers(lm)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import lzma
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,7 @@ class Names:
 
 def plain(name: str) -> str:
     """A name as names are compared: without case and without a leading article."""
-    folded = " ".join(name.casefold().split())
-    return folded.removeprefix("the ")
+    return re.sub(r"^(?:the )+", "", " ".join(name.casefold().split()))
 
 
 def share(name: str) -> float:
