@@ -7,13 +7,14 @@ import functools
 import pytest
 import torch
 from families import FAMILIES, SENTENCES, dtype_of, lm
+from states import capture
 
 from errata import registry
 from errata.core.bank import non_causal
 from errata.core.model import LM
 from errata.core.patch import Patch, Site
 from errata.core.read import read_activations
-from errata.core.tail import FullForward, Tail, capture, split_rows
+from errata.core.tail import FullForward, Tail, split_rows
 from errata.core.tokens import Encoded, pieces
 from errata.errors import ModelError
 from errata.methods.in_context.ice import ICE

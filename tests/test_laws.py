@@ -28,6 +28,7 @@ from laws import (
     random_bank,
     rows,
 )
+from states import capture
 
 from errata import registry
 from errata.core.bank import Bank, ForwardContext
@@ -35,7 +36,7 @@ from errata.core.chat import apply_chat_template
 from errata.core.decode import PrefilledBatch, decode
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.tail import FullForward, Tail, capture, split_rows
+from errata.core.tail import FullForward, Tail, split_rows
 from errata.core.tokens import IGNORE_INDEX
 from errata.core.weights import merge
 from errata.methods.subspace.op import Subspace, orthonormal, start

@@ -24,7 +24,7 @@ from errata.core.decode import can_fork, fork, select_cache_rows
 from errata.core.families import hidden_of
 from errata.core.forward import StopForward
 from errata.core.model import LM
-from errata.core.tokens import IGNORE_INDEX, Encoded, positions
+from errata.core.tokens import IGNORE_INDEX, Encoded
 
 
 @dataclass
@@ -234,32 +234,3 @@ def skip_blocks(blocks: Sequence[Any], hidden: Tensor, as_tuple: bool) -> Iterat
                 del block.__dict__["forward"]
             else:
                 block.__dict__["forward"] = forward
-
-
-def capture(lm: LM, encoded: Sequence[Encoded], blocks: Sequence[int], on: Stack = ()) -> tuple[dict[int, Tensor], Tensor, Tensor]:
-    """Block outputs {block: [B, T, D]}, position [B, T] (-1: padding) and prompt lengths [B] of rows under ``on``."""
-    batch = lm.batch(encoded).to(lm.device)
-    seen: dict[int, Tensor] = {}
-    last = max(blocks)
-
-    def keep(block: int) -> Any:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            out = hidden_of(output).detach()
-            seen[block] = out[:, -batch.ids.shape[1] :]  # context may stand in front
-            if block == last:
-                raise StopForward
-
-        return hook
-
-    plan = lm.plan([on], None, len(encoded))
-    plan.prompt_lengths = batch.prompt_lengths
-    with torch.no_grad(), lm.running(plan):  # the plan's hooks run first, so what is kept is under ``on``
-        handles = [lm.blocks[b].register_forward_hook(keep(b)) for b in blocks]
-        try:
-            lm.forward(batch.ids, batch.mask, use_cache=False, **lm.last_logits_kwargs)
-        except StopForward:  # nothing above the last block is asked for
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-    return seen, positions(batch.mask), batch.prompt_lengths

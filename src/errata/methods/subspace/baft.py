@@ -114,6 +114,10 @@ class BaFT(SubspaceEditor):
     def gate_kind(self) -> str:  # type: ignore[override]
         return self.gate
 
+    @property
+    def ridge(self) -> bool:  # type: ignore[override]
+        return self.gate == "rmsnorm" and self.gate_start == "ridge"
+
     def regularise(self, training: Training, p: Mapping[int, Mapping[str, Tensor]], gates: Mapping[int, Tensor], alive: Tensor) -> Tensor:  # type: ignore[override]
         """R_bal + R_loc of each running problem, [e], averaged over blocks."""
         total = torch.zeros(len(alive), device=alive.device)

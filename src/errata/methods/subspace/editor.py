@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from errata.core.bank import Stack, active_patches
-from errata.core.lanes import Progress, in_lanes
+from errata.core.lanes import MOST_ROWS, Progress, in_lanes
 from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.core.tail import Tail
@@ -54,6 +54,7 @@ class SubspaceEditor(OutputTermEditor):
     """
 
     gate_kind: ClassVar[str] = "none"
+    ridge: ClassVar[bool] = False  # whether gates begin at `errata.methods.subspace.gate_start`
 
     rank: int = 12
     layers: tuple[int, ...] | None = None
@@ -124,7 +125,9 @@ class SubspaceEditor(OutputTermEditor):
         def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
             return Training(self, model, [[requests[i]] for i in members], under, before, runner).run(progress)
 
-        return in_lanes(lm, [len(e.target) + self.last for e in encoded], train, progress)
+        rows = [1 + len(r.paraphrases) + self.prefixes for r in requests]
+        tokens = [(len(e.target) + self.last) * n for e, n in zip(encoded, rows, strict=True)]
+        return in_lanes(lm, tokens, train, progress, most=max(1, MOST_ROWS // max(rows, default=1)))
 
     def _can_resume(self, lm: LM, patch: Patch) -> bool:
         blocks = tuple(op.site.block for op in patch.ops)

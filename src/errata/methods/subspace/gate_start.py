@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.core.tail import capture
-
 _OPEN, _SHUT = 2.0, -6.0  # logits: a gate of 0.88, and of 0.0025
 _RIDGE = 0.03  # λ as a part of the mean |x|², which is d
 _SPREAD = 0.1  # of the random start, which stays between the bases of a patch
@@ -29,32 +27,31 @@ _EPS = 1e-6
 
 def ridge_gates(training: Any) -> dict[int, dict[int, Tensor]]:
     """{problem: {block: v [d]}} of the problems that say what should stay (``contrast``, ``unrelated``)."""
-    stays = training.irrelevant_states(training.editor.last)
+    last = training.editor.last
+    stays = training.irrelevant_states(last)
     if stays is None:
         return {}
     shut, there, theirs = stays[0], stays[1].squeeze(-1), stays[2]
-    own, position, lengths = capture(training.lm, training.encoded, training.blocks, training.on)
-    first = (lengths - training.editor.last).clamp_min(0) + training.knows
-    ends = position == position.amax(1, keepdim=True)  # the target's last token: what follows it is the model's own again
-    here = (position >= 0) & (position >= first[:, None])
+    starts = [max(0, e.prompt_length - last) + known for e, known in zip(training.encoded, training.knows.tolist(), strict=True)]
+    own, text = training.states_from(training.encoded, starts)
+    ends = torch.cat([text.diff() > 0, text.new_ones(1, dtype=torch.bool)])  # the target's last token: what follows is the model's again
     out: dict[int, dict[int, Tensor]] = {}
-    for problem in theirs.unique().tolist():
-        edit, other = training.owner == problem, theirs == problem
-        kept, moved = there[other], here[edit]
-        wanted = torch.cat([~ends[edit][moved], torch.zeros(int(kept.sum()), dtype=torch.bool, device=here.device)])
-        out[problem] = {b: _solve(torch.cat([own[b][edit][moved].to(shut[b]), shut[b][other][kept]]), wanted) for b in training.blocks}
+    for place, problem in enumerate(theirs.tolist()):
+        mine, kept = training.owner[text] == problem, there[place]
+        wanted = torch.cat([~ends[mine], ends.new_zeros(int(kept.sum()))])
+        out[problem] = {b: _solve(torch.cat([own[b][mine], shut[b][place, kept]]), wanted) for b in training.blocks}
     return out
 
 
 def _solve(h: Tensor, wanted: Tensor) -> Tensor:
     """v [d] from states h [n, d], by the dual: n is a hundred or so, d may be thousands."""
-    x = h.to(torch.promote_types(torch.float32, h.dtype)).double()
+    x = h.double()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS)
     y = torch.where(wanted, _OPEN, _SHUT).double()
     weight = torch.where(wanted, 1 / wanted.sum(), 1 / (~wanted).sum().clamp_min(1)).double()
     gram = x @ x.T + torch.diag(_RIDGE * x.square().sum(-1).mean() / (weight * len(y) / 2))
     v: Tensor = x.T @ torch.linalg.solve(gram, y)
-    return v.to(torch.promote_types(torch.float32, h.dtype))
+    return v.to(h)
 
 
 def set_gates(params: Mapping[str, Tensor], found: Mapping[int, Mapping[int, Tensor]], blocks: Sequence[int]) -> dict[str, Tensor]:

@@ -37,20 +37,22 @@ def locality_term(
     runner, owner, rows = training.running
     count, valid = len(alive), runner.rows.valid.unsqueeze(-1)
     places = torch.arange(valid.shape[1], device=valid.device)
-    if training.ridge:
+    if editor.ridge:
         ends = valid.sum(1) - 1
         valid = valid & ((places >= training.knows[rows, None]) & (places != ends)).unsqueeze(-1)
     position = torch.full((len(training.problems),), -1, device=alive.device)
     position[alive] = torch.arange(count, device=alive.device)
     kept = (position[states[2]] >= 0).nonzero().squeeze(1)
-    where, theirs = states[1][kept], position[states[2][kept]]
-    ir = gate_on(p, editor.gate, states[0][block][kept], theirs)
+    every = len(kept) == len(states[2])  # then nothing need be copied
+    held, where = (t if every else t[kept] for t in (states[0][block], states[1]))
+    theirs = position[states[2][kept]]
+    ir = gate_on(p, editor.gate, held, theirs)
     hinges = [
         _positive_mean((ir - editor.alpha).clamp_min(0) * where, theirs, count),
         _positive_mean((editor.beta - w).clamp_min(0) * valid, owner, count),
         (editor.gamma - _top(w, valid, owner, count) + _top(ir, where, theirs, count)).clamp_min(0),
     ]
-    has = torch.zeros(count, device=alive.device).index_add(0, theirs, torch.ones_like(theirs, dtype=torch.float)) > 0
+    has = torch.zeros(count, device=alive.device).index_fill(0, theirs, 1.0)
     stacked = torch.stack(hinges) * has
     if editor.rescale == "max":
         size = stacked.detach()

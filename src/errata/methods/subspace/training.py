@@ -22,7 +22,8 @@ from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.core.problems import RowsInTurns, mean_per_problem, row_nll
-from errata.core.tail import capture, split_rows
+from errata.core.read import read_activations
+from errata.core.tail import split_rows
 from errata.core.tokens import Encoded, pad_id
 from errata.methods.subspace.gate_start import ridge_gates, set_gates
 from errata.methods.subspace.op import Frame, frame, gate, orthonormal, start, turned
@@ -76,7 +77,7 @@ class Training:
     def _knowing(self, rows: Sequence[tuple[int, EditRequest, str]], encoded: Sequence[Encoded]) -> Tensor:
         """[B] the first active token of each row whose state knows the subject (`errata.methods.subspace.texts.knows_subject`); 0 where
         gates begin anywhere."""
-        if not self.ridge:
+        if not self.editor.ridge:
             return torch.zeros(len(rows), dtype=torch.long, device=self.lm.device)
         cuts = [max(0, e.prompt_length - self.editor.last) for e in encoded]
         first = [knows_subject(self.lm, r, text) for _, r, text in rows]
@@ -87,11 +88,6 @@ class Training:
         n = self.editor.prefixes
         own = [[-1] * (1 + len(r.paraphrases)) + list(range(n)) for _, r in samples]
         return torch.tensor([turn for each in own for turn in each], dtype=torch.long, device=self.lm.device)
-
-    @property
-    def ridge(self) -> bool:
-        """Whether gates begin at `errata.methods.subspace.gate_start`."""
-        return self.editor.gate_kind == "rmsnorm" and getattr(self.editor, "gate_start", "random") == "ridge"
 
     def run(self, progress: Progress | None = None) -> list[Patch]:
         """Train and pack; an empty list of problems is an empty list of patches."""
@@ -118,7 +114,7 @@ class Training:
             self.frame = frame(stacked["X"])
             stacked["X"] = torch.zeros_like(stacked["X"])
         every = {k: t.expand(len(self.problems), *t.shape) for k, t in stacked.items()}
-        if self.before is not None or not self.ridge:
+        if self.before is not None or not e.ridge:
             return every
         return set_gates(every, ridge_gates(self), self.blocks)
 
@@ -176,22 +172,32 @@ class Training:
         self.gate_sums[block][alive] = sums.detach()
 
     def irrelevant_states(self, last: int) -> tuple[dict[int, Tensor], Tensor, Tensor] | None:
-        """Of ``unrelated`` and ``contrast`` texts under ``on``: ({block: [U, T, d]}, where [U, T, 1], owner [U]); None without any."""
+        """States of ``unrelated`` and ``contrast`` texts under ``on``, at their last ``last`` prompt tokens and at the answer.
+
+        ({block: [P, N, d]}, where [P, N, 1], owner [P]), a row a problem that has such texts; None without any.
+        """
         if self.irrelevant is None:
             pairs = [(i, *pair) for i, rs in enumerate(self.problems) for pair in what_stays(self.lm, rs, self.editor.prefixes)]
             if not pairs:
                 return None
             encoded = self.lm.encode([p for _, p, _ in pairs], [a for _, _, a in pairs])
-            states, position, lengths = capture(self.lm, encoded, self.blocks, self.on)
-            where = (position >= 0) & (position >= lengths[:, None] - last)
-            keep = where.any(0)  # columns that hold a position of some row
-            owner = torch.tensor([i for i, _, _ in pairs], device=position.device)
-            self.irrelevant = (
-                {b: h[:, keep].to(torch.promote_types(torch.float32, h.dtype)) for b, h in states.items()},
-                where[:, keep].unsqueeze(-1),
-                owner,
-            )
+            states, row = self.states_from(encoded, [max(0, e.prompt_length - last) for e in encoded])
+            of = torch.tensor([i for i, _, _ in pairs], device=row.device)[row]  # [n] the problem of each state
+            owner, which, count = of.unique(return_inverse=True, return_counts=True)  # sorted, as the states are
+            where = torch.arange(int(count.max()), device=row.device) < count[:, None]
+            found = {b: h.new_zeros(*where.shape, h.shape[-1]) for b, h in states.items()}
+            order = which.argsort(stable=True)
+            for b, h in states.items():
+                found[b][where] = h[order]
+            self.irrelevant = found, where.unsqueeze(-1), owner
         return self.irrelevant
+
+    def states_from(self, encoded: Sequence[Encoded], starts: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
+        """({block: [n, d]}, text [n]): the states of each text from token ``starts[i]`` to its end, under ``on``."""
+        places = [(i, t) for i, (e, start) in enumerate(zip(encoded, starts, strict=True)) for t in range(start, len(e.ids))]
+        sites = [Site(b) for b in self.blocks]
+        found = read_activations(self.lm, [encoded[i] for i, _ in places], sites, at=[t for _, t in places], on=self.on)
+        return {site.block: found[site][1] for site in sites}, torch.tensor([i for i, _ in places], device=self.lm.device)
 
     def _pack(self, fitted: FitResult, seconds: float) -> list[Patch]:
         e, patches = self.editor, []
