@@ -23,9 +23,6 @@ from errata.run.parts import asked_by, contrasted
 from errata.score import neighbours
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France")
-PLACES = names.Names(
-    "a test", {"places": ("Italy", "Spain", "Japan", "Rome", "Paris", "Madrid", "Tokyo", "the Italy of old", "Peru", "Chile")}
-)
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +170,9 @@ def test_neighbours_before_and_after(almanac: LM) -> None:
 
 def test_watch_probes(almanac: LM) -> None:
     cases = list(registry.get("benchmark", "almanac")().load("dev", 2))
-    assert not neighbours.wants_watching(cases)
+    assert neighbours.to_watch(None, cases) == 0 and neighbours.to_watch(3, cases) == 3
     bare = [Case(c.request, tuple(p for p in c.probes if p.kind == "rewrite")) for c in cases]
-    assert neighbours.wants_watching(bare)
+    assert neighbours.to_watch(None, bare) == 16 and neighbours.to_watch(0, bare) == 0
     out = neighbours.add_watch_probes(almanac, bare, 4, together=True)
     assert [c.id for c in out] == [c.id for c in cases]
     for case in out:

@@ -18,6 +18,7 @@ from errata.benchmarks.files import open_benchmark
 from errata.config import to_dict
 from errata.core.model import LM
 from errata.errors import ConfigError, InputError
+from errata.methods.base import PUBLISHED, preset
 from errata.request import LOCAL_KINDS, Case
 
 Settings = Callable[[str], dict[str, Any]]  # of the command line, for a method
@@ -111,11 +112,11 @@ def editors(lm: LM, asked: ReproduceOptions) -> dict[str, Any]:
     chosen = base if asked.methods is None else {m: base.get(m, (m, {})) for m in asked.methods}
     out = {}
     for label, (method, own) in chosen.items():
-        goes_on = {"resume": True} if method == "baft" else {}  # one patch for all edits, as published
-        values = {**goes_on, **own, **asked.settings(method)}
         kind = registry.get("method", method)
+        stated = PUBLISHED in kind.PRESETS and not preset(kind, lm.name)  # a model's own preset goes before what the paper states
+        values = {**({"preset": PUBLISHED} if stated else {}), **own, **asked.settings(method)}
         if asked.name == "baft-fig2" and "layers" not in values:
-            blocks = kind.for_model(lm).target_layers(lm)
+            blocks = kind.for_model(lm, **values).target_layers(lm)
             values["layers"] = [blocks[len(blocks) // 2]]
         out[label] = kind.for_model(lm, **values)
         if hasattr(out[label], "prepare"):

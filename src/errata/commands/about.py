@@ -122,7 +122,7 @@ def methods(args: argparse.Namespace, screen: Screen) -> None:
             [(s["name"], s["type"], "–" if s["default"] is None else repr(s["default"])) for s in row["settings"]],
         )
         if row["presets"]:
-            screen.say(f"presets, chosen by the model's name: {', '.join(row['presets'])}")
+            screen.say(f"presets, by the model's name or by --set preset=NAME: {', '.join(row['presets'])}")
         screen.say()
 
 

@@ -148,8 +148,8 @@ def _show(screen: Screen, document: dict[str, Any], count: int) -> None:
             lines.append((SHOWN[row["kind"]], row["prompt"], wanted, said(row["before"]), *(said(row[m]) for m in METHODS)))
     screen.table(("", "asked", "wanted", "before", *METHODS), lines)
     screen.say()
-    first = tables.headline(document["summary"])  # the page has the others
-    results.show(screen, *([row for row in document[part] if row["protocol"] == first] for part in ("summary", "differences")))
+    headline = tables.headline(document["summary"])  # the page has the others
+    results.show(screen, *([row for row in document[part] if row["protocol"] == headline] for part in ("summary", "differences")))
     each = ", ".join(f"{name} {value:.2f}" for name, value in document["seconds_an_edit"].items())
     screen.say(f"Seconds an edit (all trained in one batch): {each}.")
     screen.say(

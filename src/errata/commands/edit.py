@@ -78,7 +78,8 @@ def _make(
         patches: list[Patch] = []
         for part in common.chunks(wanted, GROUP):
             stage = f"steps, edits {len(patches) + 1} to {len(patches) + len(part)}"
-            shown = [one for r in part for one in editor.contrasted(lm, [r], names=names)]
+            looking = lambda done, part=part: progress("neighbours to leave alone", done, len(part))  # noqa: E731
+            shown = editor.contrasted_each(lm, part, names=names, told=looking)
             patches += editor.edit_each(lm, shown, progress=_steps(progress, stage, editor))
         return patches, [(p,) for p in patches]
     stack: Stack = ()

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from errata.commands import common
 from errata.commands.screen import Progress, Screen, said
+from errata.contrast import names as lists
+from errata.contrast.names import COUNT, Names
 
 if TYPE_CHECKING:
-    from errata.contrast.names import Names
     from errata.core.bank import Stack
     from errata.core.model import LM
     from errata.request import EditRequest
 
-COUNT = 16  # neighbours of an edit
 EDITS = 32  # edits that are looked at; the search takes a second or more each
 _SHOWN = 8  # neighbours that moved, in a table
 
@@ -35,11 +35,7 @@ def options(out: argparse.ArgumentParser) -> None:
 
 def names(args: argparse.Namespace) -> Names | None:
     """The user's list, where there is one."""
-    if args.names is None:
-        return None
-    from errata.contrast import names as lists
-
-    return lists.read(args.names)
+    return None if args.names is None else lists.read(args.names)
 
 
 def watched(

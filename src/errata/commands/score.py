@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from errata import registry
 from errata.commands import common, downstream, files, results
 from errata.commands.screen import Progress, Screen
+from errata.contrast.names import COUNT
 from errata.core.chat import case_in_chat
 from errata.errors import ConfigError, UnknownNameError
 
@@ -59,7 +60,7 @@ def add(commands: common.Subparsers) -> None:
         "--watch",
         type=common.count,
         metavar="N",
-        help="also N neighbours of each fact that no editor is shown, found on the model (16 where the benchmark has none)",
+        help=f"also N neighbours of each fact that no editor is shown, found on the model ({COUNT} where the benchmark has none)",
     )
     out.add_argument("--fluency", action="store_true", help="also fluency (GE) and consistency (RS) of sampled text, after all edits")
     common.chat_option(out, "edit and ask every prompt of a benchmark with edits")
@@ -254,7 +255,7 @@ def _watching(lm: LM, args: argparse.Namespace, cases: list[Case], screen: Scree
     """With probes of the watch half: as many a case as --watch says, by default where the benchmark brings nothing that should stay."""
     from errata.score import neighbours
 
-    count = args.watch if args.watch is not None else neighbours.WATCHED if neighbours.wants_watching(cases) else 0
+    count = neighbours.to_watch(args.watch, cases)
     if not count:
         return cases
     with screen.progress() as progress:

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from errata.contrast.names import Names, may_train, of_model
+from errata.contrast.names import COUNT, Names, may_train, of_model
 from errata.contrast.nearest import Candidate, Nearest
 from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.request import EditRequest, names_in
 
-COUNT = 16  # neighbours in each half
 _CONFIDENT = 0.15  # probability of the base's first token
 _DOUBTFUL = 0.05  # the least, where too few are answered with confidence
 _TOKENS = 4  # of an answer

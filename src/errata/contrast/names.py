@@ -19,15 +19,15 @@ from errata.errors import InputError
 from errata.request import read_bytes
 
 _HERE = Path(__file__).parent
+COUNT = 16  # neighbours of a fact, in the training half and in the watch half
 _GENERAL = 12  # facts of the almanac
 _FEWEST = 4  # names in a list of the user's: two for each half
 
 
 @dataclass(frozen=True)
 class Names:
-    """``kinds``: {kind: names}; ``source`` says where they come from; ``digest`` names the content."""
+    """``kinds``: {kind: names}; ``digest`` names the content."""
 
-    source: str
     kinds: Mapping[str, tuple[str, ...]]
 
     @functools.cached_property
@@ -74,7 +74,7 @@ def bundled() -> Names:
     """Those in the package."""
     common = (_HERE / "common.txt").read_text(encoding="utf-8").splitlines()
     subjects = lzma.decompress((_HERE / "counterfact.txt.xz").read_bytes()).decode().splitlines()
-    return Names("errata's list", _parsed(line.partition(": ") for line in (*common, *subjects) if line and not line.startswith("#")))
+    return Names(_parsed(line.partition(": ") for line in (*common, *subjects) if line and not line.startswith("#")))
 
 
 def _parsed(parts: Iterable[tuple[str, str, str]]) -> dict[str, tuple[str, ...]]:
@@ -86,7 +86,7 @@ def _almanac() -> Names:
     kinds: dict[str, dict[str, None]] = {}
     for fact in facts.facts():
         kinds.setdefault(fact.relation, {})[fact.subject] = None
-    return Names("the almanac's facts", {kind: tuple(own) for kind, own in kinds.items()})
+    return Names({kind: tuple(own) for kind, own in kinds.items()})
 
 
 def read(path: str | Path) -> Names:
@@ -98,7 +98,7 @@ def read(path: str | Path) -> Names:
             raise InputError(f"{path}:{number}: not UTF-8; save the file as UTF-8")
     if len(own) < _FEWEST:
         raise InputError(f"{path}: holds {len(own)} names; write at least {_FEWEST}, one a line")
-    return Names(str(path), {"given": own})
+    return Names({"given": own})
 
 
 def general(model: str) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errata.contrast.names import Names, share
+from errata.contrast.names import Names, plain, share
 from errata.core.decode import PrefilledBatch, decode, detokenize
 from errata.core.model import LM, STOPS
 from errata.core.patch import Site
@@ -102,7 +102,8 @@ def _pool(lm: LM, request: EditRequest, names: Names, banned: Sequence[str]) -> 
     kinds = names.kinds_of(subject) or _kinds_by_state(lm, subject, names)
     if kinds and len(names.kinds[kinds[0]]) >= _ENOUGH:  # lists are in order: the well-known names come first
         kinds = kinds[:1]
-    every = list(dict.fromkeys(name for kind in kinds for name in names.kinds[kind]))
+    spelt = {plain(name): name for kind in reversed(kinds) for name in names.kinds[kind]}  # "the Netherlands" and "Netherlands" are one
+    every = list(spelt.values())
     barred = {name for text in banned for name in names_in(text, every)}
     every = [name for name in every if name not in barred and not names_in(name, (subject, request.target))]
     mixed = sorted(every, key=share)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -72,9 +72,16 @@ class Editor(ABC):
         """Requests with as many contrast pairs each as the setting ``contrast`` says (`errata.contrast.contrast.fill`)."""
         return fill(lm, requests, int(getattr(self, "contrast", 0)), on=on, exclude=exclude, names=names)
 
-    def contrasted_each(self, lm: LM, requests: Sequence[EditRequest], on: Stack = ()) -> list[EditRequest]:
-        """`contrasted`, each request as if it were made alone."""
-        return [one for request in requests for one in self.contrasted(lm, [request], on)]
+    def contrasted_each(
+        self, lm: LM, requests: Sequence[EditRequest], on: Stack = (), names: Names | None = None, told: Callable[[int], None] | None = None
+    ) -> list[EditRequest]:
+        """`contrasted`, each request as if it were made alone.  ``told``: how many are done, after each."""
+        out: list[EditRequest] = []
+        for request in requests:
+            out += self.contrasted(lm, [request], on, names=names)
+            if told is not None:
+                told(len(out))
+        return out
 
     def made_with(self, settings: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
         """Whether a patch's ``settings`` are ``own``; a field that is younger than the patch, and so not among them, is at its default."""

@@ -33,8 +33,7 @@ def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell, folder: Path, source: 
     behind the longest context any of them puts in front; with ``chat`` in the chat template.
     ``source``: the opened benchmark, which may learn from what it loads."""
     found: list[Case] = _known(lm, cell, folder, source, spec.chat) if grid.only_known(spec, cell) else cell.cases(source)
-    count = spec.score.watch if spec.score.watch is not None else neighbours.WATCHED if neighbours.wants_watching(found) else 0
-    if count:
+    if count := neighbours.to_watch(spec.score.watch, found):
         found = neighbours.add_watch_probes(lm, found, count, together=any(s.kind != "single" for s in spec.scenario))
     if spec.score.robustness:
         editors = [grid.editor(other) for other in grid.cells(spec) if other.model == cell.model]

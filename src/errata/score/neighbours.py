@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from errata.contrast.contrast import COUNT, find
-from errata.contrast.names import Names
+from errata.contrast.contrast import find
+from errata.contrast.names import COUNT, Names
 from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.request import LOCAL_KINDS, Case, EditRequest, Probe
@@ -18,7 +18,6 @@ from errata.score.compare import Comparison, compare
 from errata.score.evaluator import Progress
 from errata.score.match import first_word, normalise
 
-WATCHED = COUNT  # neighbours of an edit
 _TOKENS = 6  # of an answer
 _PARAGRAPH = 32  # tokens of a free one
 _QUESTIONS = 4
@@ -81,7 +80,7 @@ def watch(
     requests: Sequence[EditRequest],
     stacks: Sequence[Stack],
     *,
-    count: int = WATCHED,
+    count: int = COUNT,
     names: Names | None = None,
     otherwise: bool = False,
 ) -> list[Kept]:
@@ -114,7 +113,7 @@ def in_other_forms(asked: Sequence[tuple[str, str]]) -> list[tuple[str, str, str
     that is a question already, or a rendered chat, is not made into one."""
     plain = [(subject, prompt) for subject, prompt in asked if not prompt.rstrip().endswith("?") and "\n" not in prompt]
     questions = [(subject, f"Question: {prompt.rstrip()} what?\nAnswer:", "question") for subject, prompt in plain[:_QUESTIONS]]
-    free = [(subject, f"Here is a paragraph about {subject}.", "paragraph") for subject, _ in asked[:1]]
+    free = [(subject, f"Here is what an encyclopedia says about {subject}: {subject}", "paragraph") for subject, _ in asked[:1]]
     return [*questions, *free]
 
 
@@ -123,7 +122,7 @@ def _kept(form: str, before: str, after: str) -> bool:
 
 
 def add_watch_probes(
-    lm: LM, cases: Sequence[Case], count: int = WATCHED, *, together: bool = False, progress: Progress | None = None
+    lm: LM, cases: Sequence[Case], count: int = COUNT, *, together: bool = False, progress: Progress | None = None
 ) -> list[Case]:
     """Cases with up to ``count`` probes of kind "watch" each: the watch half of their first request.
 
@@ -141,9 +140,11 @@ def add_watch_probes(
     return out
 
 
-def wants_watching(cases: Sequence[Case]) -> bool:
-    """Whether cases bring no probes of what should stay, so that nothing else would say what an edit moved."""
-    return not any(probe.kind in LOCAL_KINDS for case in cases for probe in case.probes)
+def to_watch(asked: int | None, cases: Sequence[Case]) -> int:
+    """How many neighbours of a case are watched: as many as were ``asked`` for, else `COUNT` where no case brings a probe of what should
+    stay, so that nothing else would say what an edit moved."""
+    local = any(probe.kind in LOCAL_KINDS for case in cases for probe in case.probes)
+    return (0 if local else COUNT) if asked is None else asked
 
 
 def _trained(stack: Stack, request: EditRequest) -> Iterable[str]:

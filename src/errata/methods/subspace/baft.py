@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from errata.contrast.names import COUNT
 from errata.errors import ConfigError
 from errata.methods.subspace.editor import PAPER_DEPTHS, SubspaceEditor
 from errata.methods.subspace.locality import locality_term
@@ -102,7 +103,7 @@ class BaFT(SubspaceEditor):
     rescale: Literal["max", "margin", "none"] = "margin"
     prefixes: int = 4
     resume: bool = False
-    contrast: int = 16
+    contrast: int = COUNT
     contrast_weight: float = 0.0
 
     def __post_init__(self) -> None:

@@ -7,6 +7,13 @@ from typing import Any, ClassVar
 
 from errata.methods.subspace.editor import SubspaceEditor
 
+# the models of the paper's tables
+_PAPER = {
+    "llama-2-7b": {"layers": [9, 18, 24, 28]},
+    "llama-3-8b": {"layers": [9, 18, 24, 28]},
+    "gemma-1.1-7b": {"layers": [18, 20, 22, 24]},
+}
+
 
 @dataclass(frozen=True)
 class ReFT(SubspaceEditor):
@@ -16,11 +23,7 @@ class ReFT(SubspaceEditor):
     paper: ClassVar[str] = "Wu et al. 2024, arXiv:2404.03592; as an editor: BaFT, ICLR 2025"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "published": {},
-        "published llama-2-7b": {"layers": [9, 18, 24, 28]},
-        "published llama-3-8b": {"layers": [9, 18, 24, 28]},
-        "published gemma-1.1-7b": {"layers": [18, 20, 22, 24]},
-        "llama-2-7b": {"layers": [9, 18, 24, 28]},
-        "llama-3-8b": {"layers": [9, 18, 24, 28]},
-        "gemma-1.1-7b": {"layers": [18, 20, 22, 24]},
+        **{f"published {model}": values for model, values in _PAPER.items()},
+        **_PAPER,
         "almanac": {"lr": 1e-3, "batched_lr": 1e-3, "weight_decay": 5.0, "end": "."},  # chosen on dev (docs/results)
     }
