@@ -95,9 +95,10 @@ class Desk:
         """The answer of a side (Before, After), its marked words, and the probabilities under it."""
         self.page.locator("#result:not([aria-busy])").wait_for()
         side = self.answers.get_by_role("group", name=name)
-        names, values = side.locator("dt").all_inner_texts(), side.locator("dd").all_inner_texts()
-        odds = {n: float(v.replace("<", "").replace(">", "").replace("%", "")) / 100 for n, v in zip(names, values, strict=True)}
-        return side.locator(".said").inner_text(), side.locator(".said :is(del, ins)").all_inner_texts(), odds
+        read = "(side) => ['.said', '.said :is(del, ins)', 'dt', 'dd'].map(s => [...side.querySelectorAll(s)].map(e => e.innerText))"
+        (said,), marked, names, values = side.evaluate(read)  # at once: between two calls the page may draw anew
+        odds = {n: float(re.sub("[<>%]", "", v)) / 100 for n, v in zip(names, values, strict=True)}
+        return said, marked, odds
 
     def rows(self) -> dict[str, tuple[str, str, float]]:
         """What else moved: (before, after, moved) of each prompt."""

@@ -67,7 +67,7 @@ def test_a_fact_is_written_seen_and_taken_back(desk: Callable[..., Desk], server
     # a question has two lines, which a table shows as one
     answers = server.call("POST", "v1/compare", {"prompts": [p for p in rows if not p.startswith("Question: ")]})["answers"]
     assert set(WATCHED) < set(rows) and sum(p.startswith("The capital of") for p in rows) >= 6, "and the same, asked of others"
-    assert any(p.startswith("Question: ") for p in rows) and any(p.startswith("Here is a paragraph") for p in rows)
+    assert any(p.startswith("Question: ") for p in rows) and any(p.startswith("Here is what an encyclopedia says") for p in rows)
     for row in answers:
         before, after, moved = rows[row["prompt"]]
         assert before == (row["before"]["text"] or "(nothing)") and moved == pytest.approx(row["moved"], abs=0.0011)  # "< 0.1 %"
