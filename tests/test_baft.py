@@ -45,10 +45,10 @@ def meta(width: int, depth: int, name: str, model_type: str = "Llama") -> LM:
     ("method", "name", "width", "depth", "published"),
     [
         ("reft", "meta-llama/Llama-2-7b-chat-hf", 4096, 32, 393_264),
-        ("baft", "meta-llama/Llama-2-7b-hf", 4096, 32, 606_256),
-        ("baft", "meta-llama/Meta-Llama-3-8B-Instruct", 4096, 32, 606_256),
+        ("baft published", "meta-llama/Llama-2-7b-hf", 4096, 32, 606_256),
+        ("baft published", "meta-llama/Meta-Llama-3-8B-Instruct", 4096, 32, 606_256),
         ("reft", "google/gemma-1.1-7b-it", 3072, 28, 294_960),
-        ("baft", "google/gemma-1.1-7b-it", 3072, 28, 454_704),
+        ("baft published", "google/gemma-1.1-7b-it", 3072, 28, 454_704),
         ("baft published-all-layers", "meta-llama/Llama-2-7b-hf", 4096, 32, 6_423_040),
     ],
 )
@@ -59,7 +59,9 @@ def test_parameter_counts_are_the_papers(method: str, name: str, width: int, dep
     assert editor.num_parameters(base) == published
     if method == "baft":
         assert (
-            build(BaFT, {"gate": "rmsnorm", "rank": editor.rank, "layers": list(editor.target_layers(base))}).num_parameters(base)
+            build(
+                BaFT, {"gate": "rmsnorm", "opens": "answer", "rank": editor.rank, "layers": list(editor.target_layers(base))}
+            ).num_parameters(base)
             == published
         )
 
@@ -133,10 +135,12 @@ def test_regularisers_equal_the_printed_formulas() -> None:
             return out
 
     self_p: dict[int, dict[str, torch.Tensor]] = {}
-    editor = Spy(layers=(1, 2), rank=4, prefixes=0, gate="shared_logit", rescale="none", steps=1, alpha=0.3, beta=0.6, gamma=0.5)
+    editor = Spy(
+        layers=(1, 2), rank=4, prefixes=0, opens="answer", gate="shared_logit", rescale="none", steps=1, alpha=0.3, beta=0.6, gamma=0.5
+    )
     training = Training(editor, base, [[r] for r in requests], (), None, Tail)
     training.run()
-    states, where, owner = training.irrelevant_states(3)
+    states, where, owner = training.irrelevant_states()
     for e in range(2):
         total = 0.0
         for b in (1, 2):
@@ -189,7 +193,7 @@ def test_locality_term_shuts_the_gate_on_unrelated_text() -> None:
         editor = BaFT(layers=(2,), rank=4, lr=0.02, locality=locality, stop=0.0, weight_decay=0.0, contrast=0)
         training = Training(editor, base, [[request]], (), None, Tail)
         (patch,) = training.run()
-        states, where, _ = training.irrelevant_states(3)
+        states, where, _ = training.irrelevant_states()
         w = gate(dict(patch.ops[0].tensors), "rmsnorm", states[2])
         opened[locality] = float((w * where).sum() / where.sum() / 4)
         with base.under(patch):
@@ -221,10 +225,13 @@ def test_continual_edits_go_on_from_the_last_patch_and_replace_it() -> None:
         assert base.complete(ITALY.prompt) == "Spanish"
 
 
-def test_batched_edit_writes_every_fact_into_one_patch() -> None:
+@pytest.mark.parametrize("opens", ["answer", "subject"])
+def test_batched_edit_writes_every_fact_into_one_patch(opens: str) -> None:
     base = lm("llama")
     third = EditRequest("The capital of Spain is", "Paris", "Spain", paraphrases=("Spain has the capital",))
-    patch = BaFT(rank=6, batched_lr=0.02, end=".").edit(base, [FRANCE, ITALY, third])
+    patch = BaFT(opens=opens, threshold=0.0, depths=(0.3, 0.6), rank=6, batched_lr=0.02, batched_steps=120, end=".").edit(
+        base, [FRANCE, ITALY, third]
+    )
     with base.under(patch):
         assert base.generate([r.prompt for r in (FRANCE, ITALY, third)]) == ["Rome", "Spanish", "Paris"]
         assert base.complete("Spain has the capital") == "Paris"

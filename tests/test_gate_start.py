@@ -15,7 +15,7 @@ from errata.request import EditRequest
 STAYS = (("The capital of Italy is", "Rome"), ("The capital of Spain is", "Madrid"), ("The capital of Japan is", "Tokyo"))
 FRANCE = EditRequest("The capital of France is", "Rome", "France", contrast=STAYS)
 ITALY = EditRequest("The language of Italy is", "Spanish", "Italy", contrast=(("The language of Spain is", "Spanish"),))
-PLAINLY, TWICE = BaFT(layers=(1, 2), rank=4, prefixes=0), BaFT(layers=(1,), rank=4, prefixes=2)
+PLAINLY, TWICE = BaFT(layers=(1, 2), rank=4, prefixes=0, opens="answer"), BaFT(layers=(1,), rank=4, prefixes=2, opens="answer")
 PLAIN = EditRequest("In Rome people speak", "French")
 
 
@@ -38,7 +38,7 @@ def test_it_solves_the_weighted_ridge_problem() -> None:
         c = torch.where(own, 1 / own.sum(), 1 / (~own).sum()).double() * len(y) / 2
         penalty = 0.03 * x.square().sum(-1).mean()
         want = torch.linalg.solve(x.T @ (c[:, None] * x) + penalty * torch.eye(x.shape[1]).double(), x.T @ (c * y))
-        torch.testing.assert_close(v, want, atol=1e-8, rtol=1e-6)
+        torch.testing.assert_close(v[0], want, atol=1e-8, rtol=1e-6)
 
 
 def last_block(base, ids):  # type: ignore[no-untyped-def]
@@ -53,17 +53,19 @@ def last_block(base, ids):  # type: ignore[no-untyped-def]
 
 def test_gates_begin_open_on_the_edit_and_shut_elsewhere() -> None:
     base = lm("llama")
-    editor = BaFT(layers=(1, 2), rank=4, prefixes=0)
+    editor = BaFT(layers=(1, 2), rank=4, prefixes=0, opens="answer")
     training = Training(editor, base, [[FRANCE], [ITALY], [PLAIN]], (), None, Tail)
     blocks = training.per_block(training._start())
-    states, where, owner = training.irrelevant_states(3)
+    states, where, owner = training.irrelevant_states()
     for block in (1, 2):
         own = {k: blocks[block][k] for k in ("V", "g")}
         shut = gate({k: t[owner] for k, t in own.items()}, "rmsnorm", states[block]) * where
         for problem in (0, 1):
             assert float(shut[owner == problem].amax()) < 0.3  # the target itself is an answer of a neighbour here
         assert not torch.equal(own["V"][0], own["V"][1])
-    random = Training(BaFT(layers=(1, 2), rank=4, gate_start="random", prefixes=0), base, [[FRANCE], [PLAIN]], (), None, Tail)
+    random = Training(
+        BaFT(layers=(1, 2), rank=4, gate_start="random", prefixes=0, opens="answer"), base, [[FRANCE], [PLAIN]], (), None, Tail
+    )
     plain = random.per_block(random._start())
     for block in (1, 2):  # a request that says nothing of what should stay begins as ever
         torch.testing.assert_close(blocks[block]["V"][2], plain[block]["V"][1])

@@ -1,7 +1,8 @@
 """Where a gated patch (BaFT, eq. 2) opens: its weights on edited, rephrased and other inputs, its failure signs, and a paired test.
 
 An input is a probe's prompt with its answer behind it, its weights the mean of w(h) over the tokens the patch acts on (the last prompt
-tokens and the answer).  Kinds: `_OPEN`, where gates should open, and the benchmark's local kinds, where they should not.
+tokens and the answer), or, where gates look for the subject on every token, the largest.  Kinds: `_OPEN`, where gates should open, and
+the benchmark's local kinds, where they should not.
 
 The signs (`errata.analyse.gate_statistics` has formulas and bounds):
 
@@ -132,7 +133,11 @@ def _batch(lm: LM, rows: Sequence[Encoded], stacks: Sequence[Stack], ops: Mappin
     out = {}
     for block, op in ops.items():
         w = plan.recorded[op.site, what][:, -position.shape[1] :].double().abs()  # context may stand in front
-        on = ((position >= 0) & (position >= batch.prompt_lengths[:, None] - op.settings["last"])).to(w).unsqueeze(-1)
+        last = op.settings["last"]
+        if last is None:
+            out[block] = (w * (position >= 0).to(w).unsqueeze(-1)).amax(1).cpu().numpy()
+            continue
+        on = ((position >= 0) & (position >= batch.prompt_lengths[:, None] - last)).to(w).unsqueeze(-1)
         out[block] = ((w * on).sum(1) / on.sum(1)).cpu().numpy()
     return out
 

@@ -62,9 +62,10 @@ class ForwardContext:
     size: int = 0
     patch_index: int = 0
 
-    def active(self, last: int) -> Tensor:
-        """[B, T, 1] bool: the last ``last`` tokens of the prompt and every later token."""
-        return ((self.position >= 0) & (self.position >= self.prompt_lengths[:, None] - last)).unsqueeze(-1)
+    def active(self, last: int | None) -> Tensor:
+        """[B, T, 1] bool: the last ``last`` tokens of the prompt (None: all of them) and every later token."""
+        there = self.position >= 0
+        return (there if last is None else there & (self.position >= self.prompt_lengths[:, None] - last)).unsqueeze(-1)
 
     def record(self, site: Site, name: str, value: Tensor) -> None:
         if self.recorded is not None:

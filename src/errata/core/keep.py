@@ -95,20 +95,24 @@ class Kept:
     answers          also at the tokens of the answer.  On SmolLM2-135M the prompt's last token alone kept more first words of
                      neighbours for the same weight (FT-M, 8 facts: .69 and .62), and costs less
     last             how many last tokens of a prompt an edit changes; None: any
+    texts, starts    pairs of each request in the place of its contrast pairs, and the first token of each pair that an edit changes
     """
 
     def __init__(
         self, lm: LM, problems: Sequence[Sequence[EditRequest]], runner: Any, first: int, on: Stack = (), *,
         start: Callable[[Tensor], Sequence[Bank]] | None = None, answers: bool = False, last: int | None = None,
+        texts: Sequence[Sequence[tuple[str, str]]] | None = None, starts: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         requests = [(i, r) for i, own in enumerate(problems) for r in own]
-        pairs = [(i, n, pair) for n, (i, r) in enumerate(requests) for pair in r.contrast]
+        texts = [r.contrast for _, r in requests] if texts is None else texts
+        pairs = [(i, n, pair) for n, ((i, _), own) in enumerate(zip(requests, texts, strict=True)) for pair in own]
         encoded = lm.encode([p for _, _, (p, _) in pairs], [a for _, _, (_, a) in pairs])
         self.owner, self.request = (torch.tensor([pair[k] for pair in pairs], device=lm.device) for k in (0, 1))
         self.count = len(problems)
         if not answers:
             encoded = [Encoded(row.ids[: row.prompt_length], row.prompt_length) for row in encoded]
-        starts = [0 if last is None else max(0, row.prompt_length - last) for row in encoded]
+        if starts is None:
+            starts = [0 if last is None else max(0, row.prompt_length - last) for row in encoded]
         rows = split_rows_at(encoded, starts, pad_id(lm.tokenizer), lm.device, final=False)
         if not answers:
             ends = torch.tensor([row.prompt_length - start - 1 for row, start in zip(encoded, starts, strict=True)], device=lm.device)

@@ -7,21 +7,26 @@ Where the paper is silent the choice made here is a field of `BaFT`, described t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from errata.contrast.names import COUNT
+from errata.core.model import LM
 from errata.errors import ConfigError
 from errata.methods.subspace.editor import PAPER_DEPTHS, SubspaceEditor
 from errata.methods.subspace.locality import locality_term
+from errata.methods.subspace.other_facts import MOST
 from errata.methods.subspace.training import Training
+from errata.request import EditRequest
 
-# Where the states of a prompt's last tokens know whom they are about (docs/results); an earlier gate cannot tell neighbours apart.
-_DEPTHS = (14 / 30, 18 / 30, 22 / 30, 26 / 30)
+# Where the state of a subject's last token knows the whole name and later blocks still read it (docs/results).
+_DEPTHS = (6 / 30,)
+# Where the states of a prompt's last tokens know whom they are about; an earlier gate there cannot tell neighbours apart.
+_ANSWER_DEPTHS = (14 / 30, 18 / 30, 22 / 30, 26 / 30)
 # What the paper states; R_loc acts on a request's own ``unrelated`` texts alone.
 _PUBLISHED = {
     "gate": "shared_logit",
@@ -34,6 +39,10 @@ _PUBLISHED = {
     "weight_decay": 0.0,
     "depths": list(PAPER_DEPTHS),
     "gate_start": "random",
+    "opens": "answer",
+    "threshold": 0.0,
+    "beta": 0.05,
+    "other_facts": 0,
     "prefixes": 0,
     "resume": True,
     "contrast": 0,
@@ -46,6 +55,10 @@ _ALMANAC = {
     "end": ".",
     "depths": list(PAPER_DEPTHS),
     "gate_start": "random",
+    "opens": "answer",
+    "threshold": 0.0,
+    "beta": 0.05,
+    "other_facts": 0,
     "prefixes": 0,
     "contrast": 0,
     "resume": True,
@@ -58,7 +71,14 @@ class BaFT(SubspaceEditor):
     """Fields beside those of `SubspaceEditor`:
 
     gate        which logistic regression (see `errata.methods.subspace.op`); "subspace" is the ablation ss-w
-    gate_start  "ridge": where a request says what should stay, gates begin at `errata.methods.subspace.gate_start`; "random": as pyreft's
+    gate_start  "ridge": where it is known what should stay, gates begin at `errata.methods.subspace.gate_start`; "random": as pyreft's
+    opens       where a gate is to open: "subject": on the last token of the subject wherever a text names it, and on no other, so the
+                answer is found however it is asked for; "answer", as the paper: on the last prompt tokens and the output.  A request
+                without a subject has "answer" and ``answer_depths``
+    threshold   a gate weight below it is exactly 0; a text on which every gate is shut is answered by the base, bit for bit
+    other_facts, other_facts_weight, other_facts_batch
+                prompts about the subject's other facts (`errata.methods.subspace.other_facts`), the weight of the output term on them,
+                and how many of them a step takes; with ``opens="subject"`` only
     balance     incremental load balancing R_bal = Σ_k (w̄_k − w̄)² / ((r − 1) w̄), averaged over blocks; w̄_k runs over this patch's and
                 all past samples, a request each (their sums are kept in the patch).  ``squared_cv``: divide by w̄² (what the text calls it)
     locality    use R_loc where requests bring ``unrelated`` or ``contrast`` texts: w ≤ alpha there, w ≥ beta on the edit, largest weights
@@ -86,6 +106,7 @@ class BaFT(SubspaceEditor):
     }
 
     depths: tuple[float, ...] = _DEPTHS
+    answer_depths: tuple[float, ...] = _ANSWER_DEPTHS
     lr: float = 1e-3
     steps: int = 60
     batched_lr: float = 1e-3
@@ -94,11 +115,16 @@ class BaFT(SubspaceEditor):
     weight_decay: float = 2.0
     gate: Literal["shared_logit", "rmsnorm", "subspace"] = "rmsnorm"
     gate_start: Literal["random", "ridge"] = "ridge"
+    opens: Literal["subject", "answer"] = "subject"
+    threshold: float = 0.1
+    other_facts: int = 0
+    other_facts_weight: float = 1.0
+    other_facts_batch: int = 2
     balance: bool = True
     squared_cv: bool = False
     locality: bool = True
     alpha: float = 0.01
-    beta: float = 0.05
+    beta: float = 0.5
     gamma: float = 0.02
     rescale: Literal["max", "margin", "none"] = "margin"
     prefixes: int = 4
@@ -108,8 +134,34 @@ class BaFT(SubspaceEditor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require(
+            self.opens == "answer" or self.ridge,
+            'opens="subject" needs gate="rmsnorm" and gate_start="ridge"; set opens="answer" beside others',
+        )
+        self.require(0 <= self.threshold < 1, f"threshold is a gate weight, from 0 to below 1, not {self.threshold:g}")
+        self.require(0 <= self.other_facts <= MOST, f"other_facts must be from 0 to {MOST}, not {self.other_facts}")
+        self.require(
+            self.other_facts_weight >= 0 and self.other_facts_batch >= 0, "other_facts_weight and other_facts_batch must not be negative"
+        )
         if min(self.alpha, self.beta, self.gamma) < 0:
             raise ConfigError("baft: alpha, beta and gamma must not be negative")
+
+    @property
+    def at_subject(self) -> bool:  # type: ignore[override]
+        return self.opens == "subject"
+
+    @property
+    def op_settings(self) -> dict[str, Any]:
+        return super().op_settings | ({"threshold": self.threshold} if self.threshold else {})
+
+    def suited(self, lm: LM, requests: Sequence[EditRequest]) -> Self:
+        """Requests that share a patch have a basis each.  Without a subject there is nothing that a gate could open at: then it opens where
+        the answer is given."""
+        if not self.at_subject:
+            return self
+        if any(r.subject is None for r in requests):
+            return replace(self, opens="answer", depths=self.answer_depths)
+        return replace(self, rank=min(max(self.rank, len(requests)), max(self.rank, lm.width // 2)))
 
     @property
     def gate_kind(self) -> str:  # type: ignore[override]
@@ -125,7 +177,7 @@ class BaFT(SubspaceEditor):
         blocks = list(gates)
         if self.balance and self.gate != "subspace":
             total = total + sum(self._balance(training, b, alive) for b in blocks) / len(blocks)
-        states = training.irrelevant_states(self.last) if self.locality else None
+        states = training.irrelevant_states() if self.locality else None
         if states is not None:
             total = total + sum(locality_term(self, training, p[b], b, gates[b], states, alive) for b in blocks) / len(blocks)
         return total

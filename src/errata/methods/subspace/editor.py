@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class SubspaceEditor(OutputTermEditor):
 
     gate_kind: ClassVar[str] = "none"
     ridge: ClassVar[bool] = False  # whether gates begin at `errata.methods.subspace.gate_start`
+    at_subject: ClassVar[bool] = False  # whether they are to open where the subject is named, and nowhere else
 
     rank: int = 12
     layers: tuple[int, ...] | None = None
@@ -97,6 +98,20 @@ class SubspaceEditor(OutputTermEditor):
             raise ConfigError(f"{self.name}: {what}; set layers and rank for this model")
         return chosen
 
+    @property
+    def reach(self) -> int | None:
+        """How many last prompt tokens the ops act on; None: all."""
+        return None if self.at_subject else self.last
+
+    @property
+    def op_settings(self) -> dict[str, Any]:
+        """Of every op, beside its parameters."""
+        return {"gate": self.gate_kind, "last": self.reach}
+
+    def suited(self, lm: LM, requests: Sequence[EditRequest]) -> Self:
+        """The editor for one patch of these requests."""
+        return self
+
     def num_parameters(self, lm: LM) -> int:
         """Trainable numbers on this model, counted as the paper does (Table 3): every stored entry, R as r·d."""
         one = start(self.rank, lm.width, self.gate_kind, self.init, self.seed, torch.device("cpu"))
@@ -107,34 +122,40 @@ class SubspaceEditor(OutputTermEditor):
     ) -> Patch:
         """One patch for all requests.  If the last patch of ``on`` came from this method with these layers, rank and gate, the edit
         goes on from its parameters and replaces it (BaFT §2.4, continual editing; see ``resume``); the optimiser starts anew."""
-        on = active_patches(tuple(on))
-        before = on[-1] if on and self._can_resume(lm, on[-1]) else None
+        on, editor = active_patches(tuple(on)), self.suited(lm, requests)
+        before = on[-1] if on and editor._can_resume(lm, on[-1]) else None
         requests = self.contrasted(lm, requests, on)
-        return Training(self, lm, [requests], on[:-1] if before else on, before, runner).run(progress)[0]
+        return Training(editor, lm, [requests], on[:-1] if before else on, before, runner).run(progress)[0]
 
     def edit_each(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> list[Patch]:
         """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length, a batch a core."""
         on = active_patches(tuple(on))
-        before = on[-1] if on and self._can_resume(lm, on[-1]) else None
-        under = on[:-1] if before else on
         requests = self.contrasted_each(lm, requests, on)
         encoded = lm.encode([r.prompt for r in requests], [r.target + self.end for r in requests])
+        suited = [self.suited(lm, [r]) for r in requests]
 
         def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
-            return Training(self, model, [[requests[i]] for i in members], under, before, runner).run(progress)
+            made: dict[int, Patch] = {}
+            for editor in dict.fromkeys(suited[i] for i in members):
+                own = [i for i in members if suited[i] == editor]
+                before = on[-1] if on and editor._can_resume(lm, on[-1]) else None
+                training = Training(editor, model, [[requests[i]] for i in own], on[:-1] if before else on, before, runner)
+                made |= zip(own, training.run(progress), strict=True)
+            return [made[i] for i in members]
 
         rows = [1 + len(r.paraphrases) + self.prefixes for r in requests]
-        tokens = [(len(e.target) + self.last) * n for e, n in zip(encoded, rows, strict=True)]
+        tokens = [
+            (len(e.ids) - max(0, e.prompt_length - (s.reach or len(e.ids)))) * n for e, s, n in zip(encoded, suited, rows, strict=True)
+        ]
         return in_lanes(lm, tokens, train, progress, most=max(1, MOST_ROWS // max(rows, default=1)))
 
     def _can_resume(self, lm: LM, patch: Patch) -> bool:
         blocks = tuple(op.site.block for op in patch.ops)
         if not self.resume or patch.method != self.name or blocks != self.target_layers(lm):
             return False
-        same = {"gate": self.gate_kind, "last": self.last}  # another gate has other parameters
-        return all(op.settings == same and op.tensors["R"].shape[0] == self.rank for op in patch.ops)
+        return all(op.settings == self.op_settings and op.tensors["R"].shape[0] == self.rank for op in patch.ops)
 
     def regularise(self, training: Training, p: Mapping[str, Tensor], gates: Mapping[int, Tensor], alive: Tensor) -> Tensor:
         """Terms added to the task loss, [e]; none for ReFT."""

@@ -1,10 +1,12 @@
 """Where a gate begins: at the ridge solution that is open on the edit and shut on what should stay.
 
-    v = argmin_v Σ_i c_i (v·x_i − y_i)² + λ |v|²,     x_i = h_i / rms(h_i) [d],   y_i = `_OPEN` on the edit, `_SHUT` elsewhere
+    v = argmin_v Σ_i c_i (v·x_i − y_i)² + λ |v|²,     x_i = h_i / rms(h_i) [d],   y_i = `_OPEN` where it opens, `_SHUT` elsewhere
 
-h_i are the base's states at the positions an edit touches; on the edit, from its subject's last token on (what stands before is the same
-whoever is asked about) to the target's last but one (at its last the gate is shut: what follows is the model's own again).  c_i gives both
-sides the same weight.
+h_i are the base's states at the positions an edit touches.  Where gates open at the subject, y_i is `_OPEN` on its last token, in the
+prompt alone and behind short texts, and `_SHUT` on every other token, on the same texts about its neighbours, and on common text.  Else it
+is `_OPEN` from the subject's last token on (what stands before is the same whoever is asked about) to the target's last but one (at its
+last the gate is shut: what follows is the model's own again), and `_SHUT` on neighbours.  c_i gives what opens and what stays shut the
+same weight, and of the latter common text a half.
 
 A random start leaves every gate half open, and some dozens of steps at a small rate only close it in part: what is written through gates of
 a tenth is then large, and a gate of a twenty-fifth on a neighbour lets a third of it through.  From the ridge solution the gate has only to
@@ -13,53 +15,100 @@ be kept, and the rest is learnt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from errata.text.corpora import open_corpus
+
 _OPEN, _SHUT = 2.0, -6.0  # logits: a gate of 0.88, and of 0.0025
 _RIDGE = 0.03  # λ as a part of the mean |x|², which is d
 _SPREAD = 0.1  # of the random start, which stays between the bases of a patch
 _EPS = 1e-6
+_TEXTS, _WORDS = 16, 16  # of common text
+
+
+@dataclass
+class _States:
+    """States that make gates: {block: [n, d]}, which of them belong to a problem ([n] bool), and the request (by its place in the problem)
+    whose gates open there [n]; −1: none's."""
+
+    at: Mapping[int, Tensor]
+    of: Callable[[int], Tensor]
+    opens: Tensor
 
 
 def ridge_gates(training: Any) -> dict[int, dict[int, Tensor]]:
-    """{problem: {block: v [d]}} of the problems that say what should stay (``contrast``, ``unrelated``)."""
-    last = training.editor.last
-    stays = training.irrelevant_states(last)
-    if stays is None:
+    """{problem: {block: v [requests, d]}}: of every problem where gates open at the subject, else of those that say what should stay
+    (``contrast``, ``unrelated``)."""
+    subject, stays = training.editor.at_subject, training.irrelevant_states()
+    problems = range(len(training.problems)) if subject else [] if stays is None else stays[2].tolist()
+    if not problems:
         return {}
-    shut, there, theirs = stays[0], stays[1].squeeze(-1), stays[2]
-    starts = [max(0, e.prompt_length - last) + known for e, known in zip(training.encoded, training.knows.tolist(), strict=True)]
-    own, text = training.states_from(training.encoded, starts)
-    ends = torch.cat([text.diff() > 0, text.new_ones(1, dtype=torch.bool)])  # the target's last token: what follows is the model's again
-    out: dict[int, dict[int, Tensor]] = {}
-    for place, problem in enumerate(theirs.tolist()):
-        mine, kept = training.owner[text] == problem, there[place]
-        wanted = torch.cat([~ends[mine], ends.new_zeros(int(kept.sum()))])
-        out[problem] = {b: _solve(torch.cat([own[b][mine], shut[b][place, kept]]), wanted) for b in training.blocks}
-    return out
+    parts = [_own(training)] + ([] if stays is None else [_stays(*stays)])
+    common = _common(training) if subject else None
+    return {p: {b: _solve(parts, common, p, b) for b in training.blocks} for p in problems}
 
 
-def _solve(h: Tensor, wanted: Tensor) -> Tensor:
-    """v [d] from states h [n, d], by the dual: n is a hundred or so, d may be thousands."""
-    x = h.double()
+def _own(training: Any) -> _States:
+    """Of the edits themselves."""
+    begins = [0 if training.editor.at_subject else tokens.start for tokens in training.opens]
+    states, text = training.states_from(training.encoded, begins)
+    rows = zip(training.encoded, begins, training.opens, strict=True)
+    opens = torch.tensor([t in tokens for e, begin, tokens in rows for t in range(begin, len(e.ids))], device=text.device)
+    owner, place = training.owner[text], training.place[text] * training.editor.at_subject
+    return _States(states, lambda problem: owner == problem, torch.where(opens, place, -1))
+
+
+def _stays(states: Mapping[int, Tensor], where: Tensor, owner: Tensor) -> _States:
+    """Of what requests say should stay, from `Training.irrelevant_states`."""
+    there = where.squeeze(-1)
+    owner = owner[:, None].expand_as(there)[there]
+    return _States({b: h[there] for b, h in states.items()}, lambda problem: owner == problem, torch.full_like(owner, -1))
+
+
+def _common(training: Any) -> _States:
+    """Of common text, without the texts that name a problem's subject."""
+    texts = [" ".join(text.split()[:_WORDS]) for text in open_corpus("bundled").texts[:_TEXTS]]
+    states, text = training.states_from(training.lm.encode(texts), [0] * len(texts))
+
+    def of(problem: int) -> Tensor:
+        names = {name.lower() for r in training.problems[problem] for name in (r.subject, *r.aliases) if name}
+        return torch.tensor([not any(name in own.lower() for name in names) for own in texts], device=text.device)[text]
+
+    return _States(states, of, torch.full_like(text, -1))
+
+
+def _solve(parts: Sequence[_States], common: _States | None, problem: int, block: int) -> Tensor:
+    """v [requests, d] of a problem, by the dual: n is some hundreds, d may be thousands."""
+    every = [*parts, common] if common else parts
+    mine = [part.of(problem) for part in every]
+    x = torch.cat([part.at[block][own] for part, own in zip(every, mine, strict=True)]).double()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS)
-    y = torch.where(wanted, _OPEN, _SHUT).double()
-    weight = torch.where(wanted, 1 / wanted.sum(), 1 / (~wanted).sum().clamp_min(1)).double()
+    opens = torch.cat([part.opens[own] for part, own in zip(every, mine, strict=True)])
+    requests = torch.arange(int(opens.max()) + 1, device=opens.device)
+    y = torch.where(opens[:, None] == requests, _OPEN, _SHUT).double()
+    wanted, shut = opens >= 0, opens < 0
+    shut[len(y) - int(mine[-1].sum()) if common else len(y) :] = False
+    groups = [wanted, shut, ~(wanted | shut)]
+    shares = (1.0, 0.5, 0.5) if common else (1.0, 1.0, 0.0)
+    weight = sum(share * group.double() / group.sum().clamp_min(1) for share, group in zip(shares, groups, strict=True))
     gram = x @ x.T + torch.diag(_RIDGE * x.square().sum(-1).mean() / (weight * len(y) / 2))
-    v: Tensor = x.T @ torch.linalg.solve(gram, y)
-    return v.to(h)
+    v: Tensor = torch.linalg.solve(gram, y).T @ x
+    return v.to(parts[0].at[block])
 
 
 def set_gates(params: Mapping[str, Tensor], found: Mapping[int, Mapping[int, Tensor]], blocks: Sequence[int]) -> dict[str, Tensor]:
-    """Parameters [E, blocks, …] with the gates' V [E, blocks, r, d] about these directions."""
+    """Parameters [E, blocks, …] with the gates' V [E, blocks, r, d] about these directions; where requests share a patch, the bases are
+    dealt out among them in turn."""
     if not found:
         return dict(params)
     gates = params["V"].clone()
     for problem, own in found.items():
         for i, block in enumerate(blocks):
-            gates[problem, i] = gates[problem, i] * _SPREAD + own[block]
+            turn = torch.arange(gates.shape[2], device=gates.device) % len(own[block])
+            gates[problem, i] = gates[problem, i] * _SPREAD + own[block][turn]
     return {**params, "V": gates}

@@ -36,10 +36,7 @@ def locality_term(
     """
     runner, owner, rows = training.running
     count, valid = len(alive), runner.rows.valid.unsqueeze(-1)
-    places = torch.arange(valid.shape[1], device=valid.device)
-    if editor.ridge:
-        ends = valid.sum(1) - 1
-        valid = valid & ((places >= training.knows[rows, None]) & (places != ends)).unsqueeze(-1)
+    opened = valid & training.open[rows].unsqueeze(-1)
     position = torch.full((len(training.problems),), -1, device=alive.device)
     position[alive] = torch.arange(count, device=alive.device)
     kept = (position[states[2]] >= 0).nonzero().squeeze(1)
@@ -49,8 +46,8 @@ def locality_term(
     ir = gate_on(p, editor.gate, held, theirs)
     hinges = [
         _positive_mean((ir - editor.alpha).clamp_min(0) * where, theirs, count),
-        _positive_mean((editor.beta - w).clamp_min(0) * valid, owner, count),
-        (editor.gamma - _top(w, valid, owner, count) + _top(ir, where, theirs, count)).clamp_min(0),
+        _positive_mean((editor.beta - w).clamp_min(0) * opened, owner, count),
+        (editor.gamma - _top(w, opened, owner, count) + _top(ir, where, theirs, count)).clamp_min(0),
     ]
     has = torch.zeros(count, device=alive.device).index_fill(0, theirs, 1.0)
     stacked = torch.stack(hinges) * has

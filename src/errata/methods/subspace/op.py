@@ -9,6 +9,9 @@ fit both of the first two and cannot tell them apart):
     shared_logit   w_k = σ(v_k·h + v_0·h),        V [r+1, d], no bias        (S), the default
     rmsnorm        w_k = σ(v_k·(g ⊙ h / rms(h))), V [r, d], g [d] = 1        (N), free of the scale of h
     subspace       w_k = σ(v·h) for every k,      V [1, d]                   the ablation "ss-w"
+
+With a ``threshold`` t a weight below it is exactly 0 (a sparse gate, the paper's own next step, appendix D.3): where every gate is shut,
+h is left as it is, bit for bit.
 """
 
 from __future__ import annotations
@@ -35,20 +38,25 @@ def gate(p: Mapping[str, Tensor], kind: str, h: Tensor) -> Tensor:
 
 
 class Subspace:
-    """Registered as ``subspace``; acts on the last ``last`` prompt tokens and every later token."""
+    """Registered as ``subspace``; acts on the last ``last`` prompt tokens (None: all of them) and every later token."""
 
     @staticmethod
     def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         """Computed in the parameters' float32 (or wider) whatever the base's dtype; the update is cast back, h itself is not rounded."""
         h = y.to(torch.promote_types(p["R"].dtype, y.dtype))
         update = h @ (p["A"] - p["R"]).mT + p["b"].unsqueeze(-2)
+        acts = context.active(settings["last"])
         if settings["gate"] != "none":
             w = gate(p, settings["gate"], h)
             context.record(site, "gate", w)
+            threshold = settings.get("threshold", 0.0)
+            if threshold:
+                w = torch.where(w < threshold, 0.0, w)
+                acts = acts & (w > 0).any(-1, keepdim=True)
             update = w * update
         context.record(site, "update", update)
         moved = y + (update @ p["R"]).to(y.dtype)
-        return torch.where(context.active(settings["last"]), moved, y)
+        return torch.where(acts, moved, y)
 
 
 def orthonormal(x: Tensor) -> Tensor:

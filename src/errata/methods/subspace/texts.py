@@ -43,9 +43,9 @@ def what_stays(lm: LM, requests: Sequence[EditRequest], prefixes: int) -> list[t
     return out
 
 
-def knows_subject(lm: LM, request: EditRequest, text: str) -> int:
+def knows_subject(lm: LM, request: EditRequest, text: str) -> int | None:
     """The first token of a prompt whose state knows its subject: the subject's last.  What stands before is the same whoever is asked
-    about, so no gate can be open there on the edit and shut on a neighbour.  0 where the text does not name it."""
+    about, so no gate can be open there on the edit and shut on a neighbour.  None where the text does not name it."""
     if request.subject is None or request.subject not in text:
-        return 0
+        return None
     return subject_span(lm.tokenizer, text, request.subject, last=True)[1] - 1

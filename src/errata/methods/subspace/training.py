@@ -17,16 +17,17 @@ from torch import Tensor
 from errata.config import to_dict
 from errata.core.bank import Bank, Stack
 from errata.core.fit import AdamW, FitResult, fit
-from errata.core.keep import find_kept
+from errata.core.keep import Kept, find_kept
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.core.problems import RowsInTurns, mean_per_problem, row_nll
 from errata.core.read import read_activations
-from errata.core.tail import split_rows
+from errata.core.tail import split_rows_at
 from errata.core.tokens import Encoded, pad_id
 from errata.methods.subspace.gate_start import ridge_gates, set_gates
 from errata.methods.subspace.op import Frame, frame, gate, orthonormal, start, turned
+from errata.methods.subspace.other_facts import other_facts
 from errata.methods.subspace.texts import knows_subject, ways_to_ask, what_stays
 from errata.request import EditRequest
 
@@ -59,29 +60,60 @@ class Training:
         device = self.lm.device
         self.sample = torch.tensor([s for s, _, _ in rows], dtype=torch.long, device=device)
         self.sample_owner = torch.tensor([i for i, _ in samples], dtype=torch.long, device=device)
+        place = torch.tensor([k for rs in self.problems for k in range(len(rs))], dtype=torch.long, device=device)
+        self.place = place[self.sample]  # [B] of the row's request among those of its problem
         self.samples = torch.tensor([float(len(rs)) for rs in self.problems], device=device)
         self.owner = self.sample_owner[self.sample]
         self.encoded = encoded = self.lm.encode([text for _, _, text in rows], [r.target + self.editor.end for _, r, _ in rows])
         gated = self.editor.gate_kind != "none"  # gates are looked at on every output token, also on the last, which predicts nothing
-        cut_rows = split_rows(encoded, self.editor.last, pad_id(self.lm.tokenizer), device, final=gated)
-        self.knows = self._knowing(rows, encoded)
+        starts, self.opens = self._places(rows, encoded)
+        cut_rows = split_rows_at(encoded, starts, pad_id(self.lm.tokenizer), device, final=gated)
+        self.open = torch.zeros_like(cut_rows.valid)  # [B, A]
+        for row, cut, tokens in zip(self.open, starts, self.opens, strict=True):
+            row[tokens.start - cut : tokens.stop - cut] = True
         self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks) + 1, self.on) if self.problems else None
         self.owned = RowsInTurns(self.runner, self.owner, len(self.problems), self._turns(samples))
         self.recent = torch.zeros(len(self.owned.rows), len(self.problems), device=device)  # what each turn was last compared by
-        self.kept, self.evaluations = None, 0
+        self.kept, self.others, self.evaluations = None, None, 0
         if self.problems:
             first, start = min(self.blocks) + 1, self._before_banks if self.before is not None else None
-            how = {"start": start, "last": self.editor.last}
+            how = {"start": start, "last": self.editor.reach}
             self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, first, self.on, **how)
+            self.others = self._other_facts([r for _, r in samples], first)
 
-    def _knowing(self, rows: Sequence[tuple[int, EditRequest, str]], encoded: Sequence[Encoded]) -> Tensor:
-        """[B] the first active token of each row whose state knows the subject (`errata.methods.subspace.texts.knows_subject`); 0 where
-        gates begin anywhere."""
+    def _other_facts(self, requests: Sequence[EditRequest], first: int) -> Kept | None:
+        """The output term on other facts of the subjects; None where it is off or nothing is asked."""
+        e = self.editor
+        if not (e.at_subject and e.other_facts and e.other_facts_weight):
+            return None
+        texts = [[(p, ".") for p in own] for own in other_facts(self.lm, requests, e.other_facts, self.on)]
+        if not any(texts):
+            return None
+        starts = [knows_subject(self.lm, r, p) or 0 for r, own in zip(requests, texts, strict=True) for p, _ in own]
+        kept = Kept(self.lm, self.problems, self.runner_class, first, self.on, texts=texts, starts=starts)
+        kept.in_turns(e.other_facts_batch)
+        return kept
+
+    def _first(self, text: Encoded) -> int:
+        """The first token that ops act on."""
+        return 0 if self.editor.reach is None else max(0, text.prompt_length - self.editor.reach)
+
+    def _places(self, rows: Sequence[tuple[int, EditRequest, str]], encoded: Sequence[Encoded]) -> tuple[list[int], list[range]]:
+        """Of each row, the first token that is trained, and those whose gates are to be open: with a ridge start the subject's last one, or
+        from there to the target's last but one (behind the target the text is the model's own again); else every one."""
         if not self.editor.ridge:
-            return torch.zeros(len(rows), dtype=torch.long, device=self.lm.device)
-        cuts = [max(0, e.prompt_length - self.editor.last) for e in encoded]
-        first = [knows_subject(self.lm, r, text) for _, r, text in rows]
-        return torch.tensor([max(0, f - c) for f, c in zip(first, cuts, strict=True)], dtype=torch.long, device=self.lm.device)
+            starts = [self._first(e) for e in encoded]
+            return starts, [range(s, len(e.ids)) for s, e in zip(starts, encoded, strict=True)]
+        starts, opens = [], []
+        for (_, request, text), e in zip(rows, encoded, strict=True):
+            subject, end = knows_subject(self.lm, request, text), len(e.ids) - 1
+            if self.editor.at_subject and subject is not None:  # what stands before is left as it is: its gates are shut
+                starts.append(subject)
+                opens.append(range(subject, subject + 1))
+            else:
+                starts.append(max(0, e.prompt_length - self.editor.last))
+                opens.append(range(max(starts[-1], subject or 0), end))
+        return starts, opens
 
     def _turns(self, samples: Sequence[tuple[int, EditRequest]]) -> Tensor:
         """[B] −1 for a prompt and its paraphrases, which train at every step; else which short text stands before (they take turns)."""
@@ -148,13 +180,15 @@ class Training:
             beside = self.kept.of(alive, turn)
             extra = extra + e.contrast_weight * beside.divergence(self._banks(per_block, beside.owner))
         self.recent[turn % len(self.recent), alive] = (compared + extra if e.stop_on == "total" else compared).detach().to(self.recent)
+        if self.others is not None:
+            beside = self.others.of(alive, turn)
+            extra = extra + e.other_facts_weight * beside.divergence(self._banks(per_block, beside.owner))
         worst = self.recent[:, alive].amax(0)  # a problem ends when no turn is above the stop
         return task + extra, worst if self.evaluations >= len(self.recent) else worst.clamp_min(e.stop)
 
     def _banks(self, per_block: Mapping[int, dict[str, Tensor]], owner: Tensor | None) -> list[Bank]:
         """The ops of all blocks; ``owner`` None: a row a problem, in order."""
-        settings = {"gate": self.editor.gate_kind, "last": self.editor.last}
-        return [Bank("subspace", Site(b), settings, per_block[b], owner) for b in self.blocks]
+        return [Bank("subspace", Site(b), self.editor.op_settings, per_block[b], owner) for b in self.blocks]
 
     def _before_banks(self, owner: Tensor) -> list[Bank]:
         """What is gone on from, which the output term compares with."""
@@ -171,8 +205,8 @@ class Training:
             self.gate_sums[block] = torch.zeros(len(self.problems), sums.shape[1], device=sums.device, dtype=sums.dtype)
         self.gate_sums[block][alive] = sums.detach()
 
-    def irrelevant_states(self, last: int) -> tuple[dict[int, Tensor], Tensor, Tensor] | None:
-        """States of ``unrelated`` and ``contrast`` texts under ``on``, at their last ``last`` prompt tokens and at the answer.
+    def irrelevant_states(self) -> tuple[dict[int, Tensor], Tensor, Tensor] | None:
+        """States of ``unrelated`` and ``contrast`` texts under ``on``, at the prompt tokens that ops act on and at the answer.
 
         ({block: [P, N, d]}, where [P, N, 1], owner [P]), a row a problem that has such texts; None without any.
         """
@@ -181,7 +215,7 @@ class Training:
             if not pairs:
                 return None
             encoded = self.lm.encode([p for _, p, _ in pairs], [a for _, _, a in pairs])
-            states, row = self.states_from(encoded, [max(0, e.prompt_length - last) for e in encoded])
+            states, row = self.states_from(encoded, [self._first(e) for e in encoded])
             of = torch.tensor([i for i, _, _ in pairs], device=row.device)[row]  # [n] the problem of each state
             owner, which, count = of.unique(return_inverse=True, return_counts=True)  # sorted, as the states are
             where = torch.arange(int(count.max()), device=row.device) < count[:, None]
@@ -205,10 +239,7 @@ class Training:
             blocks = self.per_block(fitted.params)
         old = self.before
         for i, requests in enumerate(self.problems):
-            ops = tuple(
-                Op("subspace", Site(b), {k: t[i].clone() for k, t in blocks[b].items()}, {"gate": e.gate_kind, "last": e.last})
-                for b in self.blocks
-            )
+            ops = tuple(Op("subspace", Site(b), {k: t[i].clone() for k, t in blocks[b].items()}, dict(e.op_settings)) for b in self.blocks)
             state = {}
             for b, sums in self.gate_sums.items():
                 state[f"weights.{b}"] = self.past_weights(b) + sums[i]

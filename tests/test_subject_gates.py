@@ -1,0 +1,140 @@
+"""Gates that open where the subject is named: which tokens train, where they begin, the exact zero, and what else the subject is asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import lm
+
+from errata.core.keep import Kept
+from errata.core.patch import Site
+from errata.core.tail import FullForward, Tail
+from errata.errors import ConfigError
+from errata.methods.subspace.baft import BaFT
+from errata.methods.subspace.gate_start import ridge_gates
+from errata.methods.subspace.op import Subspace, gate, orthonormal, start
+from errata.methods.subspace.other_facts import other_facts
+from errata.methods.subspace.texts import knows_subject
+from errata.methods.subspace.training import Training
+from errata.request import EditRequest
+from errata.text.corpora import open_corpus
+
+STAYS = (("The capital of Italy is", "Rome"), ("The capital of Japan is", "Tokyo"))
+FRANCE = EditRequest("The capital of France is", "Rome", "France", contrast=STAYS)
+SPAIN = EditRequest("The language of Spain is", "French", "Spain")
+NOBODY = EditRequest("In Rome people speak", "French")
+EDITOR = BaFT(layers=(1, 2), rank=4, prefixes=2)
+
+
+class Context:
+    """Every token is acted on."""
+
+    def active(self, last):  # type: ignore[no-untyped-def]
+        assert last is None
+        return torch.tensor(True)
+
+    def record(self, *_):  # type: ignore[no-untyped-def]
+        pass
+
+
+def test_a_gate_below_the_threshold_leaves_the_state_bit_for_bit() -> None:
+    p = start(4, 16, "rmsnorm", "pyreft", 0, torch.device("cpu"))
+    p = {("R" if k == "X" else k): (orthonormal(t) if k == "X" else t).double() for k, t in p.items()}
+    p["V"] = p["V"] * 40
+    h = torch.randn(1, 30, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    w = gate(p, "rmsnorm", h)
+    cut = float(w.amax(-1).median()) + 1e-9  # half of the tokens have every gate below it
+    for dtype in (torch.float64, torch.bfloat16):
+        y = h.to(dtype)
+        w = gate(p, "rmsnorm", y.double())
+        out = Subspace.apply(p, {"gate": "rmsnorm", "last": None, "threshold": cut}, y, y, Site(0), Context())
+        shut = (w < cut).all(-1)
+        assert 5 < int(shut.sum()) < 25 and torch.equal(out[shut], y[shut])
+        assert bool((out[~shut] != y[~shut]).any(-1).all())
+    exact = gate(p, "rmsnorm", h)
+    wide = h + (torch.where(exact < cut, 0.0, exact) * (h @ (p["A"] - p["R"]).mT + p["b"])) @ p["R"]
+    got = Subspace.apply(p, {"gate": "rmsnorm", "last": None, "threshold": cut}, h, h, Site(0), Context())
+    torch.testing.assert_close(got, wide, atol=1e-12, rtol=0)
+
+
+def test_what_trains_is_the_subjects_last_token_and_what_follows() -> None:
+    base = lm("llama")
+    reworded = EditRequest(FRANCE.prompt, FRANCE.target, "France", paraphrases=("France has the capital", "People there speak of"))
+    training = Training(EDITOR, base, [[reworded]], (), None, Tail)
+    texts = [base.tokenizer.decode(e.ids) for e in training.encoded]
+    assert len(texts) == 5
+    for text, e, opens in zip(texts, training.encoded, training.opens, strict=True):
+        if "France" in text:
+            assert len(opens) == 1 and "France" in base.tokenizer.decode(e.ids[opens.start : opens.stop])
+        else:  # nothing names it: the gate opens at the answer
+            assert (opens.start, opens.stop) == (e.prompt_length - 3, len(e.ids) - 1)
+    assert training.open.sum(1).tolist() == [len(opens) for opens in training.opens]
+    assert training.runner.rows.active.shape[1] == max(len(e.ids) - o.start for e, o in zip(training.encoded, training.opens, strict=True))
+
+
+def test_the_start_solves_the_ridge_problem_with_common_text() -> None:
+    """Against the d×d normal equations, for two requests in one patch."""
+    base = lm("llama", torch.float64)
+    editor = BaFT(layers=(1,), rank=4, prefixes=0)
+    found = ridge_gates(Training(editor, base, [[FRANCE, SPAIN]], (), None, Tail))[0][1]
+    rows, asks, group = [], [], []
+    common = [" ".join(t.split()[:16]) for t in open_corpus("bundled").texts[:16]]
+    common = [t for t in common if "france" not in t.lower() and "spain" not in t.lower()]
+    own = [(r.prompt, r.target, r.subject, i) for i, r in enumerate((FRANCE, SPAIN))]
+    for prompt, answer, subject, which in [*own, *((p, a, None, -1) for p, a in STAYS), *((t, None, None, -1) for t in common)]:
+        (text,) = base.encode([prompt], [answer] if answer else None)
+        with torch.no_grad():
+            h = base.hf(torch.tensor([text.ids]), output_hidden_states=True).hidden_states[2][0]
+        rows.append(h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6))
+        asks += [which if subject and base.tokenizer.decode([t]).strip() == subject else -1 for t in text.ids]
+        group += [1 if answer else 2] * len(h)
+    x, asks_, group_ = torch.cat(rows), torch.tensor(asks), torch.tensor(group)
+    group_[asks_ >= 0] = 0
+    share = torch.tensor([1.0, 0.5, 0.5], dtype=torch.float64)
+    c = (share / torch.bincount(group_).double())[group_] * len(x) / 2
+    y = torch.where(asks_[:, None] == torch.arange(2), 2.0, -6.0).double()
+    penalty = 0.03 * x.square().sum(-1).mean()
+    want = torch.linalg.solve(x.T @ (c[:, None] * x) + penalty * torch.eye(x.shape[1]).double(), x.T @ (c[:, None] * y)).T
+    torch.testing.assert_close(found, want, atol=1e-8, rtol=1e-6)
+
+
+def test_requests_that_share_a_patch_have_a_basis_each_and_one_without_a_subject_opens_at_the_answer() -> None:
+    base = lm("llama")
+    assert EDITOR.suited(base, [FRANCE] * 7).rank == 7 and EDITOR.suited(base, [FRANCE]).rank == 4
+    patches = BaFT(rank=4, steps=2).edit_each(base, [FRANCE, NOBODY, SPAIN])
+    assert [p.requests[0].target for p in patches] == ["Rome", "French", "French"]
+    assert [{op.settings["last"] for op in p.ops} for p in patches] == [{None}, {3}, {None}]
+    assert patches[1].settings["opens"] == "answer" and len(patches[1].ops) > len(patches[0].ops)
+    with pytest.raises(ConfigError, match='opens="subject" needs gate="rmsnorm"'):
+        BaFT(gate="shared_logit")
+
+
+def test_together_as_alone() -> None:
+    base = lm("llama", torch.float64)
+    editor = BaFT(layers=(1,), rank=4, prefixes=2, other_facts=4, steps=6, stop=0.0)
+    together = editor.edit_each(base, [FRANCE, SPAIN])
+    for patch, request in zip(together, (FRANCE, SPAIN), strict=True):
+        alone = editor.edit(base, [request])
+        for name, tensor in alone.ops[0].tensors.items():
+            torch.testing.assert_close(patch.ops[0].tensors[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+def test_other_facts_leave_out_what_may_be_the_same_fact() -> None:
+    base = lm("llama")
+    (asked, none) = other_facts(base, [FRANCE, NOBODY], 16, ())
+    first = base.generate_ids([FRANCE.prompt, *asked], max_new_tokens=1, stop=[])
+    assert none == [] and 0 < len(asked) <= 16 and first[0] not in first[1:] and all("France" in p for p in asked)
+    mother = EditRequest("The mother of France is", "Rome", "France")
+    assert not any(p.startswith("The mother") for p in other_facts(base, [mother], 16, ())[0])
+
+
+def test_the_term_on_given_texts_is_that_of_two_full_passes() -> None:
+    base = lm("llama", torch.float64)
+    texts, alive = [[("France is a", "."), ("The head of France is", ".")]], torch.tensor([0])
+    training = Training(BaFT(layers=(1, 2), rank=4, prefixes=0, threshold=0.1), base, [[FRANCE]], (), None, Tail)
+    banks = training._banks(training.per_block(training._start()), torch.tensor([0, 0]))
+    starts = [knows_subject(base, FRANCE, text) for text, _ in texts[0]]
+    cut = Kept(base, [[FRANCE]], Tail, 2, texts=texts, starts=starts).of(alive).divergence(banks)
+    whole = Kept(base, [[FRANCE]], FullForward, 2, texts=texts).of(alive).divergence(banks)
+    assert starts != [0, 0] and float(whole.detach()) > 1e-6
+    torch.testing.assert_close(cut, whole, atol=1e-10, rtol=1e-8)
