@@ -117,9 +117,9 @@ class BaFT(SubspaceEditor):
     gate_start: Literal["random", "ridge"] = "ridge"
     opens: Literal["subject", "answer"] = "subject"
     threshold: float = 0.1
-    other_facts: int = 0
-    other_facts_weight: float = 1.0
-    other_facts_batch: int = 2
+    other_facts: int = MOST
+    other_facts_weight: float = 0.3
+    other_facts_batch: int = 1
     balance: bool = True
     squared_cv: bool = False
     locality: bool = True
