@@ -38,7 +38,7 @@ def test_it_solves_the_weighted_ridge_problem() -> None:
         c = torch.where(own, 1 / own.sum(), 1 / (~own).sum()).double() * len(y) / 2
         penalty = 0.03 * x.square().sum(-1).mean()
         want = torch.linalg.solve(x.T @ (c[:, None] * x) + penalty * torch.eye(x.shape[1]).double(), x.T @ (c * y))
-        torch.testing.assert_close(v[0], want, atol=1e-8, rtol=1e-6)
+        torch.testing.assert_close(v, want, atol=1e-8, rtol=1e-6)
 
 
 def last_block(base, ids):  # type: ignore[no-untyped-def]

@@ -73,40 +73,53 @@ def test_what_trains_is_the_subjects_last_token_and_what_follows() -> None:
 
 
 def test_the_start_solves_the_ridge_problem_with_common_text() -> None:
-    """Against the d×d normal equations, for two requests in one patch."""
+    """Against the d×d normal equations."""
     base = lm("llama", torch.float64)
     editor = BaFT(layers=(1,), rank=4, prefixes=0)
-    found = ridge_gates(Training(editor, base, [[FRANCE, SPAIN]], (), None, Tail))[0][1]
+    found = ridge_gates(Training(editor, base, [[FRANCE]], (), None, Tail))[0][1]
     rows, asks, group = [], [], []
     common = [" ".join(t.split()[:16]) for t in open_corpus("bundled").texts[:16]]
-    common = [t for t in common if "france" not in t.lower() and "spain" not in t.lower()]
-    own = [(r.prompt, r.target, r.subject, i) for i, r in enumerate((FRANCE, SPAIN))]
-    for prompt, answer, subject, which in [*own, *((p, a, None, -1) for p, a in STAYS), *((t, None, None, -1) for t in common)]:
+    common = [t for t in common if "france" not in t.lower()]
+    own = (FRANCE.prompt, FRANCE.target, "France")
+    for prompt, answer, subject in [own, *((p, a, None) for p, a in STAYS), *((t, None, None) for t in common)]:
         (text,) = base.encode([prompt], [answer] if answer else None)
         with torch.no_grad():
             h = base.hf(torch.tensor([text.ids]), output_hidden_states=True).hidden_states[2][0]
         rows.append(h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6))
-        asks += [which if subject and base.tokenizer.decode([t]).strip() == subject else -1 for t in text.ids]
+        asks += [base.tokenizer.decode([t]).strip() == subject for t in text.ids]
         group += [1 if answer else 2] * len(h)
     x, asks_, group_ = torch.cat(rows), torch.tensor(asks), torch.tensor(group)
-    group_[asks_ >= 0] = 0
+    group_[asks_] = 0
     share = torch.tensor([1.0, 0.5, 0.5], dtype=torch.float64)
     c = (share / torch.bincount(group_).double())[group_] * len(x) / 2
-    y = torch.where(asks_[:, None] == torch.arange(2), 2.0, -6.0).double()
+    y = torch.where(asks_, 2.0, -6.0).double()
     penalty = 0.03 * x.square().sum(-1).mean()
-    want = torch.linalg.solve(x.T @ (c[:, None] * x) + penalty * torch.eye(x.shape[1]).double(), x.T @ (c[:, None] * y)).T
+    want = torch.linalg.solve(x.T @ (c[:, None] * x) + penalty * torch.eye(x.shape[1]).double(), x.T @ (c * y))
     torch.testing.assert_close(found, want, atol=1e-8, rtol=1e-6)
 
 
-def test_requests_that_share_a_patch_have_a_basis_each_and_one_without_a_subject_opens_at_the_answer() -> None:
+def test_one_without_a_subject_opens_at_the_answer() -> None:
     base = lm("llama")
-    assert EDITOR.suited(base, [FRANCE] * 7).rank == 7 and EDITOR.suited(base, [FRANCE]).rank == 4
     patches = BaFT(rank=4, steps=2).edit_each(base, [FRANCE, NOBODY, SPAIN])
     assert [p.requests[0].target for p in patches] == ["Rome", "French", "French"]
     assert [{op.settings["last"] for op in p.ops} for p in patches] == [{None}, {3}, {None}]
     assert patches[1].settings["opens"] == "answer" and len(patches[1].ops) > len(patches[0].ops)
+    assert {op.settings["last"] for op in BaFT(rank=4, steps=2).edit(base, [FRANCE, NOBODY]).ops} == {3}
     with pytest.raises(ConfigError, match='opens="subject" needs gate="rmsnorm"'):
         BaFT(gate="shared_logit")
+
+
+def test_subjects_that_share_a_patch_have_ops_as_if_alone() -> None:
+    base = lm("llama", torch.float64)
+    editor = BaFT(layers=(1,), rank=4, prefixes=1, steps=4, batched_steps=4, stop=0.0, contrast=0)
+    again = EditRequest("The language of France is", "Spanish", "France")
+    joint = editor.edit(base, [FRANCE, SPAIN, again])
+    assert joint.requests == (FRANCE, SPAIN, again) and len(joint.ops) == 2
+    for op, own in zip(joint.ops, ([FRANCE, again], [SPAIN]), strict=True):
+        alone = editor.edit(base, own)
+        for name, tensor in alone.ops[0].tensors.items():
+            torch.testing.assert_close(op.tensors[name], tensor, atol=1e-6, rtol=1e-6)
+    assert editor.edit(base, [SPAIN], on=(joint,)).replaces == ()
 
 
 def test_together_as_alone() -> None:

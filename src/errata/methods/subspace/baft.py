@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from errata.contrast.names import COUNT
-from errata.core.model import LM
 from errata.errors import ConfigError
 from errata.methods.subspace.editor import PAPER_DEPTHS, SubspaceEditor
 from errata.methods.subspace.locality import locality_term
@@ -154,14 +153,20 @@ class BaFT(SubspaceEditor):
     def op_settings(self) -> dict[str, Any]:
         return super().op_settings | ({"threshold": self.threshold} if self.threshold else {})
 
-    def suited(self, lm: LM, requests: Sequence[EditRequest]) -> Self:
-        """Requests that share a patch have a basis each.  Without a subject there is nothing that a gate could open at: then it opens where
-        the answer is given."""
-        if not self.at_subject:
-            return self
-        if any(r.subject is None for r in requests):
+    def suited(self, requests: Sequence[EditRequest]) -> Self:
+        """Without a subject there is nothing that a gate could open at: then it opens where the answer is given."""
+        if self.at_subject and any(r.subject is None for r in requests):
             return replace(self, opens="answer", depths=self.answer_depths)
-        return replace(self, rank=min(max(self.rank, len(requests)), max(self.rank, lm.width // 2)))
+        return self
+
+    def apart(self, requests: Sequence[EditRequest]) -> list[list[int]]:
+        """Where gates open at the subject, a group for each subject."""
+        if not self.at_subject or any(r.subject is None for r in requests):
+            return super().apart(requests)
+        groups: dict[str | None, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(request.subject, []).append(i)
+        return list(groups.values())
 
     @property
     def gate_kind(self) -> str:  # type: ignore[override]

@@ -108,9 +108,13 @@ class SubspaceEditor(OutputTermEditor):
         """Of every op, beside its parameters."""
         return {"gate": self.gate_kind, "last": self.reach}
 
-    def suited(self, lm: LM, requests: Sequence[EditRequest]) -> Self:
+    def suited(self, requests: Sequence[EditRequest]) -> Self:
         """The editor for one patch of these requests."""
         return self
+
+    def apart(self, requests: Sequence[EditRequest]) -> list[list[int]]:
+        """The requests of one patch, by their places, in groups that have ops of their own."""
+        return [list(range(len(requests)))]
 
     def num_parameters(self, lm: LM) -> int:
         """Trainable numbers on this model, counted as the paper does (Table 3): every stored entry, R as r·d."""
@@ -121,34 +125,50 @@ class SubspaceEditor(OutputTermEditor):
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> Patch:
         """One patch for all requests.  If the last patch of ``on`` came from this method with these layers, rank and gate, the edit
-        goes on from its parameters and replaces it (BaFT §2.4, continual editing; see ``resume``); the optimiser starts anew."""
-        on, editor = active_patches(tuple(on)), self.suited(lm, requests)
-        before = on[-1] if on and editor._can_resume(lm, on[-1]) else None
-        requests = self.contrasted(lm, requests, on)
-        return Training(editor, lm, [requests], on[:-1] if before else on, before, runner).run(progress)[0]
+        goes on from its parameters and replaces it (BaFT §2.4, continual editing; see ``resume``); the optimiser starts anew.
+
+        Where gates open at the subject, the requests of each subject have ops of their own, trained as if they were alone."""
+        on, requests = active_patches(tuple(on)), list(requests)
+        self.require_requests([requests])
+        requests = list(self.contrasted(lm, requests, on))
+        groups = self.apart(requests)
+        made = self._each(lm, [[requests[i] for i in group] for group in groups], on, runner, progress)
+        if len(made) == 1:
+            return made[0]
+        notes = {
+            "steps": max(p.notes["steps"] for p in made),
+            "loss": max(p.notes["loss"] for p in made),
+            "seconds": round(sum(p.notes["seconds"] for p in made), 4),
+        }
+        return Patch(self.name, made[0].settings, lm.fingerprint, tuple(requests), tuple(op for p in made for op in p.ops), notes=notes)
 
     def edit_each(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None
     ) -> list[Patch]:
         """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length, a batch a core."""
         on = active_patches(tuple(on))
-        requests = self.contrasted_each(lm, requests, on)
-        encoded = lm.encode([r.prompt for r in requests], [r.target + self.end for r in requests])
-        suited = [self.suited(lm, [r]) for r in requests]
+        return self._each(lm, [[r] for r in self.contrasted_each(lm, requests, on)], on, runner, progress)
+
+    def _each(self, lm: LM, groups: Sequence[Sequence[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
+        """A patch for each group of requests, trained together, in batches of like length, a batch a core."""
+        encoded = [lm.encode([r.prompt for r in group], [r.target + self.end for r in group]) for group in groups]
+        suited = [(self.suited(group), len(group) > 1) for group in groups]
 
         def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
             made: dict[int, Patch] = {}
-            for editor in dict.fromkeys(suited[i] for i in members):
-                own = [i for i in members if suited[i] == editor]
+            for kind in dict.fromkeys(suited[i] for i in members):
+                editor, own = kind[0], [i for i in members if suited[i] == kind]
                 before = on[-1] if on and editor._can_resume(lm, on[-1]) else None
-                training = Training(editor, model, [[requests[i]] for i in own], on[:-1] if before else on, before, runner)
+                training = Training(editor, model, [list(groups[i]) for i in own], on[:-1] if before else on, before, runner)
                 made |= zip(own, training.run(progress), strict=True)
             return [made[i] for i in members]
 
-        rows = [1 + len(r.paraphrases) + self.prefixes for r in requests]
-        tokens = [
-            (len(e.ids) - max(0, e.prompt_length - (s.reach or len(e.ids)))) * n for e, s, n in zip(encoded, suited, rows, strict=True)
+        rows = [sum(1 + len(r.paraphrases) + self.prefixes for r in group) for group in groups]
+        reach = [kind[0].reach for kind in suited]
+        acted = [
+            max(len(e.ids) - (0 if r is None else max(0, e.prompt_length - r)) for e in own) for own, r in zip(encoded, reach, strict=True)
         ]
+        tokens = [many * n for many, n in zip(acted, rows, strict=True)]
         return in_lanes(lm, tokens, train, progress, most=max(1, MOST_ROWS // max(rows, default=1)))
 
     def _can_resume(self, lm: LM, patch: Patch) -> bool:

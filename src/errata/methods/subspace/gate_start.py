@@ -33,8 +33,7 @@ _TEXTS, _WORDS = 16, 16  # of common text
 
 @dataclass
 class _States:
-    """States that make gates: {block: [n, d]}, which of them belong to a problem ([n] bool), and the request (by its place in the problem)
-    whose gates open there [n]; −1: none's."""
+    """States that make gates: {block: [n, d]}, which of them belong to a problem ([n] bool), and where a gate opens ([n] bool)."""
 
     at: Mapping[int, Tensor]
     of: Callable[[int], Tensor]
@@ -42,7 +41,7 @@ class _States:
 
 
 def ridge_gates(training: Any) -> dict[int, dict[int, Tensor]]:
-    """{problem: {block: v [requests, d]}}: of every problem where gates open at the subject, else of those that say what should stay
+    """{problem: {block: v [d]}}: of every problem where gates open at the subject, else of those that say what should stay
     (``contrast``, ``unrelated``)."""
     subject, stays = training.editor.at_subject, training.irrelevant_states()
     problems = range(len(training.problems)) if subject else [] if stays is None else stays[2].tolist()
@@ -59,15 +58,15 @@ def _own(training: Any) -> _States:
     states, text = training.states_from(training.encoded, begins)
     rows = zip(training.encoded, begins, training.opens, strict=True)
     opens = torch.tensor([t in tokens for e, begin, tokens in rows for t in range(begin, len(e.ids))], device=text.device)
-    owner, place = training.owner[text], training.place[text] * training.editor.at_subject
-    return _States(states, lambda problem: owner == problem, torch.where(opens, place, -1))
+    owner = training.owner[text]
+    return _States(states, lambda problem: owner == problem, opens)
 
 
 def _stays(states: Mapping[int, Tensor], where: Tensor, owner: Tensor) -> _States:
     """Of what requests say should stay, from `Training.irrelevant_states`."""
     there = where.squeeze(-1)
     owner = owner[:, None].expand_as(there)[there]
-    return _States({b: h[there] for b, h in states.items()}, lambda problem: owner == problem, torch.full_like(owner, -1))
+    return _States({b: h[there] for b, h in states.items()}, lambda problem: owner == problem, torch.zeros_like(owner, dtype=torch.bool))
 
 
 def _common(training: Any) -> _States:
@@ -79,36 +78,33 @@ def _common(training: Any) -> _States:
         names = {name.lower() for r in training.problems[problem] for name in (r.subject, *r.aliases) if name}
         return torch.tensor([not any(name in own.lower() for name in names) for own in texts], device=text.device)[text]
 
-    return _States(states, of, torch.full_like(text, -1))
+    return _States(states, of, torch.zeros_like(text, dtype=torch.bool))
 
 
 def _solve(parts: Sequence[_States], common: _States | None, problem: int, block: int) -> Tensor:
-    """v [requests, d] of a problem, by the dual: n is some hundreds, d may be thousands."""
+    """v [d] of a problem, by the dual: n is some hundreds, d may be thousands."""
     every = [*parts, common] if common else parts
     mine = [part.of(problem) for part in every]
     x = torch.cat([part.at[block][own] for part, own in zip(every, mine, strict=True)]).double()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS)
-    opens = torch.cat([part.opens[own] for part, own in zip(every, mine, strict=True)])
-    requests = torch.arange(int(opens.max()) + 1, device=opens.device)
-    y = torch.where(opens[:, None] == requests, _OPEN, _SHUT).double()
-    wanted, shut = opens >= 0, opens < 0
+    wanted = torch.cat([part.opens[own] for part, own in zip(every, mine, strict=True)])
+    y = torch.where(wanted, _OPEN, _SHUT).double()
+    shut = ~wanted
     shut[len(y) - int(mine[-1].sum()) if common else len(y) :] = False
     groups = [wanted, shut, ~(wanted | shut)]
     shares = (1.0, 0.5, 0.5) if common else (1.0, 1.0, 0.0)
     weight = sum(share * group.double() / group.sum().clamp_min(1) for share, group in zip(shares, groups, strict=True))
     gram = x @ x.T + torch.diag(_RIDGE * x.square().sum(-1).mean() / (weight * len(y) / 2))
-    v: Tensor = torch.linalg.solve(gram, y).T @ x
+    v: Tensor = x.T @ torch.linalg.solve(gram, y)
     return v.to(parts[0].at[block])
 
 
 def set_gates(params: Mapping[str, Tensor], found: Mapping[int, Mapping[int, Tensor]], blocks: Sequence[int]) -> dict[str, Tensor]:
-    """Parameters [E, blocks, …] with the gates' V [E, blocks, r, d] about these directions; where requests share a patch, the bases are
-    dealt out among them in turn."""
+    """Parameters [E, blocks, …] with the gates' V [E, blocks, r, d] about these directions."""
     if not found:
         return dict(params)
     gates = params["V"].clone()
     for problem, own in found.items():
         for i, block in enumerate(blocks):
-            turn = torch.arange(gates.shape[2], device=gates.device) % len(own[block])
-            gates[problem, i] = gates[problem, i] * _SPREAD + own[block][turn]
+            gates[problem, i] = gates[problem, i] * _SPREAD + own[block]
     return {**params, "V": gates}

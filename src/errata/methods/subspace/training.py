@@ -60,8 +60,6 @@ class Training:
         device = self.lm.device
         self.sample = torch.tensor([s for s, _, _ in rows], dtype=torch.long, device=device)
         self.sample_owner = torch.tensor([i for i, _ in samples], dtype=torch.long, device=device)
-        place = torch.tensor([k for rs in self.problems for k in range(len(rs))], dtype=torch.long, device=device)
-        self.place = place[self.sample]  # [B] of the row's request among those of its problem
         self.samples = torch.tensor([float(len(rs)) for rs in self.problems], device=device)
         self.owner = self.sample_owner[self.sample]
         self.encoded = encoded = self.lm.encode([text for _, _, text in rows], [r.target + self.editor.end for _, r, _ in rows])
