@@ -52,15 +52,13 @@ class GateWeights:
 
 
 def _subspaces(stack: Stack, gated: bool = True) -> dict[int, Op]:
-    """{block: the op of BaFT, without ``gated`` also of ReFT}; `PatchError` where two patches of the stack have one at one block."""
+    """{block: the op of BaFT, without ``gated`` also of ReFT}; `PatchError` where two of the stack are at one block."""
     found: dict[int, Op] = {}
     for op in (op for patch in active_patches(stack) for op in patch.ops if op.kind == "subspace"):
         if gated and op.settings["gate"] == "none":
             continue
         if op.site.block in found:
-            raise PatchError(
-                f"two patches of this stack act at block {op.site.block}; analyse them one at a time, or edit with resume=true"
-            )
+            raise PatchError(f"two edits of this stack act at block {op.site.block}; analyse them one at a time, or edit with resume=true")
         found[op.site.block] = op
     return found
 

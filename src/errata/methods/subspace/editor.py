@@ -152,21 +152,23 @@ class SubspaceEditor(OutputTermEditor):
     def _each(self, lm: LM, groups: Sequence[Sequence[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
         """A patch for each group of requests, trained together, in batches of like length, a batch a core."""
         encoded = [lm.encode([r.prompt for r in group], [r.target + self.end for r in group]) for group in groups]
-        suited = [(self.suited(group), len(group) > 1) for group in groups]
+        suited = [self.suited(group) for group in groups]
+        kinds = [(editor.at_subject, len(group) > 1) for editor, group in zip(suited, groups, strict=True)]
 
         def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
             made: dict[int, Patch] = {}
-            for kind in dict.fromkeys(suited[i] for i in members):
-                editor, own = kind[0], [i for i in members if suited[i] == kind]
+            for kind in dict.fromkeys(kinds[i] for i in members):
+                own = [i for i in members if kinds[i] == kind]
+                editor = suited[own[0]]
                 before = on[-1] if on and editor._can_resume(lm, on[-1]) else None
                 training = Training(editor, model, [list(groups[i]) for i in own], on[:-1] if before else on, before, runner)
                 made |= zip(own, training.run(progress), strict=True)
             return [made[i] for i in members]
 
         rows = [sum(1 + len(r.paraphrases) + self.prefixes for r in group) for group in groups]
-        reach = [kind[0].reach for kind in suited]
         acted = [
-            max(len(e.ids) - (0 if r is None else max(0, e.prompt_length - r)) for e in own) for own, r in zip(encoded, reach, strict=True)
+            max(len(e.ids) - max(0, e.prompt_length - (editor.reach or e.prompt_length)) for e in own)
+            for own, editor in zip(encoded, suited, strict=True)
         ]
         tokens = [many * n for many, n in zip(acted, rows, strict=True)]
         return in_lanes(lm, tokens, train, progress, most=max(1, MOST_ROWS // max(rows, default=1)))
