@@ -20,6 +20,7 @@ from errata.core.model import LM
 from errata.request import EditRequest, names_in
 from errata.score.match import starts
 from errata.score.neighbours import watch
+from errata.text.corpora import open_corpus
 
 SMOLLM = catalogue.KNOWN["smollm2-135m"]
 pytestmark = [
@@ -83,7 +84,16 @@ def test_the_default_method_writes_facts_and_keeps_what_it_was_never_shown(smoll
         assert patch.requests[0].contrast and kept.of >= 8
         trained = "\n".join(prompt for prompt, _ in patch.requests[0].contrast)
         assert not names_in(trained, [n.subject for n in kept.watched])
-    assert sum(kept.count for kept in found) >= 0.8 * sum(kept.of for kept in found), [str(kept) for kept in found]
+    assert sum(kept.count for kept in found) >= 0.9 * sum(kept.of for kept in found), [str(kept) for kept in found]
+    texts = [t.strip() for t in open_corpus("heldout").texts[:12]]
+    assert not names_in("\n".join(texts), ["gold", "Japan"])
+    ids = [smollm.tokenizer(text, return_tensors="pt").input_ids[:, :48] for text in texts]
+    with torch.no_grad():
+        before = [smollm.hf(i).logits for i in ids]
+        for patch in patches:
+            with smollm.under(patch):
+                same = [torch.equal(smollm.hf(i).logits, logits) for i, logits in zip(ids, before, strict=True)]
+            assert sum(same) >= 10, "no gate opens on text about something else: the base's logits, bit for bit"
     assert smollm.complete(FRANCE) == "Paris"
 
 
