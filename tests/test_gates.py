@@ -162,7 +162,7 @@ def test_no_gate_and_two_gates_are_refused(patch: Patch) -> None:
     plain = build(ReFT, OWN).edit(base, [CASES[0].request])
     with pytest.raises(InputError, match="make the patch with baft"):
         gates.read(base, inputs((plain,)))
-    with pytest.raises(PatchError, match="two patches of this stack act at block 1"):
+    with pytest.raises(PatchError, match="two edits of this stack act at block 1"):
         gates.read(base, inputs((patch, dataclasses.replace(made()[0]))))
 
 
