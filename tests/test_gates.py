@@ -235,7 +235,9 @@ def test_command_on_patches(mode: str, tiny: str, requests: str, tmp_path: Path,
 
 
 RUN = """
-methods: [{name: baft, set: {rank: 2, lr: 0.02, steps: 4, layers: [3], resume: true}}, {name: ft-m, set: {layers: [3], steps: 2}}]
+methods:
+  - {name: baft, set: {rank: 2, lr: 0.02, steps: 4, layers: [3], opens: answer, resume: true}}
+  - {name: ft-m, set: {layers: [3], steps: 2}}
 benchmark: {name: "own:Tiny", n: 12}
 scenario: [{kind: continual, marks: [10, 12]}, single]
 score: {latency: false, right_after: false}

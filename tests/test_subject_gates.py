@@ -14,7 +14,7 @@ from errata.methods.subspace.baft import BaFT
 from errata.methods.subspace.gate_start import ridge_gates
 from errata.methods.subspace.op import Subspace, gate, orthonormal, start
 from errata.methods.subspace.other_facts import other_facts
-from errata.methods.subspace.texts import knows_subject
+from errata.methods.subspace.texts import subject_ends
 from errata.methods.subspace.training import Training
 from errata.request import EditRequest
 from errata.text.corpora import open_corpus
@@ -65,11 +65,11 @@ def test_what_trains_is_the_subjects_last_token_and_what_follows() -> None:
     assert len(texts) == 5
     for text, e, opens in zip(texts, training.encoded, training.opens, strict=True):
         if "France" in text:
-            assert len(opens) == 1 and "France" in base.tokenizer.decode(e.ids[opens.start : opens.stop])
+            assert len(opens) == 1 and "France" in base.tokenizer.decode([e.ids[opens[0]]])
         else:  # nothing names it: the gate opens at the answer
-            assert (opens.start, opens.stop) == (e.prompt_length - 3, len(e.ids) - 1)
+            assert opens == range(e.prompt_length - 3, len(e.ids) - 1)
     assert training.open.sum(1).tolist() == [len(opens) for opens in training.opens]
-    assert training.runner.rows.active.shape[1] == max(len(e.ids) - o.start for e, o in zip(training.encoded, training.opens, strict=True))
+    assert training.runner.rows.active.shape[1] == max(len(e.ids) - o[0] for e, o in zip(training.encoded, training.opens, strict=True))
 
 
 def test_the_start_solves_the_ridge_problem_with_common_text() -> None:
@@ -146,7 +146,7 @@ def test_the_term_on_given_texts_is_that_of_two_full_passes() -> None:
     texts, alive = [[("France is a", "."), ("The head of France is", ".")]], torch.tensor([0])
     training = Training(BaFT(layers=(1, 2), rank=4, prefixes=0, threshold=0.1), base, [[FRANCE]], (), None, Tail)
     banks = training._banks(training.per_block(training._start()), torch.tensor([0, 0]))
-    starts = [knows_subject(base, FRANCE, text) for text, _ in texts[0]]
+    starts = [subject_ends(base, FRANCE, text)[0] for text, _ in texts[0]]
     cut = Kept(base, [[FRANCE]], Tail, 2, texts=texts, starts=starts).of(alive).divergence(banks)
     whole = Kept(base, [[FRANCE]], FullForward, 2, texts=texts).of(alive).divergence(banks)
     assert starts != [0, 0] and float(whole.detach()) > 1e-6

@@ -58,7 +58,10 @@ def _subspaces(stack: Stack, gated: bool = True) -> dict[int, Op]:
         if gated and op.settings["gate"] == "none":
             continue
         if op.site.block in found:
-            raise PatchError(f"two edits of this stack act at block {op.site.block}; analyse them one at a time, or edit with resume=true")
+            raise PatchError(
+                f"two edits of this stack act at block {op.site.block}; "
+                "analyse them one at a time, or edit with opens=answer and resume=true"
+            )
         found[op.site.block] = op
     return found
 

@@ -123,7 +123,8 @@ def _from_model(args: argparse.Namespace, values: dict[str, Any], progress: Prog
     from errata.analyse import gate_training, gates
     from errata.score.evaluator import AnswerCache
 
-    editor = registry.get("method", "baft").for_model(lm, **{"resume": True, **values})  # one patch, whose gates serve all edits
+    one = {"opens": "answer", "resume": True}  # one patch whose gates serve all edits
+    editor = registry.get("method", "baft").for_model(lm, **one | dict(values))
     marks = common.tens(len(cases))
     grown = gate_training.run_continual(lm, editor, cases, marks, progress)
     by_mark = gate_training.records(lm, grown, cases, "baft", AnswerCache(), progress)

@@ -7,6 +7,7 @@ byte-level BPE merges), and then a model is trained on a text it never sees at u
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,19 +151,27 @@ def pieces(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
     return [tuple(tokenizer(t.rstrip(" ") if spaced else t, add_special_tokens=False)["input_ids"]) if t else () for t in texts]
 
 
-def subject_span(tokenizer: Any, prompt: str, subject: str, *, last: bool = False) -> tuple[int, int]:
-    """Token range [start, end) of the subject's first (or last) occurrence in the prompt, by character offsets."""
+def subject_spans(tokenizer: Any, prompt: str, subject: str) -> list[tuple[int, int]]:
+    """Token ranges [start, end) of the subject's occurrences in the prompt, one at least, by character offsets."""
     prompt = trim(tokenizer, prompt)
-    begin = prompt.rfind(subject) if last else prompt.find(subject)
-    if begin < 0:
+    begins = [found.start() for found in re.finditer(f"(?={re.escape(subject)})", prompt)]
+    if not begins:
         raise InputError(f"subject {subject!r} does not occur in prompt {prompt!r}")
     if not tokenizer.is_fast:
         raise InputError("subject positions need a fast tokenizer (with offsets)")
     (places,) = offsets(tokenizer, [prompt])
-    inside = [i for i, (a, b) in enumerate(places) if b > begin and a < begin + len(subject) and b > a]
-    if not inside:  # a normaliser may drop characters
-        raise InputError(f"subject {subject!r} leaves no token in prompt {prompt!r}; give more of its name")
-    return inside[0], inside[-1] + 1
+    out = []
+    for begin in begins:
+        inside = [i for i, (a, b) in enumerate(places) if b > begin and a < begin + len(subject) and b > a]
+        if not inside:  # a normaliser may drop characters
+            raise InputError(f"subject {subject!r} leaves no token in prompt {prompt!r}; give more of its name")
+        out.append((inside[0], inside[-1] + 1))
+    return out
+
+
+def subject_span(tokenizer: Any, prompt: str, subject: str, *, last: bool = False) -> tuple[int, int]:
+    """Token range [start, end) of the subject's first (or last) occurrence in the prompt."""
+    return subject_spans(tokenizer, prompt, subject)[-1 if last else 0]
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -23,7 +23,7 @@ from errata.methods.subspace.training import Training
 from errata.request import EditRequest
 
 # Where the state of a subject's last token knows the whole name and later blocks still read it (docs/results).
-_DEPTHS = (6 / 30,)
+_SUBJECT_DEPTHS = (6 / 30,)
 # Where the states of a prompt's last tokens know whom they are about; an earlier gate there cannot tell neighbours apart.
 _ANSWER_DEPTHS = (14 / 30, 18 / 30, 22 / 30, 26 / 30)
 _CLAMP = 1e-8  # below which a mean weight is not divided by
@@ -37,7 +37,7 @@ class BaFT(SubspaceEditor):
     gate_start  "ridge": where it is known what should stay, gates begin at `errata.methods.subspace.gate_start`; "random": as pyreft's
     opens       where a gate is to open: "subject": on the last token of the subject wherever a text names it, and on no other, so the
                 answer is found however it is asked for; "answer", as the paper: on the last prompt tokens and the output.  A request
-                without a subject has "answer" and ``answer_depths``
+                without a subject has "answer".  Each has blocks of its own by default, an early one and four later ones
     threshold   a gate weight below it is exactly 0; a text on which every gate is shut is answered by the base, bit for bit
     other_facts, other_facts_weight, other_facts_batch
                 prompts about the subject's other facts (`errata.methods.subspace.other_facts`), the weight of the output term on them,
@@ -60,8 +60,7 @@ class BaFT(SubspaceEditor):
     needs: ClassVar[frozenset[str]] = frozenset({"unrelated?"})  # used where given
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = BAFT
 
-    depths: tuple[float, ...] = _DEPTHS
-    answer_depths: tuple[float, ...] = _ANSWER_DEPTHS
+    depths: tuple[float, ...] | None = None
     lr: float = 1e-3
     steps: int = 60
     batched_lr: float = 1e-3
@@ -93,6 +92,10 @@ class BaFT(SubspaceEditor):
             self.opens == "answer" or self.ridge,
             'opens="subject" needs gate="rmsnorm" and gate_start="ridge"; set opens="answer" beside others',
         )
+        stands = not (self.at_subject and self.resume)
+        self.require(
+            stands, 'an edit with opens="subject" stands by itself; set resume=false, or opens="answer" to go on from the last patch'
+        )
         self.require(0 <= self.threshold < 1, f"threshold is a gate weight, from 0 to below 1, not {self.threshold:g}")
         self.require(0 <= self.other_facts <= MOST, f"other_facts must be from 0 to {MOST}, not {self.other_facts}")
         others = min(self.other_facts_weight, self.other_facts_batch)
@@ -104,23 +107,18 @@ class BaFT(SubspaceEditor):
         return self.opens == "subject"
 
     @property
+    def own_depths(self) -> tuple[float, ...]:
+        return _SUBJECT_DEPTHS if self.at_subject else _ANSWER_DEPTHS
+
+    @property
     def op_settings(self) -> dict[str, Any]:
         return super().op_settings | ({"threshold": self.threshold} if self.threshold else {})
 
     def suited(self, requests: Sequence[EditRequest]) -> Self:
         """Without a subject there is nothing that a gate could open at: then it opens where the answer is given."""
         if self.at_subject and any(r.subject is None for r in requests):
-            return replace(self, opens="answer", depths=self.answer_depths)
+            return replace(self, opens="answer")
         return self
-
-    def apart(self, requests: Sequence[EditRequest]) -> list[list[int]]:
-        """Where gates open at the subject, a group for each subject."""
-        if not self.at_subject or any(r.subject is None for r in requests):
-            return super().apart(requests)
-        groups: dict[str | None, list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault(request.subject, []).append(i)
-        return list(groups.values())
 
     @property
     def gate_kind(self) -> str:  # type: ignore[override]

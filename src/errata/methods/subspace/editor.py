@@ -35,7 +35,8 @@ class SubspaceEditor(OutputTermEditor):
 
     rank        r, dimensions of the edited subspace a block
     layers      0-based block numbers (the paper does not say from what it counts; pyreft counts from 0); None: by ``depths``
-    depths      of the edited blocks where ``layers`` is None, as parts of the model's depth; the paper's are those of its LLaMA layers
+    depths      of the edited blocks where ``layers`` is None, as parts of the model's depth; the paper's are those of its LLaMA layers.
+                None: by the method's rule
     last        how many last prompt tokens are edited, besides every output token
     resume      an edit on top of this method's own last patch goes on from its parameters and replaces it; False: it stands by itself
     prefixes    short texts behind which the prompt and its neighbours are trained, too (`errata.methods.subspace.texts`)
@@ -59,7 +60,7 @@ class SubspaceEditor(OutputTermEditor):
 
     rank: int = 12
     layers: tuple[int, ...] | None = None
-    depths: tuple[float, ...] = PAPER_DEPTHS
+    depths: tuple[float, ...] | None = PAPER_DEPTHS
     last: int = 3
     lr: float = 3e-4
     steps: int = 40
@@ -86,17 +87,22 @@ class SubspaceEditor(OutputTermEditor):
             raise ConfigError(f"{self.name}: a learning rate must be positive")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
-        if not self.depths or not all(0 <= f <= 1 for f in self.depths):
+        if self.depths is not None and not (self.depths and all(0 <= f <= 1 for f in self.depths)):
             raise ConfigError(f"{self.name}: depths are parts of the model's depth, from 0 to 1; got {list(self.depths)}")
 
     def target_layers(self, lm: LM) -> tuple[int, ...]:
         """The blocks to edit on this model; `ConfigError` for one that does not exist."""
-        chosen = layers_for(lm.depth, self.depths) if self.layers is None else self.layers
+        chosen = layers_for(lm.depth, self.depths or self.own_depths) if self.layers is None else self.layers
         wrong = [b for b in chosen if not 0 <= b < lm.depth]
         if wrong or self.rank > lm.width:
             what = f"block {wrong[0]} does not exist (0 to {lm.depth - 1})" if wrong else f"rank {self.rank} exceeds the width {lm.width}"
             raise ConfigError(f"{self.name}: {what}; set layers and rank for this model")
         return chosen
+
+    @property
+    def own_depths(self) -> tuple[float, ...]:
+        """The method's rule for the blocks to edit."""
+        return PAPER_DEPTHS
 
     @property
     def reach(self) -> int | None:
@@ -113,8 +119,13 @@ class SubspaceEditor(OutputTermEditor):
         return self
 
     def apart(self, requests: Sequence[EditRequest]) -> list[list[int]]:
-        """The requests of one patch, by their places, in groups that have ops of their own."""
-        return [list(range(len(requests)))]
+        """The requests of one patch, by their places, in groups that have ops of their own: one for each subject where gates open there."""
+        if not self.at_subject or any(r.subject is None for r in requests):
+            return [list(range(len(requests)))]
+        groups: dict[str | None, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(request.subject, []).append(i)
+        return list(groups.values())
 
     def num_parameters(self, lm: LM) -> int:
         """Trainable numbers on this model, counted as the paper does (Table 3): every stored entry, R as r·d."""

@@ -38,6 +38,7 @@ class _States:
     at: Mapping[int, Tensor]
     of: Callable[[int], Tensor]
     opens: Tensor
+    common: bool = False
 
 
 def ridge_gates(training: Any) -> dict[int, dict[int, Tensor]]:
@@ -47,14 +48,13 @@ def ridge_gates(training: Any) -> dict[int, dict[int, Tensor]]:
     problems = range(len(training.problems)) if subject else [] if stays is None else stays[2].tolist()
     if not problems:
         return {}
-    parts = [_own(training)] + ([] if stays is None else [_stays(*stays)])
-    common = _common(training) if subject else None
-    return {p: {b: _solve(parts, common, p, b) for b in training.blocks} for p in problems}
+    parts = [_own(training)] + ([] if stays is None else [_stays(*stays)]) + ([_common(training)] if subject else [])
+    return {p: _solve(parts, p) for p in problems}
 
 
 def _own(training: Any) -> _States:
     """Of the edits themselves."""
-    begins = [0 if training.editor.at_subject else tokens.start for tokens in training.opens]
+    begins = [0 if training.editor.at_subject else tokens[0] for tokens in training.opens]
     states, text = training.states_from(training.encoded, begins)
     rows = zip(training.encoded, begins, training.opens, strict=True)
     opens = torch.tensor([t in tokens for e, begin, tokens in rows for t in range(begin, len(e.ids))], device=text.device)
@@ -78,25 +78,26 @@ def _common(training: Any) -> _States:
         names = {name.lower() for r in training.problems[problem] for name in (r.subject, *r.aliases) if name}
         return torch.tensor([not any(name in own.lower() for name in names) for own in texts], device=text.device)[text]
 
-    return _States(states, of, torch.zeros_like(text, dtype=torch.bool))
+    return _States(states, of, torch.zeros_like(text, dtype=torch.bool), common=True)
 
 
-def _solve(parts: Sequence[_States], common: _States | None, problem: int, block: int) -> Tensor:
-    """v [d] of a problem, by the dual: n is some hundreds, d may be thousands."""
-    every = [*parts, common] if common else parts
-    mine = [part.of(problem) for part in every]
-    x = torch.cat([part.at[block][own] for part, own in zip(every, mine, strict=True)]).double()
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS)
-    wanted = torch.cat([part.opens[own] for part, own in zip(every, mine, strict=True)])
+def _solve(parts: Sequence[_States], problem: int) -> dict[int, Tensor]:
+    """{block: v [d]} of a problem, by the dual: n is some hundreds, d may be thousands."""
+    mine = [part.of(problem) for part in parts]
+    wanted = torch.cat([part.opens[own] for part, own in zip(parts, mine, strict=True)])
+    common = torch.cat([torch.full_like(part.opens[own], part.common) for part, own in zip(parts, mine, strict=True)])
+    group = torch.where(wanted, 0, 1 + common.long())
+    sizes = torch.bincount(group, minlength=3).double()
+    shares = torch.tensor([1.0, 0.5, 0.5] if sizes[2] else [1.0, 1.0, 0.0], device=sizes.device, dtype=sizes.dtype)
+    weight = (shares / sizes.clamp_min(1))[group] * len(group) / 2
     y = torch.where(wanted, _OPEN, _SHUT).double()
-    shut = ~wanted
-    shut[len(y) - int(mine[-1].sum()) if common else len(y) :] = False
-    groups = [wanted, shut, ~(wanted | shut)]
-    shares = (1.0, 0.5, 0.5) if common else (1.0, 1.0, 0.0)
-    weight = sum(share * group.double() / group.sum().clamp_min(1) for share, group in zip(shares, groups, strict=True))
-    gram = x @ x.T + torch.diag(_RIDGE * x.square().sum(-1).mean() / (weight * len(y) / 2))
-    v: Tensor = x.T @ torch.linalg.solve(gram, y)
-    return v.to(parts[0].at[block])
+    out = {}
+    for block, states in parts[0].at.items():
+        x = torch.cat([part.at[block][own] for part, own in zip(parts, mine, strict=True)]).double()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS)
+        gram = x @ x.T + torch.diag(_RIDGE * x.square().sum(-1).mean() / weight)
+        out[block] = (x.T @ torch.linalg.solve(gram, y)).to(states)
+    return out
 
 
 def set_gates(params: Mapping[str, Tensor], found: Mapping[int, Mapping[int, Tensor]], blocks: Sequence[int]) -> dict[str, Tensor]:

@@ -35,23 +35,19 @@ MOST = len(_ASKED)
 
 def other_facts(lm: LM, requests: Sequence[EditRequest], count: int, on: Stack) -> list[list[str]]:
     """Up to ``count`` prompts about each request's subject.  One whose next token is that of the request's own prompt is left out, for it
-    may ask the same fact in other words; so is one that shares a long word with the prompt."""
+    may ask the same fact in other words; so is one that shares a long word with the prompt or a paraphrase."""
     if not count:
         return [[] for _ in requests]
-    asked = [[_ask(form, r) for form in _ASKED[:count]] if r.subject else [] for r in requests]
+    asked = [[form.format(r.subject) for form in _ASKED[:count]] if r.subject else [] for r in requests]
     prompts = [p for r, own in zip(requests, asked, strict=True) for p in (r.prompt, *own)]
     said = iter(lm.generate_ids(prompts, stacks=[on], rows=[0] * len(prompts), max_new_tokens=1, stop=[]))
     out = []
     for request, own in zip(requests, asked, strict=True):
         first = next(said)
-        words = _words(request, request.prompt)
+        words = _words(request, " ".join((request.prompt, *request.paraphrases)))
         answers = [next(said) for _ in own]
         out.append([p for p, answer in zip(own, answers, strict=True) if answer != first and not words & _words(request, p)])
     return out
-
-
-def _ask(form: str, request: EditRequest) -> str:
-    return form.format(request.subject)
 
 
 def _words(request: EditRequest, text: str) -> set[str]:

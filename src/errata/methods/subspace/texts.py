@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from errata.core.chat import behind
 from errata.core.model import LM
-from errata.core.tokens import subject_span
+from errata.core.tokens import subject_spans
 from errata.request import EditRequest
 
 _BEFORE = (
@@ -32,20 +32,29 @@ def ways_to_ask(lm: LM, request: EditRequest, prefixes: int) -> list[str]:
     return [request.prompt, *request.paraphrases, *texts]
 
 
-def what_stays(lm: LM, requests: Sequence[EditRequest], prefixes: int) -> list[tuple[str, str]]:
-    """The requests' ``unrelated`` and ``contrast`` pairs, the latter also behind one of so many short texts each."""
+def what_stays(lm: LM, requests: Sequence[EditRequest], prefixes: int, named: bool = True) -> list[tuple[str, str]]:
+    """The requests' ``unrelated`` and ``contrast`` pairs, the latter also behind one of so many short texts each.  ``named`` False: without
+    those whose prompt names the subject."""
     out = []
     for request in requests:
-        out += [*request.unrelated, *request.contrast]
+        unrelated, contrast = (
+            [pair for pair in pairs if named or not names(request, pair[0])] for pairs in (request.unrelated, request.contrast)
+        )
+        out += [*unrelated, *contrast]
         if prefixes:
-            pairs = enumerate(request.contrast)
-            out += [(behind(lm.tokenizer, f"{_BEFORE[i % prefixes]} ", prompt), answer) for i, (prompt, answer) in pairs]
+            out += [(behind(lm.tokenizer, f"{_BEFORE[i % prefixes]} ", prompt), answer) for i, (prompt, answer) in enumerate(contrast)]
     return out
 
 
-def knows_subject(lm: LM, request: EditRequest, text: str) -> int | None:
-    """The first token of a prompt whose state knows its subject: the subject's last.  What stands before is the same whoever is asked
-    about, so no gate can be open there on the edit and shut on a neighbour.  None where the text does not name it."""
+def names(request: EditRequest, text: str) -> bool:
+    """Whether a text names the subject, be it as a part of a longer name ("Nintendo DS" in "Nintendo DSi"): its last token is then in the
+    same state as the edit's, so that no gate tells the two apart."""
+    return request.subject is not None and request.subject in text
+
+
+def subject_ends(lm: LM, request: EditRequest, text: str) -> list[int]:
+    """The last token of the subject at each place where a text names it; none where it does not.  A state before is the same whoever is
+    asked about, so no gate can be open there on the edit and shut on a neighbour."""
     if request.subject is None or request.subject not in text:
-        return None
-    return subject_span(lm.tokenizer, text, request.subject, last=True)[1] - 1
+        return []
+    return sorted({end - 1 for _, end in subject_spans(lm.tokenizer, text, request.subject)})

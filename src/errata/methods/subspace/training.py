@@ -28,7 +28,7 @@ from errata.core.tokens import Encoded, pad_id
 from errata.methods.subspace.gate_start import ridge_gates, set_gates
 from errata.methods.subspace.op import Frame, frame, gate, orthonormal, start, turned
 from errata.methods.subspace.other_facts import other_facts
-from errata.methods.subspace.texts import knows_subject, ways_to_ask, what_stays
+from errata.methods.subspace.texts import names, subject_ends, ways_to_ask, what_stays
 from errata.request import EditRequest
 
 
@@ -64,11 +64,11 @@ class Training:
         self.owner = self.sample_owner[self.sample]
         self.encoded = encoded = self.lm.encode([text for _, _, text in rows], [r.target + self.editor.end for _, r, _ in rows])
         gated = self.editor.gate_kind != "none"  # gates are looked at on every output token, also on the last, which predicts nothing
-        starts, self.opens = self._places(rows, encoded)
+        starts, self.opens = self._places(rows, encoded)  # opens: of each row, the tokens whose gates are to be open
         cut_rows = split_rows_at(encoded, starts, pad_id(self.lm.tokenizer), device, final=gated)
         self.open = torch.zeros_like(cut_rows.valid)  # [B, A]
         for row, cut, tokens in zip(self.open, starts, self.opens, strict=True):
-            row[tokens.start - cut : tokens.stop - cut] = True
+            row[[t - cut for t in tokens if t - cut < len(row)]] = True  # without gates a target's last token is not run
         self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks) + 1, self.on) if self.problems else None
         self.owned = RowsInTurns(self.runner, self.owner, len(self.problems), self._turns(samples))
         self.recent = torch.zeros(len(self.owned.rows), len(self.problems), device=device)  # what each turn was last compared by
@@ -80,37 +80,47 @@ class Training:
             self.others = self._other_facts([r for _, r in samples], first)
 
     def _other_facts(self, requests: Sequence[EditRequest], first: int) -> Kept | None:
-        """The output term on other facts of the subjects; None where it is off or nothing is asked."""
+        """The output term on other facts of the subjects, and on what should stay and names a subject, where no gate can be shut; None
+        where it is off or nothing is asked."""
         e = self.editor
-        if not (e.at_subject and e.other_facts and e.other_facts_weight):
+        if not (e.at_subject and e.other_facts_weight):
             return None
-        texts = [[(p, ".") for p in own] for own in other_facts(self.lm, requests, e.other_facts, self.on)]
+        asked = other_facts(self.lm, requests, e.other_facts, self.on)
+        texts = [
+            [*self._named(r), *((p, ".") for p in own)] for r, own in zip(requests, asked, strict=True)
+        ]  # only the prompt is looked at
         if not any(texts):
             return None
-        starts = [knows_subject(self.lm, r, p) or 0 for r, own in zip(requests, texts, strict=True) for p, _ in own]
+        starts = [subject_ends(self.lm, r, p)[0] for r, own in zip(requests, texts, strict=True) for p, _ in own]
         kept = Kept(self.lm, self.problems, self.runner_class, first, self.on, texts=texts, starts=starts)
         kept.in_turns(e.other_facts_batch)
         return kept
+
+    @staticmethod
+    def _named(request: EditRequest) -> list[tuple[str, str]]:
+        """What should stay and names the subject."""
+        return [pair for pair in (*request.unrelated, *request.contrast) if names(request, pair[0])]
 
     def _first(self, text: Encoded) -> int:
         """The first token that ops act on."""
         return 0 if self.editor.reach is None else max(0, text.prompt_length - self.editor.reach)
 
-    def _places(self, rows: Sequence[tuple[int, EditRequest, str]], encoded: Sequence[Encoded]) -> tuple[list[int], list[range]]:
-        """Of each row, the first token that is trained, and those whose gates are to be open: with a ridge start the subject's last one, or
-        from there to the target's last but one (behind the target the text is the model's own again); else every one."""
+    def _places(self, rows: Sequence[tuple[int, EditRequest, str]], encoded: Sequence[Encoded]) -> tuple[list[int], list[Sequence[int]]]:
+        """Of each row, the first token that is trained, and those whose gates are to be open: with a ridge start each last one of the
+        subject, or from there to the target's last but one (behind the target the text is the model's own again); else every one."""
+        starts: list[int] = []
+        opens: list[Sequence[int]] = []
         if not self.editor.ridge:
             starts = [self._first(e) for e in encoded]
             return starts, [range(s, len(e.ids)) for s, e in zip(starts, encoded, strict=True)]
-        starts, opens = [], []
         for (_, request, text), e in zip(rows, encoded, strict=True):
-            subject, end = knows_subject(self.lm, request, text), len(e.ids) - 1
-            if self.editor.at_subject and subject is not None:  # what stands before is left as it is: its gates are shut
-                starts.append(subject)
-                opens.append(range(subject, subject + 1))
+            ends = subject_ends(self.lm, request, text)
+            if self.editor.at_subject and ends:  # what stands before is left as it is: its gates are shut
+                starts.append(ends[0])
+                opens.append(ends)
             else:
                 starts.append(max(0, e.prompt_length - self.editor.last))
-                opens.append(range(max(starts[-1], subject or 0), end))
+                opens.append(range(max([starts[-1], *ends]), len(e.ids) - 1))
         return starts, opens
 
     def _turns(self, samples: Sequence[tuple[int, EditRequest]]) -> Tensor:
@@ -178,7 +188,7 @@ class Training:
             beside = self.kept.of(alive, turn)
             extra = extra + e.contrast_weight * beside.divergence(self._banks(per_block, beside.owner))
         self.recent[turn % len(self.recent), alive] = (compared + extra if e.stop_on == "total" else compared).detach().to(self.recent)
-        if self.others is not None:
+        if self.others is not None:  # not compared with the stop: what is said of other facts may never come quite back
             beside = self.others.of(alive, turn)
             extra = extra + e.other_facts_weight * beside.divergence(self._banks(per_block, beside.owner))
         worst = self.recent[:, alive].amax(0)  # a problem ends when no turn is above the stop
@@ -209,7 +219,8 @@ class Training:
         ({block: [P, N, d]}, where [P, N, 1], owner [P]), a row a problem that has such texts; None without any.
         """
         if self.irrelevant is None:
-            pairs = [(i, *pair) for i, rs in enumerate(self.problems) for pair in what_stays(self.lm, rs, self.editor.prefixes)]
+            named = not self.editor.at_subject
+            pairs = [(i, *pair) for i, rs in enumerate(self.problems) for pair in what_stays(self.lm, rs, self.editor.prefixes, named)]
             if not pairs:
                 return None
             encoded = self.lm.encode([p for _, p, _ in pairs], [a for _, _, a in pairs])
