@@ -39,6 +39,8 @@ def test_every_verb_prints_one_document(tiny: str, requests: str, tmp_path: Path
         "continual",
         *FAST,
         "--set",
+        "opens=answer",
+        "--set",
         "resume=true",
         "--force",
     )

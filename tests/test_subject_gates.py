@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from families import lm
@@ -14,7 +16,7 @@ from errata.methods.subspace.baft import BaFT
 from errata.methods.subspace.gate_start import ridge_gates
 from errata.methods.subspace.op import Subspace, gate, orthonormal, start
 from errata.methods.subspace.other_facts import other_facts
-from errata.methods.subspace.texts import subject_ends
+from errata.methods.subspace.texts import subject_ends, what_stays
 from errata.methods.subspace.training import Training
 from errata.request import EditRequest
 from errata.text.corpora import open_corpus
@@ -151,3 +153,34 @@ def test_the_term_on_given_texts_is_that_of_two_full_passes() -> None:
     whole = Kept(base, [[FRANCE]], FullForward, 2, texts=texts).of(alive).divergence(banks)
     assert starts != [0, 0] and float(whole.detach()) > 1e-6
     torch.testing.assert_close(cut, whole, atol=1e-10, rtol=1e-8)
+
+
+def test_what_should_stay_and_names_the_subject_is_held_by_the_output_term() -> None:
+    """A gate cannot be open and shut on one state: another fact of the subject, or a longer name that begins with it."""
+    base = lm("llama")
+    pairs = (("The language of France is", "French"), ("The capital of Franceville is", "Rome"), *STAYS)
+    for how in ({"unrelated": pairs}, {"contrast": pairs}):
+        training = Training(EDITOR, base, [[EditRequest(FRANCE.prompt, FRANCE.target, "France", **how)]], (), None, Tail)
+        shut = [prompt for prompt, _ in what_stays(base, training.problems[0], 0, named=False)]
+        assert shut == [prompt for prompt, _ in STAYS]
+        bare = Training(EDITOR, base, [[EditRequest(FRANCE.prompt, FRANCE.target, "France")]], (), None, Tail)
+        assert len(training.others.owner) == len(bare.others.owner) + 2
+        assert training.irrelevant_states()[1].sum() == sum(  # the pairs that are left, and contrast behind a short text each
+            len(e.ids) for e in base.encode(*zip(*what_stays(base, training.problems[0], 2, named=False), strict=True))
+        )
+
+
+def test_a_subject_that_is_named_twice_opens_twice() -> None:
+    base = lm("llama")
+    twice = EditRequest("France is France, and the capital of France is", "Rome", "France")
+    (opens, *_) = Training(EDITOR, base, [[twice]], (), None, Tail).opens
+    (text,) = base.encode([twice.prompt])
+    assert len(opens) == 3 and all("France" in base.tokenizer.decode([text.ids[t]]) for t in opens)
+
+
+def test_what_cannot_be_combined_is_refused_and_each_place_has_its_blocks() -> None:
+    with pytest.raises(ConfigError, match="stands by itself; set resume=false"):
+        BaFT(resume=True)
+    deep = SimpleNamespace(depth=30, width=576)
+    assert BaFT().target_layers(deep) == (6,) and BaFT(opens="answer").target_layers(deep) == (14, 18, 22, 26)  # type: ignore[arg-type]
+    assert BaFT(opens="answer", depths=(0.5,)).target_layers(deep) == BaFT(depths=(0.5,)).target_layers(deep) == (15,)  # type: ignore[arg-type]
