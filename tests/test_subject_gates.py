@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -71,7 +72,8 @@ def test_what_trains_is_the_subjects_last_token_and_what_follows() -> None:
         else:  # nothing names it: the gate opens at the answer
             assert opens == range(e.prompt_length - 3, len(e.ids) - 1)
     assert training.open.sum(1).tolist() == [len(opens) for opens in training.opens]
-    assert training.runner.rows.active.shape[1] == max(len(e.ids) - o[0] for e, o in zip(training.encoded, training.opens, strict=True))
+    own = max(len(e.ids) - o[0] for e, o in zip(training.encoded, training.opens, strict=True))
+    assert training.runner.rows.active.shape[1] == max(own, training.others.rows.active.shape[1])
 
 
 def test_the_start_solves_the_ridge_problem_with_common_text() -> None:
@@ -153,6 +155,24 @@ def test_the_term_on_given_texts_is_that_of_two_full_passes() -> None:
     whole = Kept(base, [[FRANCE]], FullForward, 2, texts=texts).of(alive).divergence(banks)
     assert starts != [0, 0] and float(whole.detach()) > 1e-6
     torch.testing.assert_close(cut, whole, atol=1e-10, rtol=1e-8)
+
+
+def test_other_facts_run_in_the_edits_own_batch_and_weigh_as_apart() -> None:
+    base = lm("llama", torch.float64)
+    problems, alive = [[FRANCE], [SPAIN]], torch.tensor([0, 1])
+    editor = BaFT(layers=(1, 2), rank=4, prefixes=2, other_facts_batch=3)
+    training, bare = (Training(e, base, problems, (), None, Tail) for e in (editor, replace(editor, other_facts=0)))
+    asked = [[(p, ".") for p in own] for own in other_facts(base, [FRANCE, SPAIN], editor.other_facts, ())]
+    apart = Kept(base, problems, FullForward, 2, texts=asked)
+    apart.in_turns(editor.other_facts_batch)
+    p = {k: v * 1.3 for k, v in training._start().items()}
+    for turn, running in ((0, alive), (1, alive), (2, alive[1:])):
+        own = {k: v[running] for k, v in p.items()}
+        with_others, without = training._loss(own, running)[0], bare._loss(own, running)[0]
+        kept = apart.of(running, turn)
+        want = kept.divergence(training._banks(training.per_block(own), kept.owner))
+        assert float(want.detach().min()) > 1e-6
+        torch.testing.assert_close(with_others - without, editor.other_facts_weight * want, atol=1e-9, rtol=1e-6)
 
 
 def test_what_should_stay_and_names_the_subject_is_held_by_the_output_term() -> None:

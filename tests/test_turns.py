@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from families import lm
 
 from errata.core.problems import RowsInTurns
-from errata.core.tail import Tail, split_rows
+from errata.core.tail import FullForward, Tail, join_rows, split_rows_at
 from errata.core.tokens import pad_id
 from errata.methods.subspace.baft import BaFT
 from errata.methods.subspace.texts import ways_to_ask, what_stays
@@ -17,20 +20,28 @@ FRANCE = EditRequest("The capital of France is", "Rome", "France", contrast=STAY
 
 
 def test_every_row_has_its_turn() -> None:
-    base = lm("llama")
-    texts = base.encode(["The capital of France is", "In Rome people speak", "The capital of Spain is"], ["Rome", "French", "Paris"])
-    runner = Tail(base, split_rows(texts, 3, pad_id(base.tokenizer), base.device), 2)
-    owner, turn = torch.tensor([0, 0, 1]), torch.tensor([-1, 0, 1])
-    rows = RowsInTurns(runner, owner, 2, turn)
+    rows = RowsInTurns(torch.tensor([0, 0, 1]), 2, torch.tensor([-1, 0, 1]))
     found = [rows.of(torch.tensor([0, 1]), step) for step in range(3)]
-    assert [kept.tolist() for *_, kept in found] == [[0, 1], [0, 2], [0, 1]]
-    assert [own.tolist() for _, own, _ in found] == [[0, 0], [0, 1], [0, 0]]
-    every, of = runner.logits([]), runner.rows.label_mask.nonzero()[:, 0]
-    for part, _, kept in found:
-        torch.testing.assert_close(part.logits([]), every[torch.isin(of, kept)])
-    assert rows.of(torch.tensor([1]), 1)[2].tolist() == [2]
-    always = RowsInTurns(runner, owner, 2, torch.tensor([-1, -1, -1]))
-    assert always.of(torch.tensor([0, 1]), 7)[0] is runner
+    assert [numbers.tolist() for _, numbers in found] == [[0, 1], [0, 2], [0, 1]]
+    assert [owner.tolist() for owner, _ in found] == [[0, 0], [0, 1], [0, 0]]
+    assert [part.tolist() for part in rows.of(torch.tensor([1]), 1)] == [[0], [2]]
+    always = RowsInTurns(torch.tensor([0, 0, 1]), 2, torch.tensor([-1, -1, -1]))
+    assert [part.tolist() for part in always.of(torch.tensor([0, 1]), 7)] == [[0, 0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("runner", [Tail, FullForward])
+@pytest.mark.parametrize("starts", [((1, 2, 0), (3, 0)), ((0, 0, 1), (2, 4)), ((3, 3, 3), (1, 1))])
+def test_rows_joined_in_one_batch_say_what_they_say_apart(runner: Any, starts: tuple[tuple[int, ...], ...]) -> None:
+    base = lm("llama", torch.float64)
+    texts = base.encode(["The capital of France is", "In Rome people speak", "The capital of Spain is"], ["Rome", "French", "Paris"])
+    more = base.encode(["The language that most people of Spain speak is", "The head of France is"], [".", "."])
+    apart = [split_rows_at(own, at, pad_id(base.tokenizer), base.device) for own, at in zip((texts, more), starts, strict=True)]
+    joined = runner(base, join_rows(*apart, pad_id(base.tokenizer)), 2)
+    want = [runner(base, rows, 2).logits([]) for rows in apart]
+    torch.testing.assert_close(joined.logits([]), torch.cat(want), atol=1e-10, rtol=1e-8)
+    some = torch.tensor([1, 4])
+    of = joined.rows.label_mask.nonzero()[:, 0]
+    torch.testing.assert_close(joined.select(some).logits([]), torch.cat(want)[torch.isin(of, some)], atol=1e-10, rtol=1e-8)
 
 
 def test_prompt_and_neighbours_stand_behind_the_same_texts() -> None:

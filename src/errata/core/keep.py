@@ -21,7 +21,7 @@ from torch import Tensor
 
 from errata.core.bank import Bank, Stack
 from errata.core.model import LM
-from errata.core.tail import SplitRows, split_rows_at
+from errata.core.tail import split_rows_at
 from errata.core.tokens import Encoded, pad_id
 from errata.request import EditRequest
 
@@ -51,24 +51,24 @@ def token_kl(logits: Tensor, log_p: Tensor) -> Tensor:
 class KeptRows:
     """Some of the rows, cut for the problems that run now.
 
-    owner [c]   the problem of each row, as a place among those that run
+    numbers [c] which rows; owner [c]: the problem of each, as a place among those that run
     even        whether equally many rows of each problem stand side by side, for an op that needs no routing then
     """
 
     def __init__(self, of: Kept, numbers: Tensor, owner: Tensor, count: int) -> None:
-        self._of, self._numbers, self._count, self.owner = of, numbers, count, owner
+        self._of, self.numbers, self._count, self.owner = of, numbers, count, owner
         self._each = torch.bincount(owner, minlength=count)
         self.even = bool((self._each == self._each[:1]).all()) and bool((owner.diff() >= 0).all())
         self._made: tuple[Any, Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def _frozen(self) -> tuple[Any, Tensor]:
         """(runner, log p [M, V]); made for the occasion where there is much of it."""
         if self._made is not None:
             return self._made
-        made = self._of.frozen(self._numbers)
+        made = self._of.frozen(self.numbers)
         if self._of.few:
             self._made = made
         return made
@@ -77,9 +77,13 @@ class KeptRows:
         """KL_e [e] of the problems that run; 0 for one without a row."""
         if not len(self):
             return torch.zeros(self._count, device=self.owner.device)
+        return self.divergence_of(self._frozen()[0].logits(banks))
+
+    def divergence_of(self, logits: Tensor) -> Tensor:
+        """The same from the logits [M, V] of these rows, where they ran beside others (`Kept.rows`)."""
         runner, log_p = self._frozen()
         where = runner.rows.label_mask
-        kl = token_kl(_wide(runner.logits(banks)), log_p)
+        kl = token_kl(_wide(logits), log_p)
         share = 1 / (where.sum(1) * self._each[self.owner]).to(kl.dtype)
         row = where.nonzero()[:, 0]
         return kl.new_zeros(self._count).index_add(0, self.owner[row], kl * share[row])
@@ -117,8 +121,10 @@ class Kept:
         if not answers:
             ends = torch.tensor([row.prompt_length - start - 1 for row, start in zip(encoded, starts, strict=True)], device=lm.device)
             rows.labels[torch.arange(len(encoded), device=lm.device), ends] = 0  # no target: it marks the place
-        self._rows, self._start = rows, start
-        self._runner: Callable[[SplitRows], Any] = lambda rows: runner(lm, rows, first, on)
+        self.rows, self._start = rows, start
+        self._runner: Callable[[Tensor | None], Any] = lambda numbers: runner(
+            lm, rows if numbers is None else rows.select(numbers), first, on
+        )
         self.turns = 1
         self.turn = torch.zeros_like(self.owner)  # [C] when a row's turn is, of so many turns
         self.few = int(rows.label_mask.sum()) * int(lm.config.vocab_size) <= _NUMBERS_KEPT
@@ -129,19 +135,24 @@ class Kept:
         """(runner, log p [M, V]) of the rows with these numbers, which rise."""
         every = len(numbers) == len(self.owner)
         if not self.few:
-            return self._read(self._rows if every else self._rows.select(numbers), self.owner[numbers])
+            return self._read(None if every else numbers)
         if self._made is None:
-            self._made = self._read(self._rows, self.owner)
+            self._made = self._read(None)
         if every:
             return self._made
         runner, log_p = self._made
         chosen = torch.zeros(len(self.owner), dtype=torch.bool, device=numbers.device).index_fill(0, numbers, True)
-        return runner.select(numbers), log_p[chosen[self._rows.label_mask.nonzero()[:, 0]]]
+        return runner.select(numbers), log_p[chosen[self.rows.label_mask.nonzero()[:, 0]]]
 
     @torch.no_grad()
-    def _read(self, rows: SplitRows, owner: Tensor) -> tuple[Any, Tensor]:
-        runner = self._runner(rows)
+    def _read(self, numbers: Tensor | None) -> tuple[Any, Tensor]:
+        runner, owner = self._runner(numbers), self.owner if numbers is None else self.owner[numbers]
         return runner, _wide(runner.logits(self._start(owner) if self._start else ())).log_softmax(1)
+
+    def stand_in(self, runner: Any, offset: int) -> None:
+        """These rows are those of ``runner`` from number ``offset`` on (`errata.core.tail.join_rows`): what is frozen is run there only."""
+        every = torch.arange(len(self.owner), device=self.owner.device)
+        self._runner = lambda numbers: runner.select(offset + (every if numbers is None else numbers))
 
     def select(self, numbers: Tensor, owner: Tensor, count: int) -> KeptRows:
         """The rows ``numbers``, which rise, of ``count`` problems; ``owner``: each row's place among these."""

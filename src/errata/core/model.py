@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from errata.core import decode, offload
 from errata.core.bank import Plan, Stack, active_patches, compile_plan
 from errata.core.chat import request_in_chat
 from errata.core.families import Family, find, linear_sizes, resolve, text_config
+from errata.core.forward import PlainAttention, contiguous_input
 from errata.core.hooks import Hooks
 from errata.core.patch import PROMPT, Patch, Site
 from errata.core.tokens import Batch, Encoded, encode, pad, pad_id
@@ -189,7 +190,13 @@ class LM:
     def forward(self, ids: Tensor, mask: Tensor, **more: Any) -> Any:
         """The model's own forward with positions counted from each row's first real token."""
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        return self.hf(input_ids=ids, attention_mask=mask, position_ids=positions, **more)
+        last = contiguous_input(self.hf.get_output_embeddings()) if more.get("logits_to_keep") else nullcontext()
+        with last, PlainAttention() if self._slow_backward else nullcontext():
+            return self.hf(input_ids=ids, attention_mask=mask, position_ids=positions, **more)
+
+    @property
+    def _slow_backward(self) -> bool:
+        return torch.is_grad_enabled() and self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16)
 
     def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None, *, chat: bool = False) -> list[Encoded]:
         return encode(self.tokenizer, prompts, targets, chat=chat)

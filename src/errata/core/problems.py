@@ -31,22 +31,29 @@ class ProblemRows:
 
 
 class RowsInTurns:
-    """Rows of a runner of which some (``turn`` −1) run at every step and others only at their turn, step by step.
+    """Rows that belong to problems, of which some (``turn`` −1) run at every step and others only at their turn, step by step.
 
-    turn [B]   when a row's turn is, from 0 up, or −1
+    owner [B]  the problem of each row; turn [B]  when a row's turn is, from 0 up, or −1
     """
 
-    def __init__(self, runner: Any, owner: Tensor, count: int, turn: Tensor) -> None:
-        self.turns = int(turn.max()) + 1 if len(turn) else 0
-        self.rows = [((turn < 0) | (turn == t)).nonzero().squeeze(1) for t in range(self.turns)] or [torch.arange(len(owner)).to(owner)]
-        single = self.turns < 2
-        self._each = [ProblemRows(runner if single else runner.select(rows), owner[rows], count) for rows in self.rows]
+    def __init__(self, owner: Tensor, count: int, turn: Tensor) -> None:
+        self.owner, self.count = owner, count
+        self.turns = max(1, int(turn.max()) + 1 if len(turn) else 1)
+        self.rows = [((turn < 0) | (turn == t)).nonzero().squeeze(1) for t in range(self.turns)]
+        self._view: tuple[int, dict[int, tuple[Tensor, Tensor]]] = (-1, {})
 
-    def of(self, alive: Tensor, step: int) -> tuple[Any, Tensor, Tensor]:
-        """As `ProblemRows.of`, of the rows that run at this step."""
-        place = step % len(self._each)
-        runner, owner, kept = self._each[place].of(alive)
-        return runner, owner, self.rows[place][kept]
+    def of(self, alive: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """(owner as a place in ``alive`` [b], numbers [b]) of the rows that run at this step, in order.  ``alive`` only ever shrinks."""
+        if self._view[0] != len(alive):
+            self._view = (len(alive), {})
+        place, views = step % self.turns, self._view[1]
+        if place not in views:
+            position = torch.full((self.count,), -1, device=alive.device)
+            position[alive] = torch.arange(len(alive), device=alive.device)
+            numbers = self.rows[place]
+            numbers = numbers[position[self.owner[numbers]] >= 0]
+            views[place] = position[self.owner[numbers]], numbers
+        return views[place]
 
 
 def mean_per_problem(values: Tensor, owner: Tensor, count: int, weights: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from errata.core.bank import Bank, Plan, Stack, non_causal
 from errata.core.decode import can_fork, fork, select_cache_rows
@@ -77,6 +78,24 @@ def split_rows_at(encoded: Sequence[Encoded], starts: Sequence[int], fill: int, 
         labels[i, e.prompt_length - s - 1 : len(e.ids) - s - 1] = torch.tensor(e.target, dtype=torch.long)
     lengths = torch.tensor([e.prompt_length for e in encoded])
     return SplitRows(*(t.to(device) for t in (prefix, active, mask, labels, lengths)))
+
+
+def join_rows(first: SplitRows, second: SplitRows, fill: int) -> SplitRows:
+    """The rows of both, one after the other, in one batch; ``fill`` is the token of the padding."""
+    both = (first, second)
+    wide, long = max(own.prefix.shape[1] for own in both), max(own.active.shape[1] for own in both)
+
+    def joined(name: str, left: bool, right: bool, value: int) -> Tensor:
+        out = []
+        for own in both:
+            more = (wide - own.prefix.shape[1]) * left, (long - own.active.shape[1]) * right
+            out.append(functional.pad(getattr(own, name), more, value=value))
+        return torch.cat(out)
+
+    return SplitRows(
+        joined("prefix", True, False, fill), joined("active", False, True, fill), joined("mask", True, True, 0),
+        joined("labels", False, True, IGNORE_INDEX), torch.cat([own.prompt_lengths for own in both]),
+    )  # fmt: skip
 
 
 class Runner(Protocol):

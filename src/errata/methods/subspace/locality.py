@@ -34,9 +34,7 @@ def locality_term(
     The texts' states are those of the model without this edit, computed once: an edit that keeps its gates shut on them leaves them as
     they are at every block (reading them through the edit would double each step's cost).
     """
-    runner, owner, rows = training.running
-    count, valid = len(alive), runner.rows.valid.unsqueeze(-1)
-    opened = valid & training.open[rows].unsqueeze(-1)
+    owner, opened, count = training.running.owner, training.running.open, len(alive)
     position = torch.full((len(training.problems),), -1, device=alive.device)
     position[alive] = torch.arange(count, device=alive.device)
     kept = (position[states[2]] >= 0).nonzero().squeeze(1)

@@ -13,23 +13,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from errata.config import to_dict
 from errata.core.bank import Bank, Stack
 from errata.core.fit import AdamW, FitResult, fit
-from errata.core.keep import Kept, find_kept
+from errata.core.keep import Kept, KeptRows, find_kept
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.core.problems import RowsInTurns, mean_per_problem, row_nll
 from errata.core.read import read_activations
-from errata.core.tail import split_rows_at
+from errata.core.tail import join_rows, split_rows_at
 from errata.core.tokens import Encoded, pad_id
 from errata.methods.subspace.gate_start import ridge_gates, set_gates
 from errata.methods.subspace.op import Frame, frame, gate, orthonormal, start, turned
 from errata.methods.subspace.other_facts import other_facts
 from errata.methods.subspace.texts import names, subject_ends, ways_to_ask, what_stays
 from errata.request import EditRequest
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What runs at a step: the edit's own rows, and behind them those of the other facts.
+
+    owner [b]   the problem of each of the edit's rows, among those that run; rows [b]: their numbers
+    valid, open [b, A, 1]   their active tokens, and those of them whose gates are to be open
+    """
+
+    runner: Any
+    owner: Tensor
+    rows: Tensor
+    others: KeptRows | None
+    valid: Tensor
+    open: Tensor
+
+    @property
+    def every(self) -> Tensor:
+        """The problem of each row, of both kinds."""
+        return self.owner if self.others is None else torch.cat([self.owner, self.others.owner])
 
 
 @dataclass
@@ -48,7 +70,9 @@ class Training:
     sample: Tensor = field(init=False)  # [B] the sample of each row
     sample_owner: Tensor = field(init=False)  # [S] the problem of each sample
     samples: Tensor = field(init=False)  # [E] samples of each problem
-    running: tuple[Any, Tensor, Tensor] = field(init=False)  # this step's (runner, owner among those that run, numbers of its rows)
+    runner: Any = field(init=False, default=None)
+    running: _Step = field(init=False)
+    _chosen: tuple[Tensor, Any] | None = field(init=False, default=None)  # the rows that ran last, and their runner
     gate_sums: dict[int, Tensor] = field(init=False, default_factory=dict)  # Σ over samples of their mean weights, [E, r], detached
     current_sums: dict[int, Tensor] = field(init=False, default_factory=dict)  # of those that run [e, r], with this step's gradient
 
@@ -69,8 +93,7 @@ class Training:
         self.open = torch.zeros_like(cut_rows.valid)  # [B, A]
         for row, cut, tokens in zip(self.open, starts, self.opens, strict=True):
             row[[t - cut for t in tokens if t - cut < len(row)]] = True  # without gates a target's last token is not run
-        self.runner = self.runner_class(self.lm, cut_rows, min(self.blocks) + 1, self.on) if self.problems else None
-        self.owned = RowsInTurns(self.runner, self.owner, len(self.problems), self._turns(samples))
+        self.owned = RowsInTurns(self.owner, len(self.problems), self._turns(samples))
         self.recent = torch.zeros(len(self.owned.rows), len(self.problems), device=device)  # what each turn was last compared by
         self.kept, self.others, self.evaluations = None, None, 0
         if self.problems:
@@ -78,6 +101,12 @@ class Training:
             how = {"start": start, "last": self.editor.reach}
             self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, first, self.on, **how)
             self.others = self._other_facts([r for _, r in samples], first)
+            if self.others is not None:  # in one batch with the edit's own: a step then reads the weights once
+                cut_rows = join_rows(cut_rows, self.others.rows, pad_id(self.lm.tokenizer))
+                self.open = functional.pad(self.open, (0, cut_rows.active.shape[1] - self.open.shape[1]))
+            self.runner = self.runner_class(self.lm, cut_rows, first, self.on)
+            if self.others is not None:
+                self.others.stand_in(self.runner, len(self.owner))
 
     def _other_facts(self, requests: Sequence[EditRequest], first: int) -> Kept | None:
         """The output term on other facts of the subjects, and on what should stay and names a subject, where no gate can be shut; None
@@ -85,10 +114,8 @@ class Training:
         e = self.editor
         if not (e.at_subject and e.other_facts_weight):
             return None
-        asked = other_facts(self.lm, requests, e.other_facts, self.on)
-        texts = [
-            [*self._named(r), *((p, ".") for p in own)] for r, own in zip(requests, asked, strict=True)
-        ]  # only the prompt is looked at
+        asked = other_facts(self.lm, requests, e.other_facts, self.on)  # only a pair's prompt is looked at
+        texts = [[*self._named(r), *((p, ".") for p in own)] for r, own in zip(requests, asked, strict=True)]
         if not any(texts):
             return None
         starts = [subject_ends(self.lm, r, p)[0] for r, own in zip(requests, texts, strict=True) for p, _ in own]
@@ -167,32 +194,46 @@ class Training:
     def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
         e = self.editor
         turn = self.evaluations
-        runner, owner, kept = self.running = self.owned.of(alive, turn)
+        step = self.running = self._step(alive, turn)
+        owner, own = step.owner, len(step.owner)
         self.evaluations += 1
         recorded: dict[Any, Tensor] = {}
-        straight = len(owner) == len(alive)  # a row a problem, in order: no gathering
+        straight = len(step.every) == len(alive)  # a row a problem, in order: no gathering
         per_block = self.per_block(p)
-        logits = runner.logits(self._banks(per_block, None if straight else owner), recorded)
-        summed, number = row_nll(logits, runner.rows.labels, runner.rows.label_mask)
+        logits = step.runner.logits(self._banks(per_block, None if straight else step.every), recorded)
+        where = step.runner.rows.label_mask[:own]
+        logits, beside = logits.tensor_split([int(where.sum())])
+        summed, number = row_nll(logits, step.runner.rows.labels[:own], where)
         mean = summed / number
         task = mean_per_problem(summed if e.loss == "sum" else mean, owner, len(alive))
         compared = mean_per_problem(summed if e.stop_on == "sum" else mean, owner, len(alive))
         gates = {}
         if e.gate_kind != "none":
-            valid = runner.rows.valid.unsqueeze(-1).to(summed.dtype)
+            valid = step.valid.to(summed.dtype)
             for b in self.blocks:
-                gates[b] = recorded[Site(b), "gate"]
-                self._note(b, (gates[b] * valid).sum(1), valid.sum(1), self.sample[kept], alive)
+                gates[b] = recorded[Site(b), "gate"][:own]
+                self._note(b, (gates[b] * valid).sum(1), valid.sum(1), self.sample[step.rows], alive)
         extra = e.regularise(self, per_block, gates, alive)
         if self.kept is not None:
-            beside = self.kept.of(alive, turn)
-            extra = extra + e.contrast_weight * beside.divergence(self._banks(per_block, beside.owner))
+            kept = self.kept.of(alive, turn)
+            extra = extra + e.contrast_weight * kept.divergence(self._banks(per_block, kept.owner))
         self.recent[turn % len(self.recent), alive] = (compared + extra if e.stop_on == "total" else compared).detach().to(self.recent)
-        if self.others is not None:  # not compared with the stop: what is said of other facts may never come quite back
-            beside = self.others.of(alive, turn)
-            extra = extra + e.other_facts_weight * beside.divergence(self._banks(per_block, beside.owner))
+        if step.others is not None:  # not compared with the stop: what is said of other facts may never come quite back
+            extra = extra + e.other_facts_weight * step.others.divergence_of(beside)
         worst = self.recent[:, alive].amax(0)  # a problem ends when no turn is above the stop
         return task + extra, worst if self.evaluations >= len(self.recent) else worst.clamp_min(e.stop)
+
+    def _step(self, alive: Tensor, turn: int) -> _Step:
+        owner, rows = self.owned.of(alive, turn)
+        others = None if self.others is None else self.others.of(alive, turn)
+        numbers = rows if others is None else torch.cat([rows, len(self.owner) + others.numbers])
+        runner = self.runner
+        if len(numbers) != len(runner.rows.active):
+            if self._chosen is None or not torch.equal(self._chosen[0], numbers):
+                self._chosen = numbers, runner.select(numbers)
+            runner = self._chosen[1]
+        valid = runner.rows.valid[: len(rows)].unsqueeze(-1)
+        return _Step(runner, owner, rows, others, valid, valid & self.open[rows].unsqueeze(-1))
 
     def _banks(self, per_block: Mapping[int, dict[str, Tensor]], owner: Tensor | None) -> list[Bank]:
         """The ops of all blocks; ``owner`` None: a row a problem, in order."""
