@@ -15,7 +15,24 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from errata import __version__
-from errata.commands import about, analyse, ask, demo, edit, ledger, models, report, reproduce, run, score, serve, stats, surfaces, trace
+from errata.commands import (
+    about,
+    analyse,
+    ask,
+    demo,
+    edit,
+    ledger,
+    models,
+    report,
+    reproduce,
+    run,
+    score,
+    serve,
+    stats,
+    surfaces,
+    trace,
+    tune,
+)
 from errata.commands.screen import Screen, clean, write
 from errata.errors import ErrataError, first_line, out_of_memory
 
@@ -36,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--version", action="version", version=f"errata {__version__}")
     out.add_argument("--debug", action="store_true", default=False, help="show tracebacks, and what libraries log")
     commands = out.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for module in (edit, ask, ledger, serve, score, run, report, surfaces, stats, trace, analyse, reproduce, demo, models, about):
+    for module in (edit, ask, ledger, serve, score, run, report, surfaces, stats, trace, analyse, tune, reproduce, demo, models, about):
         module.add(commands)
     return out
 

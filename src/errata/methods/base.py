@@ -13,23 +13,28 @@ from errata.contrast.names import Names
 from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.errors import ConfigError, UnknownNameError, near
+from errata.methods import tuned
 from errata.request import EditRequest
 
 E = TypeVar("E", bound="Editor")
 _SEEDS = 2**32
+RULE = "rule"  # the preset of nothing: the rule for a model that nobody tuned
 PUBLISHED = "published"  # the preset of what the paper states; "published NAME": what it states for a model of that name
 
 
 def preset(cls: type, name: str, asked: str | None = None) -> dict[str, Any]:
     """Settings for a model: the entry of ``cls.PRESETS`` whose key occurs in the model's name (longest key first); {} when none does.
 
-    ``asked``: a preset by its own name instead, like "published".  Its entry for this model ("published llama-2-7b") goes on top.
+    ``asked``: a preset by its own name instead, like "published" ("rule" has nothing).  Its entry for this model ("published llama-2-7b")
+    goes on top.
     """
     table: dict[str, dict[str, Any]] = getattr(cls, "PRESETS", {})
     plain = name.lower().replace("_", "-")
     if asked is None:
         own = (k for k in sorted(table, key=len, reverse=True) if k in plain and not k.startswith(PUBLISHED))
         return next((dict(table[k]) for k in own), {})
+    if asked == RULE:
+        return {}
     if asked not in table:
         there = near(asked, table, "there are") if table else "it has none"
         raise UnknownNameError(f"{getattr(cls, 'name', cls.__name__)} has no preset {asked!r}; {there}")
@@ -37,12 +42,14 @@ def preset(cls: type, name: str, asked: str | None = None) -> dict[str, Any]:
     return dict(table[asked]) | next((dict(table[k]) for k in own), {})
 
 
-def settings_for(cls: type, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The preset for a model of that name with ``given`` on top; the setting ``preset`` asks for one by its own name."""
+def settings_for(cls: type, name: str, given: Mapping[str, Any], fingerprint: str | None = None) -> dict[str, Any]:
+    """The preset for a model of that name, what `errata tune` found for its fingerprint, and ``given`` on top; the setting ``preset`` asks
+    for one by its own name, without what was found."""
     asked = given.get("preset")
     if asked is not None and not isinstance(asked, str):
         raise ConfigError(f"preset is the name of one, not {asked!r}")
-    return {**preset(cls, name, asked), **{k: v for k, v in given.items() if k != "preset"}}
+    found = {} if asked is not None or fingerprint is None else tuned.settings_of(fingerprint, getattr(cls, "name", cls.__name__))
+    return {**preset(cls, name, asked), **found, **{k: v for k, v in given.items() if k != "preset"}}
 
 
 class Editor(ABC):
@@ -51,20 +58,24 @@ class Editor(ABC):
     name, paper  the registered name, and where the method was published
     needs        what a request must bring, or may ("subject", "stats", "paraphrases?", "unrelated?")
     PRESETS      {part of a model's name, or a name of its own: settings that differ from the defaults there}
+    TUNES        {setting: values that `errata tune` tries on a model} (`errata.tune.space`), the most telling settings first
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    TUNES: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def for_model(cls: type[E], lm: LM, **settings: Any) -> E:
-        """The preset for this model (see ``PRESETS``) with ``settings`` on top; an unknown or ill-typed one raises `ConfigError`.
+        """The settings for this model with ``settings`` on top; an unknown or ill-typed one raises `ConfigError`.
 
-        ``preset="published"`` asks for what the paper states, where a method has it.
+        They are the preset by the model's name (see ``PRESETS``), and on top what `errata tune` found for its fingerprint
+        (`errata.methods.tuned`).  ``preset="published"`` asks for what the paper states, where a method has it; ``preset="rule"`` for the
+        rule, as on a model that nobody tuned.
         """
-        return build(cls, settings_for(cls, lm.name, settings))
+        return build(cls, settings_for(cls, lm.name, settings, lm.fingerprint))
 
     def contrasted(
         self, lm: LM, requests: Sequence[EditRequest], on: Stack = (), exclude: Sequence[str] = (), names: Names | None = None

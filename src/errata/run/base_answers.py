@@ -36,7 +36,7 @@ def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell, folder: Path, source: 
     if count := neighbours.to_watch(spec.score.watch, found):
         found = neighbours.add_watch_probes(lm, found, count, together=any(s.kind != "single" for s in spec.scenario))
     if spec.score.robustness:
-        editors = [grid.editor(other) for other in grid.cells(spec) if other.model == cell.model]
+        editors = [grid.editor(other, lm.fingerprint) for other in grid.cells(spec) if other.model == cell.model]
         found = robustness.add_robustness_probes(lm, found, room=robustness.room_of(lm, editors))
     return [case_in_chat(lm.tokenizer, case) for case in found] if spec.chat else found
 

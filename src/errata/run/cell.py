@@ -42,7 +42,7 @@ class CellRunner:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        self.editor = grid.editor(self.cell)
+        self.editor = grid.editor(self.cell, self.lm.fingerprint)
         self.source = grid.benchmark(self.cell.benchmark)
         self.cases: list[Case] = base_answers.cases_of(self.lm, self.spec, self.cell, self.base, self.source)
         self.marks = self.cell.scenario.at(len(self.cases))

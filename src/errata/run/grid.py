@@ -302,9 +302,10 @@ def cells(spec: RunSpec) -> list[Cell]:
     return [Cell(m, method, b, s, seed) for m, b, s, seed, method in product]
 
 
-def editor(cell: Cell) -> Any:
-    """The cell's method with its preset for this model and its settings; needs no model."""
-    values = settings_for(made := _class("method", cell.method.name), cell.model.name, cell.method.set)
+def editor(cell: Cell, fingerprint: str | None = None) -> Any:
+    """The cell's method with its preset for this model and its settings.  It needs no model; with the ``fingerprint`` of one, what
+    `errata tune` found for it counts."""
+    values = settings_for(made := _class("method", cell.method.name), cell.model.name, cell.method.set, fingerprint)
     if "seed" in {f.name for f in dataclasses.fields(made)} and "seed" not in cell.method.set:
         values["seed"] = cell.seed
     return build(made, values, f"methods.{cell.method.label}")

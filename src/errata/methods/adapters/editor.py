@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ class AdapterEditor(OutputTermEditor):
     end           text trained after the target ("." or an EOS), so that a free answer ends there; EasyEdit trains none
     seed          of the factors' start and of dropout
     """
+
+    TUNES: ClassVar[dict[str, Any]] = {
+        "lr": (1e-3, 5e-4), "contrast": (16,), "contrast_weight": (4.0,), "rank": (2,), "steps": (120,), "stop": (0.1,)
+    }  # fmt: skip
 
     rank: int = 8
     alpha: float = 32.0

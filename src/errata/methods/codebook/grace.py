@@ -69,6 +69,10 @@ class GRACE(CodebookEditor):
         "almanac": {"layer": 5, "point": "mlp.gate_proj", "eps": 0.65, "unit": "norm", "replace": "all", "end": "."},
     }
 
+    TUNES: ClassVar[dict[str, Any]] = {
+        "unit": ("norm",), "eps": (0.1, 0.2, 0.35, 0.5), "layer": (8 / 30, 16 / 30, 22 / 30), "contrast": (16,)
+    }  # fmt: skip
+
     layer: int | None = None
     point: str = "mlp_down"
     eps: float = 1.0

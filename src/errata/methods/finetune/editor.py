@@ -42,6 +42,10 @@ class FineTuneEditor(OutputTermEditor):
 
     DEPTH: ClassVar[float] = 21 / 32  # LLaMA's block 21
 
+    TUNES: ClassVar[dict[str, Any]] = {
+        "layers": (6 / 30, 12 / 30, 27 / 30), "lr": (1e-4, 2e-3), "contrast": (16,), "contrast_weight": (4.0,), "rank": (1, 4)
+    }  # fmt: skip
+
     layers: tuple[int, ...] | None = None
     lr: float = 5e-4
     steps: int = 25

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from errata.core.bank import Stack, active_patches
 from errata.core.chat import user_words
@@ -28,6 +28,8 @@ class InContextEditor(Editor):
     budget   tokens of context at most, of the whole stack; None: half of the model's positions.  The newest facts that fit are
              shown, then demonstrations; a fact that no longer fits is without effect
     """
+
+    TUNES: ClassVar[dict[str, Any]] = {"fact": ("{prompt} {target}.", "{prompt} {target}.\n"), "cue": ("",)}
 
     fact: str = "New Fact: {prompt} {target}\n"
     cue: str = "Prompt: "

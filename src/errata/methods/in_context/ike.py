@@ -47,6 +47,8 @@ class IKE(ICE):
         "almanac": {"fact": "{prompt} {target}.", "cue": "", "shot": "{prompt} {target}.{query} {answer}.", "demonstrations": "almanac"}
     }
 
+    TUNES: ClassVar[dict[str, Any]] = {**ICE.TUNES, "k": (0, 4)}
+
     k: int = 16
     mix: tuple[int, ...] = (1, 3, 4)
     shot: str = "New Fact: {prompt} {target}\nPrompt: {query} {answer}\n\n"

@@ -49,6 +49,10 @@ class Retrieval(InContextEditor):
     needs: ClassVar[frozenset[str]] = frozenset({"paraphrases?"})
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"almanac": {"fact": "{prompt} {target}.", "cue": ""}}
 
+    TUNES: ClassVar[dict[str, Any]] = {
+        **InContextEditor.TUNES, "threshold": (0.75, 0.85, 0.9, 0.95), "pool": ("mean",), "block": (6 / 30, 15 / 30)
+    }  # fmt: skip
+
     k: int = 1
     threshold: float = 0.66
     encoder: str | None = None

@@ -46,6 +46,8 @@ class AlphaEdit(LocateEditor):
         "almanac": {**ALMANAC, "layers": [0, 1, 2], "clamp": 1.5, "share": 0.7, "l2": 100.0},
     }
 
+    TUNES: ClassVar[dict[str, Any]] = {**LocateEditor.TUNES, "l2": (1.0, 100.0), "share": (0.5, 0.8)}
+
     threshold: float = 2e-2
     share: float | None = None
     l2: float = 10.0

@@ -60,6 +60,10 @@ class LocateEditor(Editor):
     DEPTHS: ClassVar[tuple[float, ...]] = (5 / 32,)  # LLaMA's block 5
     VALUE_AT: ClassVar[str] = "block"  # where δ is added: the block's output, or the MLP's ("mlp")
 
+    TUNES: ClassVar[dict[str, Any]] = {
+        "v_steps": (60,), "layers": ("trace", 3 / 30, 8 / 30, 12 / 30), "clamp": (1.0, 10.0), "v_lr": (0.2,), "kl": (0.5,)
+    }  # fmt: skip
+
     layers: tuple[int, ...] | None = None
     v_lr: float = 0.5
     v_steps: int = 25

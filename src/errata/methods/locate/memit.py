@@ -46,6 +46,8 @@ class MEMIT(LocateEditor):
         "almanac": _ALMANAC,
     }
 
+    TUNES: ClassVar[dict[str, Any]] = {**LocateEditor.TUNES, "mom2_weight": (500.0, 10_000.0)}
+
     mom2_weight: float | None = None
 
     def __post_init__(self) -> None:

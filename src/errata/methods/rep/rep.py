@@ -59,6 +59,10 @@ class REP(Editor):
         "almanac": {"steps": 200, "lr": 2e-3, "aggregation": 0.0, "consistency": 100.0, "match": 1.0, "closing": 0.3, "tau": 0.8},
     }
 
+    TUNES: ClassVar[dict[str, Any]] = {
+        "closing": (0.3,), "match": (1.0,), "steps": (100,), "lr": (2e-3,), "aggregation": (0.0,), "consistency": (100.0,), "tau": (0.8,)
+    }  # fmt: skip
+
     wraps: str = "rome"
     wrapped: Mapping[str, Any] = field(default_factory=dict)
     scope: Literal["edit", "shared"] = "edit"

@@ -60,6 +60,10 @@ class BaFT(SubspaceEditor):
     needs: ClassVar[frozenset[str]] = frozenset({"unrelated?"})  # used where given
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = BAFT
 
+    TUNES: ClassVar[dict[str, Any]] = {
+        "layers": (4 / 30, 8 / 30, 10 / 30), "other_facts_weight": (0.1, 1.0), "steps": (120,), "prefixes": (8,), "threshold": (0.05, 0.2)
+    }  # fmt: skip
+
     depths: tuple[float, ...] | None = None
     lr: float = 1e-3
     steps: int = 60

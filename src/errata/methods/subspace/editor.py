@@ -58,6 +58,10 @@ class SubspaceEditor(OutputTermEditor):
     ridge: ClassVar[bool] = False  # whether gates begin at `errata.methods.subspace.gate_start`
     at_subject: ClassVar[bool] = False  # whether they are to open where the subject is named, and nowhere else
 
+    TUNES: ClassVar[dict[str, Any]] = {
+        "contrast": (16,), "contrast_weight": (4.0,), "prefixes": (4,), "lr": (1e-3,), "stop": (0.1,), "rank": (4,)
+    }  # fmt: skip
+
     rank: int = 12
     layers: tuple[int, ...] | None = None
     depths: tuple[float, ...] | None = PAPER_DEPTHS

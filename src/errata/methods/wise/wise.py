@@ -78,6 +78,10 @@ class WISE(WISEEditor):
     needs: ClassVar[frozenset[str]] = frozenset({"unrelated?"})
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = _PRESETS
 
+    TUNES: ClassVar[dict[str, Any]] = {
+        "layer": (9 / 30, 18 / 30, 24 / 30), "lr": (0.3,), "act_ratio": (0.7,), "contrast": (16,), "steps": (40,)
+    }  # fmt: skip
+
     layer: int | None = None
     point: str = "mlp_down"
     lr: float = 1.0
