@@ -14,6 +14,7 @@ search that was stopped goes on from there.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from errata.request import Case
 from errata.run import single
 from errata.score.evaluator import AnswerCache
 from errata.score.metrics import case_values
+from errata.storage import disk_errors
 from errata.tune.space import values_of
 
 SHARES: Final = {"reliability": "reliability", "generality": "generality", "kept": "watch"}
@@ -58,7 +60,7 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         out = {"settings": dict(self.settings), "seconds": round(self.seconds, 2), "S": round(self.score, 4)}
-        return out | ({"failed": self.failed} if self.failed else {k: round(v, 4) for k, v in self.shares.items()})
+        return out | ({"failed": self.failed} if self.failed else {k: None if v != v else round(v, 4) for k, v in self.shares.items()})
 
 
 def _columns(trial: Trial) -> Any:
@@ -112,10 +114,19 @@ class Evaluation:
         if key not in self._known:
             self._known[key] = made = self._make(method, editor, settings, progress)
             line = {"key": key, "method": method, "settings": dict(settings), "values": made.values, "seconds": made.seconds}
-            self.journal.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.journal, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps({**line, "failed": made.failed}) + "\n")
+            self._write(json.dumps({**line, "failed": made.failed}))
         return self._known[key]
+
+    def _write(self, line: str) -> None:
+        """At the journal's end, on the disk; behind a line that a kill cut short it begins a new one."""
+        self.journal.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self.journal), open(self.journal, "a+b") as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                line = line if stream.read() == b"\n" else f"\n{line}"
+            stream.write(f"{line}\n".encode())
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def _make(self, method: str, editor: Any, settings: Mapping[str, Any], progress: Any) -> Trial:
         began = time.perf_counter()
@@ -149,7 +160,7 @@ class Search:
         best = self._try({})
         spent = longest = best.seconds
         for name, tries in kind.TUNES.items():
-            now = self._now(kind, name, best)
+            now = value_now(kind.for_model(lm, preset=RULE, **best.settings), name, lm)
             for value in values_of(name, tries, now, lm.depth, self.traced() if "trace" in tries else None):
                 if spent + longest > self.seconds:
                     self.cut.append(f"{name}={value}")
@@ -168,10 +179,10 @@ class Search:
         self.told(self.method, trial, better)
         return trial
 
-    def _now(self, kind: Any, name: str, best: Trial) -> Any:
-        """The value of a setting now; of blocks left to the rule, those that it chooses."""
-        editor = kind.for_model(self.evaluation.lm, preset=RULE, **best.settings)
-        value = getattr(editor, name)
-        if name == "layers" and value is None:
-            value = editor.target_layers(self.evaluation.lm)
-        return list(value) if isinstance(value, tuple) else value
+
+def value_now(editor: Any, name: str, lm: LM) -> Any:
+    """The value of an editor's setting; of blocks that are left to the rule, those that it chooses."""
+    value = getattr(editor, name)
+    if name == "layers" and value is None:
+        value = editor.target_layers(lm)
+    return list(value) if isinstance(value, tuple) else value
