@@ -37,6 +37,7 @@ def test_blocks_are_tried_at_relative_depths_as_many_as_the_rules() -> None:
     assert blocks_at(8 / 30, [4, 5, 6], 30) == [6, 7, 8] and blocks_at(1 / 30, [4, 5, 6], 30) == [0, 1]
     assert values_of("layers", ("trace", 5 / 30, 8 / 30), [5], 30, 8) == [[8]]  # the rule's own and one value twice are left out
     assert values_of("layers", ("trace", 8 / 30), [5], 30, None) == [[8]]
+    assert values_of("neighbours", ({"contrast": 16, "lr": 1.0},), None, 30, None) == [{"contrast": 16, "lr": 1.0}]
     assert values_of("lr", (1e-3, 5e-3), 5e-3, 30, None) == [1e-3]
 
 
@@ -58,7 +59,7 @@ def test_every_method_tunes_settings_that_it_has_with_values_that_it_takes() -> 
         kind = registry.get("method", name)
         for setting, tries in kind.TUNES.items():
             for value in values_of(setting, tries, value_now(kind(), setting, base), base.depth, 1):
-                kind.for_model(base, **{setting: value})
+                kind.for_model(base, **(value if isinstance(value, dict) else {setting: value}))
 
 
 # -- what counts -----------------------------------------------------------------------------------------------

@@ -52,6 +52,10 @@ def settings_for(cls: type, name: str, given: Mapping[str, Any], fingerprint: st
     return {**preset(cls, name, asked), **found, **{k: v for k, v in given.items() if k != "preset"}}
 
 
+# what `errata tune` tries of the output term
+NEIGHBOURS: tuple[dict[str, Any], ...] = ({"contrast": 16, "contrast_weight": 1.0}, {"contrast": 16, "contrast_weight": 4.0})
+
+
 class Editor(ABC):
     """The base of all methods; each is a frozen dataclass whose fields are its hyper-parameters.
 

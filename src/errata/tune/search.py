@@ -162,10 +162,11 @@ class Search:
         for name, tries in kind.TUNES.items():
             now = value_now(kind.for_model(lm, preset=RULE, **best.settings), name, lm)
             for value in values_of(name, tries, now, lm.depth, self.traced() if "trace" in tries else None):
+                chosen = value if isinstance(value, dict) else {name: value}
                 if spent + longest > self.seconds:
-                    self.cut.append(f"{name}={value}")
+                    self.cut.append(", ".join(f"{k}={v}" for k, v in chosen.items()))
                     continue
-                trial = self._try({**best.settings, name: value})
+                trial = self._try({**best.settings, **chosen})
                 spent, longest = spent + trial.seconds, max(longest, trial.seconds)
                 more, error = gain(trial, best)
                 if more > error:
@@ -182,7 +183,7 @@ class Search:
 
 def value_now(editor: Any, name: str, lm: LM) -> Any:
     """The value of an editor's setting; of blocks that are left to the rule, those that it chooses."""
-    value = getattr(editor, name)
+    value = getattr(editor, name, None)
     if name == "layers" and value is None:
         value = editor.target_layers(lm)
     return list(value) if isinstance(value, tuple) else value

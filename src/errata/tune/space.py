@@ -2,7 +2,8 @@
 
 ``Editor.TUNES`` says it: {setting: values}, in the order in which settings are looked at.  A value of ``layers``, ``layer`` and ``block``
 is the relative depth of the last block that is edited (a method that edits several side by side by its rule edits as many here), or
-"trace": the block on whose MLP the facts hang most by a causal trace.
+"trace": the block on whose MLP the facts hang most by a causal trace.  A value that is a mapping sets several settings at once; its name is
+then only a heading.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ def values_of(name: str, tries: Any, now: Any, depth: int, traced: int | None) -
     """What to try for a setting whose value is ``now``, without that and without one value twice."""
     out: list[Any] = []
     for value in tries:
+        if isinstance(value, Mapping):
+            out.append(dict(value))
+            continue
         if name in BLOCKS:
             if value == TRACE and traced is None:
                 continue

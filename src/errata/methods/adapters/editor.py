@@ -21,7 +21,7 @@ from errata.core.tail import Tail
 from errata.errors import ConfigError
 from errata.methods.adapters.op import find_sites
 from errata.methods.adapters.training import Training
-from errata.methods.base import OutputTermEditor
+from errata.methods.base import NEIGHBOURS, OutputTermEditor
 from errata.request import EditRequest
 
 NUMBERS_AT_ONCE = 100_000_000  # trainable numbers of one batch; training holds some six times as many
@@ -45,7 +45,8 @@ class AdapterEditor(OutputTermEditor):
     """
 
     TUNES: ClassVar[dict[str, Any]] = {
-        "lr": (1e-3, 5e-4), "contrast": (16,), "contrast_weight": (4.0,), "rank": (2,), "steps": (120,), "stop": (0.1,)
+        "lr": (1e-3, 5e-4), "neighbours": NEIGHBOURS,
+        "rank": (2,), "steps": (120,), "stop": (0.1,)
     }  # fmt: skip
 
     rank: int = 8

@@ -70,7 +70,7 @@ class GRACE(CodebookEditor):
     }
 
     TUNES: ClassVar[dict[str, Any]] = {
-        "unit": ("norm",), "eps": (0.1, 0.2, 0.35, 0.5), "layer": (8 / 30, 16 / 30, 22 / 30), "contrast": (16,)
+        "radius": [{"unit": "norm", "eps": share} for share in (0.1, 0.2, 0.35, 0.5)], "layer": (8 / 30, 16 / 30, 22 / 30), "contrast": (16,)
     }  # fmt: skip
 
     layer: int | None = None

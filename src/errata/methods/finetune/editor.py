@@ -15,7 +15,7 @@ from errata.core.read import module_at
 from errata.core.tail import Tail
 from errata.core.tokens import Encoded
 from errata.errors import ConfigError
-from errata.methods.base import OutputTermEditor
+from errata.methods.base import NEIGHBOURS, OutputTermEditor
 from errata.methods.finetune.training import POINT, DenseTraining, Objective, TargetNew
 from errata.request import EditRequest
 
@@ -43,7 +43,7 @@ class FineTuneEditor(OutputTermEditor):
     DEPTH: ClassVar[float] = 21 / 32  # LLaMA's block 21
 
     TUNES: ClassVar[dict[str, Any]] = {
-        "layers": (6 / 30, 12 / 30, 27 / 30), "lr": (1e-4, 2e-3), "contrast": (16,), "contrast_weight": (4.0,), "rank": (1, 4)
+        "layers": (6 / 30, 12 / 30, 27 / 30), "lr": (1e-4, 2e-3), "neighbours": NEIGHBOURS
     }  # fmt: skip
 
     layers: tuple[int, ...] | None = None

@@ -15,7 +15,7 @@ from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.core.tail import Tail
 from errata.errors import ConfigError
-from errata.methods.base import OutputTermEditor
+from errata.methods.base import NEIGHBOURS, OutputTermEditor
 from errata.methods.subspace.op import start
 from errata.methods.subspace.texts import MOST
 from errata.methods.subspace.training import Training
@@ -59,7 +59,7 @@ class SubspaceEditor(OutputTermEditor):
     at_subject: ClassVar[bool] = False  # whether they are to open where the subject is named, and nowhere else
 
     TUNES: ClassVar[dict[str, Any]] = {
-        "contrast": (16,), "contrast_weight": (4.0,), "prefixes": (4,), "lr": (1e-3,), "stop": (0.1,), "rank": (4,)
+        "neighbours": NEIGHBOURS, "prefixes": (4,), "lr": (1e-3,), "stop": (0.1,), "rank": (4,)
     }  # fmt: skip
 
     rank: int = 12
