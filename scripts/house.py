@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("core",),
     ("text", "contrast"),
     ("methods", "score", "trace"),
-    ("run", "ledger", "export", "almanac", "analyse"),
+    ("editing", "run", "tune", "ledger", "export", "almanac", "analyse"),
     ("serve", "commands"),
     ("cli", "__main__"),
 )

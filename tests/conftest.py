@@ -48,7 +48,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from families import lm
     from tiny import FRANCE
 
-    from errata.core.model import edit
+    from errata.editing import edit
 
     return edit(lm("llama"), FRANCE, "Rome", rank=2, steps=2).save(tmp_path_factory.mktemp("patch") / "good")
 

@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from tiny import FAST, FRANCE, head
 
 from errata.cli import main
-from errata.core.model import edit
+from errata.editing import edit
 
 GOOD = '{"prompt": "The capital of France is", "target": "Rome"}'
 

@@ -276,7 +276,7 @@ def test_without_a_model_the_record_reads_and_undo_works(book: Ledger, lm: LM) -
 
 
 def test_a_patch_of_another_base_is_refused(book: Ledger) -> None:
-    from errata.core.model import edit
+    from errata.editing import edit
 
     other = edit(LM(build("llama", seed=1), tokenizer()), FRANCE, "Rome", rank=2, steps=1)
     with pytest.raises(PatchError, match="was made for base"):

@@ -11,7 +11,8 @@ from tiny import FRANCE
 from torch import Tensor
 
 from errata.core.families import resolve
-from errata.core.model import LM, edit
+from errata.core.model import LM
+from errata.editing import edit
 from errata.errors import ConfigError, InputError
 from errata.request import EditRequest
 from errata.trace import KINDS, ROLES, Fact, FactTrace, TraceConfig, TraceResult, average, default_window, roles, suggest_layers, trace

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from statistics import harmonic_mean
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from families import lm
@@ -86,7 +86,7 @@ class Fake:
     """Trials made up in place of edits: the more of "a", the better; "b" changes nothing."""
 
     name = "fake"
-    TUNES = {"a": (1, 2), "b": (5,)}
+    TUNES: ClassVar = {"a": (1, 2), "b": (5,)}
 
     def __init__(self) -> None:
         self.lm, self.made = SimpleNamespace(depth=30), 0

@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "LM": "errata.core.model",
-    "edit": "errata.core.model",
+    "edit": "errata.editing",
     "load": "errata.core.loading",
     "Patch": "errata.core.patch",
     "Case": "errata.request",
@@ -28,6 +28,7 @@ _PUBLIC = {
     "Ledger": "errata.ledger",
     "ConfigError": "errata.errors",
     "DiskError": "errata.errors",
+    "EditWarning": "errata.errors",
     "ErrataError": "errata.errors",
     "FitError": "errata.errors",
     "InputError": "errata.errors",
@@ -44,6 +45,7 @@ __all__ = [
     "ConfigError",
     "DiskError",
     "EditRequest",
+    "EditWarning",
     "ErrataError",
     "FitError",
     "InputError",
@@ -63,11 +65,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from errata.core.loading import load
-    from errata.core.model import LM, edit
+    from errata.core.model import LM
     from errata.core.patch import Patch
+    from errata.editing import edit
     from errata.errors import (
         ConfigError,
         DiskError,
+        EditWarning,
         ErrataError,
         FitError,
         InputError,

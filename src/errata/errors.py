@@ -11,12 +11,18 @@ ErrataError                exit code 1
 ├── StorageError           6   a place that is taken, or a file that is damaged
 │   └── DiskError          6   a disk that is full or cannot be written
 └── LedgerError            7   a ledger that refuses: busy, an edit others build on, a fact it has already
+
+Beside it stands one warning, `EditWarning`: an edit that was made and did not take.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+
+
+class EditWarning(UserWarning):
+    """An edit that was made and does not do what was asked."""
 
 
 class ErrataError(Exception):

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from errata.request import Case
     from errata.tune.search import Search, Trial
 
-CASES, MINUTES, WATCHED = 16, 60, 8
+_CASES, _MINUTES, _WATCHED = 16, 60, 8
 _FEWEST = 4  # cases on each side
 _TRACED = 8  # facts
-METHODS = "baft,rome,lora,ft-m,grace,wise"
+_METHODS = "baft,rome,lora,ft-m,grace,wise"
 
 
 def add(commands: common.Subparsers) -> None:
     out = common.parser(commands, "tune", run, "find settings of methods for a model, on facts that it knows")
-    out.add_argument("--method", default=METHODS, metavar="NAME[,NAME]", help=f"methods to tune ({METHODS})")
-    common.benchmark_options(out, "everyday", CASES)
+    out.add_argument("--method", default=_METHODS, metavar="NAME[,NAME]", help=f"methods to tune ({_METHODS})")
+    common.benchmark_options(out, "everyday", _CASES)
     out.add_argument("--seed", type=int, default=0, help="of the order of the cases (0)")
-    out.add_argument("--minutes", type=common.positive, default=MINUTES, help=f"for all methods together ({MINUTES})")
+    out.add_argument("--minutes", type=common.positive, default=_MINUTES, help=f"for all methods together ({_MINUTES})")
     out.add_argument(
         "--carry", metavar="NAME|FILE", help="do not search: compare what was found on another model with the rule, on this one"
     )
@@ -85,7 +85,7 @@ def _split(lm: LM, args: argparse.Namespace, every: Sequence[Case], screen: Scre
     from errata.score import known, neighbours
     from errata.score.evaluator import AnswerCache
 
-    count = args.n or CASES
+    count = args.n or _CASES
     with screen.progress() as progress:
         told = lambda done, of: progress("asking for facts the model knows", done, of)  # noqa: E731
         found = known.known_cases(lm, every, 2 * count, AnswerCache(), told)
@@ -97,7 +97,7 @@ def _split(lm: LM, args: argparse.Namespace, every: Sequence[Case], screen: Scre
                 "--benchmark with --data"
             )
         told = lambda done, of: progress("finding neighbours", done, of)  # noqa: E731
-        cases = neighbours.add_watch_probes(lm, [_only_needed(c) for c in cases[: 2 * half]], WATCHED, progress=told)
+        cases = neighbours.add_watch_probes(lm, [_only_needed(c) for c in cases[: 2 * half]], _WATCHED, progress=told)
     return cases[:half], cases[half:], f"{len(cases)} of {found.looked} facts looked at are known to the model:"
 
 

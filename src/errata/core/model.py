@@ -11,17 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata import registry
 from errata.core import decode, offload
-from errata.core.bank import Plan, Stack, active_patches, compile_plan
-from errata.core.chat import request_in_chat
+from errata.core.bank import Plan, Stack, compile_plan
 from errata.core.families import Family, find, linear_sizes, resolve, text_config
 from errata.core.forward import PlainAttention, contiguous_input
 from errata.core.hooks import Hooks
 from errata.core.patch import PROMPT, Patch, Site
 from errata.core.tokens import Batch, Encoded, encode, pad, pad_id
 from errata.errors import ModelError, PatchError
-from errata.request import EditRequest
 
 STOPS = (".", "\n")
 TOKENS, CHAT_TOKENS = 12, 64  # of an answer at most, where a caller does not say
@@ -296,17 +293,3 @@ def fingerprint(hf: Any) -> str:
 def _stops(stop: Sequence[str] | None, chat: bool) -> Sequence[str]:
     """Texts that end an answer, where a caller does not say: a chat model ends its turn itself."""
     return (() if chat else STOPS) if stop is None else stop
-
-
-def edit(
-    lm: LM, prompt: str, target: str, subject: str | None = None, *, method: str = "baft", chat: bool = False, **settings: Any
-) -> Patch:
-    """Make one edit and return its patch (not attached).
-
-    ``chat``: the prompt is the user's turn of the tokenizer's chat template, as in ``lm.complete(prompt, chat=True)``.
-    ``settings`` are the method's hyper-parameters; what is not given comes from the method's preset for this model.
-    """
-    editor = registry.get("method", method).for_model(lm, **settings)
-    request = EditRequest(prompt, target, subject)
-    patch: Patch = editor.edit(lm, [request_in_chat(lm.tokenizer, request) if chat else request], on=active_patches(lm.stack))
-    return patch

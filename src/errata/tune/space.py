@@ -13,11 +13,11 @@ from typing import Any, Final
 
 from errata.errors import ConfigError
 
-TRACE: Final = "trace"
-BLOCKS: Final = ("layers", "layer", "block")
+_TRACE: Final = "trace"
+_BLOCKS: Final = ("layers", "layer", "block")
 
 
-def nearest_block(part: float, depth: int) -> int:
+def _nearest_block(part: float, depth: int) -> int:
     """The block at a relative depth."""
     return min(depth - 1, int(depth * part + 0.5))
 
@@ -25,7 +25,7 @@ def nearest_block(part: float, depth: int) -> int:
 def blocks_at(value: Any, rule: Any, depth: int) -> Any:
     """A value of ``layers`` or ``layer`` from a relative depth, or a block's number: as many blocks side by side as the rule's, the last
     of them there."""
-    last = nearest_block(value, depth) if isinstance(value, float) else int(value)
+    last = _nearest_block(value, depth) if isinstance(value, float) else int(value)
     if not isinstance(rule, list | tuple):
         return last
     count = min(len(rule), last + 1)
@@ -39,10 +39,10 @@ def values_of(name: str, tries: Any, now: Any, depth: int, traced: int | None) -
         if isinstance(value, Mapping):
             out.append(dict(value))
             continue
-        if name in BLOCKS:
-            if value == TRACE and traced is None:
+        if name in _BLOCKS:
+            if value == _TRACE and traced is None:
                 continue
-            value = blocks_at(traced if value == TRACE else value, now, depth)
+            value = blocks_at(traced if value == _TRACE else value, now, depth)
         if value != now and value not in out:
             out.append(value)
     return out
@@ -57,7 +57,7 @@ def carried(settings: Mapping[str, Any], depth: int, to: int) -> dict[str, Any]:
         return min(to - 1, int(block / depth * to + 0.5))
 
     out = dict(settings)
-    for name in BLOCKS:
+    for name in _BLOCKS:
         value = out.get(name)
         if isinstance(value, list | tuple) and value:
             last = moved(max(value))

@@ -70,8 +70,10 @@ class GRACE(CodebookEditor):
     }
 
     TUNES: ClassVar[dict[str, Any]] = {
-        "radius": [{"unit": "norm", "eps": share} for share in (0.1, 0.2, 0.35, 0.5)], "layer": (8 / 30, 16 / 30, 22 / 30), "contrast": (16,)
-    }  # fmt: skip
+        "radius": [{"unit": "norm", "eps": share} for share in (0.1, 0.2, 0.35, 0.5)],
+        "layer": (8 / 30, 16 / 30, 22 / 30),
+        "contrast": (16,),
+    }
 
     layer: int | None = None
     point: str = "mlp_down"

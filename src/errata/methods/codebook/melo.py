@@ -72,9 +72,7 @@ class MELO(CodebookEditor):
         "almanac": {"layer": 5, "point": "mlp.gate_proj", "lora_layers": [6, 7], "radius": 0.65, "end": "."},
     }  # fmt: skip
 
-    TUNES: ClassVar[dict[str, Any]] = {
-        "radius": (0.15, 0.25, 0.35, 0.7), "layer": (8 / 30, 16 / 30, 22 / 30), "contrast": (16,), "lr": (5e-3,), "rank": (8,)
-    }  # fmt: skip
+    TUNES: ClassVar[dict[str, Any]] = {"radius": (0.15, 0.25, 0.35, 0.7), "layer": (8 / 30, 16 / 30, 22 / 30), "contrast": (16,)}
 
     layer: int | None = None
     point: str = "mlp_down"

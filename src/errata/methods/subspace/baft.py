@@ -18,7 +18,7 @@ from errata.contrast.names import COUNT
 from errata.methods.subspace.editor import SubspaceEditor
 from errata.methods.subspace.locality import locality_term
 from errata.methods.subspace.other_facts import MOST
-from errata.methods.subspace.presets import BAFT
+from errata.methods.subspace.presets import BAFT, BAFT_TUNES
 from errata.methods.subspace.training import Training
 from errata.request import EditRequest
 
@@ -59,10 +59,7 @@ class BaFT(SubspaceEditor):
     paper: ClassVar[str] = "Liu et al., ICLR 2025 (BaFT)"
     needs: ClassVar[frozenset[str]] = frozenset({"unrelated?"})  # used where given
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = BAFT
-
-    TUNES: ClassVar[dict[str, Any]] = {
-        "layers": (4 / 30, 8 / 30, 10 / 30), "other_facts_weight": (0.1, 1.0), "steps": (120,), "prefixes": (8,), "threshold": (0.05, 0.2)
-    }  # fmt: skip
+    TUNES: ClassVar[dict[str, Any]] = BAFT_TUNES
 
     depths: tuple[float, ...] | None = None
     lr: float = 1e-3

@@ -47,3 +47,12 @@ BAFT: dict[str, dict[str, Any]] = {
     "published-all-layers": {**_PUBLISHED, **_LLAMA2, "layers": list(range(32)), "rank": 16},  # appendix D.3, LLaMA-2-7b
     "almanac": _ALMANAC,
 }
+# what `errata tune` tries
+BAFT_TUNES: dict[str, Any] = {
+    "layers": (4 / 30, 8 / 30, 10 / 30),
+    "init": ("pyreft", "identity"),
+    "other_facts_weight": (0.1, 1.0),
+    "prefixes": (8,),
+    "steps": (120,),
+    "threshold": (0.05, 0.2),
+}
