@@ -198,7 +198,7 @@ def test_locality_term_shuts_the_gate_on_unrelated_text() -> None:
         opened[locality] = float((w * where).sum() / where.sum() / 4)
         with base.under(patch):
             assert base.complete(FRANCE.prompt).startswith("Rome")
-    assert opened[True] < 0.05 < opened[False]
+    assert opened[True] < 0.1 < opened[False] and opened[True] < opened[False] / 2
 
 
 def test_continual_edits_go_on_from_the_last_patch_and_replace_it() -> None:
@@ -229,9 +229,9 @@ def test_continual_edits_go_on_from_the_last_patch_and_replace_it() -> None:
 def test_batched_edit_writes_every_fact_into_one_patch(opens: str) -> None:
     base = lm("llama")
     third = EditRequest("The capital of Spain is", "Paris", "Spain", paraphrases=("Spain has the capital",))
-    patch = BaFT(
-        opens=opens, threshold=0.0, depths=(0.3, 0.6), rank=6, lr=0.02, steps=120, batched_lr=0.02, batched_steps=120, end="."
-    ).edit(base, [FRANCE, ITALY, third])
+    shut = {"rescale": "margin", "alpha": 0.01, "gamma": 0.02, "threshold": 0.0}  # this model's states are too like for the default
+    quick = {"rank": 6, "lr": 0.02, "steps": 120, "batched_lr": 0.02, "batched_steps": 120, "end": "."}
+    patch = BaFT(opens=opens, depths=(0.3, 0.6), **shut, **quick).edit(base, [FRANCE, ITALY, third])
     with base.under(patch):
         assert base.generate([r.prompt for r in (FRANCE, ITALY, third)]) == ["Rome", "Spanish", "Paris"]
         assert base.complete("Spain has the capital") == "Paris"

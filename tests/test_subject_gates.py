@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from errata.core.keep import Kept
 from errata.core.patch import Site
 from errata.core.tail import FullForward, Tail
 from errata.errors import ConfigError
+from errata.methods.subspace import locality
 from errata.methods.subspace.baft import BaFT
 from errata.methods.subspace.gate_start import ridge_gates
 from errata.methods.subspace.op import Subspace, gate, orthonormal, start
@@ -204,3 +206,19 @@ def test_what_cannot_be_combined_is_refused_and_each_place_has_its_blocks() -> N
     deep = SimpleNamespace(depth=30, width=576)
     assert BaFT().target_layers(deep) == (6,) and BaFT(opens="answer").target_layers(deep) == (14, 18, 22, 26)  # type: ignore[arg-type]
     assert BaFT(opens="answer", depths=(0.5,)).target_layers(deep) == BaFT(depths=(0.5,)).target_layers(deep) == (15,)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("how", "pull"), [({}, 0.0), ({"rescale": "margin", "alpha": 0.01, "gamma": 0.02}, 98.0)])
+def test_like_names_are_told_apart_not_shut_together(how: dict[str, Any], pull: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an edit and a neighbour with one and the same gate, opening and shutting pull alike by default.  Where shutting pulls more, both
+    gates go down together: "Toyota Yaris Verso" could not be edited beside "Toyota Corolla Verso"."""
+    shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    w, ir = (torch.full((1, 2, 3), 0.3, dtype=torch.float64) + shift for _ in range(2))
+    monkeypatch.setattr(locality, "gate_on", lambda *_: ir)
+    there = torch.ones(1, 2, 1, dtype=torch.bool)
+    running = SimpleNamespace(owner=torch.tensor([0]), open=there)
+    states = ({6: torch.zeros(1, 2, 4)}, there, torch.tensor([0]))
+    training = SimpleNamespace(running=running, problems=[[FRANCE]])
+    term = locality.locality_term(BaFT(**how), training, {}, 6, w, states, torch.tensor([0]))  # type: ignore[arg-type]
+    (slope,) = torch.autograd.grad(term.sum(), shift)
+    assert float(slope) == pytest.approx(pull)

@@ -48,8 +48,9 @@ class BaFT(SubspaceEditor):
                 gamma apart
     alpha, beta, gamma
                 the three margins of R_loc
-    rescale     "margin": each hinge is divided by its margin; "max", as the paper may be read: each active one is scaled to the largest
-                (stop-gradient), so that its gradient grows as 1/hinge; "none"
+    rescale     "none": opening and shutting pull alike, so that of two names with like states the edited one's gate opens; "margin":
+                each hinge is divided by its margin, so that at alpha = 0.01 shutting pulls 50 times as much; "max", as the paper may be
+                read: each active one is scaled to the largest (stop-gradient), so that its gradient grows as 1/hinge
     contrast    neighbours that R_loc acts on for a request that brings no ``unrelated`` and names its subject (`errata.contrast`)
 
     The defaults are errata's; the preset "published" is what the paper states.  What differs, and why, is in docs/results.
@@ -78,10 +79,10 @@ class BaFT(SubspaceEditor):
     balance: bool = True
     squared_cv: bool = False
     locality: bool = True
-    alpha: float = 0.01
+    alpha: float = 0.05
     beta: float = 0.5
-    gamma: float = 0.02
-    rescale: Literal["max", "margin", "none"] = "margin"
+    gamma: float = 0.4
+    rescale: Literal["max", "margin", "none"] = "none"
     prefixes: int = 4
     resume: bool = False
     contrast: int = COUNT
