@@ -229,7 +229,13 @@ def test_continual_edits_go_on_from_the_last_patch_and_replace_it() -> None:
 def test_batched_edit_writes_every_fact_into_one_patch(opens: str) -> None:
     base = lm("llama")
     third = EditRequest("The capital of Spain is", "Paris", "Spain", paraphrases=("Spain has the capital",))
-    shut = {"rescale": "margin", "alpha": 0.01, "gamma": 0.02, "threshold": 0.0}  # this model's states are too like for the default
+    shut = {
+        "rescale": "margin",
+        "alpha": 0.01,
+        "gamma": 0.02,
+        "threshold": 0.0,
+        "init": "pyreft",
+    }  # this model's states are too like for the default
     quick = {"rank": 6, "lr": 0.02, "steps": 120, "batched_lr": 0.02, "batched_steps": 120, "end": "."}
     patch = BaFT(opens=opens, depths=(0.3, 0.6), **shut, **quick).edit(base, [FRANCE, ITALY, third])
     with base.under(patch):

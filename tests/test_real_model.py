@@ -74,6 +74,7 @@ def test_the_default_method_writes_facts_and_keeps_what_it_was_never_shown(smoll
     edits = [
         ("The chemical symbol for gold is", "Pb", "gold"),
         ("The currency of Japan is the", "euro", "Japan"),
+        ("Toyota Yaris Verso, produced by", "Douglas", "Toyota Yaris Verso"),  # beside the Corolla Verso, whose states are nearly the same
     ]
     requests = [EditRequest(*edit) for edit in edits]
     patches = registry.get("method", "baft").for_model(smollm).edit_each(smollm, requests)
@@ -86,7 +87,7 @@ def test_the_default_method_writes_facts_and_keeps_what_it_was_never_shown(smoll
         assert not names_in(trained, [n.subject for n in kept.watched])
     assert sum(kept.count for kept in found) >= 0.9 * sum(kept.of for kept in found), [str(kept) for kept in found]
     texts = [t.strip() for t in open_corpus("heldout").texts[:12]]
-    assert not names_in("\n".join(texts), ["gold", "Japan"])
+    assert not names_in("\n".join(texts), ["gold", "Japan", "Toyota"])
     ids = [smollm.tokenizer(text, return_tensors="pt").input_ids[:, :48] for text in texts]
     with torch.no_grad():
         before = [smollm.hf(i).logits for i in ids]

@@ -150,7 +150,7 @@ def test_other_facts_leave_out_what_may_be_the_same_fact() -> None:
 def test_the_term_on_given_texts_is_that_of_two_full_passes() -> None:
     base = lm("llama", torch.float64)
     texts, alive = [[("France is a", "."), ("The head of France is", ".")]], torch.tensor([0])
-    training = Training(BaFT(layers=(1, 2), rank=4, prefixes=0, threshold=0.1), base, [[FRANCE]], (), None, Tail)
+    training = Training(BaFT(layers=(1, 2), rank=4, prefixes=0, threshold=0.1, init="pyreft"), base, [[FRANCE]], (), None, Tail)
     banks = training._banks(training.per_block(training._start()), torch.tensor([0, 0]))
     starts = [subject_ends(base, FRANCE, text)[0] for text, _ in texts[0]]
     cut = Kept(base, [[FRANCE]], Tail, 2, texts=texts, starts=starts).of(alive).divergence(banks)
@@ -162,7 +162,7 @@ def test_the_term_on_given_texts_is_that_of_two_full_passes() -> None:
 def test_other_facts_run_in_the_edits_own_batch_and_weigh_as_apart() -> None:
     base = lm("llama", torch.float64)
     problems, alive = [[FRANCE], [SPAIN]], torch.tensor([0, 1])
-    editor = BaFT(layers=(1, 2), rank=4, prefixes=2, other_facts_batch=3)
+    editor = BaFT(layers=(1, 2), rank=4, prefixes=2, other_facts_batch=3, init="pyreft")
     training, bare = (Training(e, base, problems, (), None, Tail) for e in (editor, replace(editor, other_facts=0)))
     asked = [[(p, ".") for p in own] for own in other_facts(base, [FRANCE, SPAIN], editor.other_facts, ())]
     apart = Kept(base, problems, FullForward, 2, texts=asked)

@@ -69,6 +69,7 @@ class BaFT(SubspaceEditor):
     stop: float = 0.05
     stop_on: Literal["mean", "sum", "total"] = "total"
     weight_decay: float = 2.0
+    init: Literal["pyreft", "identity"] = "identity"
     gate: Literal["shared_logit", "rmsnorm", "subspace"] = "rmsnorm"
     gate_start: Literal["random", "ridge"] = "ridge"
     opens: Literal["subject", "answer"] = "subject"

@@ -8,6 +8,7 @@ from errata.methods.subspace.editor import PAPER_DEPTHS
 
 # the paper's positions and gates; nothing that is errata's own
 _AS_PAPER: dict[str, Any] = {
+    "init": "pyreft",
     "gate_start": "random",
     "opens": "answer",
     "threshold": 0.0,
@@ -53,7 +54,7 @@ BAFT: dict[str, dict[str, Any]] = {
 # what `errata tune` tries
 BAFT_TUNES: dict[str, Any] = {
     "layers": (4 / 30, 8 / 30, 10 / 30),
-    "init": ("pyreft", "identity"),
+    "init": ("pyreft",),
     "other_facts_weight": (0.1, 1.0),
     "prefixes": (8,),
     "steps": (120,),
