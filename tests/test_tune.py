@@ -96,7 +96,7 @@ class Fake:
         return trial([1] * 8, [0.2 + 0.3 * settings.get("a", 0)] * 8, [1] * 8, **settings)
 
     @classmethod
-    def for_model(cls, base: Any, **settings: Any) -> Any:
+    def untuned(cls, base: Any, **settings: Any) -> Any:
         return SimpleNamespace(a=0, b=0)
 
 

@@ -134,9 +134,9 @@ def _search(
     began = time.perf_counter()
     with screen.progress() as progress:
 
-        def told(name: str, trial: Trial, better: bool) -> None:
+        def told(name: str, trial: Trial, taken: bool) -> None:
             shares = trial.failed or ", ".join(f"{k} {v:.2f}" for k, v in trial.shares.items())
-            screen.say(f"{name} {_text(trial.settings)}: S {trial.score:.3f} ({shares}), {trial.seconds:.0f} s{' *' if better else ''}")
+            screen.say(f"{name} {_text(trial.settings)}: S {trial.score:.3f} ({shares}), {trial.seconds:.0f} s{' *' if taken else ''}")
 
         search: Search = Search(searched, method, seconds, traced, told, lambda s, d, t: progress(f"{method} ({place}): {s}", d, t))
         best = search.run()
@@ -220,4 +220,4 @@ def _show(screen: Screen, rows: Sequence[dict[str, Any]], carried: dict[str, Any
 def _shares(trial: dict[str, Any]) -> str:
     if "failed" in trial:
         return f"failed: {trial['failed']}"
-    return " ".join(f"{trial[k]:.2f}" for k in ("S", "reliability", "generality", "kept"))
+    return " ".join("–" if trial[k] is None else f"{trial[k]:.2f}" for k in ("S", "reliability", "generality", "kept"))

@@ -81,6 +81,11 @@ class Editor(ABC):
         """
         return build(cls, settings_for(cls, lm.name, settings, lm.fingerprint))
 
+    @classmethod
+    def untuned(cls: type[E], lm: LM, **settings: Any) -> E:
+        """As `for_model`, without what `errata tune` found: the preset by the model's name, or the rule."""
+        return build(cls, settings_for(cls, lm.name, settings))
+
     def contrasted(
         self, lm: LM, requests: Sequence[EditRequest], on: Stack = (), exclude: Sequence[str] = (), names: Names | None = None
     ) -> list[EditRequest]:

@@ -23,11 +23,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from errata import registry
+from errata import __version__, registry
 from errata.config import digest, to_dict
 from errata.core.model import LM
 from errata.errors import ConfigError, FitError
-from errata.methods.base import RULE
 from errata.request import Case
 from errata.run import single
 from errata.score.evaluator import AnswerCache
@@ -109,8 +108,8 @@ class Evaluation:
     def trial(self, method: str, settings: Mapping[str, Any], progress: Any = None) -> Trial:
         """What these settings, on top of the rule, come to."""
         kind = registry.get("method", method)
-        editor = kind.for_model(self.lm, preset=RULE, **settings)
-        key = digest([self.name, method, to_dict(editor), str(self.lm.dtype)])
+        editor = kind.untuned(self.lm, **settings)
+        key = digest([__version__, self.name, method, to_dict(editor), str(self.lm.dtype)])
         if key not in self._known:
             self._known[key] = made = self._make(method, editor, settings, progress)
             line = {"key": key, "method": method, "settings": dict(settings), "values": made.values, "seconds": made.seconds}
@@ -142,7 +141,7 @@ class Evaluation:
 
 @dataclass
 class Search:
-    """One method's search within ``seconds``; ``told`` hears of every trial."""
+    """One method's search within ``seconds``; ``told`` hears of every trial, and whether it was taken."""
 
     evaluation: Evaluation
     method: str
@@ -158,9 +157,10 @@ class Search:
         lm, spent = self.evaluation.lm, 0.0
         kind = registry.get("method", self.method)
         best = self._try({})
+        self.told(self.method, best, True)
         spent = longest = best.seconds
         for name, tries in kind.TUNES.items():
-            now = value_now(kind.for_model(lm, preset=RULE, **best.settings), name, lm)
+            now = value_now(kind.untuned(lm, **best.settings), name, lm)
             for value in values_of(name, tries, now, lm.depth, self.traced() if "trace" in tries else None):
                 chosen = value if isinstance(value, dict) else {name: value}
                 if spent + longest > self.seconds:
@@ -171,13 +171,12 @@ class Search:
                 more, error = gain(trial, best)
                 if more > error:
                     best = trial
+                self.told(self.method, trial, best is trial)
         return best
 
     def _try(self, settings: Mapping[str, Any]) -> Trial:
         trial = self.evaluation.trial(self.method, settings, self.progress)
-        better = not self.trials or trial.score > max(t.score for t in self.trials)
         self.trials.append(trial)
-        self.told(self.method, trial, better)
         return trial
 
 
