@@ -195,7 +195,7 @@ def test_a_mini_batch_holds_the_pairs_of_its_requests() -> None:
         training = DenseTraining(editor, model, [REQUESTS], (), FullForward)
         alive = torch.tensor([0])
         views = [training._view(alive, 0, b) for b in range(training.batches)]
-        assert [v.kept[0]._numbers.tolist() for v in views] == want
+        assert [v.kept[0].numbers.tolist() for v in views] == want
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora"])

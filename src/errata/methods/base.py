@@ -18,7 +18,7 @@ from errata.request import EditRequest
 
 E = TypeVar("E", bound="Editor")
 _SEEDS = 2**32
-RULE = "rule"  # the preset of nothing: the rule for a model that nobody tuned
+_RULE = "rule"  # the preset of nothing: the rule for a model that nobody tuned
 PUBLISHED = "published"  # the preset of what the paper states; "published NAME": what it states for a model of that name
 
 
@@ -33,7 +33,7 @@ def preset(cls: type, name: str, asked: str | None = None) -> dict[str, Any]:
     if asked is None:
         own = (k for k in sorted(table, key=len, reverse=True) if k in plain and not k.startswith(PUBLISHED))
         return next((dict(table[k]) for k in own), {})
-    if asked == RULE:
+    if asked == _RULE:
         return {}
     if asked not in table:
         there = near(asked, table, "there are") if table else "it has none"
