@@ -177,6 +177,21 @@ def test_other_facts_run_in_the_edits_own_batch_and_weigh_as_apart() -> None:
         torch.testing.assert_close(with_others - without, editor.other_facts_weight * want, atol=1e-9, rtol=1e-6)
 
 
+def test_a_turn_without_other_facts_adds_nothing() -> None:
+    """Of problems with unlike numbers of them, those with most may end first."""
+    base = lm("llama", torch.float64)
+    many = EditRequest(SPAIN.prompt, SPAIN.target, "Spain", unrelated=(("Spain is", "a"), ("The head of Spain is", "a")))
+    editor = BaFT(layers=(1, 2), rank=4, prefixes=0, other_facts=1, init="pyreft")
+    training = Training(editor, base, [[FRANCE], [many]], (), None, Tail)
+    turns = training.others.turns
+    assert turns > 1 and int((training.others.owner == 0).sum()) < turns
+    p, alive = training._start(), torch.tensor([0])
+    own = {k: v[alive] for k, v in p.items()}
+    found = [training._loss(own, alive)[0] for _ in range(turns)]
+    bare = Training(replace(editor, other_facts_weight=0.0), base, [[FRANCE], [many]], (), None, Tail)
+    torch.testing.assert_close(found[-1], bare._loss(own, alive)[0], atol=1e-9, rtol=1e-8)
+
+
 def test_what_should_stay_and_names_the_subject_is_held_by_the_output_term() -> None:
     """A gate cannot be open and shut on one state: another fact of the subject, or a longer name that begins with it."""
     base = lm("llama")

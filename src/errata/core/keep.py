@@ -60,6 +60,7 @@ class KeptRows:
         self._each = torch.bincount(owner, minlength=count)
         self.even = bool((self._each == self._each[:1]).all()) and bool((owner.diff() >= 0).all())
         self._made: tuple[Any, Tensor] | None = None
+        self._before: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -77,12 +78,17 @@ class KeptRows:
         """KL_e [e] of the problems that run; 0 for one without a row."""
         if not len(self):
             return torch.zeros(self._count, device=self.owner.device)
-        return self.divergence_of(self._frozen()[0].logits(banks))
+        runner, self._before = self._frozen()
+        return self.divergence_of(runner.logits(banks))
 
     def divergence_of(self, logits: Tensor) -> Tensor:
-        """The same from the logits [M, V] of these rows, where they ran beside others (`Kept.rows`)."""
-        runner, log_p = self._frozen()
-        where = runner.rows.label_mask
+        """The same from the logits [M, V] of these rows, where they ran beside others (`Kept.stand_in`)."""
+        if not len(self):
+            return torch.zeros(self._count, device=self.owner.device)
+        log_p = self._of.before(self.numbers) if self._before is None else self._before
+        if self._of.few:
+            self._before = log_p
+        where = self._of.rows.label_mask[self.numbers]
         kl = token_kl(_wide(logits), log_p)
         share = 1 / (where.sum(1) * self._each[self.owner]).to(kl.dtype)
         row = where.nonzero()[:, 0]
@@ -136,13 +142,23 @@ class Kept:
         every = len(numbers) == len(self.owner)
         if not self.few:
             return self._read(None if every else numbers)
+        runner, _ = self._all()
+        return runner if every else runner.select(numbers), self.before(numbers)
+
+    def before(self, numbers: Tensor) -> Tensor:
+        """log p [M, V] of the rows with these numbers, which rise."""
+        if not self.few:
+            return self._read(numbers)[1]
+        _, log_p = self._all()
+        if len(numbers) == len(self.owner):
+            return log_p
+        chosen = torch.zeros(len(self.owner), dtype=torch.bool, device=numbers.device).index_fill(0, numbers, True)
+        return log_p[chosen[self.rows.label_mask.nonzero()[:, 0]]]
+
+    def _all(self) -> tuple[Any, Tensor]:
         if self._made is None:
             self._made = self._read(None)
-        if every:
-            return self._made
-        runner, log_p = self._made
-        chosen = torch.zeros(len(self.owner), dtype=torch.bool, device=numbers.device).index_fill(0, numbers, True)
-        return runner.select(numbers), log_p[chosen[self.rows.label_mask.nonzero()[:, 0]]]
+        return self._made
 
     @torch.no_grad()
     def _read(self, numbers: Tensor | None) -> tuple[Any, Tensor]:
