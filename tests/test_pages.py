@@ -26,6 +26,7 @@ NOT_RUN = {
     "docs/robustness.md": 2,
     "docs/runs.md": 2,
     "docs/serving.md": 3,
+    "docs/tune.md": 1,
 }
 
 
