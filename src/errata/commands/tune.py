@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         seconds = args.minutes * 60 / len(methods)
         found, row = _search(searched, checked, method, seconds, traced, screen, f"{i + 1} of {len(methods)}")
         rows.append(row)
-        tuned.save(path, _of_model(lm, args, dev, unseen), {method: found})
+        tuned.save(path, _of_model(lm), {method: {**found, "cases": _cases(args, dev, unseen)}})
     _show(screen, rows, carried)
     saved = None if carried is not None else str(path)
     screen.document({"model": lm.name, "base": lm.fingerprint, "dev": len(dev), "unseen": len(unseen), "methods": rows, "saved": saved})
@@ -189,14 +189,16 @@ def _compare(checked: Any, method: str, settings: dict[str, Any], screen: Screen
     return {"method": method, "settings": settings, "unseen": unseen}
 
 
-def _of_model(lm: LM, args: argparse.Namespace, dev: Sequence[Case], unseen: Sequence[Case]) -> dict[str, Any]:
+def _of_model(lm: LM) -> dict[str, Any]:
     from errata import __version__
 
-    on = {"benchmark": args.benchmark, "seed": args.seed, "dev": [c.id for c in dev], "unseen": [c.id for c in unseen]}
-    return {
-        "model": lm.name, "fingerprint": lm.fingerprint, "depth": lm.depth, "dtype": str(lm.dtype).removeprefix("torch."),
-        "errata": __version__, "cases": on,
-    }  # fmt: skip
+    dtype = str(lm.dtype).removeprefix("torch.")
+    return {"model": lm.name, "fingerprint": lm.fingerprint, "depth": lm.depth, "dtype": dtype, "errata": __version__}
+
+
+def _cases(args: argparse.Namespace, dev: Sequence[Case], unseen: Sequence[Case]) -> dict[str, Any]:
+    """What a method was searched on: a file may hold methods of several searches."""
+    return {"benchmark": args.benchmark, "seed": args.seed, "dev": [c.id for c in dev], "unseen": [c.id for c in unseen]}
 
 
 def _text(settings: Any) -> str:

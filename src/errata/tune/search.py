@@ -14,6 +14,7 @@ search that was stopped goes on from there.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +60,9 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         out = {"settings": dict(self.settings), "seconds": round(self.seconds, 2), "S": round(self.score, 4)}
-        return out | ({"failed": self.failed} if self.failed else {k: None if v != v else round(v, 4) for k, v in self.shares.items()})
+        return out | (
+            {"failed": self.failed} if self.failed else {k: None if math.isnan(v) else round(v, 4) for k, v in self.shares.items()}
+        )
 
 
 def _columns(trial: Trial) -> Any:
