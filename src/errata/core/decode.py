@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from errata.core.chat import end_of_turn, is_rendered
+from errata.core.greedy import argmax
 from errata.core.tokens import Batch
 
 AT_ONCE = 64  # prompts answered in one batch
@@ -118,7 +119,7 @@ def decode(prefilled: PrefilledBatch, limit: int | Sequence[int], stop: Sequence
     rows = list(range(len(new)))  # of the batch as it is now
     live = {i for i in rows if limits[i] > 0}
     for step in range(max(limits, default=0)):
-        ids = prefilled.next_token_logits.argmax(-1, keepdim=True) if sampler is None else sampler(prefilled.next_token_logits, rows)
+        ids = argmax(prefilled.next_token_logits).unsqueeze(-1) if sampler is None else sampler(prefilled.next_token_logits, rows)
         for i, token in zip(rows, ids[:, 0].tolist(), strict=True):
             if i not in live:
                 continue

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from errata.core.bank import Stack
+from errata.core.greedy import argmax
 from errata.core.model import LM
 from errata.core.tokens import Encoded
 from errata.errors import ConfigError
@@ -80,7 +81,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc, unused-ignore]
                 target = torch.tensor(rows[i].ids[-counts[i] :], device=row.device)
                 log_p = row[-counts[i] - 1 : -1].float().log_softmax(-1)
                 said = float(log_p.gather(1, target[:, None]).double().sum())
-                out[i] = said, bool((log_p.argmax(-1) == target).all())
+                out[i] = said, bool((argmax(log_p) == target).all())
         return out
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from errata.core.bank import Stack
 from errata.core.decode import PrefilledBatch
+from errata.core.greedy import argmax
 from errata.core.model import LM
 from errata.core.tokens import Encoded, pad, pad_id
 
@@ -99,7 +100,7 @@ def measured(targets: Sequence[tuple[int, ...]], logits: Tensor, starts: Sequenc
     for start in range(0, len(where), step):
         row, column, token = torch.tensor(where[start : start + step], device=logits.device).unbind(1)
         picked = logits[row, column]  # [m, V]
-        best += picked.argmax(-1).tolist()
+        best += argmax(picked).tolist()
         picked = picked.float() if picked.dtype.itemsize < 4 else picked
         nats += (picked.logsumexp(-1) - picked.gather(1, token[:, None]).squeeze(1)).nan_to_num(WORST, WORST, WORST).tolist()
     out, at = [], 0

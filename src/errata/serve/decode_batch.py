@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from errata.core.decode import select_cache_rows
+from errata.core.greedy import argmax
 from errata.core.model import LM
 from errata.errors import PatchError
 from errata.serve.plans import PlanCache, join
@@ -39,7 +40,7 @@ class DecodeBatch:
         with self.lm.running(self.plan):
             out = self.lm.forward(self.ids, self.mask, past_key_values=self.cache, use_cache=True, **self.lm.last_logits_kwargs)
         self.cache, last = out.past_key_values, out.logits[:, -1]
-        chosen, broken = last.argmax(-1).tolist(), last.isnan().any(-1).tolist()
+        chosen, broken = argmax(last).tolist(), last.isnan().any(-1).tolist()
         done: list[Row] = []
         failed: list[Row] = []
         for i, row in enumerate(self.rows):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from errata.core.bank import Stack
+from errata.core.greedy import argmax
 from errata.core.tokens import Encoded
 from errata.serve.api_errors import to_api_error
 
@@ -139,7 +140,7 @@ class Row:
     def draw(self, logits: Tensor) -> int:
         """A token from logits [V]."""
         if self.params.temperature == 0:
-            return int(logits.argmax())
+            return int(argmax(logits))
         likely = logits.double().cpu()
         likely -= likely.max()  # first: a quotient by a tiny temperature would be infinite
         p = torch.softmax(likely / self.params.temperature, -1)

@@ -71,6 +71,7 @@ class PMETObjective(Objective):
     Once every target token of every row is the argmax, the factor is a tenth of it, and KL ≤ ``kl_stop`` ends it.
     """
 
+    asks_right: ClassVar[bool] = True
     nll_factor: float = 1.0
     kl_stop: float = 0.01
 

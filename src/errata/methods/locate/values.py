@@ -18,6 +18,7 @@ from torch import Tensor
 
 from errata.core.bank import Bank, Stack, non_causal
 from errata.core.fit import AdamW, fit
+from errata.core.greedy import argmax
 from errata.core.lanes import FIXED_TOKENS_ALONE, Progress, in_lanes
 from errata.core.model import LM
 from errata.core.patch import Site
@@ -60,9 +61,11 @@ class Objective:
     decay: float
     clamp: float
     sites: ClassVar[int] = 1
+    asks_right: ClassVar[bool] = False  # whether `total` looks at ``right``
 
     def total(self, nll: Tensor, kl: Tensor, decay: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss to minimise [e], number that ends problem e when it is below ``stop``)."""
+        """(loss to minimise [e], number that ends problem e when it is below ``stop``).  ``right`` [e]: every target token of every row is
+        the most likely one."""
         loss = nll + self.kl * kl + self.decay * decay
         return loss, loss
 
@@ -152,7 +155,8 @@ class _Values:
             if rows is self.rows[0]:  # holds all targets
                 summed, number = row_nll(logits, runner.rows.labels, runner.rows.label_mask)
                 nll = mean_per_problem((summed / number)[target], owner[target], count)
-                right = self._right(logits.detach(), runner, owner, target, count)
+                if self.objective.asks_right:
+                    right = self._right(logits.detach(), runner, owner, target, count)
             if rows.before is not None:
                 now = logits[at_kl].to(self.precision).log_softmax(-1)
                 own = rows.before[_places(rows.is_kl, kept)]
@@ -164,7 +168,7 @@ class _Values:
     def _right(logits: Tensor, runner: Any, owner: Tensor, target: Tensor, count: int) -> Tensor:
         """[e] bool: every target token of every row is the argmax."""
         where = runner.rows.label_mask
-        wrong = (logits.argmax(-1) != runner.rows.labels[where]) & target[where.nonzero()[:, 0]]
+        wrong = (argmax(logits) != runner.rows.labels[where]) & target[where.nonzero()[:, 0]]
         return torch.zeros(count, device=logits.device).index_add(0, owner[where.nonzero()[:, 0]], wrong.float()) == 0
 
     def _clamp(self, p: Mapping[str, Tensor], alive: Tensor) -> None:
