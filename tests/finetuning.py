@@ -33,7 +33,7 @@ def base(family: str) -> LM:
 
 
 def make(cls: type[FineTuneEditor], **more: object) -> FineTuneEditor:
-    return build(cls, {**SHARED, **more})
+    return build(cls, {**cls.PRESETS.get("published", {}), **SHARED, **more})
 
 
 def encoded(family: str, requests: Sequence[EditRequest], end: str = "") -> list[Encoded]:

@@ -15,6 +15,7 @@ from errata.config import build
 from errata.core.bank import Bank
 from errata.core.model import LM
 from errata.core.patch import Patch, Site
+from errata.methods.adapters.editor import PUBLISHED
 from errata.methods.in_context.editor import InContextEditor
 from errata.methods.locate.editor import LocateEditor
 from errata.methods.subspace.baft import BaFT
@@ -38,7 +39,7 @@ _LOCATE = {
 _WEAK = {**_LOCATE, "mom2_weight": 1e-3}
 # Nobody taught these models an EOS, so LocFT trains the full stop here; its EOS is tested in test_ft.py and test_ft_settings.py.
 _TUNE = {"layers": [1, 2], "lr": 0.01, "steps": 40, "stop": 0.1}
-_ADAPTER = {"rank": 4, "steps": 20, "stop": 0.1, "end": "."}
+_ADAPTER = {**PUBLISHED, "rank": 4, "steps": 20, "stop": 0.1, "end": "."}
 _WISE = {
     "layer": 0, "contexts": [], "end": ".", "lr": 2.0, "steps": 40, "alpha": 0.1, "beta": 0.5, "gamma": 0.2, "norm_constraint": None,
     "stop": 0.1, "settled": 10.0,
@@ -47,9 +48,9 @@ _PLAIN = {"fact": "{prompt} {target}.", "cue": ""}  # these models have room for
 QUICK = {
     "baft": {**BaFT.PRESETS["published"], **_SUBSPACE}, "reft": _SUBSPACE,
     "rome": _LOCATE, "r-rome": _LOCATE, "emmet": _LOCATE, "memit": _WEAK,
-    "lora": {**_ADAPTER, "lr": 0.01}, "adalora": {**_ADAPTER, "lr": 0.02, "dropout": 0.05},
+    "lora": {**_ADAPTER, "lr": 0.01, "prefixes": 2}, "adalora": {**_ADAPTER, "lr": 0.02, "dropout": 0.05},
     "pmet": {**_WEAK, "kl": 1e-3, "kl_stop": 1e-9}, "alphaedit": {**_LOCATE, "share": 0.95, "l2": 1e-6},
-    "ft-l": _TUNE, "ft-m": {**_TUNE, "end": "."}, "loc-ft": {**_TUNE, "end": ".", "eos": False},
+    "ft-l": _TUNE, "ft-m": {**_TUNE, "contrast": 0, "prefixes": 2, "end": "."}, "loc-ft": {**_TUNE, "end": ".", "eos": False},
     "grace": {"layer": 0, "eps": 0.1, "unit": "norm", "lr": 0.3, "steps": 30, "end": "."},
     "melo": {
         "layer": 0, "lora_layers": [1, 2], "radius": 0.1, "blocks": 4, "rank": 4, "lr": 0.02, "decay": 1.0, "steps": 60,

@@ -17,8 +17,9 @@ from errata.core.model import LM
 from errata.core.patch import Site
 from errata.core.tail import Tail
 from errata.errors import ConfigError, FitError
+from errata.methods.base import layers_for
 from errata.methods.subspace.baft import BaFT
-from errata.methods.subspace.editor import layers_for
+from errata.methods.subspace.editor import PAPER_DEPTHS
 from errata.methods.subspace.op import Subspace, gate, orthonormal, start
 from errata.methods.subspace.reft import ReFT
 from errata.methods.subspace.training import Training
@@ -67,9 +68,9 @@ def test_parameter_counts_are_the_papers(method: str, name: str, width: int, dep
 
 
 def test_layer_rule() -> None:
-    assert layers_for(32) == (9, 18, 24, 28)
-    assert layers_for(8) == (2, 5, 6, 7)
-    assert layers_for(2) == (1,)
+    assert layers_for(32, PAPER_DEPTHS) == (9, 18, 24, 28)
+    assert layers_for(8, PAPER_DEPTHS) == (2, 5, 6, 7)
+    assert layers_for(2, PAPER_DEPTHS) == (1,)
 
 
 def test_orthonormal_is_the_sign_fixed_q_with_its_gradient() -> None:
@@ -236,7 +237,7 @@ def test_batched_edit_writes_every_fact_into_one_patch(opens: str) -> None:
         "threshold": 0.0,
         "init": "pyreft",
     }  # this model's states are too like for the default
-    quick = {"rank": 6, "lr": 0.02, "steps": 120, "batched_lr": 0.02, "batched_steps": 120, "end": "."}
+    quick = {"rank": 6, "lr": 0.02, "steps": 160, "batched_lr": 0.02, "batched_steps": 160, "end": "."}
     patch = BaFT(opens=opens, depths=(0.3, 0.6), **shut, **quick).edit(base, [FRANCE, ITALY, third])
     with base.under(patch):
         assert base.generate([r.prompt for r in (FRANCE, ITALY, third)]) == ["Rome", "Spanish", "Paris"]

@@ -25,6 +25,7 @@ from errata.core.patch import Op, Patch, Site
 from errata.core.tail import FullForward
 from errata.core.weights import delta_weight
 from errata.errors import ConfigError
+from errata.methods.adapters.editor import PUBLISHED
 from errata.methods.adapters.training import generator_of
 from errata.methods.codebook.grace import GRACE
 from errata.methods.codebook.melo import MELO
@@ -42,7 +43,10 @@ REQUESTS = [FRANCE, ITALY, ROME]
 TERM = ["ft-l", "ft-m", "loc-ft", "lora", "adalora"]
 ALL = [*TERM, "wise", "wise-light", "grace", "melo"]
 each_method, with_term = pytest.mark.parametrize("method", ALL), pytest.mark.parametrize("method", TERM)
-PLAIN = {"ft-m": {"layers": [1], "lr": 5e-3, "steps": 6, "stop": 0.0}, "lora": {"rank": 4, "lr": 0.01, "steps": 6, "dropout": 0.0}}
+PLAIN = {
+    "ft-m": {"layers": [1], "lr": 5e-3, "steps": 6, "stop": 0.0, "batch_size": 1, "contrast_batch": 4, "prefixes": 0},
+    "lora": {**PUBLISHED, "rank": 4, "lr": 0.01, "steps": 6, "dropout": 0.0},
+}
 
 
 @functools.cache
@@ -191,7 +195,7 @@ def test_a_mini_batch_holds_the_pairs_of_its_requests() -> None:
     """A joint patch in mini-batches of one: each update sees one request's pairs; of two, both's."""
     model = base()
     for size, want in ((1, [[0, 1, 2], [3, 4], []]), (2, [[0, 1, 2, 3, 4], []]), (3, [[0, 1, 2, 3, 4]])):
-        editor = laws.editor("ft-m", contrast=3, contrast_batch=0, batch_size=size)
+        editor = laws.editor("ft-m", contrast=3, contrast_batch=0, batch_size=size, prefixes=0)
         training = DenseTraining(editor, model, [REQUESTS], (), FullForward)
         alive = torch.tensor([0])
         views = [training._view(alive, 0, b) for b in range(training.batches)]

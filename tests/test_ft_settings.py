@@ -144,4 +144,7 @@ def test_presets_and_the_rule_for_other_models() -> None:
     named.name = "some-org/Mistral-7B-v0.1"
     assert FTL.for_model(named).norm_constraint == 5e-5 and FTL.for_model(named).layers == (21,)
     assert LocFT.for_model(named).lr == 5e-5 and LocFT.for_model(named, lr=1e-3).lr == 1e-3
-    assert FTM().target_layers(named) == (3,) and FTM().num_parameters(named) == 32 * 64  # 21/32 of four blocks
+    assert FTM().target_layers(named) == (1,) and FTM().num_parameters(named) == 32 * 64  # 6/32 of four blocks
+    assert FTM.for_model(named, preset="published").layers == (21,) and FTM.for_model(named).layers is None
+    named.name = "unheard-of"
+    assert FTM.for_model(named, preset="published").target_layers(named) == FTL().target_layers(named) == (3,)  # 21/32

@@ -26,6 +26,7 @@ from errata.core.weights import delta_weight, merge
 from errata.errors import ConfigError, PatchError
 from errata.export import bake, export_lora
 from errata.methods.adapters.adalora import AdaLoRA
+from errata.methods.adapters.editor import PUBLISHED
 from errata.methods.adapters.lora import LoRA
 from errata.methods.adapters.op import DropoutMask
 from errata.methods.adapters.training import Training
@@ -37,8 +38,8 @@ SPAIN = EditRequest("The capital of Spain is", "Paris", "Spain", paraphrases=("S
 REQUESTS = (FRANCE, ITALY, SPAIN)
 BOTH = pytest.mark.parametrize("method", ["lora", "adalora"])
 QUICK: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 4, "lr": 0.01, "steps": 25, "stop": 0.05, "end": ".", "dropout": 0.0},
-    "adalora": {"rank": 4, "lr": 0.02, "steps": 25, "stop": 0.05, "end": ".", "dropout": 0.0},
+    "lora": {**PUBLISHED, "rank": 4, "lr": 0.01, "steps": 25, "stop": 0.05, "end": ".", "dropout": 0.0},
+    "adalora": {**PUBLISHED, "rank": 4, "lr": 0.02, "steps": 25, "stop": 0.05, "end": ".", "dropout": 0.0},
 }
 CLOSE = {"atol": 1e-10, "rtol": 1e-8}
 
@@ -89,7 +90,7 @@ def test_dropout_is_a_function_of_seed_step_site_row_position_and_feature() -> N
 
 @BOTH
 def test_first_values(method: str) -> None:
-    e = registry.get("method", method)()
+    e = build(registry.get("method", method), PUBLISHED)
     p = e.initial(4000, 500, torch.Generator().manual_seed(0))
     if method == "lora":
         assert p["A"].abs().max() <= 4000**-0.5 and float(p["A"].std()) == pytest.approx((3 * 4000) ** -0.5, rel=0.02)
@@ -127,11 +128,13 @@ def test_counts_are_those_of_bafts_table_3(name: str, shape: tuple[int, int, int
     base = meta(*shape, name)
     width, heads, kv, head, depth = shape
     assert (
-        AdaLoRA.for_model(base).num_parameters(base)
+        AdaLoRA.for_model(base, preset="published").num_parameters(base)
         == depth * sum(12 * (width + out) + 12 for out in (heads * head, kv * head))
         == published
     )
-    assert LoRA.for_model(base).num_parameters(base) == depth * sum(8 * (width + out) for out in (heads * head, kv * head))
+    assert LoRA.for_model(base, preset="published").num_parameters(base) == depth * sum(
+        8 * (width + out) for out in (heads * head, kv * head)
+    )
 
 
 # -- where ----------------------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ def test_the_linears_found_without_targets(family: str) -> None:
     base = LM(untrained(family), None)
     fused = {"gpt2": "attn.c_attn", "gpt_neox": "attention.query_key_value", "phi3": "self_attn.qkv_proj"}
     points = [fused[family]] if family in fused else ["self_attn.q_proj", "self_attn.v_proj"]
-    assert sorted(LoRA(rank=2).shapes(base)) == [Site(b, p) for b in range(base.depth) for p in points]
+    assert sorted(LoRA(rank=2, targets=None, depths=None).shapes(base)) == [Site(b, p) for b in range(base.depth) for p in points]
 
 
 def test_targets_and_layers() -> None:
@@ -204,7 +207,7 @@ def test_nothing_to_edit_and_no_fused_linear() -> None:
     other = copy.copy(base)
     other.family = dataclasses.replace(base.family, attn_out="mlp.missing")
     with pytest.raises(ConfigError, match="neither q_proj and v_proj nor one linear for both; set targets to some of"):
-        LoRA(rank=2).edit(other, [FRANCE])
+        LoRA(rank=2, targets=None).edit(other, [FRANCE])
 
 
 # -- as editors -----------------------------------------------------------------------------------------------
@@ -276,7 +279,7 @@ def test_export_bake_and_merge(method: str, family: str, tmp_path: Path) -> None
 
 def test_dropout_is_off_at_use_and_on_in_training(tmp_path: Path) -> None:
     base = lm("llama")
-    dry, wet = (LoRA(rank=4, steps=3, stop=0.0, dropout=d).edit(base, [FRANCE]) for d in (0.0, 0.5))
+    dry, wet = (editor("lora", steps=3, stop=0.0, dropout=d).edit(base, [FRANCE]) for d in (0.0, 0.5))
     assert not torch.allclose(delta_weight(dry.ops[0]), delta_weight(wet.ops[0]), atol=1e-3)
     assert torch.equal(logits(base, wet), logits(base, wet))
     assert torch.equal(logits(base, Patch.load(wet.save(tmp_path / "p"))), logits(base, wet))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from families import lm
 
+from errata import registry
 from errata.core.problems import RowsInTurns
 from errata.core.tail import FullForward, Tail, join_rows, split_rows_at
 from errata.core.tokens import pad_id
+from errata.methods.adapters.lora import LoRA
 from errata.methods.subspace.baft import BaFT
-from errata.methods.subspace.texts import ways_to_ask, what_stays
+from errata.methods.texts import neighbours, ways_to_ask, what_stays
 from errata.request import EditRequest
 
 STAYS = (("The capital of Italy is", "Rome"), ("The capital of Spain is", "Madrid"), ("The capital of Japan is", "Tokyo"))
@@ -62,3 +65,44 @@ def test_no_edit_ends_before_every_way_to_ask_was_seen_to_hold() -> None:
     assert plain.notes["steps"] == 0
     few = BaFT(layers=(1, 2), rank=4, prefixes=4, steps=1).edit(base, [FRANCE])
     assert few.notes["steps"] == 1 and few.notes["loss"] < 1e6
+
+
+def test_adapters_see_every_way_to_ask_before_they_end_and_one_short_text_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = lm("llama", torch.float64)
+    seen: list[list[int]] = []
+    of = RowsInTurns.of
+
+    def watched(self: RowsInTurns, alive: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        owner, numbers = of(self, alive, step)
+        seen.append(numbers.tolist())
+        return owner, numbers
+
+    monkeypatch.setattr(RowsInTurns, "of", watched)
+    loose = LoRA(rank=2, prefixes=3, stop=1e9).edit(base, [FRANCE])
+    assert loose.notes["steps"] == 2 and seen == [[0, 1], [0, 2], [0, 3]]
+
+
+def test_an_adapter_behind_short_texts_equals_one_trained_on_those_texts() -> None:
+    """Each step's loss is that of the prompt and of the text whose turn it is, and the neighbours stand behind the texts, too."""
+    base = lm("llama", torch.float64)
+    one = LoRA(rank=2, prefixes=1, dropout=0.0, steps=4, stop=0.0, lr=0.01, contrast_batch=0)
+    before = ways_to_ask(base, FRANCE, 1)[1]
+    pairs = tuple(neighbours(base, STAYS, 1))
+    assert len(pairs) == 2 * len(STAYS) and pairs[: len(STAYS)] == STAYS and pairs[-1][0].endswith(STAYS[-1][0])
+    by_hand = dataclasses.replace(FRANCE, paraphrases=(before,), contrast=pairs)
+    for a, b in zip(one.edit(base, [FRANCE]).ops, dataclasses.replace(one, prefixes=0).edit(base, [by_hand]).ops, strict=True):
+        assert a.site == b.site and float(a.tensors["up"].abs().max()) > 0
+        for name in a.tensors:
+            torch.testing.assert_close(a.tensors[name], b.tensors[name], atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["ft-m", "loc-ft"])
+def test_fine_tuning_behind_short_texts_equals_training_on_those_texts(method: str) -> None:
+    base = lm("llama", torch.float64)
+    settings: dict[str, Any] = {"layers": (1,), "steps": 3, "stop": 0.0, "contrast": 3, "contrast_batch": 0, "batch_size": 3}
+    settings |= {"eos": False} if method == "loc-ft" else {}
+    before = ways_to_ask(base, FRANCE, 2)[1:]
+    by_hand = dataclasses.replace(FRANCE, paraphrases=tuple(before), contrast=tuple(neighbours(base, STAYS, 2)))
+    kind = registry.get("method", method)
+    (a,), (b,) = (kind(**settings, prefixes=n).edit(base, [r]).ops for n, r in ((2, FRANCE), (0, by_hand)))
+    torch.testing.assert_close(a.tensors["weight"], b.tensors["weight"], atol=1e-10, rtol=1e-8)

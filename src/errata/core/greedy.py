@@ -27,4 +27,5 @@ def argmax(logits: Tensor) -> Tensor:
         last = rest.argmax(-1, keepdim=True)
         best, other = run.gather(-1, within), rest.gather(-1, last)
         place = place.where((best >= other) | best.isnan(), last + whole)
-    return place.squeeze(-1)
+    out: Tensor = place.squeeze(-1)
+    return out

@@ -132,7 +132,8 @@ class Kept:
             lm, rows if numbers is None else rows.select(numbers), first, on
         )
         self.turns = 1
-        self.turn = torch.zeros_like(self.owner)  # [C] when a row's turn is, of so many turns
+        self.turn = torch.zeros_like(self.owner)  # [C] when a row's turn is …
+        self._of_turns = torch.ones_like(self.owner)  # … of so many of its problem
         self.few = int(rows.label_mask.sum()) * int(lm.config.vocab_size) <= _NUMBERS_KEPT
         self._made: tuple[Any, Tensor] | None = None
         self._view: tuple[int, dict[int, KeptRows]] = (-1, {})
@@ -175,13 +176,21 @@ class Kept:
         return KeptRows(self, numbers, owner, count)
 
     def in_turns(self, size: int) -> None:
-        """From now on `of` gives about ``size`` rows of each problem, others at each step, so that a step costs less; 0: all."""
-        place = torch.zeros_like(self.owner)
+        """From now on `of` gives ``size`` rows of each problem, fewer than twice as many, others at each step, so that a step costs less;
+        0: all.  How many turns a problem's rows have is a power of two and does not hang on the other problems."""
+        if not size:
+            return
         for e in range(self.count):
             mine = self.owner == e
-            place[mine] = torch.arange(int(mine.sum()), device=place.device)
-        self.turns = max(1, -(-(int(place.max()) + 1) // size)) if size and len(place) else 1
-        self.turn = place % self.turns
+            number = int(mine.sum())
+            turns = 1 << max(0, (number // size).bit_length() - 1)
+            self.turn[mine] = torch.arange(number, device=mine.device) % turns
+            self._of_turns[mine] = turns
+            self.turns = max(self.turns, turns)
+
+    def now(self, step: int) -> Tensor:
+        """[C] bool: the rows whose turn is at ``step``."""
+        return self.turn == step % self._of_turns
 
     def of(self, alive: Tensor, step: int = 0) -> KeptRows:
         """The rows of the problems that still run whose turn is at ``step``.  ``alive`` only ever shrinks during a fit
@@ -194,7 +203,7 @@ class Kept:
         if turn not in views:
             place = torch.full((self.count,), -1, device=alive.device)
             place[alive] = torch.arange(len(alive), device=alive.device)
-            numbers = ((place[self.owner] >= 0) & (self.turn == turn)).nonzero().squeeze(1)
+            numbers = ((place[self.owner] >= 0) & self.now(turn)).nonzero().squeeze(1)
             views[turn] = self.select(numbers, place[self.owner[numbers]], len(alive))
         return views[turn]
 

@@ -56,6 +56,36 @@ class RowsInTurns:
         return views[place]
 
 
+class Chosen:
+    """A runner, cut to the rows with given numbers; made once while they stay the same."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._last: tuple[Tensor, Any] | None = None
+
+    def __call__(self, numbers: Tensor) -> Any:
+        if len(numbers) == len(self._runner.rows.active):
+            return self._runner
+        if self._last is None or not torch.equal(self._last[0], numbers):
+            self._last = numbers, self._runner.select(numbers)
+        return self._last[1]
+
+
+class WorstOfTurns:
+    """What problems whose rows take turns are compared with a stop by: the largest of what each turn came to last."""
+
+    def __init__(self, turns: int, count: int, device: torch.device) -> None:
+        self._recent = torch.zeros(turns, count, device=device)
+        self._seen = 0
+
+    def __call__(self, compared: Tensor, alive: Tensor, stop: float) -> Tensor:
+        """[e]; at least ``stop`` until every turn was there."""
+        self._recent[self._seen % len(self._recent), alive] = compared.detach().to(self._recent)
+        self._seen += 1
+        worst = self._recent[:, alive].amax(0)
+        return worst if self._seen >= len(self._recent) else worst.clamp_min(stop)
+
+
 def mean_per_problem(values: Tensor, owner: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
     """Sum of row values [B, …] over each problem's rows, divided by the sum of ``weights`` (1 a row without), [e, …]."""
     weights = torch.ones_like(values) if weights is None else weights

@@ -14,6 +14,7 @@ from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.errors import ConfigError, UnknownNameError, near
 from errata.methods import tuned
+from errata.methods.texts import MOST, neighbours
 from errata.request import EditRequest
 
 E = TypeVar("E", bound="Editor")
@@ -54,6 +55,11 @@ def settings_for(cls: type, name: str, given: Mapping[str, Any], fingerprint: st
 
 # what `errata tune` tries of the output term
 NEIGHBOURS: tuple[dict[str, Any], ...] = ({"contrast": 16, "contrast_weight": 1.0}, {"contrast": 16, "contrast_weight": 4.0})
+
+
+def layers_for(depth: int, depths: Sequence[float]) -> tuple[int, ...]:
+    """Blocks at relative depths, for a model whose layers nobody has named."""
+    return tuple(sorted({min(depth - 1, int(depth * f + 0.5)) for f in depths}))
 
 
 class Editor(ABC):
@@ -112,6 +118,12 @@ class Editor(ABC):
         if not true:
             raise ConfigError(f"{self.name}: {what}")
 
+    def require_depths(self, depths: Sequence[float] | None) -> None:
+        """`ConfigError` for relative depths that no block has."""
+        if depths is not None:
+            fits = len(depths) > 0 and all(0 <= f <= 1 for f in depths)
+            self.require(fits, f"depths are parts of the model's depth, from 0 to 1; got {list(depths)}")
+
     def require_seed(self, seed: int) -> None:
         """`ConfigError` for a seed that a generator does not take."""
         self.require(0 <= seed < _SEEDS, f"seed must be from 0 to {_SEEDS - 1}, not {seed}")
@@ -143,12 +155,19 @@ class OutputTermEditor(ContrastEditor):
     contrast_weight  of KL(before ‖ edited) of the token after a pair's prompt, the mean over pairs.  What is compared with ``stop``
                      holds it, too
     contrast_batch   pairs of a step: they take turns, for a step with all of them costs many times one without; 0: all at each step
+    prefixes         short texts behind which the prompt and its neighbours are trained, too (`errata.methods.texts`)
     """
 
     contrast_weight: float = 1.0
     contrast_batch: int = 4
+    prefixes: int = 0
 
     def require_contrast(self) -> None:
         super().require_contrast()
         self.require(self.contrast_weight >= 0, f"contrast_weight must not be negative, not {self.contrast_weight:g}")
         self.require(self.contrast_batch >= 0, f"contrast_batch must not be negative, not {self.contrast_batch}; 0 takes all pairs")
+        self.require(0 <= self.prefixes <= MOST, f"prefixes must be from 0 to {MOST}, not {self.prefixes}")
+
+    def pairs_kept(self, lm: LM, problems: Sequence[Sequence[EditRequest]]) -> list[list[tuple[str, str]]]:
+        """The contrast pairs of every request, behind short texts too where its prompt is."""
+        return [neighbours(lm, r.contrast, self.prefixes) for own in problems for r in own]

@@ -21,9 +21,14 @@ from errata.core.tail import Tail
 from errata.errors import ConfigError
 from errata.methods.adapters.op import find_sites
 from errata.methods.adapters.training import Training
-from errata.methods.base import NEIGHBOURS, OutputTermEditor
+from errata.methods.base import NEIGHBOURS, OutputTermEditor, layers_for
+from errata.methods.texts import ways_to_ask
 from errata.request import EditRequest
 
+# EasyEdit's, which all its files for LoRA and AdaLoRA share
+PUBLISHED: dict[str, Any] = {
+    "targets": None, "depths": None, "lr": 5e-3, "stop": 0.01, "contrast": 0, "contrast_batch": 4, "prefixes": 0,
+}  # fmt: skip
 NUMBERS_AT_ONCE = 100_000_000  # trainable numbers of one batch; training holds some six times as many
 
 
@@ -34,30 +39,39 @@ class AdapterEditor(OutputTermEditor):
 
     rank, alpha   of the branch; it is scaled by alpha / rank
     targets       names of linears in a block; None: q_proj and v_proj, or the linear that holds both (see `errata.methods.adapters.op`)
-    layers        0-based blocks; None: all
+    layers        0-based blocks; None: by ``depths``
+    depths        of the blocks where ``layers`` is None, as parts of the model's depth; None: all blocks
     lr, steps     Adam's; updates of one edit
     dropout       of what the branch reads while it is trained.  At use it is off, always: EasyEdit never takes PEFT's layers out of
                   training mode, so its published figures were measured with dropout on
-    stop          early stop when the mean NLL, as it is trained (with dropout), is below it.  BaFT's rule for its baselines; EasyEdit
-                  has none (0: off)
+    stop          early stop when the mean NLL, as it is trained (with dropout), and the output term are below it in every turn.  BaFT's
+                  rule for its baselines; EasyEdit has none (0: off)
     end           text trained after the target ("." or an EOS), so that a free answer ends there; EasyEdit trains none
     seed          of the factors' start and of dropout
+
+    EasyEdit's setting, the preset ``published``, changes queries and values of every block at a rate of 5e-3 and is shown the prompt alone:
+    on a real model it says the new object of everybody.  The default trains one MLP, among the blocks that locate-then-edit methods
+    write to, beside neighbours whose answers stay, and behind short texts.
     """
 
     TUNES: ClassVar[dict[str, Any]] = {
-        "lr": (1e-3, 5e-4), "neighbours": NEIGHBOURS,
-        "rank": (2,), "steps": (120,), "stop": (0.1,)
+        "lr": (1e-3, 4e-3), "neighbours": NEIGHBOURS, "depths": ([4 / 32, 5 / 32, 6 / 32, 7 / 32, 8 / 32], [10 / 32]), "rank": (2,),
+        "prefixes": (0, 8), "stop": (0.1,)
     }  # fmt: skip
 
     rank: int = 8
     alpha: float = 32.0
-    targets: tuple[str, ...] | None = None
+    targets: tuple[str, ...] | None = ("mlp_down",)
     layers: tuple[int, ...] | None = None
+    depths: tuple[float, ...] | None = (6 / 32,)  # the middle one of MEMIT's blocks of LLaMA
     dropout: float = 0.1
-    lr: float = 5e-3
+    lr: float = 2e-3
     steps: int = 70
-    stop: float = 0.01
+    stop: float = 0.05
     end: str = ""
+    contrast: int = 16
+    contrast_batch: int = 2
+    prefixes: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,6 +88,7 @@ class AdapterEditor(OutputTermEditor):
         for what, chosen in (("layers", self.layers), ("targets", self.targets)):
             if chosen is not None and (not chosen or len(set(chosen)) != len(chosen)):
                 raise ConfigError(f"{self.name}: {what} must name at least one, none twice; got {list(chosen)}")
+        self.require_depths(self.depths)
 
     # -- what a method says ------------------------------------------------------------------------------------
 
@@ -111,9 +126,13 @@ class AdapterEditor(OutputTermEditor):
 
     # -- the editor --------------------------------------------------------------------------------------------
 
+    def target_layers(self, lm: LM) -> tuple[int, ...]:
+        """The blocks that are adapted on this model."""
+        return self.layers or (tuple(range(lm.depth)) if self.depths is None else layers_for(lm.depth, self.depths))
+
     def shapes(self, lm: LM) -> dict[Site, tuple[int, int]]:
         """(input size, output size) of every adapted linear; `ConfigError` for targets or layers that do not exist."""
-        found = {site: linear_sizes(module_at(lm, site)) for site in find_sites(lm, self.name, self.targets, self.layers)}
+        found = {site: linear_sizes(module_at(lm, site)) for site in find_sites(lm, self.name, self.targets, self.target_layers(lm))}
         for site, sizes in found.items():
             if self.rank > min(sizes):
                 raise ConfigError(f"{self.name}: rank {self.rank} exceeds that of block {site.block} {site.point} {sizes}; lower it")
@@ -140,11 +159,12 @@ class AdapterEditor(OutputTermEditor):
             return []
         requests = self.contrasted_each(lm, requests, on)
         under, before = self._split(lm, on)
-        texts = [(i, text, r.target + self.end) for i, r in enumerate(requests) for text in (r.prompt, *r.paraphrases)]
+        texts = [(i, text, r.target + self.end) for i, r in enumerate(requests) for text in ways_to_ask(lm, r, self.prefixes)]
         tokens = [0] * len(requests)
         for (i, _, _), row in zip(texts, lm.encode([t for _, t, _ in texts], [t for _, _, t in texts]), strict=True):
             tokens[i] = max(tokens[i], len(row.ids))
-        rows = [1 + len(r.paraphrases) + (len(r.contrast) if self.contrast else 0) for r in requests]
+        beside = (self.contrast_batch or 2 * self.contrast) if self.contrast else 0
+        rows = [1 + len(r.paraphrases) + bool(self.prefixes) + beside for r in requests]
 
         def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
             return Training(self, model, [[requests[i]] for i in members], under, before, runner).run(progress)

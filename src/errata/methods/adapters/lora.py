@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from errata.core.patch import Patch, Site
-from errata.methods.adapters.editor import AdapterEditor
+from errata.methods.adapters.editor import PUBLISHED, AdapterEditor
 
 
 @dataclass(frozen=True)
 class LoRA(AdapterEditor):
-    """Defaults are EasyEdit's LoRA file for Qwen-2.5, its only one with more than two steps.  It takes requests one after the other, this
-    trains all rows of a patch at once.  Going on, B is what the last patch holds divided by α/r."""
+    """``published`` is EasyEdit's LoRA file for Qwen-2.5, its only one with more than two steps.  It takes requests one after the other,
+    this trains all rows of a patch at once.  Going on, B is what the last patch holds divided by α/r."""
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "Hu et al., ICLR 2022 (LoRA), arXiv:2106.09685; as an editor: EasyEdit"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "qwen2.5-7b": {"steps": 60},
+        "published": PUBLISHED,
         # chosen on dev: rates from 1e-3 to 1e-2 trade generality against locality; dropout from 0 to 0.5 changes less than the seed does
-        "almanac": {"dropout": 0.0, "end": "."},
+        "almanac": {**PUBLISHED, "dropout": 0.0, "end": "."},
     }
 
     steps: int = 60

@@ -25,10 +25,11 @@ from errata.core.keep import find_kept
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.problems import ProblemRows, mean_per_problem, row_nll
+from errata.core.problems import Chosen, RowsInTurns, WorstOfTurns, mean_per_problem, row_nll
 from errata.core.tail import split_rows_at
 from errata.core.tokens import pad_id
 from errata.methods.adapters.op import DropoutMask
+from errata.methods.texts import ways_to_ask
 from errata.request import EditRequest
 
 
@@ -50,7 +51,7 @@ class Training:
         for site, sizes in self.editor.shapes(self.lm).items():
             self.groups.setdefault(sizes, []).append(site)
         sites = [site for own in self.groups.values() for site in own]
-        texts = [[(text, r.target) for r in rs for text in (r.prompt, *r.paraphrases)] for rs in self.problems]
+        texts = [[(text, r.target) for r in rs for text in ways_to_ask(self.lm, r, self.editor.prefixes)] for rs in self.problems]
         rows = [row for own in texts for row in own]
         device = self.lm.device
         encoded = self.lm.encode([text for text, _ in rows], [target + self.editor.end for _, target in rows])
@@ -59,12 +60,17 @@ class Training:
         self.place = torch.tensor([j for own in texts for j in range(len(own))], device=device)
         self.even, self.most = len({len(own) for own in texts}) == 1, max(map(len, texts))
         runner = self.runner_class(self.lm, cut_rows, min(site.block for site in sites), self.on)
-        self.owned = ProblemRows(runner, owner, len(self.problems))
+        self.chosen = Chosen(runner)
+        # a prompt and its paraphrases train at every step, the prompt behind short texts in turns: a step costs what its tokens do
+        turns = [[-1] * (len(own) - self.editor.prefixes) + list(range(self.editor.prefixes)) for own in texts]
+        self.owned = RowsInTurns(owner, len(self.problems), torch.tensor([t for own in turns for t in own], device=device))
+        self.worst = WorstOfTurns(len(self.owned.rows), len(self.problems), device)
         self.sites = len(sites)
         first, start = min(site.block for site in sites), None
         if self.before is not None:  # what the last patch changed is to stay, too
             start = functools.partial(self._banks, self._start(), drop=None)
-        self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, first, self.on, start=start)
+        how = {"start": start, "texts": self.editor.pairs_kept(self.lm, self.problems)}
+        self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, first, self.on, **how)
 
     def run(self, progress: Progress | None = None) -> list[Patch]:
         """Train and pack."""
@@ -103,8 +109,9 @@ class Training:
 
     def _loss(self, p: Mapping[str, Tensor], alive: Tensor) -> tuple[Tensor, Tensor]:
         e, count = self.editor, len(alive)
+        owner, kept = self.owned.of(alive, self.evaluations)
+        runner = self.chosen(kept)
         self.evaluations += 1
-        runner, owner, kept = self.owned.of(alive)
         drop = DropoutMask(e.dropout, e.seed, self.evaluations, self.place[kept], self.most) if e.dropout else None
         summed, number = row_nll(
             runner.logits(self._banks(p, None if self.even else owner, drop)), runner.rows.labels, runner.rows.label_mask
@@ -113,7 +120,7 @@ class Training:
         if self.kept is not None:
             beside = self.kept.of(alive, self.evaluations)
             nll = nll + e.contrast_weight * beside.divergence(self._banks(p, None if beside.even else beside.owner, None))
-        compared = nll.detach()
+        compared = self.worst(nll, alive, e.stop)
         if e.held(self.evaluations - 1):
             compared = compared.clamp_min(e.stop)
         return nll + e.penalty(self.per_group(p)), compared

@@ -15,7 +15,7 @@ from errata.core.read import module_at
 from errata.core.tail import Tail
 from errata.core.tokens import Encoded
 from errata.errors import ConfigError
-from errata.methods.base import NEIGHBOURS, OutputTermEditor
+from errata.methods.base import NEIGHBOURS, OutputTermEditor, layers_for
 from errata.methods.finetune.training import POINT, DenseTraining, Objective, TargetNew
 from errata.request import EditRequest
 
@@ -26,7 +26,7 @@ NUMBERS_AT_ONCE = 2**25  # entries of ΔW trained in one batch; each takes five:
 class FineTuneEditor(OutputTermEditor):
     """Hyper-parameters that fine-tuning editors share.
 
-    layers           0-based blocks whose MLP's last matrix is trained; None: the one at the relative depth ``DEPTH``
+    layers, depth    0-based blocks whose MLP's last matrix is trained; None: the one at this relative depth (21/32: LLaMA's block 21)
     lr, steps        Adam, without weight decay; passes over the requests (EasyEdit's num_steps, epochs)
     stop             a mini-batch whose loss is below it makes no update; a pass whose mean loss is, is the last
     batch_size       rows of a mini-batch; ``shuffle``: in an order drawn anew for each pass (EasyEdit keeps that of the requests)
@@ -40,13 +40,12 @@ class FineTuneEditor(OutputTermEditor):
     contrast pairs of its requests.
     """
 
-    DEPTH: ClassVar[float] = 21 / 32  # LLaMA's block 21
-
     TUNES: ClassVar[dict[str, Any]] = {
         "layers": (6 / 30, 12 / 30, 27 / 30), "lr": (1e-4, 2e-3), "neighbours": NEIGHBOURS
     }  # fmt: skip
 
     layers: tuple[int, ...] | None = None
+    depth: float = 21 / 32
     lr: float = 5e-4
     steps: int = 25
     stop: float = 1e-2
@@ -65,12 +64,13 @@ class FineTuneEditor(OutputTermEditor):
             raise ConfigError(f"{self.name}: stop must not be negative")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
+        self.require_depths([self.depth])
         self.require_seed(self.seed)
         self.require_contrast()
 
     def target_layers(self, lm: LM) -> tuple[int, ...]:
         """The blocks to train on this model; `ConfigError` for one that does not exist or a rank that its matrix does not have."""
-        chosen = (min(lm.depth - 1, int(lm.depth * self.DEPTH + 0.5)),) if self.layers is None else self.layers
+        chosen = layers_for(lm.depth, [self.depth]) if self.layers is None else self.layers
         wrong = [b for b in chosen if not 0 <= b < lm.depth]
         if wrong:
             raise ConfigError(f"{self.name}: block {wrong[0]} does not exist (0 to {lm.depth - 1}); set layers for this model")
@@ -113,6 +113,6 @@ class FineTuneEditor(OutputTermEditor):
             return DenseTraining(self, model, [[requests[i]] for i in members], on, runner).run(progress)
 
         beside = [len(r.contrast) if self.contrast else 0 for r in requests]
-        lengths = [len(e.ids) * (1 + len(r.paraphrases) + n) for e, r, n in zip(encoded, requests, beside, strict=True)]
+        lengths = [len(e.ids) * (1 + len(r.paraphrases) + self.prefixes + n) for e, r, n in zip(encoded, requests, beside, strict=True)]
         most = min(MOST_ROWS // (1 + max(beside, default=0)), NUMBERS_AT_ONCE // self.num_parameters(lm))
         return in_lanes(lm, lengths, train, progress, most=max(1, most))

@@ -19,6 +19,10 @@ from errata.errors import ConfigError
 from errata.methods.finetune.editor import FineTuneEditor
 from errata.methods.finetune.training import Objective, PromptLast
 
+# What is errata's own in `FTM`, as EasyEdit has it
+_PLAIN: dict[str, Any] = {
+    "depth": 21 / 32, "steps": 25, "stop": 1e-2, "batch_size": 1, "contrast": 0, "contrast_batch": 4, "prefixes": 0,
+}  # fmt: skip
 # EasyEdit hparams/FT (causal models that errata knows); both objectives share them.  Gemma as BaFT's authors ran it, with LLaMA's.
 PUBLISHED: dict[str, dict[str, Any]] = {
     **{name: {"layers": [21]} for name in ("llama-2-7b", "llama-3-8b", "llama-3.2-3b", "gpt-j-6b", "baichuan", "gemma-1.1-7b")},
@@ -59,12 +63,27 @@ class FTM(FineTuneEditor):
     """FT-M: cross-entropy of the target's tokens, each behind those before it, averaged over the target, then over rows.
 
     end   text trained after the target, so that a free answer ends there; EasyEdit trains none
+
+    ``published`` is EasyEdit's: two thirds up, on the prompt alone.  On a real model the answer then spreads to whatever is asked in the same
+    words, and to no other wording.  The default trains the block that a fact is read in (LLaMA's block 6), beside neighbours whose answers
+    stay, and behind short texts, all in one mini-batch.
     """
 
     name: ClassVar[str] = "ft-m"
     paper: ClassVar[str] = "Zhang et al. 2024, arXiv:2401.01286 (FT-M; EasyEdit's target_new)"
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {**PUBLISHED, "almanac": {"layers": [7], "lr": 1e-2, "end": "."}}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "published": _PLAIN,
+        **{f"published {name}": settings for name, settings in PUBLISHED.items()},
+        "almanac": {**_PLAIN, "layers": [7], "lr": 1e-2, "end": "."},
+    }
 
+    depth: float = 6 / 32
+    steps: int = 60
+    stop: float = 0.03
+    batch_size: int = 5
+    contrast: int = 16
+    contrast_batch: int = 2
+    prefixes: int = 4
     end: str = ""
 
     def encode(self, lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Encoded]:
@@ -83,7 +102,6 @@ class LocFT(FTM):
 
     name: ClassVar[str] = "loc-ft"
     paper: ClassVar[str] = "Yang et al., ICLR 2026, arXiv:2509.22072 (LocFT-BF)"
-    DEPTH: ClassVar[float] = 22 / 32  # LLaMA-3's
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "llama-3-8b": {"layers": [22]},
         "qwen2.5-7b": {"layers": [6]},
@@ -92,8 +110,14 @@ class LocFT(FTM):
         "almanac": {"layers": [7], "lr": 5e-3, "batch_size": 10, "end": "."},
     }
 
+    depth: float = 22 / 32  # LLaMA-3's
+    steps: int = 25
+    stop: float = 1e-2
     batch_size: int = 100
     shuffle: bool = True
+    contrast: int = 0
+    contrast_batch: int = 4
+    prefixes: int = 0
     eos: bool = True
 
     def encode(self, lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Encoded]:

@@ -30,6 +30,7 @@ from errata.core.read import module_at
 from errata.core.tail import SplitRows, split_rows_at
 from errata.core.tokens import Encoded, pad_id
 from errata.core.weights import low_rank, spectrum
+from errata.methods.texts import ways_to_ask
 from errata.request import EditRequest
 
 POINT = "mlp_down"
@@ -105,7 +106,7 @@ class DenseTraining:
     def __post_init__(self) -> None:
         self.editor.require_requests(self.problems)
         self.blocks = self.editor.target_layers(self.lm)
-        pairs = [(i, text, r.target) for i, rs in enumerate(self.problems) for r in rs for text in (r.prompt, *r.paraphrases)]
+        pairs = [(i, text, r.target) for i, rs in enumerate(self.problems) for r in rs for text in self._ways(r)]
         requests = [r for rs in self.problems for r in rs]
         self.sizes = [sum(1 for j, _, _ in pairs if j == i) for i in range(len(self.problems))]
         self.owner = torch.tensor([i for i, _, _ in pairs], device=self.lm.device)
@@ -115,8 +116,12 @@ class DenseTraining:
             self.objective: Objective = self.editor.objective(self.lm, [p for _, p, _ in pairs], [t for _, _, t in pairs])
             kept = self.objective.rows.active.numel() <= TOKENS_KEPT
             self.runner = self._runner(self.objective.rows) if kept else None
-            self.request = torch.tensor([n for n, r in enumerate(requests) for _ in (r.prompt, *r.paraphrases)], device=self.lm.device)
-            self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, min(self.blocks), self.on)
+            self.request = torch.tensor([n for n, r in enumerate(requests) for _ in self._ways(r)], device=self.lm.device)
+            texts = self.editor.pairs_kept(self.lm, self.problems)
+            self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, min(self.blocks), self.on, texts=texts)
+
+    def _ways(self, request: EditRequest) -> list[str]:
+        return ways_to_ask(self.lm, request, self.editor.prefixes)
 
     def _runner(self, rows: SplitRows) -> Any:
         return self.runner_class(self.lm, rows, min(self.blocks), self.on)
@@ -187,7 +192,7 @@ class DenseTraining:
         if self.kept is None:
             return []
         here = torch.zeros(int(self.request.max()) + 1, dtype=torch.bool, device=numbers.device).index_fill(0, self.request[numbers], True)
-        turns = [(here[self.kept.request] & (self.kept.turn == turn)).nonzero().squeeze(1) for turn in range(self.kept.turns)]
+        turns = [(here[self.kept.request] & self.kept.now(turn)).nonzero().squeeze(1) for turn in range(self.kept.turns)]
         return [self.kept.select(rows, position[self.kept.owner[rows]], count) for rows in turns]
 
     def _batch_of(self, number: int) -> Tensor:

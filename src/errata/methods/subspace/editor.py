@@ -15,18 +15,12 @@ from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.core.tail import Tail
 from errata.errors import ConfigError
-from errata.methods.base import NEIGHBOURS, OutputTermEditor
+from errata.methods.base import NEIGHBOURS, OutputTermEditor, layers_for
 from errata.methods.subspace.op import start
-from errata.methods.subspace.texts import MOST
 from errata.methods.subspace.training import Training
 from errata.request import EditRequest
 
 PAPER_DEPTHS = (9 / 32, 18 / 32, 24 / 32, 28 / 32)  # the paper's LLaMA layers
-
-
-def layers_for(depth: int, depths: Sequence[float] = PAPER_DEPTHS) -> tuple[int, ...]:
-    """Blocks at relative depths, for a model whose layers nobody has named."""
-    return tuple(sorted({min(depth - 1, int(depth * f + 0.5)) for f in depths}))
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,6 @@ class SubspaceEditor(OutputTermEditor):
                 None: by the method's rule
     last        how many last prompt tokens are edited, besides every output token
     resume      an edit on top of this method's own last patch goes on from its parameters and replaces it; False: it stands by itself
-    prefixes    short texts behind which the prompt and its neighbours are trained, too (`errata.methods.subspace.texts`)
     contrast, contrast_weight   neighbours a request is shown with, and the weight of the output term on them (`errata.core.keep`)
     lr, steps   for one request; ``batched_lr``, ``batched_steps`` for several in one patch
     stop        early stop when the "training loss" is below it: ``stop_on`` says whether that is the task loss as mean or as sum
@@ -77,7 +70,6 @@ class SubspaceEditor(OutputTermEditor):
     init: Literal["pyreft", "identity"] = "pyreft"
     parametrisation: Literal["cholesky", "householder"] = "cholesky"
     end: str = ""
-    prefixes: int = 0
     resume: bool = True
     seed: int = 0
 
@@ -86,13 +78,11 @@ class SubspaceEditor(OutputTermEditor):
             raise ConfigError(f"{self.name}: rank, last and steps must be at least 1")
         self.require_seed(self.seed)
         self.require_contrast()
-        self.require(0 <= self.prefixes <= MOST, f"prefixes must be from 0 to {MOST}, not {self.prefixes}")
         if self.lr <= 0 or self.batched_lr <= 0:
             raise ConfigError(f"{self.name}: a learning rate must be positive")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
-        if self.depths is not None and not (self.depths and all(0 <= f <= 1 for f in self.depths)):
-            raise ConfigError(f"{self.name}: depths are parts of the model's depth, from 0 to 1; got {list(self.depths)}")
+        self.require_depths(self.depths)
 
     def target_layers(self, lm: LM) -> tuple[int, ...]:
         """The blocks to edit on this model; `ConfigError` for one that does not exist."""

@@ -22,14 +22,14 @@ from errata.core.keep import Kept, KeptRows, find_kept
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.problems import RowsInTurns, mean_per_problem, row_nll
+from errata.core.problems import Chosen, RowsInTurns, WorstOfTurns, mean_per_problem, row_nll
 from errata.core.read import read_activations
 from errata.core.tail import join_rows, split_rows_at
 from errata.core.tokens import Encoded, pad_id
 from errata.methods.subspace.gate_start import ridge_gates, set_gates
 from errata.methods.subspace.op import Frame, frame, gate, orthonormal, start, turned
 from errata.methods.subspace.other_facts import other_facts
-from errata.methods.subspace.texts import names, subject_ends, ways_to_ask, what_stays
+from errata.methods.texts import names, subject_ends, ways_to_ask, what_stays
 from errata.request import EditRequest
 
 
@@ -72,7 +72,6 @@ class Training:
     samples: Tensor = field(init=False)  # [E] samples of each problem
     runner: Any = field(init=False, default=None)
     running: _Step = field(init=False)
-    _chosen: tuple[Tensor, Any] | None = field(init=False, default=None)  # the rows that ran last, and their runner
     gate_sums: dict[int, Tensor] = field(init=False, default_factory=dict)  # Σ over samples of their mean weights, [E, r], detached
     current_sums: dict[int, Tensor] = field(init=False, default_factory=dict)  # of those that run [e, r], with this step's gradient
 
@@ -94,7 +93,7 @@ class Training:
         for row, cut, tokens in zip(self.open, starts, self.opens, strict=True):
             row[[t - cut for t in tokens if t - cut < len(row)]] = True  # without gates a target's last token is not run
         self.owned = RowsInTurns(self.owner, len(self.problems), self._turns(samples))
-        self.recent = torch.zeros(len(self.owned.rows), len(self.problems), device=device)  # what each turn was last compared by
+        self.worst = WorstOfTurns(len(self.owned.rows), len(self.problems), device)
         self.kept, self.others, self.evaluations = None, None, 0
         if self.problems:
             first, start = min(self.blocks) + 1, self._before_banks if self.before is not None else None
@@ -105,6 +104,7 @@ class Training:
                 cut_rows = join_rows(cut_rows, self.others.rows, pad_id(self.lm.tokenizer))
                 self.open = functional.pad(self.open, (0, cut_rows.active.shape[1] - self.open.shape[1]))
             self.runner = self.runner_class(self.lm, cut_rows, first, self.on)
+            self.chosen = Chosen(self.runner)
             if self.others is not None:
                 self.others.stand_in(self.runner, len(self.owner))
 
@@ -217,21 +217,16 @@ class Training:
         if self.kept is not None:
             kept = self.kept.of(alive, turn)
             extra = extra + e.contrast_weight * kept.divergence(self._banks(per_block, kept.owner))
-        self.recent[turn % len(self.recent), alive] = (compared + extra if e.stop_on == "total" else compared).detach().to(self.recent)
+        worst = self.worst(compared + extra if e.stop_on == "total" else compared, alive, e.stop)
         if step.others is not None:  # not compared with the stop: what is said of other facts may never come quite back
             extra = extra + e.other_facts_weight * step.others.divergence_of(beside)
-        worst = self.recent[:, alive].amax(0)  # a problem ends when no turn is above the stop
-        return task + extra, worst if self.evaluations >= len(self.recent) else worst.clamp_min(e.stop)
+        return task + extra, worst
 
     def _step(self, alive: Tensor, turn: int) -> _Step:
         owner, rows = self.owned.of(alive, turn)
         others = None if self.others is None else self.others.of(alive, turn)
         numbers = rows if others is None else torch.cat([rows, len(self.owner) + others.numbers])
-        runner = self.runner
-        if len(numbers) != len(runner.rows.active):
-            if self._chosen is None or not torch.equal(self._chosen[0], numbers):
-                self._chosen = numbers, runner.select(numbers)
-            runner = self._chosen[1]
+        runner = self.chosen(numbers)
         valid = runner.rows.valid[: len(rows)].unsqueeze(-1)
         return _Step(runner, owner, rows, others, valid, valid & self.open[rows].unsqueeze(-1))
 

@@ -40,10 +40,14 @@ def what_stays(lm: LM, requests: Sequence[EditRequest], prefixes: int, named: bo
         unrelated, contrast = (
             [pair for pair in pairs if named or not names(request, pair[0])] for pairs in (request.unrelated, request.contrast)
         )
-        out += [*unrelated, *contrast]
-        if prefixes:
-            out += [(behind(lm.tokenizer, f"{_BEFORE[i % prefixes]} ", prompt), answer) for i, (prompt, answer) in enumerate(contrast)]
+        out += [*unrelated, *neighbours(lm, contrast, prefixes)]
     return out
+
+
+def neighbours(lm: LM, contrast: Sequence[tuple[str, str]], prefixes: int) -> list[tuple[str, str]]:
+    """Contrast pairs, and the same behind one of so many short texts each."""
+    asked = [(behind(lm.tokenizer, f"{_BEFORE[i % prefixes]} ", prompt), answer) for i, (prompt, answer) in enumerate(contrast) if prefixes]
+    return [*contrast, *asked]
 
 
 def names(request: EditRequest, text: str) -> bool:
