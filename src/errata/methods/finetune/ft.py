@@ -64,9 +64,9 @@ class FTM(FineTuneEditor):
 
     end   text trained after the target, so that a free answer ends there; EasyEdit trains none
 
-    ``published`` is EasyEdit's: two thirds up, on the prompt alone.  On a real model the answer then spreads to whatever is asked in the same
-    words, and to no other wording.  The default trains the block that a fact is read in (LLaMA's block 6), beside neighbours whose answers
-    stay, and behind short texts, all in one mini-batch.
+    ``published`` is EasyEdit's: two thirds up, on the prompt alone.  On a real model the answer then spreads to whatever is asked in the
+    same words, and to no other wording.  The default trains the block that a fact is read in (LLaMA's block 6), beside neighbours whose
+    answers stay, and behind short texts, all in one mini-batch.
     """
 
     name: ClassVar[str] = "ft-m"

@@ -131,8 +131,8 @@ class WISELight(WISE):
     whether the masks are drawn inside the eighth (the default) or the eighth is the mask (mask_ratio=1).  In the latter case all memories
     share one mask, and merging averages them away: keep merge_freq out of reach.
 
-    A step of SGD moves the output by what the trained entries move, and an eighth of them moves an eighth as far.  At WISE's rate of 1, which
-    ``published`` has, 4 of 10 facts were written on SmolLM2; the default is 8.
+    A step of SGD moves the output by what the trained entries move, and an eighth of them moves an eighth as far.  At WISE's rate of 1,
+    which ``published`` has, 4 of 10 facts were written on SmolLM2; the default is 8.
     """
 
     name: ClassVar[str] = "wise-light"
