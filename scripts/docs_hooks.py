@@ -1,4 +1,4 @@
-"""What MkDocs is told beside mkdocs.yml: pages that live outside docs/, and pages whose names are taken."""
+"""What MkDocs is told beside mkdocs.yml: pages that live outside docs/."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "src/errata/almanac/card.md": "almanac.md"}  # in the repository -> in the site
-PAGES = ("single.html", "locate-single.html")  # of docs/results, whose names Markdown pages have too
 
 
 def on_files(files: Any, config: Any) -> Any:
     for source, name in OUTSIDE.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8")))
-    for name in PAGES:
-        files.append(File.generated(config, f"results/cases-{name}", abs_src_path=str(ROOT / "docs" / "results" / name)))
     return files
 
 
@@ -27,8 +24,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     for source, name in OUTSIDE.items():
         theirs = posixpath.relpath(source, posixpath.dirname(here))
         markdown = markdown.replace(f"]({theirs}", f"]({posixpath.relpath(name, posixpath.dirname(page.file.src_uri) or '.')}")
-    for name in PAGES:
-        markdown = markdown.replace(f"]({name})", f"](cases-{name})")
     if here not in OUTSIDE:
         return markdown
     up = posixpath.relpath("docs", posixpath.dirname(here))

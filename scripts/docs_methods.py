@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from docs_fields import described
-from docs_results import (
-    FREE,
-    LATENCY,
-    MARKS,
-    Source,
-    batched,
-    continual,
-    headline,
-    interval,
-    measured,
-    perplexity,
-    row,
-    shown,
-    single,
-    suite,
-    table,
-    value,
-)
+from docs_results import SINGLE, TITLES, costs, of, percent, row, table
 
 from errata import registry
 
 NOTES = Path(__file__).with_name("method_notes.md")
 UP = "../results/"
-TITLES = {
+NAMES = {
     "none": "The unedited model",
     "retrieval": "Retrieval",
     "ft-l": "FT-L",
@@ -61,7 +43,7 @@ NEEDS = {
 
 
 def title(name: str) -> str:
-    return TITLES.get(name, registry.get("method", name).__name__)
+    return NAMES.get(name, registry.get("method", name).__name__)
 
 
 def notes() -> dict[str, tuple[str, str, str]]:
@@ -120,103 +102,26 @@ def _short(v: Any) -> str:
     return repr(v)
 
 
+def link(label: str, up: str) -> str:
+    """A method's name with a link to its page, which lies ``up``; what follows its own name in a label says what is set otherwise."""
+    name, _, more = label.partition(" ")
+    return f"[{title(name)}]({up}methods/{name}.md){f' ({more})' if more else ''}"
+
+
 def scores(name: str) -> str:
-    """What was measured of a method on the almanac, each table with its file and command."""
-    parts = [part for part in (_single(name), _cost(name), _continual(name), _batched(name), _robust(name)) if part]
-    return "\n".join(parts) if parts else "Not measured on the almanac by itself.\n"
-
-
-def _from(*sources: Source) -> str:
-    return "; ".join(f"{s.link(UP)}, `{s.command}`" for s in sources)
-
-
-def _single(name: str) -> str:
-    source = single(name)
-    found = measured(source)
-    if found is None:
-        return ""
-    metrics = (
-        ("reliability", "reliability"),
-        ("generality", "generality"),
-        ("portability", "portability"),
-        ("locality_agreement", "locality"),
-    )
-    rows = [[label, *(interval(row(found, m, p)) for p in ("teacher_forced", FREE))] for m, label in metrics]
-    s = row(found, "S", "likelihood")
-    return (
-        f"**Single edits**, {found['n']} test cases, 95 % intervals ({_from(source)}):\n\n"
-        + table(["", "teacher-forced", headline(found)], rows)
-        + f"\nS, from likelihoods: {interval(s)}. [What these words mean](../protocols.md).\n"
-    )
-
-
-def _cost(name: str) -> str:
-    source = single(name)
-    found, speed = measured(source), measured(LATENCY)
-    if found is None or speed is None:
-        return ""
-    return (
-        f"**Cost**, one core ({_from(source, LATENCY)}):\n\n"
-        + table(
-            ["seconds, an edit alone", f"seconds, of {found['n']} together", "kB on disk", "decoding, times the base's", "perplexity (base 225)"],
-            [[shown(found["seconds_alone"]), shown(found["seconds_per_edit"], 3), shown(found["bytes"] / 1000, 1),
-              shown(speed["rows"][name]["ratio"]), shown(found["perplexity"], 0)]],
-        )
-    )  # fmt: skip
-
-
-def _continual(name: str) -> str:
-    source = continual(name)
-    found = measured(source)
-    if found is None:
-        return ""
+    """What was measured of a method on real models, each row with its n."""
     rows = []
-    for t in MARKS:
-        if value(found, "reliability", FREE, t) is not None:
-            three = [shown(value(found, m, FREE, t)) for m in ("reliability", "generality", "locality_agreement")]
-            rows.append([f"{t:,}", *three, shown(perplexity(found, t), 0)])
-    return f"**One edit after another**, all T edits asked on the final stack, {headline(found)} ({_from(source)}):\n\n" + table(
-        ["T", "reliability", "generality", "locality", "perplexity"], rows
-    )
-
-
-def _batched(name: str) -> str:
-    source = batched(name)
-    found = measured(source)
-    if found is None:
-        return ""
-    rows = [
-        [f"{size}", *(shown(value(found, m, FREE, size)) for m in ("reliability", "generality", "locality_agreement")),
-         shown(perplexity(found, size), 0), shown(found["seconds_per_edit"][str(size)], 3)]
-        for size in (10, 50)
-    ]  # fmt: skip
-    return f"**Many in one patch**, {found['n']} edits in joint patches, {headline(found)} ({_from(source)}):\n\n" + table(
-        ["edits a patch", "reliability", "generality", "locality", "perplexity", "seconds an edit"], rows
-    )
-
-
-ROBUST = (
-    ("subject_unseen", "other names"),
-    ("shuffled_unseen", "shuffled subject"),
-    ("long_unseen", "behind 300 words"),
-    ("question_form", "as a question"),
-)
-
-
-def robust_row(found: Mapping[str, Any]) -> list[str]:
-    return [shown(value(found, m, FREE)) for m in ("reliability", "generality", *(k for k, _ in ROBUST), "locality_agreement")]
-
-
-def _robust(name: str) -> str:
-    names = [f"rep-{m}" for m in ("rome", "r-rome", "memit", "emmet")] if name == "rep" else [name]
-    found = {n: measured(suite(n)) for n in names}
-    rows = [[f"on {n.removeprefix('rep-')}" if name == "rep" else n, *robust_row(f)] for n, f in found.items() if f is not None]
+    for model, words in TITLES.items():
+        for label, c in of("single", model).items():
+            if label.split()[0] == name:
+                what = f"{words}{label.removeprefix(name)}"
+                rows.append([what, str(c["n"]), *(percent(row(c, m, p)) for _, m, p in SINGLE), *costs(c)])
     if not rows:
-        return ""
-    sources = [suite(n) for n, f in found.items() if f is not None]
+        return f"Not measured on a real model yet. On the test bed: [the almanac]({UP}almanac.md).\n"
     return (
-        f"**Robustness**, 100 test cases, generated; unseen surfaces ({_from(*sources)}; [what is asked](../robustness.md)):\n\n"
-        + table(["", "reliability", "generality", *(label for _, label in ROBUST), "locality"], rows)
+        f"Single edits of known CounterFact facts, percent with 95 % intervals ([every method, and how]({UP}real.md)):\n\n"
+        + table(["", "n", *(head for head, _, _ in SINGLE), "s an edit", "kB"], rows)
+        + f"\n[What the columns mean](../protocols.md). Many edits, and the test bed: [the almanac]({UP}almanac.md).\n"
     )
 
 
@@ -279,7 +184,7 @@ def index() -> str:
     said = notes()
     out = ["# Methods", "<!-- Written by `make docs`; edit scripts/docs_methods.py. -->"]
     out.append(
-        "A page each: formula, settings, where paper and code differ, what it costs and how it scores on the almanac. [Which one?](choose.md)"
+        "A page each: formula, settings, where paper and code differ, what it costs and how it scores on real models. [Which one?](choose.md)"
     )
     for group, names in GROUPS.items():
         rows = [[f"[{title(n)}](methods/{n}.md)", f"`{n}`", said[n][0].split(". ")[0].replace("\n", " ").rstrip(".") + "."] for n in names]

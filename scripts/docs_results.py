@@ -1,124 +1,64 @@
-"""What was measured, out of docs/results: one place that knows which file and which command a figure comes from."""
+"""What was measured on real models, out of docs/results/real: the files that `scripts/gather.py` wrote."""
 
 from __future__ import annotations
 
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errata.report import tables
-
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-# Continual runs that other scripts made on the same cases; where editors/ has a file of its own, that one counts.
-ELSEWHERE = {
-    **{m: f"locate-continual-{m}" for m in ("rome", "r-rome", "memit", "pmet", "emmet", "alphaedit")},
-    "baft": "continual-baft",
-    "reft": "continual-reft",
-}
-MARKS = (10, 100, 1000)
+MODELS = {"smollm2": "smollm2-135m", "gemma": "gemma-3-270m"}
+TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma-3-270M"}
+SINGLE = (
+    ("reliability", "reliability", "starts"), ("generality", "generality", "starts"), ("first word kept", "locality_first_word", "starts"),
+    ("watched", "watch", "starts"), ("ES", "ES", "likelihood"), ("PS", "PS", "likelihood"), ("NS", "NS", "likelihood"),
+)  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Source:
-    """A file under docs/results and the command that wrote it."""
-
-    file: str
-    command: str
-
-    @property
-    def path(self) -> Path:
-        return RESULTS / self.file
-
-    def link(self, root: str) -> str:
-        """As Markdown; ``root``: from the page to docs/results."""
-        return f"[{Path(self.file).name}]({root}{self.file})"
-
-
-def single(name: str) -> Source:
-    return Source(f"editors/single-{name}.json", "python scripts/evidence_editors.py single --threads 1")
-
-
-def batched(name: str) -> Source:
-    return Source(f"editors/batched-{name}.json", "python scripts/evidence_editors.py batched --n 100 --threads 1")
-
-
-def slug(label: str) -> str:
-    """A label as part of a file's name."""
-    return label.replace(", ", "-").replace(" ", "-")
-
-
-def continual_file(name: str) -> str:
-    """Under docs/results."""
-    own = f"editors/continual-{slug(name)}.json"
-    return own if name not in ELSEWHERE or (RESULTS / own).exists() else f"{ELSEWHERE[name]}.json"
-
-
-def continual(name: str) -> Source:
-    file = continual_file(name)
-    if not file.startswith("editors/"):
-        return Source(file, f"python scripts/{'evidence_locate.py' if file.startswith('locate') else 'evidence.py'} continual")
-    found = measured(Source(file, "")) or {"n": 1000}
-    if "from" in found:
-        return Source(file, f"errata run docs/results/grid/{'continual' if found['n'] >= 1000 else 'methods'}.yaml")
-    return Source(file, "python scripts/evidence_editors.py continual --threads 1" + f" --n {found['n']}" * (found["n"] < 1000))
-
-
-def suite(name: str) -> Source:
-    return Source(f"rep/suite-{name}.json", f"python scripts/evidence_rep.py suite --threads 1 --only {name.removeprefix('rep-')}")
-
-
-LATENCY = Source("editors/latency-all.json", "python scripts/evidence_editors.py latency")
+Cell = Mapping[str, Any]
 
 
 @functools.cache
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def cells(name: str) -> tuple[Cell, ...]:
+    """Of docs/results/real/NAME.json; none where there is no such file."""
+    path = RESULTS / "real" / f"{name}.json"
+    return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ()
 
 
-def measured(source: Source) -> dict[str, Any] | None:
-    """The file's document; None where this was not measured."""
-    return _read(source.path) if source.path.exists() else None
+def of(name: str, model: str) -> dict[str, Cell]:
+    """{label of a method: its cell} of one model, by its short name."""
+    return {c["method"]: c for c in cells(name) if c["model"] == MODELS[model]}
 
 
-FREE = "free text"  # the headline protocol of a file
+def row(cell: Cell | None, metric: str, protocol: str) -> Mapping[str, Any] | None:
+    """One number of a cell with its interval."""
+    rows: Iterable[Mapping[str, Any]] = () if cell is None else cell["rows"]
+    return next((r for r in rows if r["metric"] == metric and r["protocol"] == protocol), None)
 
 
-def headline(found: Mapping[str, Any] | None) -> str:
-    """How free text is read in this file: files that were measured before there was "starts" have "generated"."""
-    return tables.headline((found or {}).get("rows", ()))
+def value(cell: Cell | None, metric: str, protocol: str) -> float:
+    """The number alone; NaN where it was not measured."""
+    found = row(cell, metric, protocol)
+    return float("nan") if found is None else float(found["value"])
 
 
-def row(found: Mapping[str, Any] | None, metric: str, protocol: str, t: int | None = None) -> dict[str, Any] | None:
-    """One number with its interval; ``protocol`` may be `FREE`."""
-    protocol = headline(found) if protocol == FREE else protocol
-    for r in (found or {}).get("rows", ()):
-        if r["metric"] == metric and r["protocol"] == protocol and r.get("T") == t:
-            return dict(r)
-    return None
+def percent(found: Mapping[str, Any] | None) -> str:
+    """With its interval, where there is one."""
+    if found is None:
+        return "–"
+    ends = "" if found["low"] is None else f" [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
+    return f"{100 * found['value']:.0f}{ends}"
 
 
-def value(found: Mapping[str, Any] | None, metric: str, protocol: str, t: int | None = None) -> float | None:
-    r = row(found, metric, protocol, t)
-    return None if r is None else float(r["value"])
+def seconds(cell: Cell) -> float:
+    """Of editing, an edit; 0 for a method that trains nothing."""
+    return float(cell["seconds"].get("editing", 0.0)) / int(cell["edits"])
 
 
-def perplexity(found: Mapping[str, Any] | None, t: int) -> float | None:
-    """Of the final stack after ``t`` edits."""
-    at = (found or {}).get("perplexity")
-    v = at.get(str(t)) if isinstance(at, dict) else None
-    v = v[0] if isinstance(v, list) else v
-    return None if v is None else float(v)
-
-
-def shown(v: float | None, digits: int = 2) -> str:
-    return "–" if v is None else f"{v:,.{digits}f}"
-
-
-def interval(r: Mapping[str, Any] | None) -> str:
-    return "–" if r is None else f"{r['value']:.3f} [{r['low']:.2f}, {r['high']:.2f}]"
+def costs(cell: Cell) -> list[str]:
+    """Seconds an edit and kB on disk, as text."""
+    return [f"{seconds(cell):.1f}", f"{cell['patch_bytes'] / 1000:,.0f}"]
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

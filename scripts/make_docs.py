@@ -15,6 +15,7 @@ import docs_architecture
 import docs_choice
 import docs_families
 import docs_methods
+import docs_real
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MADE = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -28,6 +29,7 @@ def filled(text: str, parts: dict[str, str]) -> str:
 def pages() -> dict[str, str]:
     """Path under docs -> what it should hold."""
     tables = {"choose.md": docs_choice.parts(), "families.md": docs_families.parts(), "architecture.md": docs_architecture.parts()}
+    tables["results/real.md"] = docs_real.parts()
     made = {name: filled((DOCS / name).read_text(encoding="utf-8"), parts) for name, parts in tables.items()}
     return {**docs_methods.pages(), **made, docs_architecture.PICTURE: docs_architecture.picture()}
 

@@ -182,8 +182,8 @@ def test_watch_probes(almanac: LM) -> None:
 
 
 def test_the_witness_is_compared_with_the_benchmark() -> None:
-    """`scripts/evidence_contrast.py` on records made by hand: shares of each case, and Pearson's r over cases and methods."""
-    from evidence_contrast import witness
+    """`scripts/witness.py` on records made by hand: shares of each case, and Pearson's r over cases and methods."""
+    from witness import witness
 
     def records(kept: dict[str, tuple[list[bool], list[bool]]]) -> list[dict[str, object]]:
         kinds = ("neighbour", "watch")

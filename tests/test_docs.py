@@ -28,20 +28,43 @@ def test_computed_pages_are_up_to_date() -> None:
     assert make_docs.stale() == [], "run `make docs`"
 
 
-def test_a_changed_default_or_figure_makes_pages_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = docs_results.measured
+def test_a_changed_figure_makes_pages_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = docs_results.cells
 
-    def other(source: docs_results.Source) -> object:
-        found = real(source)
-        if source.file != "editors/single-grace.json" or found is None:
-            return found
-        rows = [{**r, "value": 0.5} if r["metric"] == "reliability" else r for r in found["rows"]]
-        return {**found, "rows": rows}
+    def other(name: str) -> tuple[docs_results.Cell, ...]:
+        def changed(cell: docs_results.Cell) -> docs_results.Cell:
+            if cell["method"] != "baft":
+                return cell
+            return {**cell, "rows": [{**r, "value": 0.5} if r["metric"] == "reliability" else r for r in cell["rows"]]}
 
-    for module in (docs_methods, docs_choice):
-        monkeypatch.setattr(module, "measured", other)
-    assert set(make_docs.stale()) == {"methods/grace.md", "choose.md"}
-    assert "GRACE" not in docs_choice.decisions().splitlines()[2]  # it is no longer sure
+        return tuple(map(changed, real(name)))
+
+    monkeypatch.setattr(docs_results, "cells", other)
+    assert set(make_docs.stale()) == {"methods/baft.md", "choose.md", "results/real.md"}
+    assert "BaFT" not in docs_choice.decisions().splitlines()[2]  # it is no longer sure
+
+
+def test_a_choice_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The surest two by what the rule counts, not one that misses its least reliability, and no method by settings that are not its own."""
+
+    def cell(label: str, reliability: float, kept: float) -> docs_results.Cell:
+        rows = [{"metric": m, "protocol": "starts", "value": v} for m, v in (("reliability", reliability), ("locality_first_word", kept))]
+        return {"model": "smollm2-135m", "method": label, "rows": rows, "patch_bytes": 1000, "seconds": {"editing": 4.0}, "edits": 2}
+
+    found = (
+        cell("rome", 0.96, 0.8),
+        cell("memit", 0.95, 0.9),
+        cell("baft", 0.94, 1.0),
+        cell("lora published", 1.0, 1.0),
+        cell("wise", 1.0, 0.7),
+    )
+    monkeypatch.setattr(docs_results, "cells", lambda name: found)
+    first, *_ = docs_choice.CHOICES
+    assert docs_choice.best("smollm2", first).count("**") == 4
+    assert docs_choice.best("smollm2", first).startswith("**[MEMIT](methods/memit.md)** (kept 90%") and "ROME" in docs_choice.best(
+        "smollm2", first
+    )
+    assert docs_choice.best("gemma", first) == "none"
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -70,21 +93,12 @@ def test_the_example_of_a_method(name: str, tiny: str, tmp_path: Path, monkeypat
 
 
 def test_figures_are_those_of_the_files() -> None:
-    """One by hand: the page, the table and the file agree."""
-    found = docs_results.measured(docs_results.single("rome"))
-    assert found is not None
-    (row,) = [r for r in found["rows"] if r["metric"] == "reliability" and r["protocol"] == "generated"]
-    page = (ROOT / "docs" / "methods" / "rome.md").read_text(encoding="utf-8")
-    assert f"{row['value']:.3f} [{row['low']:.2f}, {row['high']:.2f}]" in page
-    table = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
-    assert re.search(rf"\[ROME\]\(methods/rome.md\) \| {row['value']:.2f} \|", table)
-    for source in re.findall(r"\]\((results/[\w/.-]+\.json)\)", table):
-        assert (ROOT / "docs" / source).exists()
-
-
-def test_harmonic_means_by_hand() -> None:
-    assert docs_choice.harmonic(0.5, 1.0) == pytest.approx(2 / 3)
-    assert docs_choice.harmonic(0.0, 1.0) == docs_choice.harmonic(None, 1.0) == 0.0
+    """One by hand: both pages and the file agree."""
+    (cell,) = [c for c in docs_results.cells("single") if (c["method"], c["model"]) == ("baft", "smollm2-135m")]
+    (row,) = [r for r in cell["rows"] if (r["metric"], r["protocol"]) == ("generality", "starts")]
+    want = f"| {100 * row['value']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}] |"
+    assert cell["n"] == 100 and want in (ROOT / "docs" / "methods" / "baft.md").read_text(encoding="utf-8")
+    assert want in (ROOT / "docs" / "results" / "real.md").read_text(encoding="utf-8")
 
 
 def test_the_site_builds(tmp_path: Path) -> None:
@@ -100,6 +114,6 @@ def test_the_site_builds(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     pages = sorted((tmp_path / "site").rglob("*.html"))
-    assert len(pages) > 40 and (tmp_path / "site" / "results" / "editors" / "single-rome.json").exists()
+    assert len(pages) > 40 and (tmp_path / "site" / "results" / "real" / "single.json").exists()
     for page in pages:
         assert not LOADED.search(page.read_text(encoding="utf-8")), page

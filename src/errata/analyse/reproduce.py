@@ -24,7 +24,7 @@ from errata.request import LOCAL_KINDS, Case
 Settings = Callable[[str], dict[str, Any]]  # of the command line, for a method
 
 _BASIC: dict[str, tuple[str, dict[str, Any]]] = {"reft": ("reft", {}), "baft": ("baft", {})}
-ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
+_ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
     "reft": ("reft", {}),
     "ss-w": ("baft", {"gate": "subspace", "balance": False, "locality": False}),
     "ba-w": ("baft", {"locality": False}),
@@ -39,7 +39,7 @@ ROBUST: dict[str, tuple[str, dict[str, Any]]] = {
 VARIANTS: dict[str, Mapping[str, tuple[str, dict[str, Any]]]] = {
     "baft-table1": WITHOUT,
     "baft-table2": _BASIC,
-    "baft-table4": ABLATION,
+    "baft-table4": _ABLATION,
     "baft-batched": _BASIC,
     "baft-table8": _BASIC,
     "baft-fig1": {"reft": ("reft", {})},

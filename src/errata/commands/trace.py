@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from errata.trace import AverageEffects, Fact, Suggestion, TraceConfig, TraceResult
 
 CASES = 50
-DRAWN = 4  # facts that are drawn with --out
+_DRAWN = 4  # facts that are drawn with --out
 DIGITS = 6  # of a number in the document: a probability's own rounding is about there
 WORDS = {"subject_first": "first subject", "subject_middle": "middle subject", "subject_last": "last subject"}
 
@@ -184,20 +184,20 @@ def _draw(folder: Path, document: dict[str, Any]) -> None:
     from errata.report import heatmap
 
     window = document["settings"]["window"]
-    for i, record in enumerate(document["facts"][:DRAWN], 1):
+    for i, record in enumerate(document["facts"][:_DRAWN], 1):
         heatmap.fact(record, window, [folder / f"trace-{i}.{ending}" for ending in ("png", "svg")])
     heatmap.average(document["average"], window, [folder / f"trace-average.{ending}" for ending in ("png", "svg")])
 
 
 def _show(screen: Screen, document: dict[str, Any]) -> None:
     whole, kinds = document["average"], document["settings"]["kinds"]
-    for row in document["facts"][:DRAWN]:
+    for row in document["facts"][:_DRAWN]:
         screen.say(f"{row['prompt']!r} → {row['answer']!r}: p {row['high']:.3f}, with noise on the subject {row['low']:.3f}")
-    if (more := len(document["facts"]) - DRAWN) > 0:
+    if (more := len(document["facts"]) - _DRAWN) > 0:
         screen.say(f"… and {more} more; on average p {whole['high']:.3f}, with noise {whole['low']:.3f}")
-    for row in document["skipped"][:DRAWN]:
+    for row in document["skipped"][:_DRAWN]:
         screen.say(f"skipped {row['prompt']!r}: {row['reason']}")
-    if (more := len(document["skipped"]) - DRAWN) > 0:
+    if (more := len(document["skipped"]) - _DRAWN) > 0:
         screen.say(f"… and {more} more skipped")
     screen.say()
     screen.say("Indirect effect (how much of p comes back) by role of the restored token: the best block and its effect")

@@ -146,13 +146,13 @@ class Cell:
     @property
     def base(self) -> str:
         """Names model and cases: cells with the same share what the unedited model says."""
-        return slug(Path(self.model.name).name, self.benchmark.name, f"o{self.order}") + "-" + self._named((self.model, self.benchmark))
+        return _slug(Path(self.model.name).name, self.benchmark.name, f"o{self.order}") + "-" + self._named((self.model, self.benchmark))
 
     @property
     def id(self) -> str:
         """The name of its folder."""
         said = (Path(self.model.name).name, self.method.label, self.benchmark.name, self.scenario.title, f"s{self.seed}")
-        return slug(*said) + "-" + self._named((self.model, self.method, self.benchmark, self.scenario))
+        return _slug(*said) + "-" + self._named((self.model, self.method, self.benchmark, self.scenario))
 
     def _named(self, specs: Sequence[Any]) -> str:
         return digest([to_dict(s) for s in specs] + [self.seed if len(specs) > 2 else self.order])[:6]
@@ -203,7 +203,7 @@ def _class(kind: str, name: str) -> Any:
         raise ConfigError(f"{kind} {name!r} cannot be imported: {error}; put its folder on PYTHONPATH") from None
 
 
-def slug(*parts: str) -> str:
+def _slug(*parts: str) -> str:
     return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_.") or "x" for part in parts)
 
 

@@ -1,4 +1,4 @@
-"""How well the watch half foretells a benchmark's own neighbours:  python scripts/evidence_contrast.py RUN_FOLDER [--out FILE.json]
+"""How well the watch half foretells a benchmark's own neighbours:  python scripts/witness.py RUN_FOLDER [--out FILE.json]
 
 Of a run (`errata run`) with ``score.watch``: for each method and case the share of neighbours with the first word of their answer kept,
 once over the benchmark's neighbours (kind "neighbour") and once over the watch half (kind "watch"), and the correlation of the two.
