@@ -26,6 +26,7 @@ from errata.methods.in_context.demonstrations import requests_of
 from errata.methods.in_context.ice import ICE
 from errata.methods.in_context.ike import IKE
 from errata.methods.in_context.retrieval import Retrieval
+from errata.methods.in_context.text import vectors
 from errata.methods.none import Unedited
 from errata.request import EditRequest, write_requests
 
@@ -96,6 +97,32 @@ def test_a_store_grows_and_replaces() -> None:
         torch.testing.assert_close(model.logits(model.batch([row]), [(a, b)])[0], want, **close("llama"))
     other = Retrieval(**PLAIN, threshold=0.9).edit(model, [PARIS], on=(a,))
     assert not other.replaces and len(other.requests) == 1  # another threshold is another store
+
+
+def test_a_fact_is_shown_only_where_its_subject_is_named() -> None:
+    """Whatever the likeness and the case; a fact without a subject by likeness alone, as every fact of a store without names."""
+    model = base()
+    facts = [ROME, EditRequest("People of Spain speak", "Italian", "Spain"), EditRequest("The language of Japan is", "French")]
+    store, old = (Retrieval(**PLAIN, threshold=-1.0, only_named=named).edit(model, facts) for named in (True, False))
+    for prompt, want in (("The capital of Italy is", 2), ("In SPAIN, what do people speak?", 1), ("The capital of France is", 0)):
+        (row,) = model.encode([prompt])
+        batch = model.batch([row], "left")
+        inside = model.tokenizer.decode(row.ids)
+        assert ("Spain".casefold() in inside.casefold()) == (want == 1)
+        found = nearest(vectors(model, [prompt], store.ops[0].settings["retrieval"]), store.ops[0], [inside])[0]
+        assert want in found and set(found) <= {want, 2}
+        if found == [want]:
+            fact = f"{facts[want].prompt} {facts[want].target}."
+            torch.testing.assert_close(
+                model.logits(batch, [(store,)])[0], alone(model, row, pieces(model.tokenizer, [fact])[0]), **close("llama")
+            )
+    only = Retrieval(**PLAIN, threshold=-1.0).edit(model, facts[:2])
+    unnamed = model.batch(model.encode(["The capital of Italy is"]))
+    assert torch.equal(model.logits(unnamed, [(only,)]), model.logits(unnamed, [()]))  # bit for bit
+    assert not torch.equal(model.logits(unnamed, [(old,)]), model.logits(unnamed, [()]))
+    grown = Retrieval(**PLAIN, threshold=-1.0).edit(model, facts[1:], on=(only,))
+    assert grown.replaces == (only.id,) and grown.ops[0].tensors["named"].tolist() == [6, 5, 0]
+    assert not Retrieval(**PLAIN, threshold=-1.0).edit(model, facts[1:], on=(old,)).replaces  # a store without names stands by itself
 
 
 def test_states_that_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,8 @@ class ContextOp:
                budget: tokens of context at most, the newest facts first, then demonstrations
     retrieval  settings[``retrieval``] None: all texts.  Else {k, threshold, encoder, block, pool}, and tensors keys [K, D] (unit
                vectors) and owner [K], the text each key is of: the k texts nearest to the prompt whose cosine reaches the threshold,
-               or nothing
+               or nothing.  With names [M, N] (UTF-8, zeros behind) and named [M] bytes of each, a text is shown only to a prompt in
+               which its name stands, whatever the case; 0 bytes: to any
     """
 
     @staticmethod
@@ -135,7 +136,9 @@ class ContextInserter:
                 some = torch.tensor(asking, device=ids.device)
                 vectors[name] = embed(hf, family, self.tokenizer, ids[some], position[some], lengths[some], how)
             own = vectors[name][torch.tensor([asking.index(i) for i in rows], device=ids.device)]
-            for i, found in zip(rows, nearest(own, op), strict=True):
+            inside = (position >= 0) & (position < lengths[:, None])
+            asked = [self.tokenizer.decode(ids[i][inside[i]]) for i in rows] if "names" in op.tensors else None
+            for i, found in zip(rows, nearest(own, op, asked), strict=True):
                 picks[i][place] = found
         return [self.fixed[s] if s in self.fixed else self._joined(self.stacks[s], picks[i]) for i, s in enumerate(which)]
 
@@ -222,13 +225,33 @@ class ContextInserter:
         return output
 
 
-def nearest(queries: Tensor, op: Op) -> list[list[int]]:
-    """The texts that a retrieval op puts before each query [B, D], the nearest last.  What is NaN is near to nothing."""
+def name_bytes(names: Sequence[str | None]) -> dict[str, Tensor]:
+    """A retrieval op's ``names`` [M, N] and ``named`` [M]; None: a text that is shown to any prompt."""
+    rows = [(name or "").encode() for name in names]
+    wide = max(map(len, rows), default=0)
+    padded = torch.tensor([list(row.ljust(wide, b"\0")) for row in rows], dtype=torch.uint8).view(len(rows), wide)
+    return {"names": padded, "named": torch.tensor([len(row) for row in rows], dtype=torch.long)}
+
+
+def _names_in(texts: Sequence[str], op: Op) -> Tensor:
+    """[B, M] bool: the texts of a retrieval op that may be shown to each prompt, by the names that stand in it."""
+    rows = zip(op.tensors["names"].tolist(), op.tensors["named"].tolist(), strict=True)
+    names = [bytes(row[:n]).decode().casefold() for row, n in rows]
+    return torch.tensor([[name in text for name in names] for text in map(str.casefold, texts)])
+
+
+def nearest(queries: Tensor, op: Op, asked: Sequence[str] | None = None) -> list[list[int]]:
+    """The texts that a retrieval op puts before each query [B, D], the nearest last.  What is NaN is near to nothing.
+
+    ``asked``: the prompts [B] as text, where the op has names.
+    """
     how, keys = op.settings["retrieval"], op.tensors["keys"].to(queries)
     owner = op.tensors["owner"].to(queries.device)
     count = len(op.tensors["lengths"])
     cosine = (queries @ keys.mT).nan_to_num(-2.0, -2.0, -2.0)
     best = cosine.new_full((len(queries), count), -2.0).scatter_reduce(1, owner.expand_as(cosine), cosine, "amax")
+    if asked is not None:
+        best = best.where(_names_in(asked, op).to(best.device), -2.0)
     values, texts = best.topk(min(how["k"], count))
     hits = values >= how["threshold"]
     return [[m for m, hit in zip(*row, strict=True) if hit][::-1] for row in zip(texts.tolist(), hits.tolist(), strict=True)]
