@@ -2,7 +2,7 @@
 
     python scripts/answers.py RUN [RUN …] --cases 10 --out docs/results/answers.md
 
-RUN is a folder of `errata run` with single edits.  A case is shown by its edited prompt, its first rephrasing and its first neighbour.
+RUN is a folder of `errata run` with single edits; of several of one model, what is in all of them.  A case is shown by its edited prompt, its first rephrasing and its first neighbour.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ def main() -> None:
     arguments.add_argument("--cases", type=int, default=10)
     arguments.add_argument("--out", type=Path, required=True)
     args = arguments.parse_args()
-    args.out.write_text(page([read(folder) for folder in args.runs], args.cases), encoding="utf-8")
+    found: dict[str, dict[str, dict[str, dict[str, Record]]]] = {}
+    for model, methods in map(read, args.runs):
+        found.setdefault(model, {}).update(methods)
+    args.out.write_text(page([(m, own) for m, own in found.items() if own], args.cases), encoding="utf-8")
 
 
 if __name__ == "__main__":
