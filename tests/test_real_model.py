@@ -98,6 +98,27 @@ def test_the_default_method_writes_facts_and_keeps_what_it_was_never_shown(smoll
     assert smollm.complete(FRANCE) == "Paris"
 
 
+def test_retrieval_shows_a_fact_to_no_neighbour(smollm: LM) -> None:
+    patch = errata.edit(smollm, FRANCE, "Lyon", subject="France", method="retrieval")
+    with smollm.under(patch):
+        assert smollm.complete(FRANCE).startswith("Lyon")
+        assert {prompt: smollm.complete(prompt) for prompt in NEIGHBOURS} == NEIGHBOURS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "adalora", "ft-m"])
+def test_training_methods_write_and_keep_neighbours_as_their_published_settings_do_not(smollm: LM, method: str) -> None:
+    """Why the defaults are errata's: the same fact, the same neighbours that neither is shown."""
+    request = EditRequest("The capital of Spain is", "Lisbon", "Spain")
+    kind = registry.get("method", method)
+    patches = [kind.for_model(smollm, **how).edit(smollm, [request]) for how in ({}, {"preset": "published"})]
+    ours, published = watch(smollm, [request, request], [(patch,) for patch in patches])
+    for patch in patches:
+        with smollm.under(patch):
+            assert starts(smollm.complete(request.prompt), request.target)
+    assert ours.count > published.count and ours.count >= 0.6 * ours.of, (str(ours), str(published))
+
+
 def test_what_the_watch_half_sees(smollm: LM) -> None:
     """An edit that spoils everything is seen to, and no edit keeps all."""
     request = EditRequest(FRANCE, "Lyon", "France")
