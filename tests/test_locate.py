@@ -277,3 +277,11 @@ def test_prune_and_rect_by_hand() -> None:
 def test_settings_and_requests_that_cannot_work(cls, settings, request_, error, message) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
         cls(**{"stats_tokens": 1500, **settings}).edit(base("llama"), [request_])
+
+
+@pytest.mark.parametrize(("family", "want"), [("llama", 4.0), ("gemma2", 0.5), ("gpt2", 4.0)])
+def test_a_value_before_a_norm_is_held_shorter(family: str, want: float) -> None:
+    """Behind the MLP of Gemma 2 and 3 a norm takes a longer value's length away, and neighbours would get its change of the matrix."""
+    for kind in (ROME, MEMIT, PMET):
+        assert kind(layers=(1,)).objective(base(family)).clamp == kind(layers=(1,)).clamp_on(base(family)) == want
+        assert kind(layers=(1,), clamp=2.5).objective(base(family)).clamp == 2.5

@@ -34,6 +34,7 @@ from errata.text.statistics import TOKENS, Moments, moments
 
 # Chosen on dev (docs/results): its states are large, so are Adam's steps; C is of the text it was trained on, facts included.
 ALMANAC: dict[str, Any] = {"v_lr": 20.0, "v_steps": 25, "prefixes": [[5, 3], [10, 2]], "stats": "almanac"}
+_CLAMP, _CLAMP_BEFORE_NORM = 4.0, 0.5
 FIVE = tuple(i / 32 for i in range(4, 9))  # LLaMA's blocks 4 to 8
 
 
@@ -44,7 +45,8 @@ class LocateEditor(Editor):
     layers           0-based blocks, edited in this order; the value is optimised at the last.  None: at the relative depths of ``DEPTHS``
     v_lr, v_steps    Adam on δ; ``v_steps`` losses are computed, one update fewer is made, as in the reference code
     v_decay, kl      λ_wd and λ_KL of the value's loss; ``v_stop`` ends it
-    clamp            ‖δ‖ ≤ clamp ‖v_0‖
+    clamp            ‖δ‖ ≤ clamp ‖v_0‖; None: 4, and 0.5 where a norm follows what the MLP writes (Gemma 2 and 3, OLMo 2).  v_0 is the
+                     MLP's output there, and what a longer δ adds is scaled away again, while its change of the matrix reaches others
     prefixes         (tokens, count) of the texts sampled to stand before the prompt, beside the bare prompt
     fact_token       where key and value are: the subject's last token, or the prompt's
     end              text trained after the target; the papers train none
@@ -70,7 +72,7 @@ class LocateEditor(Editor):
     v_decay: float = 1e-3
     v_stop: float = 0.05
     kl: float = 0.0625
-    clamp: float = 4.0
+    clamp: float | None = None
     prefixes: tuple[tuple[int, ...], ...] = ((10, 5),)
     fact_token: Literal["subject_last", "last"] = "subject_last"
     end: str = ""
@@ -87,7 +89,7 @@ class LocateEditor(Editor):
         self.conditioning.check(self.name)
         if self.v_steps < 1 or self.stats_tokens < 1:
             raise ConfigError(f"{self.name}: v_steps and stats_tokens must be at least 1")
-        if self.v_lr <= 0 or self.clamp <= 0:
+        if self.v_lr <= 0 or (self.clamp is not None and self.clamp <= 0):
             raise ConfigError(f"{self.name}: v_lr and clamp must be positive")
         if min(self.kl, self.v_decay) < 0:
             raise ConfigError(f"{self.name}: kl and v_decay must not be negative")
@@ -122,8 +124,14 @@ class LocateEditor(Editor):
     def steps(self) -> int:
         return self.v_steps
 
-    def objective(self) -> Objective:
-        return Objective(self.v_lr, self.v_steps, self.v_stop, self.kl, self.v_decay, self.clamp)
+    def clamp_on(self, lm: LM) -> float:
+        """‖δ‖ / ‖v_0‖ at most, on this model."""
+        if self.clamp is not None:
+            return self.clamp
+        return _CLAMP if adds_directly(lm, self.target_layers(lm)[-1]) else _CLAMP_BEFORE_NORM
+
+    def objective(self, lm: LM) -> Objective:
+        return Objective(self.v_lr, self.v_steps, self.v_stop, self.kl, self.v_decay, self.clamp_on(lm))
 
     def edit(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from errata.core.model import LM
 from errata.core.patch import Site
 from errata.errors import ConfigError
 from errata.methods.locate.editor import ALMANAC, FIVE, LocateEditor
@@ -108,8 +109,8 @@ class PMET(MEMIT):
     nll_factor: float = 1.0
     kl_stop: float = 0.01
 
-    def objective(self) -> Objective:
-        return PMETObjective(self.v_lr, self.v_steps, 1.0, self.kl, self.v_decay, self.clamp, self.nll_factor, self.kl_stop)
+    def objective(self, lm: LM) -> Objective:
+        return PMETObjective(self.v_lr, self.v_steps, 1.0, self.kl, self.v_decay, self.clamp_on(lm), self.nll_factor, self.kl_stop)
 
     def divisor(self, left: int) -> float:
         return float(left**0.5)

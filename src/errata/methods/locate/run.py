@@ -77,7 +77,7 @@ class LocateThenEditRun:
             ValueTask(tuple(rows), place_kl(self.lm, r) if e.kl else None, norm)
             for r, rows, norm in zip(self.requests, self.placed, norms, strict=True)
         ]
-        return optimise(self.lm, wanted, self.value_sites, e.objective(), self.on, self.runner, progress)
+        return optimise(self.lm, wanted, self.value_sites, e.objective(self.lm), self.on, self.runner, progress)
 
     def banks(self, ops: Sequence[list[Op]]) -> list[Bank]:
         """What has been written so far, an entry a problem."""
