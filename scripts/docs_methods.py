@@ -114,7 +114,8 @@ def scores(name: str) -> str:
     for model, words in TITLES.items():
         for label, c in of("single", model).items():
             if label.split()[0] == name:
-                what = f"{words}{label.removeprefix(name)}"
+                more = label.removeprefix(name).strip()
+                what = f"{words} ({more})" if more else words
                 rows.append([what, str(c["n"]), *(percent(row(c, m, p)) for _, m, p in SINGLE), *costs(c)])
     if not rows:
         return f"Not measured on a real model yet. On the test bed: [the almanac]({UP}almanac.md).\n"

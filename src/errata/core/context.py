@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from errata.core.embed import embed
 from errata.core.families import Family, text_config
@@ -136,11 +137,15 @@ class ContextInserter:
                 some = torch.tensor(asking, device=ids.device)
                 vectors[name] = embed(hf, family, self.tokenizer, ids[some], position[some], lengths[some], how)
             own = vectors[name][torch.tensor([asking.index(i) for i in rows], device=ids.device)]
-            inside = (position >= 0) & (position < lengths[:, None])
-            asked = [self.tokenizer.decode(ids[i][inside[i]]) for i in rows] if "names" in op.tensors else None
+            asked = self._words(ids, position, lengths, rows) if "names" in op.tensors else None
             for i, found in zip(rows, nearest(own, op, asked), strict=True):
                 picks[i][place] = found
         return [self.fixed[s] if s in self.fixed else self._joined(self.stacks[s], picks[i]) for i, s in enumerate(which)]
+
+    def _words(self, ids: Tensor, position: Tensor, lengths: Tensor, rows: Sequence[int]) -> list[str]:
+        """The prompts of some rows as they were written: no space is tidied away, or a name that holds one would not be found."""
+        inside = (position >= 0) & (position < lengths[:, None])
+        return [self.tokenizer.decode(ids[i][inside[i]], clean_up_tokenization_spaces=False) for i in rows]
 
     def _joined(self, ops: Sequence[Op], picks: Sequence[list[int] | None]) -> Text:
         """The texts of a stack's ops in their order, as far as the last op's budget goes, and its cue; () where none is picked."""
@@ -235,9 +240,20 @@ def name_bytes(names: Sequence[str | None]) -> dict[str, Tensor]:
 
 def _names_in(texts: Sequence[str], op: Op) -> Tensor:
     """[B, M] bool: the texts of a retrieval op that may be shown to each prompt, by the names that stand in it."""
-    rows = zip(op.tensors["names"].tolist(), op.tensors["named"].tolist(), strict=True)
-    names = [bytes(row[:n]).decode().casefold() for row, n in rows]
+    names = _unpacked(op.tensors["names"], op.tensors["named"])
     return torch.tensor([[name in text for name in names] for text in map(str.casefold, texts)])
+
+
+_UNPACKED = WeakIdKeyDictionary()  # {names: as text} of stores that live: a store is asked at every prompt
+
+
+def _unpacked(names: Tensor, named: Tensor) -> list[str]:
+    """Names without case from what `name_bytes` made."""
+    found: list[str] | None = _UNPACKED.get(names)
+    if found is None:
+        rows = zip(names.tolist(), named.tolist(), strict=True)
+        found = _UNPACKED[names] = [bytes(row[:n]).decode().casefold() for row, n in rows]
+    return found
 
 
 def nearest(queries: Tensor, op: Op, asked: Sequence[str] | None = None) -> list[list[int]]:

@@ -15,7 +15,7 @@ def argmax(logits: Tensor) -> Tensor:
     """
     size = logits.shape[-1]
     whole = size - size % _RUN
-    if whole < 2 * _RUN or logits.is_cuda:
+    if whole < 2 * _RUN or logits.device.type != "cpu":
         return logits.argmax(-1)
     runs = logits[..., :whole].unflatten(-1, (-1, _RUN))
     number = runs.amax(-1).argmax(-1, keepdim=True)

@@ -214,7 +214,7 @@ def find_kept(
     """The output term of an editor with ``contrast`` and ``contrast_weight``; None where it is off or no request has pairs."""
     if not editor.contrast or not editor.contrast_weight or not any(r.contrast for own in problems for r in own):
         return None
-    kept = Kept(lm, problems, runner, first, on, **how)
+    kept = Kept(lm, problems, runner, first, on, texts=editor.pairs_kept(lm, problems), **how)
     kept.in_turns(editor.contrast_batch)
     return kept
 

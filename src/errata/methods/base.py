@@ -168,6 +168,11 @@ class OutputTermEditor(ContrastEditor):
         self.require(self.contrast_batch >= 0, f"contrast_batch must not be negative, not {self.contrast_batch}; 0 takes all pairs")
         self.require(0 <= self.prefixes <= MOST, f"prefixes must be from 0 to {MOST}, not {self.prefixes}")
 
+    def rows_kept(self, request: EditRequest) -> int:
+        """How many rows a step has at most for a request's contrast pairs, for planning batches."""
+        pairs = len(request.contrast) * (1 + bool(self.prefixes)) if self.contrast else 0
+        return min(pairs, 2 * self.contrast_batch) if self.contrast_batch else pairs
+
     def pairs_kept(self, lm: LM, problems: Sequence[Sequence[EditRequest]]) -> list[list[tuple[str, str]]]:
         """The contrast pairs of every request, behind short texts too where its prompt is."""
         return [neighbours(lm, r.contrast, self.prefixes) for own in problems for r in own]

@@ -128,7 +128,9 @@ class AdapterEditor(OutputTermEditor):
 
     def target_layers(self, lm: LM) -> tuple[int, ...]:
         """The blocks that are adapted on this model."""
-        return self.layers or (tuple(range(lm.depth)) if self.depths is None else layers_for(lm.depth, self.depths))
+        if self.layers is not None:
+            return self.layers
+        return tuple(range(lm.depth)) if self.depths is None else layers_for(lm.depth, self.depths)
 
     def shapes(self, lm: LM) -> dict[Site, tuple[int, int]]:
         """(input size, output size) of every adapted linear; `ConfigError` for targets or layers that do not exist."""
@@ -163,8 +165,7 @@ class AdapterEditor(OutputTermEditor):
         tokens = [0] * len(requests)
         for (i, _, _), row in zip(texts, lm.encode([t for _, t, _ in texts], [t for _, _, t in texts]), strict=True):
             tokens[i] = max(tokens[i], len(row.ids))
-        beside = (self.contrast_batch or 2 * self.contrast) if self.contrast else 0
-        rows = [1 + len(r.paraphrases) + bool(self.prefixes) + beside for r in requests]
+        rows = [1 + len(r.paraphrases) + bool(self.prefixes) + self.rows_kept(r) for r in requests]
 
         def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
             return Training(self, model, [[requests[i]] for i in members], under, before, runner).run(progress)

@@ -69,8 +69,7 @@ class Training:
         first, start = min(site.block for site in sites), None
         if self.before is not None:  # what the last patch changed is to stay, too
             start = functools.partial(self._banks, self._start(), drop=None)
-        how = {"start": start, "texts": self.editor.pairs_kept(self.lm, self.problems)}
-        self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, first, self.on, **how)
+        self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, first, self.on, start=start)
 
     def run(self, progress: Progress | None = None) -> list[Patch]:
         """Train and pack."""

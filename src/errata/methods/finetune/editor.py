@@ -112,7 +112,7 @@ class FineTuneEditor(OutputTermEditor):
         def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
             return DenseTraining(self, model, [[requests[i]] for i in members], on, runner).run(progress)
 
-        beside = [len(r.contrast) if self.contrast else 0 for r in requests]
+        beside = [self.rows_kept(r) for r in requests]
         lengths = [len(e.ids) * (1 + len(r.paraphrases) + self.prefixes + n) for e, r, n in zip(encoded, requests, beside, strict=True)]
         most = min(MOST_ROWS // (1 + max(beside, default=0)), NUMBERS_AT_ONCE // self.num_parameters(lm))
         return in_lanes(lm, lengths, train, progress, most=max(1, most))

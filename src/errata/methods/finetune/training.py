@@ -106,8 +106,9 @@ class DenseTraining:
     def __post_init__(self) -> None:
         self.editor.require_requests(self.problems)
         self.blocks = self.editor.target_layers(self.lm)
-        pairs = [(i, text, r.target) for i, rs in enumerate(self.problems) for r in rs for text in self._ways(r)]
-        requests = [r for rs in self.problems for r in rs]
+        requests = [(i, r) for i, rs in enumerate(self.problems) for r in rs]
+        asked = [(n, i, r, text) for n, (i, r) in enumerate(requests) for text in ways_to_ask(self.lm, r, self.editor.prefixes)]
+        pairs = [(i, text, r.target) for _, i, r, text in asked]
         self.sizes = [sum(1 for j, _, _ in pairs if j == i) for i in range(len(self.problems))]
         self.owner = torch.tensor([i for i, _, _ in pairs], device=self.lm.device)
         self.batches = max((-(-n // self.editor.batch_size) for n in self.sizes), default=0)
@@ -116,12 +117,8 @@ class DenseTraining:
             self.objective: Objective = self.editor.objective(self.lm, [p for _, p, _ in pairs], [t for _, _, t in pairs])
             kept = self.objective.rows.active.numel() <= TOKENS_KEPT
             self.runner = self._runner(self.objective.rows) if kept else None
-            self.request = torch.tensor([n for n, r in enumerate(requests) for _ in self._ways(r)], device=self.lm.device)
-            texts = self.editor.pairs_kept(self.lm, self.problems)
-            self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, min(self.blocks), self.on, texts=texts)
-
-    def _ways(self, request: EditRequest) -> list[str]:
-        return ways_to_ask(self.lm, request, self.editor.prefixes)
+            self.request = torch.tensor([n for n, _, _, _ in asked], device=self.lm.device)
+            self.kept = find_kept(self.editor, self.lm, self.problems, self.runner_class, min(self.blocks), self.on)
 
     def _runner(self, rows: SplitRows) -> Any:
         return self.runner_class(self.lm, rows, min(self.blocks), self.on)
