@@ -125,6 +125,20 @@ def test_a_fact_is_shown_only_where_its_subject_is_named() -> None:
     assert not Retrieval(**PLAIN, threshold=-1.0).edit(model, facts[1:], on=(old,)).replaces  # a store without names stands by itself
 
 
+def test_a_name_is_sought_in_the_prompt_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tokenizers tidy spaces away when they decode, and with them the name."""
+    model = base()
+    fact = EditRequest("The language of Who , me ? is", "French", "Who , me ?")
+    store = Retrieval(**PLAIN, threshold=-1.0).edit(model, [fact])
+    batch = model.batch(model.encode([fact.prompt]))
+    want = model.logits(batch, [(store,)])
+    assert not torch.equal(want, model.logits(batch, [()]))
+    for name in ("", "_for_bpe_even_though_it_will_corrupt_output"):
+        monkeypatch.setattr(model.tokenizer, f"clean_up_tokenization_spaces{name}", True, raising=False)
+    assert "Who , me ?" not in model.tokenizer.decode(model.encode([fact.prompt])[0].ids)
+    assert torch.equal(model.logits(batch, [(store,)]), want)
+
+
 def test_states_that_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store is not made of NaN, and a prompt whose state is NaN finds nothing."""
     model = lm("llama")

@@ -10,6 +10,7 @@ import torch
 from families import lm
 
 from errata import registry
+from errata.core.keep import find_kept
 from errata.core.problems import RowsInTurns
 from errata.core.tail import FullForward, Tail, join_rows, split_rows_at
 from errata.core.tokens import pad_id
@@ -106,3 +107,15 @@ def test_fine_tuning_behind_short_texts_equals_training_on_those_texts(method: s
     kind = registry.get("method", method)
     (a,), (b,) = (kind(**settings, prefixes=n).edit(base, [r]).ops for n, r in ((2, FRANCE), (0, by_hand)))
     torch.testing.assert_close(a.tensors["weight"], b.tensors["weight"], atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["reft", "lora", "ft-m"])
+def test_the_output_term_holds_neighbours_behind_the_texts_that_the_prompt_stands_behind(method: str) -> None:
+    base = lm("llama")
+    editor = registry.get("method", method)(layers=(1,), rank=2, prefixes=2, contrast=3)
+    kept = find_kept(editor, base, [[FRANCE]], Tail, 2, ())
+    assert kept is not None and len(kept.owner) == 2 * len(STAYS) and editor.pairs_kept(base, [[FRANCE]]) == [neighbours(base, STAYS, 2)]
+    assert find_kept(dataclasses.replace(editor, contrast=0), base, [[FRANCE]], Tail, 2, ()) is None
+    assert editor.rows_kept(FRANCE) == min(2 * len(STAYS), 2 * editor.contrast_batch)
+    kept.in_turns(editor.contrast_batch)
+    assert all(int(kept.now(step).sum()) <= editor.rows_kept(FRANCE) for step in range(kept.turns))
