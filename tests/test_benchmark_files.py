@@ -204,6 +204,7 @@ def test_what_a_reader_should_know_is_counted(tmp_path: Path) -> None:
     list(benchmark.load())
     assert benchmark.report.remarks == {
         "the new answer is the old one": 1,
+        "a later case writes the same fact otherwise (`consistent` leaves one case a fact)": 1,
         "another case edits the same prompt to another answer": 2,
         "a fact that should stay is edited by another case": 1,
         "a fact that should stay has the new answer": 1,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from errata.benchmarks.records import Record
+from errata.benchmarks.streams import overwritten
 from errata.errors import InputError
 from errata.request import LOCAL_KINDS, SENTIMENT, Case, EditRequest, Probe, fill
 
@@ -50,6 +51,7 @@ def ask_two_hop(draft: Draft, record: Record) -> None:
 class LoadReport:
     """What became of the records of a file.
 
+    repeated   cases left out because an earlier one edits the same fact (``consistent``)
     dropped    reason -> records that made no case
     probes     kind -> probes of all cases
     left_out   "kind: reason" -> probes that were not taken
@@ -60,6 +62,7 @@ class LoadReport:
     records: int
     cases: int = 0
     joined: int = 0
+    repeated: int = 0
     dropped: collections.Counter[str] = field(default_factory=collections.Counter)
     probes: collections.Counter[str] = field(default_factory=collections.Counter)
     left_out: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -70,6 +73,8 @@ class LoadReport:
         out = [f"{_many(self.records, 'record')} ({self.form}), {_many(self.cases, 'case')}"]
         if self.joined:
             out.append(f"{_many(self.joined, 'record')} of an edit that an earlier record also asks for: the probes joined its case")
+        if self.repeated:
+            out.append(f"left out {_many(self.repeated, 'case')} of a fact that an earlier case edits (consistent)")
         out += [f"dropped {_many(count, 'record')}: {reason}" for reason, count in self.dropped.most_common()]
         out += [f"left out {_many(count, 'probe')}: {reason}" for reason, count in self.left_out.most_common()]
         return out + [f"{_many(count, 'case')}: {remark}" for remark, count in self.remarks.most_common()]
@@ -77,7 +82,8 @@ class LoadReport:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         counts = {name: dict(getattr(self, name)) for name in ("dropped", "probes", "left_out", "remarks")}
-        return {"form": self.form, "records": self.records, "cases": self.cases, "joined": self.joined, **counts}
+        repeated = {"repeated": self.repeated} if self.repeated else {}
+        return {"form": self.form, "records": self.records, "cases": self.cases, "joined": self.joined, **repeated, **counts}
 
 
 def _many(count: int, what: str) -> str:
@@ -143,6 +149,8 @@ def remark(cases: Sequence[Case], report: LoadReport) -> None:
     for case in cases:
         for r in case.requests:
             targets.setdefault(r.prompt, set()).add(r.target)
+    if late := overwritten(cases):
+        report.remarks["a later case writes the same fact otherwise (`consistent` leaves one case a fact)"] = len(late)
     for case in cases:
         news = {r.target for r in case.requests}
         report.remarks.update(

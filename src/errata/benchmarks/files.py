@@ -18,6 +18,7 @@ from errata.benchmarks import drafts
 from errata.benchmarks.drafts import Draft, LoadReport, UnusableRecord
 from errata.benchmarks.facts import share
 from errata.benchmarks.records import SUFFIXES, Record, locate, read_records, unknown_field
+from errata.benchmarks.streams import one_a_fact
 from errata.errors import InputError
 from errata.request import Case, EditRequest, Probe
 
@@ -143,6 +144,7 @@ class FileBenchmark(FileData[Case]):
     probes: ClassVar[tuple[str, ...]]  # kinds that may occur
     report: LoadReport
     openings: Mapping[str, tuple[str, ...]]  # of cases by id, likewise
+    consistent: bool = False  # one case a fact, the first in the file (`errata.benchmarks.streams`)
 
     def load(self, split: str | None = None, n: int | None = None, seed: int | None = 0) -> Iterator[Case]:
         """``n`` cases (all without ``n``) in the order of ``seed``; None: the file's own, by which papers make T edits."""
@@ -172,6 +174,8 @@ class FileBenchmark(FileData[Case]):
             openings[requests] = tuple(dict.fromkeys((*openings.get(requests, ()), *draft.openings)))
             drafts.take(drafts.probes(draft, requests, record, report), found.setdefault(requests, []), report)
         cases = [Case(requests[0], tuple(probes), requests[1:]) for requests, probes in found.items()]
+        if self.consistent:
+            report.repeated = len(cases) - len(cases := one_a_fact(cases))
         if not cases:
             raise InputError(f"{self.data}: no record makes a case of {self.name}; {'; '.join(report.lines())}")
         report.cases = len(cases)
@@ -189,9 +193,11 @@ def _takes(benchmark: Any, record: Record) -> bool:
     return any(form.fits(record) for form in getattr(benchmark, "forms", ()))
 
 
-def open_benchmark(name: str, data: str | Path | None = None) -> Any:
-    """The benchmark of that name on ``data``, where it needs any."""
+def open_benchmark(name: str, data: str | Path | None = None, consistent: bool = False) -> Any:
+    """The benchmark of that name on ``data``, where it needs any.  ``consistent``: with one case a fact."""
     kind = registry.get("benchmark", name)
+    if consistent and not issubclass(kind, FileBenchmark):
+        raise InputError(f"the benchmark {name!r} has no edits from a file, of which one a fact could be taken; leave out consistent")
     if not getattr(kind, "needs_data", False):
         if data is not None:
             raise InputError(f"the benchmark {name!r} is in the package and takes no data; leave out {data}")
@@ -200,4 +206,7 @@ def open_benchmark(name: str, data: str | Path | None = None) -> Any:
         raise InputError(
             f"the benchmark {name!r} is not in the package; give its file with --data PATH (or hub:OWNER/NAME/PATH). Source: {kind.source}"
         )
-    return kind(data)
+    found = kind(data)
+    if consistent:
+        found.consistent = True
+    return found

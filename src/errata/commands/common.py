@@ -117,11 +117,12 @@ def case_options(out: argparse.ArgumentParser, cases: int) -> None:
     """`benchmark_options` on the almanac, and the order of the cases."""
     benchmark_options(out, "almanac", cases)
     out.add_argument("--seed", type=_seed_or_file, default=0, help="of the order of the cases (0); file: the file's own order")
+    out.add_argument("--consistent", action="store_true", help="one case a fact, where a file edits some facts twice (ZsRE does)")
 
 
 def items(args: argparse.Namespace, most: int, packaged: str, seed: int | None) -> tuple[Any, list[Any]]:
     """(the benchmark, its first items): --n of them, else up to ``most``.  ``packaged``: the split of a benchmark in the package."""
-    benchmark = open_benchmark(args.benchmark, args.data)
+    benchmark = open_benchmark(args.benchmark, args.data, getattr(args, "consistent", False))
     if not benchmark.needs_data:
         splits = getattr(benchmark, "splits", (packaged,))
         args.split = args.split or (packaged if packaged in splits else splits[0])
@@ -134,6 +135,7 @@ def benchmark_facts(args: argparse.Namespace, benchmark: Any, count: int) -> dic
     out = {"benchmark": args.benchmark, "version": benchmark.version, "split": args.split, "n": count, "seed": args.seed}
     if benchmark.needs_data:
         out["data"] = str(args.data)
+        out |= {"consistent": True} if getattr(args, "consistent", False) else {}
         if benchmark.kind == "edits":
             out["records"] = benchmark.report.to_dict()
     return out

@@ -37,6 +37,9 @@ _REFERENCE: Final = ("reliability", "generality", "ES", "PS")
 HEADINGS: Final[dict[str, str]] = {
     "reliability": "reliability",
     "generality": "generality",
+    "reliability_last": "as last written of the fact",
+    "generality_last": "as last written, rephrased",
+    "reliability_ceiling": "not overwritten by a later edit",
     "portability": "portability",
     "portability_by_kind": "portability (mean of kinds)",
     "two_hop": "two hops",

@@ -66,6 +66,7 @@ class BenchmarkSpec:
     data   its file, folder or hub name, where it is not in the package; ``split`` of it (None: test, or the one file)
     n      cases, or "all" (None: 100, or as many as there are)
     seed   of the order, or "file" for the file's own (None: the cell's seed)
+    consistent  one case a fact, where a file edits some facts twice (`errata.benchmarks.streams`)
     """
 
     name: str
@@ -73,6 +74,7 @@ class BenchmarkSpec:
     split: str | None = None
     n: int | Literal["all"] | None = None
     seed: int | Literal["file"] | None = None
+    consistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class RunSpec:
     def digest(self) -> str:
         """Names everything in the file that results depend on.  What is younger than some runs counts where it is given."""
         values = {k: v for k, v in to_dict(self).items() if k != "chat" or v}
+        values["benchmark"] = list(map(_hashed, self.benchmark))
         return digest(values | {"score": {k: v for k, v in values["score"].items() if v is not None}})
 
 
@@ -155,7 +158,7 @@ class Cell:
         return _slug(*said) + "-" + self._named((self.model, self.method, self.benchmark, self.scenario))
 
     def _named(self, specs: Sequence[Any]) -> str:
-        return digest([to_dict(s) for s in specs] + [self.seed if len(specs) > 2 else self.order])[:6]
+        return digest([_hashed(s) for s in specs] + [self.seed if len(specs) > 2 else self.order])[:6]
 
     def to_dict(self) -> dict[str, Any]:
         return to_dict(self)
@@ -175,6 +178,12 @@ class Cell:
         return list(itertools.islice(found, CASES) if spec.n is None and not every else found)
 
 
+def _hashed(spec: Any) -> dict[str, Any]:
+    """A part of a run file as hashes take it: what is younger than some runs counts where it is given."""
+    values: dict[str, Any] = to_dict(spec)
+    return {k: v for k, v in values.items() if k != "consistent" or v}
+
+
 def only_known(spec: RunSpec, cell: Cell) -> bool:
     """Whether the cell edits only facts that the base knows."""
     asked = spec.score.known
@@ -186,8 +195,10 @@ def benchmark(spec: BenchmarkSpec) -> Any:
     if ":" in spec.name:
         made = _class("benchmark", spec.name)
         found = made() if spec.data is None else made(spec.data)
+        if spec.consistent:
+            raise ConfigError(f"the benchmark {spec.name!r} is not one of errata's; let it give one case a fact itself, not by consistent")
     else:
-        found = open_benchmark(spec.name, spec.data)
+        found = open_benchmark(spec.name, spec.data, spec.consistent)
     if getattr(found, "kind", "edits") != "edits":
         raise ConfigError(f"the benchmark {spec.name!r} has no edits to make; `errata score --benchmark {spec.name}` scores patches on it")
     return found

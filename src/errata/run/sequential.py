@@ -17,6 +17,7 @@ from errata.errors import ConfigError, FitError
 from errata.request import Case
 from errata.run.guard import Health, HealthGuard
 from errata.run.parts import GROUP, Clock, MergedStack, Part, Progress, Records, ResumeState, Score, asked_by, contrasted, settled
+from errata.score.last_written import add_last_written
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ class SequentialRun:
             name = f"at {edits} cases {start + 1}-{start + len(chunk)}"
             if name not in done:
                 records = clock.run("scoring", lambda: self.score(chunk, [quicker] * len(chunk)))  # noqa: B023
+                records = add_last_written(records, self.cases[:edits])
                 yield Part(name, _marked(records, why), edits, edits, stack=stack, merged=quicker, seconds=clock.spent)
 
 

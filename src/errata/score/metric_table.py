@@ -43,6 +43,11 @@ _FREE_BEFORE: Final = {"starts": "starts_before", "generated": "gen_match_before
 AFTER: Final = {**_FREE_AFTER, "teacher_forced": "tf_after", "free_tokens": "free_after"}
 _BEFORE: Final = {**_FREE_BEFORE, "teacher_forced": "tf_before", "free_tokens": "free_before"}
 _AGREE: Final = {"starts": "answer_agree", "generated": "gen_agree", "teacher_forced": "tf_agree", "free_tokens": "free_agree"}
+_LAST_NAMES: Final = (("starts", "starts"), ("generated", "gen_match"), ("contains", "contains"))
+_LAST: Final = (
+    {protocol: f"{name}_last_after" for protocol, name in _LAST_NAMES},
+    {protocol: f"{name}_last_before" for protocol, name in _LAST_NAMES},
+)
 _LOCAL: Final = LOCAL_KINDS
 _PORTABLE: Final = ("two_hop", "multi_hop", "reverse", "alias", "logical")
 _FORCED: Final = ({"teacher_forced": "tf_after"}, {"teacher_forced": "tf_before"})
@@ -95,6 +100,12 @@ METRICS: Final[dict[str, Metric]] = {
     for metric in (
         Metric("reliability", 1, ("rewrite",), AFTER, _BEFORE, note="the edited prompt gives the new answer"),
         Metric("generality", 1, ("rephrase",), AFTER, _BEFORE, note="other ways to ask give the new answer"),
+        Metric("reliability_last", 1, ("rewrite",), *_LAST, note="the edited prompt gives what was last written of the fact"),
+        Metric("generality_last", 1, ("rephrase",), *_LAST, note="other ways to ask give what was last written of the fact"),
+        Metric(
+            *("reliability_ceiling", 1, ("rewrite",), {"starts": "is_last"}, {"starts": "is_last"}),
+            note="no later edit has written the fact otherwise: what reliability an editor that generalises perfectly ends at",
+        ),
         Metric("portability", 1, _PORTABLE, AFTER, _BEFORE, note="what follows from the new answer holds too"),
         Metric(
             *("portability_by_kind", 1, _PORTABLE, AFTER, _BEFORE), by_kind=True, note="the same, a case's kinds of probe weighed alike"

@@ -18,6 +18,7 @@ A record is one probe of one method, as plain JSON values:
     also                                   other accepted answers, where there are any: free text that equals one is a match
     rival, nll_rival_before, …_after       the answer it is weighed against and its NLL; None where there is none
     ge_…, rs_…                             of records of kind "generation" only, see `errata.score.generation`
+    last_target, is_last, …_last_…         where the stream contradicts itself, see `errata.score.last_written`
     judged                                 {judge@version: [before, after]}: what a judge says of the two texts (`errata.score.judges`)
 
 A base model says the answer and goes on, so its text is read as people read it: it begins with the answer (`starts`).  That it ends
@@ -137,6 +138,7 @@ _DERIVED: Final[dict[str, Callable[[Record], Any]]] = {
 _OPTIONAL: Final = (
     *("free_before", "free_after", "free_agree", "answer_agree", "first_word_agree"),
     *("starts_before", "starts_after", "contains_before", "contains_after"),
+    *("is_last", *(f"{name}_last_{when}" for name in ("starts", "gen_match", "contains") for when in ("before", "after"))),
 )
 
 
