@@ -171,7 +171,7 @@ def test_balancing_averages_samples_not_patches() -> None:
                 seen.update(w=gates[2].detach(), out=out.detach())
             return out
 
-    editor = Spy(layers=(2,), rank=4, batched_steps=1, contrast=0, prefixes=0)
+    editor = Spy(layers=(2,), rank=4, batched_steps=1, contrast=0, prefixes=0, train_gates=True)
     before = editor.edit(base, [FRANCE, ITALY, EditRequest("The capital of Spain is", "Paris")])
     assert float(before.state["edits"][0]) == 3.0
     for old in (before, dataclasses.replace(before, state={"weights.2": before.state["weights.2"] / 3, "edits": torch.tensor([1.0])})):
@@ -191,7 +191,8 @@ def test_locality_term_shuts_the_gate_on_unrelated_text() -> None:
     request = EditRequest(FRANCE.prompt, FRANCE.target, unrelated=STAYS)
     opened = {}
     for locality in (True, False):
-        editor = BaFT(layers=(2,), rank=4, lr=0.02, locality=locality, stop=0.0, weight_decay=0.0, contrast=0)
+        how = {"locality": locality, "train_gates": True, "contrast": 0}
+        editor = BaFT(layers=(2,), rank=4, lr=0.02, stop=0.0, weight_decay=0.0, **how)
         training = Training(editor, base, [[request]], (), None, Tail)
         (patch,) = training.run()
         states, where, _ = training.irrelevant_states()
@@ -236,6 +237,7 @@ def test_batched_edit_writes_every_fact_into_one_patch(opens: str) -> None:
         "gamma": 0.02,
         "threshold": 0.0,
         "init": "pyreft",
+        "train_gates": True,
     }  # this model's states are too like for the default
     quick = {"rank": 6, "lr": 0.02, "steps": 160, "batched_lr": 0.02, "batched_steps": 160, "end": "."}
     patch = BaFT(opens=opens, depths=(0.3, 0.6), **shut, **quick).edit(base, [FRANCE, ITALY, third])

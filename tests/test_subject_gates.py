@@ -84,7 +84,7 @@ def test_the_start_solves_the_ridge_problem_with_common_text() -> None:
     editor = BaFT(layers=(1,), rank=4, prefixes=0)
     found = ridge_gates(Training(editor, base, [[FRANCE]], (), None, Tail))[0][1]
     rows, asks, group = [], [], []
-    common = [" ".join(t.split()[:16]) for t in open_corpus("bundled").texts[:16]]
+    common = [" ".join(t.split()[:16]) for t in open_corpus("bundled").texts[:32]]
     common = [t for t in common if "france" not in t.lower()]
     own = (FRANCE.prompt, FRANCE.target, "France")
     for prompt, answer, subject in [own, *((p, a, None) for p, a in STAYS), *((t, None, None) for t in common)]:
@@ -162,7 +162,7 @@ def test_the_term_on_given_texts_is_that_of_two_full_passes() -> None:
 def test_other_facts_run_in_the_edits_own_batch_and_weigh_as_apart() -> None:
     base = lm("llama", torch.float64)
     problems, alive = [[FRANCE], [SPAIN]], torch.tensor([0, 1])
-    editor = BaFT(layers=(1, 2), rank=4, prefixes=2, other_facts_batch=3, init="pyreft")
+    editor = BaFT(layers=(1, 2), rank=4, prefixes=2, other_facts_batch=3, init="pyreft", train_gates=True)
     training, bare = (Training(e, base, problems, (), None, Tail) for e in (editor, replace(editor, other_facts=0)))
     found = other_facts(base, [FRANCE, SPAIN], editor.other_facts, ())
     asked = [[*Training._named(r), *((p, ".") for p in own)] for r, own in zip((FRANCE, SPAIN), found, strict=True)]
@@ -183,7 +183,7 @@ def test_a_turn_without_other_facts_adds_nothing() -> None:
     """Of problems with unlike numbers of them, those with most may end first."""
     base = lm("llama", torch.float64)
     many = EditRequest(SPAIN.prompt, SPAIN.target, "Spain", unrelated=(("Spain is", "a"), ("The head of Spain is", "a")))
-    editor = BaFT(layers=(1, 2), rank=4, prefixes=0, other_facts=1, init="pyreft")
+    editor = BaFT(layers=(1, 2), rank=4, prefixes=0, other_facts=1, init="pyreft", train_gates=True)
     training = Training(editor, base, [[FRANCE], [many]], (), None, Tail)
     turns = training.others.turns
     assert turns > 1 and int((training.others.owner == 0).sum()) < turns

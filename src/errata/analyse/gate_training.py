@@ -74,6 +74,7 @@ def balance(lm: LM, editor: Any, cases: Sequence[Case], done: GateRun, progress:
     """`curve` with and without the balancing loss; ``done`` is the run with the editor as it is."""
     if editor.gate == "subspace":
         raise ConfigError("with gate=subspace there is one weight and nothing to balance; leave 'balance' out of --compare")
+    _check_trained(editor, cases, "balance")
     name = ("with", "without")
     other = run_continual(lm, replace(editor, balance=not editor.balance), cases, [len(cases)], progress, "editing, balancing turned over")
     return [*curve(done, name[not editor.balance]), *curve(other, name[editor.balance])]
@@ -86,6 +87,7 @@ def locality(
     each variant's points are on its own front, and which on the front of all."""
     if not any(r.unrelated for case in cases for r in case.requests):
         raise ConfigError("no case brings unrelated texts, so the locality term has nothing to act on; leave 'locality' out of --compare")
+    _check_trained(editor, cases, "locality")
     out = []
     for variant, term in (("with", True), ("without", False)):
         for rate in rates:
@@ -99,6 +101,12 @@ def locality(
     fronts = {v: iter(pareto_front([_point(r) for r in out if r["variant"] == v])) for v in ("with", "without")}
     every = pareto_front([_point(r) for r in out])
     return [{**row, "front": next(fronts[row["variant"]]), "front_of_all": best} for row, best in zip(out, every, strict=True)]
+
+
+def _check_trained(editor: Any, cases: Sequence[Case], what: str) -> None:
+    """The two losses act on gates alone."""
+    if any(editor.suited(case.requests).keeps_gates for case in cases):
+        raise ConfigError(f"these gates are solved, not trained, so {what!r} has nothing to act on; add --set train_gates=true")
 
 
 def _point(row: dict[str, Any]) -> tuple[float, float]:

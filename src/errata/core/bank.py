@@ -212,6 +212,9 @@ def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.dev
     made: dict[tuple[int, ...], Op] = {}
     for columns in per_site.values():
         columns = [fuse_additive(ops, device, made) for ops in columns]
+        if (chain := _chain(columns, rows, device)) is not None:
+            plan.add(chain)
+            continue
         for depth in range(max(map(len, columns))):
             groups: dict[Any, list[int]] = {}
             for i, ops in enumerate(columns):
@@ -222,6 +225,17 @@ def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.dev
                 bank.patch_index = columns[members[0]][depth][1]
                 plan.add(bank)
     return plan
+
+
+def _chain(columns: Sequence[Sequence[_Placed]], rows: Tensor | None, device: torch.device) -> Any:
+    """Ops that follow each other at a site as one, where their kind can (`errata.core.patch.Kind`); None where it cannot, or none do."""
+    placed = [op for ops in columns for op, _ in ops]
+    kind = registry.get("op", placed[0].kind)
+    if max(map(len, columns)) < 2 or not hasattr(kind, "chain") or any(op.kind != placed[0].kind for op in placed):
+        return None
+    keys, own = {kind.chain_key(op) for op in placed}, [[op for op, _ in ops] for ops in columns]
+    twice = any(len(set(map(id, ops))) < len(ops) for ops in own)
+    return None if twice or len(keys) > 1 or None in keys else kind.chain(own, rows, device)
 
 
 def _alike(op: Op, patch_index: int) -> tuple[Any, ...]:

@@ -65,6 +65,9 @@ class Kind(Protocol):
     A kind that reads x alone and adds to y may say ``additive = True``; ops of it that follow each other and have equal ``fuse_key(op)``
     are then put together by ``fuse(ops, device)``, as weight-like ones are.
 
+    A kind whose ops often do nothing may say with ``chain_key(op)`` which of them can run as one where they follow each other (None: it
+    cannot), and with ``chain(columns, rows, device)`` give what stands for the bank then: the same outputs, sooner.
+
     A kind whose tensors are not what it computes with, or need not have equal shapes in one bank, has ``bank_key(op)``, what ops of one
     bank have in common, and ``stack_params(ops, device)``, the bank's parameters [P, …].
     """

@@ -16,17 +16,15 @@ from torch import Tensor
 
 from errata.contrast.names import COUNT
 from errata.methods.subspace.editor import SubspaceEditor
-from errata.methods.subspace.locality import locality_term
+from errata.methods.subspace.locality import balance_term, locality_term
 from errata.methods.subspace.other_facts import MOST
 from errata.methods.subspace.presets import BAFT, BAFT_TUNES
 from errata.methods.subspace.training import Training
 from errata.request import EditRequest
 
-# Where the state of a subject's last token knows the whole name and later blocks still read it (docs/results).
-_SUBJECT_DEPTHS = (6 / 30,)
+_SUBJECT_DEPTHS = (6 / 30,)  # where the subject's last token knows the whole name and later blocks still read it (docs/results)
 # Where the states of a prompt's last tokens know whom they are about; an earlier gate there cannot tell neighbours apart.
 _ANSWER_DEPTHS = (14 / 30, 18 / 30, 22 / 30, 26 / 30)
-_CLAMP = 1e-8  # below which a mean weight is not divided by
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,8 @@ class BaFT(SubspaceEditor):
     opens       where a gate is to open: "subject": on the last token of the subject wherever a text names it, and on no other, so the
                 answer is found however it is asked for; "answer", as the paper: on the last prompt tokens and the output.  A request
                 without a subject has "answer".  Each has blocks of its own by default, an early one and four later ones
+    train_gates
+                False: gates at the subject stay as solved, R_bal and R_loc (of gates alone) rest; gates at the answer always train
     threshold   a gate weight below it is exactly 0; a text on which every gate is shut is answered by the base, bit for bit
     other_facts, other_facts_weight, other_facts_batch
                 prompts about the subject's other facts (`errata.methods.subspace.other_facts`), the weight of the output term on them,
@@ -73,6 +73,7 @@ class BaFT(SubspaceEditor):
     gate: Literal["shared_logit", "rmsnorm", "subspace"] = "rmsnorm"
     gate_start: Literal["random", "ridge"] = "ridge"
     opens: Literal["subject", "answer"] = "subject"
+    train_gates: bool = False
     threshold: float = 0.1
     other_facts: int = MOST
     other_facts_weight: float = 0.3
@@ -131,20 +132,19 @@ class BaFT(SubspaceEditor):
     def ridge(self) -> bool:  # type: ignore[override]
         return self.gate == "rmsnorm" and self.gate_start == "ridge"
 
+    @property
+    def keeps_gates(self) -> bool:
+        return self.at_subject and not self.train_gates
+
     def regularise(self, training: Training, p: Mapping[int, Mapping[str, Tensor]], gates: Mapping[int, Tensor], alive: Tensor) -> Tensor:  # type: ignore[override]
         """R_bal + R_loc of each running problem, [e], averaged over blocks."""
         total = torch.zeros(len(alive), device=alive.device)
+        if self.keeps_gates:
+            return total
         blocks = list(gates)
         if self.balance and self.gate != "subspace":
-            total = total + sum(self._balance(training, b, alive) for b in blocks) / len(blocks)
+            total = total + sum(balance_term(self, training, b, alive) for b in blocks) / len(blocks)
         states = training.irrelevant_states() if self.locality else None
         if states is not None:
             total = total + sum(locality_term(self, training, p[b], b, gates[b], states, alive) for b in blocks) / len(blocks)
         return total
-
-    def _balance(self, training: Training, block: int, alive: Tensor) -> Tensor:
-        count = training.past_samples + training.samples[alive, None]
-        means = (training.past_weights(block) + training.current_sums[block]) / count
-        centre = means.mean(-1, keepdim=True)
-        scale = centre.squeeze(-1).clamp_min(_CLAMP) ** (2 if self.squared_cv else 1)
-        return (means - centre).square().sum(-1) / (max(1, self.rank - 1) * scale)

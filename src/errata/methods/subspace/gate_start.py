@@ -1,4 +1,4 @@
-"""Where a gate begins: at the ridge solution that is open on the edit and shut on what should stay.
+"""A gate in closed form: the ridge solution that is open on the edit and shut on what should stay.
 
     v = argmin_v Σ_i c_i (v·x_i − y_i)² + λ |v|²,     x_i = h_i / rms(h_i) [d],   y_i = `_OPEN` where it opens, `_SHUT` elsewhere
 
@@ -28,7 +28,7 @@ _OPEN, _SHUT = 2.0, -6.0  # logits: a gate of 0.88, and of 0.0025
 _RIDGE = 0.03  # λ as a part of the mean |x|², which is d
 _SPREAD = 0.1  # of the random start, which stays between the bases of a patch
 _EPS = 1e-6
-_TEXTS, _WORDS = 16, 16  # of common text
+_TEXTS, _WORDS = 32, 16  # of common text
 
 
 @dataclass

@@ -1,10 +1,14 @@
-"""R_loc, BaFT's locality regularisation: three hinges on gate weights, on the edit and on what should stay (Liu et al., ICLR 2025).
+"""BaFT's two losses on gate weights (Liu et al., ICLR 2025): R_loc, three hinges on the edit and on what should stay, and R_bal.
 
     [mean⁺ (w_ir − α)]₊ + [mean⁺ (β − w)]₊ + [γ − max_k w + max_k w_ir]₊
 
 w [B, A, r]: gates on the edit's active tokens; w_ir [U, T, r]: on texts that should stay.  mean⁺ is over positive entries.  With gates that
 begin at a ridge solution, tokens of the edit before its subject's last one are left out, where edit and neighbour are one text, and the
 target's last one, where the edit has ended.
+
+    Σ_k (w̄_k − w̄)² / ((r − 1) w̄)          w̄_k: the mean weight of basis k over this patch's and all past samples
+
+R_bal spreads an edit over the bases of its patch.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from torch import Tensor
 
 from errata.methods.subspace.training import Training, gate_on
 
-_CLAMP = 1e-8  # below which a margin or a hinge is not divided by
+_CLAMP = 1e-8  # below which a margin, a hinge or a mean weight is not divided by
 
 
 def locality_term(
@@ -72,3 +76,13 @@ def _top(w: Tensor, where: Tensor, owner: Tensor, count: int) -> Tensor:
     total = torch.zeros(count, device=w.device, dtype=w.dtype).index_add(0, owner, largest)
     norm = torch.zeros(count, device=w.device, dtype=w.dtype).index_add(0, owner, number)
     return total / norm.clamp_min(1)
+
+
+def balance_term(editor: Any, training: Training, block: int, alive: Tensor) -> Tensor:
+    """[e] of the problems that run.  ``editor``: its rank, and whether to divide by the squared mean (``squared_cv``)."""
+    count = training.past_samples + training.samples[alive, None]
+    means = (training.past_weights(block) + training.current_sums[block]) / count
+    centre = means.mean(-1, keepdim=True)
+    scale = centre.squeeze(-1).clamp_min(_CLAMP) ** (2 if editor.squared_cv else 1)
+    out: Tensor = (means - centre).square().sum(-1) / (max(1, editor.rank - 1) * scale)
+    return out

@@ -16,13 +16,13 @@ h is left as it is, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from errata.core.patch import OpContext, Site
+from errata.core.patch import Op, OpContext, Site
 
 GATES = ("none", "shared_logit", "rmsnorm", "subspace")
 _RMS_EPS = 1e-6  # as in LLaMA's norms
@@ -43,20 +43,37 @@ class Subspace:
     @staticmethod
     def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         """Computed in the parameters' float32 (or wider) whatever the base's dtype; the update is cast back, h itself is not rounded."""
-        h = y.to(torch.promote_types(p["R"].dtype, y.dtype))
-        update = h @ (p["A"] - p["R"]).mT + p["b"].unsqueeze(-2)
+        moved, w, update = move(p, settings, y)
         acts = context.active(settings["last"])
-        if settings["gate"] != "none":
-            w = gate(p, settings["gate"], h)
+        if w is not None:
             context.record(site, "gate", w)
-            threshold = settings.get("threshold", 0.0)
-            if threshold:
-                w = torch.where(w < threshold, 0.0, w)
-                acts = acts & (w > 0).any(-1, keepdim=True)
-            update = w * update
+            if threshold := settings.get("threshold", 0.0):
+                acts = acts & (w >= threshold).any(-1, keepdim=True)
         context.record(site, "update", update)
-        moved = y + (update @ p["R"]).to(y.dtype)
         return torch.where(acts, moved, y)
+
+    @staticmethod
+    def chain_key(op: Op) -> Hashable | None:
+        """Ops with equal keys that follow each other at a site run as one `GateChain`; None: an op whose gates are never quite shut."""
+        return op.signature() if op.settings.get("threshold") and op.settings["gate"] != "none" else None
+
+    @staticmethod
+    def chain(columns: Sequence[Sequence[Op]], rows: Tensor | None, device: torch.device) -> Any:
+        from errata.methods.subspace.chain import GateChain
+
+        return GateChain.of(columns, rows, device)
+
+
+def move(p: Mapping[str, Tensor], settings: Mapping[str, Any], y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(Φ at every state of ``y`` [..., T, d], the weights before the threshold, the update in the subspace [..., T, r])."""
+    h = y.to(torch.promote_types(p["R"].dtype, y.dtype))
+    update = h @ (p["A"] - p["R"]).mT + p["b"].unsqueeze(-2)
+    w = None
+    if settings["gate"] != "none":
+        w = gate(p, settings["gate"], h)
+        threshold = settings.get("threshold", 0.0)
+        update = (torch.where(w < threshold, 0.0, w) if threshold else w) * update
+    return y + (update @ p["R"]).to(y.dtype), w, update
 
 
 def orthonormal(x: Tensor) -> Tensor:

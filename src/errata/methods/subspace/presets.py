@@ -59,4 +59,5 @@ BAFT_TUNES: dict[str, Any] = {
     "prefixes": (8,),
     "steps": (120,),
     "threshold": (0.05, 0.2),
+    "train_gates": (True,),
 }

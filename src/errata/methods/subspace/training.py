@@ -72,6 +72,7 @@ class Training:
     samples: Tensor = field(init=False)  # [E] samples of each problem
     runner: Any = field(init=False, default=None)
     running: _Step = field(init=False)
+    solved: dict[str, Tensor] = field(init=False, default_factory=dict)  # of gates that stay as they were solved, [E, blocks, …]
     gate_sums: dict[int, Tensor] = field(init=False, default_factory=dict)  # Σ over samples of their mean weights, [E, r], detached
     current_sums: dict[int, Tensor] = field(init=False, default_factory=dict)  # of those that run [e, r], with this step's gradient
 
@@ -183,11 +184,15 @@ class Training:
         every = {k: t.expand(len(self.problems), *t.shape) for k, t in stacked.items()}
         if self.before is not None or not e.ridge:
             return every
-        return set_gates(every, ridge_gates(self), self.blocks)
+        every = set_gates(every, ridge_gates(self), self.blocks)
+        if e.keeps_gates:
+            self.solved = {k: every.pop(k) for k in ("V", "g")}
+        return every
 
-    def per_block(self, p: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """{block: the op's parameters [E, …]}, with R made orthonormal; all blocks in one call."""
+    def per_block(self, p: Mapping[str, Tensor], alive: Tensor | None = None) -> dict[int, dict[str, Tensor]]:
+        """{block: the op's parameters [e, …]} of the problems ``alive`` (None: all), with R made orthonormal; all blocks in one call."""
         made = {"R": orthonormal(p["X"]) if self.frame is None else turned(p["X"], self.frame)}
+        made |= {k: t if alive is None else t[alive] for k, t in self.solved.items()}
         own = {k: t.unbind(1) for k, t in {**p, **made}.items() if k != "X"}
         return {b: {k: t[i] for k, t in own.items()} for i, b in enumerate(self.blocks)}
 
@@ -199,7 +204,7 @@ class Training:
         self.evaluations += 1
         recorded: dict[Any, Tensor] = {}
         straight = len(step.every) == len(alive)  # a row a problem, in order: no gathering
-        per_block = self.per_block(p)
+        per_block = self.per_block(p, alive)
         logits = step.runner.logits(self._banks(per_block, None if straight else step.every), recorded)
         where = step.runner.rows.label_mask[:own]
         logits, beside = logits.tensor_split([int(where.sum())])
