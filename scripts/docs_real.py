@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from docs_methods import GROUPS, link
-from docs_results import MODELS, SINGLE, Cell, costs, of, percent, row, table
+from docs_results import MODELS, RESULTS, SINGLE, TITLES, Cell, cells, costs, of, percent, row, table
 
 DIFFERENCES = tuple(column for column in SINGLE if column[0] not in ("ES", "PS"))
 ORDER = [name for names in GROUPS.values() for name in names]
@@ -55,6 +56,76 @@ def _unedited(cell: Cell) -> Sequence[str]:
     return ["unedited", str(cell["n"]), *out, "", ""]
 
 
+def continual(model: str, consistent: bool, protocol: str) -> str:
+    """Methods on one stream of ZsRE: reliability / generality / locality at each mark, and what the end says of forgetting and health."""
+    asked = {c["method"]: c for c in cells("zsre") if c["model"] == MODELS[model] and bool(c["benchmark"].get("consistent")) is consistent}
+    if not asked:
+        return "Not measured yet.\n"
+    found = in_order(asked)
+    marks = sorted({r["T"] for c in found.values() for r in c["rows"]})
+    free = protocol == "starts"
+    last = free and any(r["metric"] == "reliability_last" for c in found.values() for r in c["rows"])
+    heads = ["", "right after", *(f"T = {t}" for t in marks)]
+    heads += (["as last written", "still held"] if last else ["still held"] if free else []) + (["perplexity", "s an edit"] if free else [])
+    rows = []
+    for label, c in found.items():
+        line = [link(label, "../"), _three(c["right_after"], protocol), *(_three(c["rows"], protocol, t) for t in marks)]
+        if free:
+            line += [_pair_of(c["rows"], ("reliability_last", "generality_last"), marks[-1])] if last else []
+            line += [_held(c), _perplexity(c, marks[-1]), costs(c)[0]]
+        rows.append(line)
+    return table(heads, rows)
+
+
+def _one(rows: Sequence[Mapping[str, Any]], metric: str, protocol: str, mark: int | None = None) -> Mapping[str, Any] | None:
+    return next((r for r in rows if (r["metric"], r["protocol"], r.get("T")) == (metric, protocol, mark)), None)
+
+
+def _three(rows: Sequence[Mapping[str, Any]], protocol: str, mark: int | None = None) -> str:
+    """reliability / generality / locality, and reliability's interval."""
+    of_three = [_one(rows, metric, protocol, mark) for metric in ("reliability", "generality", "locality_agreement")]
+    if of_three[0] is None:
+        return "–"
+    numbers = " / ".join("–" if r is None else f"{100 * r['value']:.0f}" for r in of_three)
+    return f"{numbers} [{100 * of_three[0]['low']:.0f}, {100 * of_three[0]['high']:.0f}]"
+
+
+def _pair_of(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], mark: int) -> str:
+    return " / ".join("–" if (r := _one(rows, m, "starts", mark)) is None else f"{100 * r['value']:.0f}" for m in metrics)
+
+
+def _held(cell: Cell) -> str:
+    """Of the edits that held right after, the share that holds at the end: both of all ages."""
+    ages = [r for r in cell.get("forgetting", ()) if r["protocol"] == "starts" and r["held"]]
+    held = sum(r["held"] for r in ages)
+    return f"{100 * sum(r['held'] * r['retained'] for r in ages) / held:.0f} of {held}" if held else "–"
+
+
+def _perplexity(cell: Cell, mark: int) -> str:
+    found = next((h for h in cell.get("health", ()) if h["T"] == mark), None)
+    return "–" if found is None else f"{found['perplexity']:,.1f}" if found["perplexity"] < 1e4 else f"{found['perplexity']:.0e}"
+
+
+def openings() -> str:
+    """What `scripts/gate_openings.py` counted."""
+    rows = []
+    for model, title in TITLES.items():
+        path = RESULTS / "real" / f"openings-{MODELS[model]}.json"
+        for r in json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else ():
+            held = [f"{right} of {asked}" for right, asked in (r["rewrite"], r["rephrase"])]
+            rows.append([title, "trained" if r["train_gates"] else "solved", str(r["edits"]), f"{100 * r['open']:.3f} %", *held])
+    return table(["", "gates", "edits", "open", "edited prompts as wanted", "rephrasings"], rows) if rows else "Not measured yet.\n"
+
+
+def gate_parts() -> dict[str, str]:
+    """Name of a computed part of subject-gates.md -> its text."""
+    return {"openings": openings()}
+
+
 def parts() -> dict[str, str]:
     """Name of a computed part of real.md -> its text."""
-    return {f"single_{model}": single(model) for model in MODELS}
+    streams = {"published": False, "consistent": True}
+    return {
+        **{f"single_{model}": single(model) for model in MODELS},
+        **{f"zsre_{m}_{s}_{p}": continual(m, c, p) for m in MODELS for s, c in streams.items() for p in ("starts", "teacher_forced")},
+    }

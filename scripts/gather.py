@@ -18,7 +18,7 @@ from errata.score.metrics import difference
 
 REAL = Path(__file__).resolve().parents[1] / "docs" / "results" / "real"
 KEPT = ("value", "low", "high", "n_cases", "n_probes", "before")
-ROWS = ("reliability", "generality", "portability", "locality_agreement", "locality_first_word", "locality_correct_known", "watch",
+ROWS = ("reliability", "generality", "reliability_last", "generality_last", "reliability_ceiling", "portability", "locality_agreement", "locality_first_word", "locality_correct_known", "watch",
         "S", "ES", "PS", "NS")  # fmt: skip
 PAIRED = (("reliability", "starts"), ("generality", "starts"), ("locality_first_word", "starts"), ("watch", "starts"), ("NS", "likelihood"))
 AGAINST = "baft"

@@ -30,6 +30,7 @@ def pages() -> dict[str, str]:
     """Path under docs -> what it should hold."""
     tables = {"choose.md": docs_choice.parts(), "families.md": docs_families.parts(), "architecture.md": docs_architecture.parts()}
     tables["results/real.md"] = docs_real.parts()
+    tables["results/subject-gates.md"] = docs_real.gate_parts()
     made = {name: filled((DOCS / name).read_text(encoding="utf-8"), parts) for name, parts in tables.items()}
     return {**docs_methods.pages(), **made, docs_architecture.PICTURE: docs_architecture.picture()}
 

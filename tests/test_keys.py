@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from errata.errors import InputError
 from errata.methods.rep.rep import REP
 from errata.request import EditRequest
 from errata.text.statistics import moments
+
+SAMPLES = Path(__file__).parent / "data" / "benchmarks"
 
 WRAPPED = {
     "layers": [0],
@@ -109,6 +112,15 @@ def test_the_command_writes_numbers_and_a_plot(tiny: str, requests: str, tmp_pat
     assert (tmp_path / "k" / "keys.svg").read_text().count("β(k, k*)") == 1 and (tmp_path / "k" / "keys.png").stat().st_size > 5000
     assert main(["analyse", "keys", tiny, "--requests", requests, "--method", "ft-l"]) == 2
     assert "wraps is one of" in capsys.readouterr().err
+
+
+def test_the_facts_may_be_those_of_any_benchmark_with_edits(tiny: str, capsys) -> None:  # type: ignore[no-untyped-def]
+    sets = [part for k, v in SETTINGS.items() for part in ("--set", f"{k}={json.dumps(v)}")]
+    for benchmark in (["everyday"], ["counterfact", "--data", str(SAMPLES / "counterfact-original.json")]):
+        assert main(["analyse", "keys", tiny, "--benchmark", *benchmark, "--n", "1", "--method", "rome", *sets]) == 0
+        assert "of 1 edits by rome" in capsys.readouterr().out
+    assert main(["analyse", "keys", tiny, "--benchmark", "known1000", "--data", str(SAMPLES / "known1000.json"), "--n", "1"]) == 2
+    assert "no edits to look at" in capsys.readouterr().err
 
 
 def test_a_subject_is_needed() -> None:

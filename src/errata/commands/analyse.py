@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from errata import registry
 from errata.commands import common, files, gates
 from errata.commands.screen import Screen, as_json
+from errata.errors import ConfigError
 
 if TYPE_CHECKING:
     from errata.analyse.keys import KeyComparison
@@ -23,9 +24,7 @@ def add(commands: common.Subparsers) -> None:
     out = common.parser(inner, "keys", run, "whitened similarity of a fact's keys to the edited one, and what REP makes of it")
     out.add_argument("--method", default="rome", metavar="NAME", help="locate-and-edit method under REP (rome)")
     out.add_argument("--requests", metavar="FILE.jsonl", help="facts to edit, each with its subject; without it a benchmark's")
-    out.add_argument("--benchmark", default="almanac", metavar="NAME", help="almanac")
-    out.add_argument("--split", default="dev", help="of the benchmark (dev)")
-    out.add_argument("--n", type=common.positive, default=CASES, help=f"facts of the benchmark ({CASES})")
+    common.benchmark_options(out, "almanac", CASES)
     common.set_options(out, "a setting of REP")
     common.out_options(out)
     gates.add(inner)
@@ -37,7 +36,10 @@ def wanted(args: argparse.Namespace) -> list[EditRequest]:
 
     if args.requests is not None:
         return read_requests(args.requests)
-    return [case.request for case in registry.get("benchmark", args.benchmark)().load(args.split, args.n, 0)]
+    benchmark, cases = common.items(args, CASES, "dev", 0)
+    if benchmark.kind != "edits":
+        raise ConfigError(f"{benchmark.name} has no edits to look at; `errata benchmarks` says which have")
+    return [case.request for case in cases]
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
