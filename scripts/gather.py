@@ -14,12 +14,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from errata.score.metric_table import ROBUST
 from errata.score.metrics import difference
 
 REAL = Path(__file__).resolve().parents[1] / "docs" / "results" / "real"
 KEPT = ("value", "low", "high", "n_cases", "n_probes", "before")
-ROWS = ("reliability", "generality", "reliability_last", "generality_last", "reliability_ceiling", "portability", "locality_agreement", "locality_first_word", "locality_correct_known", "watch",
-        "S", "ES", "PS", "NS")  # fmt: skip
+ROWS = (
+    "reliability", "generality", "reliability_last", "generality_last", "reliability_ceiling", "portability", "portability_by_kind",
+    "locality_agreement", "locality_agreement_by_kind", "locality_first_word", "locality_correct_known", "same_subject", "watch",
+    "S", "ES", "PS", "NS", *(metric.name for metric in ROBUST),
+)  # fmt: skip
 PAIRED = (("reliability", "starts"), ("generality", "starts"), ("locality_first_word", "starts"), ("watch", "starts"), ("NS", "likelihood"))
 AGAINST = "baft"
 

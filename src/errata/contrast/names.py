@@ -19,6 +19,7 @@ from errata.errors import InputError
 from errata.request import read_bytes
 
 _HERE = Path(__file__).parent
+_ARTICLES = re.compile(r"^(?:the )+")
 COUNT = 16  # neighbours of a fact, in the training half and in the watch half
 _GENERAL = 12  # facts of the almanac
 _FEWEST = 4  # names in a list of the user's: two for each half
@@ -41,7 +42,8 @@ class Names:
         out: dict[str, tuple[str, ...]] = {}
         for kind, own in self.kinds.items():
             for name in own:
-                out[plain(name)] = (*out.get(plain(name), ()), kind)
+                key = plain(name)
+                out[key] = (*out.get(key, ()), kind)
         return out
 
     def kinds_of(self, subject: str) -> tuple[str, ...]:
@@ -51,7 +53,8 @@ class Names:
 
 def plain(name: str) -> str:
     """A name as names are compared: without case and without a leading article."""
-    return re.sub(r"^(?:the )+", "", " ".join(name.casefold().split()))
+    words = " ".join(name.casefold().split())
+    return _ARTICLES.sub("", words) if words.startswith("the ") else words
 
 
 def share(name: str) -> float:
