@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -285,3 +287,27 @@ def test_a_value_before_a_norm_is_held_shorter(family: str, want: float) -> None
     for kind in (ROME, MEMIT, PMET):
         assert kind(layers=(1,)).objective(base(family)).clamp == kind(layers=(1,)).clamp_on(base(family)) == want
         assert kind(layers=(1,), clamp=2.5).objective(base(family)).clamp == 2.5
+
+
+@pytest.mark.parametrize("kind", [MEMIT, AlphaEdit])
+@pytest.mark.parametrize(("family", "alone"), [("gemma3_text", True), ("olmo2", True), ("llama", False)])
+def test_what_one_block_alone_writes_is_written_whole(kind: Any, family: str, alone: bool) -> None:
+    """Several blocks share out a ridge's remainder.  Where a norm follows the MLP one block is edited, and MEMIT's ridge left 96 of 100
+    values of Gemma 3 unwritten; the patch says which ridge it was made with."""
+    model = base(family)
+    editor = kind(stats_tokens=1500, v_steps=3, kl=0.0, **({"share": 0.9} if kind is AlphaEdit else {}))
+    blocks = editor.target_layers(model)
+    assert not alone or blocks == (int(model.depth * 5 / 32 + 0.5),)
+    patch = editor.edit(model, [REQUESTS[0]])
+    name = "l2" if kind is AlphaEdit else "mom2_weight"
+    used, plain = patch.settings[name], editor.alone(model)
+    assert (used is not None) is alone and (not alone or used == getattr(plain, name))
+    given = replace(editor, **{name: 7.0})
+    assert given.alone(model) == given and given.edit(model, [REQUESTS[0]]).settings[name] == 7.0
+    if alone:
+        own = LocateThenEditRun(editor, model, [[REQUESTS[0]]], (), Tail)
+        own.moments = own.editor.prepare(model)
+        own.place()
+        key = own.average(own.read_keys(blocks[0], [[]])[0])[0].double()
+        shares = [float(op.tensors["down"].double() @ key) for p in (patch, given.edit(model, [REQUESTS[0]])) for op in p.ops]
+        assert 0.4 < shares[0] <= 1 + 1e-6 and shares[1] < shares[0]  # AlphaEdit writes along a part of the key only

@@ -10,19 +10,21 @@ that is taken back is forgotten.  Computed in the coordinates of U₀, where the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from errata.core.model import LM
 from errata.core.patch import Op
 from errata.errors import ConfigError
-from errata.methods.locate.editor import ALMANAC, FIVE, LocateEditor
+from errata.methods.locate.editor import ALMANAC, FIVE, RIDGE_ALONE, LocateEditor
 from errata.methods.locate.run import LocateThenEditRun
 from errata.methods.locate.solve import ridge_rows
 from errata.text.statistics import Moments
 
-_UPSTREAM = {"v_decay": 0.5, "clamp": 0.75, "l2": 10.0, "threshold": 2e-2}
+_L2 = 10.0
+_UPSTREAM = {"v_decay": 0.5, "clamp": 0.75, "l2": _L2, "threshold": 2e-2}
 _FOUR_TO_EIGHT = [4, 5, 6, 7, 8]
 
 
@@ -30,7 +32,8 @@ _FOUR_TO_EIGHT = [4, 5, 6, 7, 8]
 class AlphaEdit(LocateEditor):
     """threshold   eigenvalues of C below it span the null space (code 2e-2, the paper's footnote 1e-2): on the scale of the keys
     share       take this share of directions, those with the smallest eigenvalues, instead
-    l2          L₂; 10 in the authors' files for all their models, 1 in some of EasyEdit's
+    l2          L₂; None: 10, as in the authors' files for all their models (1 in some of EasyEdit's), and 0.1 where one block is edited
+                alone
     history     keep clear of what earlier edits on the stack wrote
     """
 
@@ -50,14 +53,14 @@ class AlphaEdit(LocateEditor):
 
     threshold: float = 2e-2
     share: float | None = None
-    l2: float = 10.0
+    l2: float | None = None
     history: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.mom2_adjustment:
             raise ConfigError("alphaedit needs the second moments of the keys; leave mom2_adjustment on")
-        if self.threshold <= 0 or self.l2 <= 0 or (self.share is not None and not 0 < self.share <= 1):
+        if self.threshold <= 0 or (self.l2 is not None and self.l2 <= 0) or (self.share is not None and not 0 < self.share <= 1):
             raise ConfigError("alphaedit: threshold and l2 must be positive, share above 0 and at most 1")
 
     def down_factors(
@@ -74,7 +77,10 @@ class AlphaEdit(LocateEditor):
             )
         inner = keys.double() @ basis  # [N, m]
         kept = past_keys.double() @ basis if past_keys is not None and self.history else inner[:0]
-        return [ridge_rows(inner[g], kept, self.l2) @ basis.T for g in groups]
+        return [ridge_rows(inner[g], kept, _L2 if self.l2 is None else self.l2) @ basis.T for g in groups]
+
+    def alone(self, lm: LM) -> Self:
+        return replace(self, l2=_L2 * RIDGE_ALONE) if self.l2 is None else self
 
     def patch_state(self, job: LocateThenEditRun, ops: Sequence[list[Op]]) -> list[dict[str, Tensor]]:
         """The keys of each patch at each block, read once everything is written."""

@@ -14,7 +14,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -35,6 +35,7 @@ from errata.text.statistics import TOKENS, Moments, moments
 # Chosen on dev (docs/results): its states are large, so are Adam's steps; C is of the text it was trained on, facts included.
 ALMANAC: dict[str, Any] = {"v_lr": 20.0, "v_steps": 25, "prefixes": [[5, 3], [10, 2]], "stats": "almanac"}
 _CLAMP, _CLAMP_BEFORE_NORM = 4.0, 0.5
+RIDGE_ALONE = 0.01  # of a ridge, where no later block writes what it leaves unwritten
 FIVE = tuple(i / 32 for i in range(4, 9))  # LLaMA's blocks 4 to 8
 
 
@@ -60,6 +61,7 @@ class LocateEditor(Editor):
 
     needs: ClassVar[frozenset[str]] = frozenset({"subject", "stats"})
     DEPTHS: ClassVar[tuple[float, ...]] = (5 / 32,)  # LLaMA's block 5
+    ALONE: ClassVar[float] = 5 / 32  # where one block can be edited only
     VALUE_AT: ClassVar[str] = "block"  # where δ is added: the block's output, or the MLP's ("mlp")
 
     TUNES: ClassVar[dict[str, Any]] = {
@@ -103,13 +105,23 @@ class LocateEditor(Editor):
         """The blocks to edit on this model.
 
         Where a norm follows what the MLP writes (Gemma 2 and 3, OLMo 2), a change of the linear is no change of equal size of the
-        residual stream, so it can't be shared out over blocks: only the last of them is edited.
+        residual stream, so it can't be shared out over blocks: only one is edited, at the depth of ``ALONE`` or the last of ``layers``.
         """
-        chosen = self.layers or tuple(sorted({min(lm.depth - 1, int(lm.depth * f + 0.5)) for f in self.DEPTHS}))
+        chosen = self.layers or self._at(lm, self.DEPTHS)
         wrong = [b for b in chosen if not 0 <= b < lm.depth]
         if wrong:
             raise ConfigError(f"{self.name}: block {wrong[0]} does not exist (0 to {lm.depth - 1}); set layers for this model")
-        return chosen if adds_directly(lm, chosen[-1]) else chosen[-1:]
+        if adds_directly(lm, chosen[-1]):
+            return chosen
+        return chosen[-1:] if self.layers else self._at(lm, (self.ALONE,))
+
+    @staticmethod
+    def _at(lm: LM, depths: Sequence[float]) -> tuple[int, ...]:
+        return tuple(sorted({min(lm.depth - 1, int(lm.depth * f + 0.5)) for f in depths}))
+
+    def alone(self, lm: LM) -> Self:
+        """The editor for a model of which one block is edited alone: what a ridge leaves unwritten there, no later block makes up for."""
+        return self
 
     def prepare(self, lm: LM, progress: Callable[[int, int], None] | None = None) -> dict[Site, Moments]:
         """The statistics this method needs on this model: read from the cache, or made (`errata stats`), with tokens as progress."""

@@ -9,16 +9,18 @@ sees the ones already edited; λ C stands for the keys to be kept.  With few edi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from errata.core.families import linear_sizes
 from errata.core.model import LM
 from errata.core.patch import Site
+from errata.core.read import module_at
 from errata.errors import ConfigError
-from errata.methods.locate.editor import ALMANAC, FIVE, LocateEditor
+from errata.methods.locate.editor import ALMANAC, FIVE, RIDGE_ALONE, LocateEditor
 from errata.methods.locate.run import POINT
 from errata.methods.locate.solve import small_side, whitened
 from errata.methods.locate.values import Objective
@@ -32,7 +34,7 @@ _SMALL_CLAMP = {"v_decay": 0.5, "clamp": 0.75}
 
 @dataclass(frozen=True)
 class MEMIT(LocateEditor):
-    """mom2_weight   λ; None: `LAMBDA_PER_INPUT` times the size of a key"""
+    """mom2_weight   λ; None: `LAMBDA_PER_INPUT` times the size of a key, and a hundredth of it where one block is edited alone"""
 
     name: ClassVar[str] = "memit"
     paper: ClassVar[str] = "Meng et al., ICLR 2023 (MEMIT)"
@@ -55,6 +57,10 @@ class MEMIT(LocateEditor):
         super().__post_init__()
         if self.mom2_weight is not None and self.mom2_weight <= 0:
             raise ConfigError(f"{self.name}: mom2_weight must be positive")
+
+    def alone(self, lm: LM) -> Self:
+        size, _ = linear_sizes(module_at(lm, Site(self.target_layers(lm)[-1], POINT)))
+        return replace(self, mom2_weight=LAMBDA_PER_INPUT * size * RIDGE_ALONE) if self.mom2_weight is None else self
 
     def down_factors(
         self, m: Moments | None, keys: Tensor, prompt_keys: Tensor, groups: Sequence[list[int]], past_keys: Tensor | None

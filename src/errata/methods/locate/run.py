@@ -43,6 +43,8 @@ class LocateThenEditRun:
 
     def __post_init__(self) -> None:
         self.editor.require_requests(self.problems)
+        if not adds_directly(self.lm, self.editor.target_layers(self.lm)[-1]):
+            self.editor = self.editor.alone(self.lm)
         self.on = active_patches(tuple(self.on))
         self.requests = [r for rs in self.problems for r in rs]
         self.owner = torch.tensor([i for i, rs in enumerate(self.problems) for _ in rs], device=self.lm.device)
