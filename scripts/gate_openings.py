@@ -22,7 +22,7 @@ from errata.benchmarks.files import open_benchmark
 from errata.core.model import LM
 from errata.core.read import read_activations
 from errata.core.tokens import Encoded
-from errata.methods.subspace.op import gate
+from errata.methods.subspace.gating import gate
 from errata.request import Case
 from errata.score import wanted
 

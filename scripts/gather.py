@@ -57,7 +57,9 @@ def read_cell(folder: Path, commit: str | None) -> tuple[Document, list[Document
 
 
 def key(cell: Mapping[str, Any]) -> str:
-    return json.dumps([cell["model"], cell["method"], cell["benchmark"], cell["scenario"]], sort_keys=True)
+    """Cells with the same are one row; settings that are younger than some cells count where they are on."""
+    benchmark = {k: v for k, v in cell["benchmark"].items() if k != "consistent" or v}
+    return json.dumps([cell["model"], cell["method"], benchmark, cell["scenario"]], sort_keys=True)
 
 
 def compared(own: Sequence[Document], other: Sequence[Document]) -> list[Document]:

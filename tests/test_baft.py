@@ -20,7 +20,8 @@ from errata.errors import ConfigError, FitError
 from errata.methods.base import layers_for
 from errata.methods.subspace.baft import BaFT
 from errata.methods.subspace.editor import PAPER_DEPTHS
-from errata.methods.subspace.op import Subspace, gate, orthonormal, start
+from errata.methods.subspace.gating import gate
+from errata.methods.subspace.op import Subspace, orthonormal, start
 from errata.methods.subspace.reft import ReFT
 from errata.methods.subspace.training import Training
 from errata.request import EditRequest

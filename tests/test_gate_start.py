@@ -8,7 +8,7 @@ from families import lm
 from errata.core.tail import Tail
 from errata.methods.subspace.baft import BaFT
 from errata.methods.subspace.gate_start import ridge_gates
-from errata.methods.subspace.op import gate
+from errata.methods.subspace.gating import gate
 from errata.methods.subspace.training import Training
 from errata.request import EditRequest
 

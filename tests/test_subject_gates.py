@@ -17,7 +17,8 @@ from errata.errors import ConfigError
 from errata.methods.subspace import locality
 from errata.methods.subspace.baft import BaFT
 from errata.methods.subspace.gate_start import ridge_gates
-from errata.methods.subspace.op import Subspace, gate, orthonormal, start
+from errata.methods.subspace.gating import gate
+from errata.methods.subspace.op import Subspace, orthonormal, start
 from errata.methods.subspace.other_facts import other_facts
 from errata.methods.subspace.training import Training
 from errata.methods.texts import subject_ends, what_stays

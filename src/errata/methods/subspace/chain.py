@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from errata.core.patch import Op, OpContext, Site
-from errata.methods.subspace.op import gate, move
+from errata.methods.subspace.gating import gate, move
 
 
 @dataclass

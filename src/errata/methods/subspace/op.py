@@ -23,18 +23,8 @@ import torch
 from torch import Tensor
 
 from errata.core.patch import Op, OpContext, Site
-
-GATES = ("none", "shared_logit", "rmsnorm", "subspace")
-_RMS_EPS = 1e-6  # as in LLaMA's norms
-
-
-def gate(p: Mapping[str, Tensor], kind: str, h: Tensor) -> Tensor:
-    """Weights w(h) in [0, 1], [..., T, r] (or 1 in place of r), from hidden states h [..., T, d]."""
-    if kind == "shared_logit":
-        return torch.sigmoid(h @ (p["V"][..., :-1, :] + p["V"][..., -1:, :]).mT)
-    if kind == "rmsnorm":
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + _RMS_EPS) * p["g"].unsqueeze(-2)
-    return torch.sigmoid(h @ p["V"].mT)
+from errata.methods.subspace.chain import GateChain
+from errata.methods.subspace.gating import move
 
 
 class Subspace:
@@ -59,21 +49,7 @@ class Subspace:
 
     @staticmethod
     def chain(columns: Sequence[Sequence[Op]], rows: Tensor | None, device: torch.device) -> Any:
-        from errata.methods.subspace.chain import GateChain
-
         return GateChain.of(columns, rows, device)
-
-
-def move(p: Mapping[str, Tensor], settings: Mapping[str, Any], y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(Φ at every state of ``y`` [..., T, d], the weights before the threshold, the update in the subspace [..., T, r])."""
-    h = y.to(torch.promote_types(p["R"].dtype, y.dtype))
-    update = h @ (p["A"] - p["R"]).mT + p["b"].unsqueeze(-2)
-    w = None
-    if settings["gate"] != "none":
-        w = gate(p, settings["gate"], h)
-        threshold = settings.get("threshold", 0.0)
-        update = (torch.where(w < threshold, 0.0, w) if threshold else w) * update
-    return y + (update @ p["R"]).to(y.dtype), w, update
 
 
 def orthonormal(x: Tensor) -> Tensor:

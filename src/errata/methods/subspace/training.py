@@ -27,7 +27,8 @@ from errata.core.read import read_activations
 from errata.core.tail import join_rows, split_rows_at
 from errata.core.tokens import Encoded, pad_id
 from errata.methods.subspace.gate_start import ridge_gates, set_gates
-from errata.methods.subspace.op import Frame, frame, gate, orthonormal, start, turned
+from errata.methods.subspace.gating import gate
+from errata.methods.subspace.op import Frame, frame, orthonormal, start, turned
 from errata.methods.subspace.other_facts import other_facts
 from errata.methods.texts import names, subject_ends, ways_to_ask, what_stays
 from errata.request import EditRequest
