@@ -106,46 +106,21 @@ def _perplexity(cell: Cell, mark: int) -> str:
     return "–" if found is None else f"{found['perplexity']:,.1f}" if found["perplexity"] < 1e4 else f"{found['perplexity']:.0e}"
 
 
-Columns = Sequence[tuple[str, str, str]]  # heading, metric, protocol
-BOTH: Columns = (
+JOINT = (
     ("reliability", "reliability", "starts"), ("forced", "reliability", "teacher_forced"), ("generality", "generality", "starts"),
-    ("kept", "locality_first_word", "starts"), ("watched", "watch", "starts"), ("PS", "PS", "likelihood"), ("NS", "NS", "likelihood"),
-)  # fmt: skip
-KNOWEDIT: Columns = (
-    ("reliability", "reliability", "starts"), ("forced", "reliability", "teacher_forced"), ("portability, forced", "portability", "teacher_forced"),
-    ("same subject as before, forced", "same_subject", "teacher_forced"), ("all that should stay, forced", "locality_agreement", "teacher_forced"),
-)  # fmt: skip
-ROBUST: Columns = tuple(
-    (head, metric, "starts")
-    for head, metric in (
-        ("reliability", "reliability"), ("generality", "generality"), ("shuffled subject", "shuffled_unseen"), ("behind 300 words", "long_unseen"),
-        ("as a question", "question_form"), ("negated: not said", "negation"), ("kept", "locality_first_word"), ("watched", "watch"),
-    )
+    ("first word kept", "locality_first_word", "starts"), ("watched", "watch", "starts"), ("PS", "PS", "likelihood"), ("NS", "NS", "likelihood"),
 )  # fmt: skip
 
 
-def plain(name: str, model: str, columns: Columns, **where: Any) -> str:
-    """A row a method of docs/results/real/NAME.json; ``where``: which benchmark (``benchmark``) or size of a batch (``size``)."""
-    found = {
-        c["method"]: c
-        for c in cells(name)
-        if c["model"] == MODELS[model]
-        and where.get("benchmark", c["benchmark"]["name"]) == c["benchmark"]["name"]
-        and where.get("size", c["scenario"].get("size")) == c["scenario"].get("size")
-    }
+def joint(model: str, size: int) -> str:
+    """Methods on joint patches of so many facts, all on one model at the end."""
+    found = {c["method"]: c for c in cells("joint") if c["model"] == MODELS[model] and c["scenario"].get("size") == size}
     if not found:
         return "Not measured yet.\n"
     rows = [
-        [link(label, "../"), str(c["n"]), *(percent(_last(c, m, p)) for _, m, p in columns), *costs(c)]
-        for label, c in in_order(found).items()
+        [link(label, "../"), str(c["n"]), *(percent(row(c, m, p)) for _, m, p in JOINT), *costs(c)] for label, c in in_order(found).items()
     ]
-    return table(["", "n", *(head for head, _, _ in columns), "s an edit", "kB"], rows)
-
-
-def _last(cell: Cell, metric: str, protocol: str) -> Mapping[str, Any] | None:
-    """After all edits, where a cell has several marks."""
-    found = [r for r in cell["rows"] if r["metric"] == metric and r["protocol"] == protocol]
-    return max(found, key=lambda r: r.get("T", 0), default=None)
+    return table(["", "n", *(head for head, _, _ in JOINT), "s an edit", "kB"], rows)
 
 
 def openings() -> str:
@@ -169,13 +144,6 @@ def parts() -> dict[str, str]:
     streams = {"published": False, "consistent": True}
     return {
         **{f"single_{model}": single(model) for model in MODELS},
-        **{f"joint_{model}_{size}": plain("joint", model, BOTH, size=size) for model in MODELS for size in (10, 50)},
-        **{f"ablation_{model}": plain("ablation", model, BOTH) for model in MODELS},
-        **{f"robust_{model}": plain("robust", model, ROBUST) for model in MODELS},
-        **{
-            f"knowedit_{model}_{part.replace('-', '_')}": plain("knowedit", model, KNOWEDIT, benchmark=part)
-            for model in MODELS
-            for part in ("wiki-recent", "wiki-counterfact", "wikibio")
-        },
+        **{f"joint_{model}_{size}": joint(model, size) for model in MODELS for size in (10, 50)},
         **{f"zsre_{m}_{s}_{p}": continual(m, c, p) for m in MODELS for s, c in streams.items() for p in ("starts", "teacher_forced")},
     }

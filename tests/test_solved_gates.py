@@ -60,9 +60,8 @@ def test_where_an_answer_is_given_gates_train() -> None:
 
 def test_the_two_losses_are_compared_on_trained_gates_only() -> None:
     case = Case(FRANCE, (Probe("rewrite", FRANCE.prompt, FRANCE.target),))
-    for what in (lambda e: gate_training.balance(lm("llama"), e, [case], gate_training.GateRun()),):
-        with pytest.raises(ConfigError, match="train_gates=true"):
-            what(EDITOR)
+    with pytest.raises(ConfigError, match="train_gates=true"):
+        gate_training.balance(lm("llama"), EDITOR, [case], gate_training.GateRun())
     unnamed = Case(NOBODY, (Probe("rewrite", NOBODY.prompt, NOBODY.target),))
     grown = gate_training.run_continual(lm("llama"), EDITOR, [unnamed], [1])
     assert {row["variant"] for row in gate_training.balance(lm("llama"), EDITOR, [unnamed], grown)} == {"with", "without"}

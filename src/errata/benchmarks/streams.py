@@ -14,7 +14,10 @@ from errata.request import Case, EditRequest
 
 
 def fact_of(request: EditRequest) -> tuple[str, ...]:
-    """What a request is about: its subject and the old answer, in whichever words; without either, its prompt."""
+    """What a request is about: its subject and the old answer, in whichever words; without either, its prompt.
+
+    Two relations of a subject with one old answer (born in Paris, works in Paris) count as one fact: records do not name the relation.
+    """
     if request.subject is None or request.old is None:
         return (request.prompt,)
     return request.subject.casefold(), request.old.casefold()

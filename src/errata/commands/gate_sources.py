@@ -159,7 +159,7 @@ def _from_folder(args: argparse.Namespace, folder: Path, values: dict[str, Any])
 
 def _pool(args: argparse.Namespace) -> tuple[Any, dict[tuple[str, str], Case]]:
     """Every case of the benchmark by (prompt, target)."""
-    benchmark = open_benchmark(args.benchmark, args.data)
+    benchmark = open_benchmark(args.benchmark, args.data, args.consistent)
     _edits(benchmark)
     splits = [args.split] if args.split or benchmark.needs_data else list(benchmark.splits)
     return benchmark, {(c.request.prompt, c.request.target): c for s in splits for c in benchmark.load(s, None, 0)}

@@ -36,6 +36,7 @@ from errata.run.specs import ScoreSpec, StoreSpec
 
 CASES = 100  # where the run file does not say
 _BATCHED = re.compile(r"batched\((\d+)\)")
+_YOUNGER = ("chat", "consistent")
 _MANY = ("model", "methods", "benchmark", "scenario", "seeds")  # one, or a list
 
 
@@ -125,8 +126,7 @@ class RunSpec:
     @property
     def digest(self) -> str:
         """Names everything in the file that results depend on.  What is younger than some runs counts where it is given."""
-        values = {k: v for k, v in to_dict(self).items() if k != "chat" or v}
-        values["benchmark"] = list(map(_hashed, self.benchmark))
+        values = {**_hashed(self), "benchmark": list(map(_hashed, self.benchmark))}
         return digest(values | {"score": {k: v for k, v in values["score"].items() if v is not None}})
 
 
@@ -179,9 +179,8 @@ class Cell:
 
 
 def _hashed(spec: Any) -> dict[str, Any]:
-    """A part of a run file as hashes take it: what is younger than some runs counts where it is given."""
-    values: dict[str, Any] = to_dict(spec)
-    return {k: v for k, v in values.items() if k != "consistent" or v}
+    """A run file or a part of it as hashes take it: what is younger than some runs counts where it is given."""
+    return {k: v for k, v in to_dict(spec).items() if k not in _YOUNGER or v}
 
 
 def only_known(spec: RunSpec, cell: Cell) -> bool:

@@ -32,8 +32,8 @@ _FOUR_TO_EIGHT = [4, 5, 6, 7, 8]
 class AlphaEdit(LocateEditor):
     """threshold   eigenvalues of C below it span the null space (code 2e-2, the paper's footnote 1e-2): on the scale of the keys
     share       take this share of directions, those with the smallest eigenvalues, instead
-    l2          L₂; None: 10, as in the authors' files for all their models (1 in some of EasyEdit's), and 0.1 where one block is edited
-                alone
+    l2          L₂; None: 10, as in the authors' files for all their models (1 in some of EasyEdit's), and 0.1 where a norm follows the
+                MLP
     history     keep clear of what earlier edits on the stack wrote
     """
 

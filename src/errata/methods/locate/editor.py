@@ -43,7 +43,8 @@ FIVE = tuple(i / 32 for i in range(4, 9))  # LLaMA's blocks 4 to 8
 class LocateEditor(Editor):
     """Hyper-parameters that the family shares.
 
-    layers           0-based blocks, edited in this order; the value is optimised at the last.  None: at the relative depths of ``DEPTHS``
+    layers           0-based blocks, edited in this order; the value is optimised at the last.  None: at the relative depths of ``DEPTHS``,
+                     and where one block can be edited only (see `target_layers`), at ``ALONE``
     v_lr, v_steps    Adam on δ; ``v_steps`` losses are computed, one update fewer is made, as in the reference code
     v_decay, kl      λ_wd and λ_KL of the value's loss; ``v_stop`` ends it
     clamp            ‖δ‖ ≤ clamp ‖v_0‖; None: 4, and 0.5 where a norm follows what the MLP writes (Gemma 2 and 3, OLMo 2).  v_0 is the
@@ -120,7 +121,7 @@ class LocateEditor(Editor):
         return tuple(sorted({min(lm.depth - 1, int(lm.depth * f + 0.5)) for f in depths}))
 
     def alone(self, lm: LM) -> Self:
-        """The editor for a model of which one block is edited alone: what a ridge leaves unwritten there, no later block makes up for."""
+        """The editor where a norm follows the MLP: what a ridge leaves unwritten in the one block, no later block makes up for."""
         return self
 
     def prepare(self, lm: LM, progress: Callable[[int, int], None] | None = None) -> dict[Site, Moments]:

@@ -34,7 +34,7 @@ _SMALL_CLAMP = {"v_decay": 0.5, "clamp": 0.75}
 
 @dataclass(frozen=True)
 class MEMIT(LocateEditor):
-    """mom2_weight   λ; None: `LAMBDA_PER_INPUT` times the size of a key, and a hundredth of it where one block is edited alone"""
+    """mom2_weight   λ; None: `LAMBDA_PER_INPUT` times the size of a key, and a hundredth of it where a norm follows the MLP"""
 
     name: ClassVar[str] = "memit"
     paper: ClassVar[str] = "Meng et al., ICLR 2023 (MEMIT)"

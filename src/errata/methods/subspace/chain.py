@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from errata.core.patch import Op, OpContext, Site
-from errata.methods.subspace.gating import gate, move
+from errata.methods.subspace.gating import keys, move, weights_by
 
 
 @dataclass
 class GateChain:
     """Stands where a bank does (`errata.core.bank.Bank`).
 
-    params   of the U distinct edits, [U, …]
+    params   of the U distinct edits, [U, …]; keys [U, r, d]: of their gates
     place    [P, U] the place of each edit in the chain of each stack; U where a stack is without it
     rows     [B] the stack of each row, -1 for none; None: one stack serves every row
     """
@@ -35,6 +35,7 @@ class GateChain:
     site: Site
     settings: Mapping[str, Any]
     params: Mapping[str, Tensor]
+    keys: Tensor
     place: Tensor
     rows: Tensor | None = None
     patch_index: int = 0
@@ -52,7 +53,8 @@ class GateChain:
         if rows is not None:
             empty = torch.tensor([not ops for ops in columns], device=device)
             rows = torch.where(empty[rows.to(device)], -1, rows.to(device))
-        return cls(every[0].site, every[0].settings, params, place.to(device), rows)
+        settings = every[0].settings
+        return cls(every[0].site, settings, params, keys(params, settings["gate"]), place.to(device), rows)
 
     def apply(self, x: Tensor, y: Tensor, context: OpContext) -> Tensor:
         """The site's new output; a state at which no gate opens passes through untouched, bit for bit."""
@@ -76,14 +78,9 @@ class GateChain:
     @torch.no_grad()
     def _open(self, states: Tensor) -> Tensor:
         """[m, U] whether any gate of each edit is open at each of these states [m, d]."""
-        p, kind = self.params, self.settings["gate"]
-        h = states.to(torch.promote_types(p["R"].dtype, states.dtype))
-        flat = {"V": p["V"].flatten(0, 1)}
-        if kind == "rmsnorm":  # the gain goes into the keys: one product for all edits
-            flat = {"V": (p["V"] * p["g"].unsqueeze(-2)).flatten(0, 1), "g": torch.ones_like(p["g"][0])}
-        elif kind == "shared_logit":
-            flat, kind = {"V": (p["V"][:, :-1] + p["V"][:, -1:]).flatten(0, 1)}, "subspace"
-        opened: Tensor = (gate(flat, kind, h).unflatten(-1, (len(p["R"]), -1)) >= self.settings["threshold"]).any(-1)
+        h = states.to(torch.promote_types(self.keys.dtype, states.dtype))
+        w = weights_by(self.keys.flatten(0, 1), self.settings["gate"], h).unflatten(-1, self.keys.shape[:2])
+        opened: Tensor = (w >= self.settings["threshold"]).any(-1)
         return opened
 
     def _moved(self, states: Tensor, edit: Tensor) -> Tensor:

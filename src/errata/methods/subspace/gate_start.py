@@ -15,7 +15,8 @@ be kept, and the rest is learnt.
 Where gates open at the subject they stay there (``train_gates=False``).  Adam moves every entry of v by about the rate at every step,
 whatever the slope, so fifty steps move v·x by as much as the solution does, and along what all states have in common: of 857 tokens of
 other facts' prompts a solved gate opened on one in 10,000, a trained one on one in 220, at like reliability and generality (SmolLM2, 12
-edits of ZsRE; scripts/gate_openings.py, docs/results/subject-gates.md).  On a stack of hundreds that is an open gate or two on every token.
+edits of ZsRE; Gemma 3: one in 1,500 and in 530; scripts/gate_openings.py, docs/results/subject-gates.md).  On a stack of hundreds that is
+an open gate or two on every token.
 """
 
 from __future__ import annotations

@@ -13,11 +13,21 @@ _RMS_EPS = 1e-6  # as in LLaMA's norms
 
 def gate(p: Mapping[str, Tensor], kind: str, h: Tensor) -> Tensor:
     """Weights w(h) in [0, 1], [..., T, r] (or 1 in place of r), from hidden states h [..., T, d]."""
+    return weights_by(keys(p, kind), kind, h)
+
+
+def keys(p: Mapping[str, Tensor], kind: str) -> Tensor:
+    """What states are multiplied with, [..., r, d]: the gates' directions, with the gain of ``rmsnorm`` and the shared one in them."""
     if kind == "shared_logit":
-        return torch.sigmoid(h @ (p["V"][..., :-1, :] + p["V"][..., -1:, :]).mT)
+        return p["V"][..., :-1, :] + p["V"][..., -1:, :]
+    return p["V"] * p["g"].unsqueeze(-2) if kind == "rmsnorm" else p["V"]
+
+
+def weights_by(keys: Tensor, kind: str, h: Tensor) -> Tensor:
+    """`gate` with keys that are made already."""
     if kind == "rmsnorm":
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + _RMS_EPS) * p["g"].unsqueeze(-2)
-    return torch.sigmoid(h @ p["V"].mT)
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + _RMS_EPS)
+    return torch.sigmoid(h @ keys.mT)
 
 
 def move(p: Mapping[str, Tensor], settings: Mapping[str, Any], y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
