@@ -60,7 +60,7 @@ def test_each_kind_of_rule_is_in_both_halves() -> None:
 def test_shuffled_are_permutations_of_the_tokens(lm: LM, subject: str) -> None:
     found = surfaces.shuffled(lm, subject)
     sentence = f"the {subject}"
-    start, end = subject_span(lm.tokenizer, sentence, subject, last=True)
+    start, end = subject_span(lm.tokenizer, sentence, subject, occurrence=-1)
     assert len(found) <= min(10, math.factorial(end - start) - 1)
     assert len(set(found)) == len(found) and subject not in found
     assert all(sorted(text.replace(" ", "")) == sorted(subject.replace(" ", "")) for text in found)

@@ -118,4 +118,4 @@ def test_empty_texts(prompt: str, target: str) -> None:
 def test_subject_that_is_not_there() -> None:
     with pytest.raises(InputError, match="does not occur"):
         subject_span(tiny(), "The capital of France is", "Spain")
-    assert subject_span(tiny(), "Rome and Rome", "Rome", last=True)[0] > subject_span(tiny(), "Rome and Rome", "Rome")[0]
+    assert subject_span(tiny(), "Rome and Rome", "Rome", occurrence=-1)[0] > subject_span(tiny(), "Rome and Rome", "Rome")[0]

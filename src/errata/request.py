@@ -10,12 +10,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
 from errata.config import digest
 from errata.errors import InputError
+from errata.subjects import places, spell
 
 PROBE_KINDS = (
     *("rewrite", "rephrase"),
@@ -70,12 +71,15 @@ class EditRequest:
 
     prompt        text that the target should follow; must contain ``subject`` where that is given
     target        the new answer
+    subject       what the fact is about, in whole words of the prompt; it is kept as the prompt spells it (`errata.subjects`)
     old           the answer before, where known
     paraphrases   other prompts with the same answer; the editor may train on them
     unrelated     (prompt, answer) pairs that should stay; the editor may use them for locality regularisation
     aliases       other names of the subject; the editor may train on the prompt with them in the subject's place (`fill`)
     contrast      (prompt, answer) pairs: the prompt about other subjects, and what the base says to it (`errata.contrast`).  They say how
                   the fact is to be written, not what it is, so `id` does not depend on them
+    occurrence    which of the subject's places in the prompt is meant: 1 the first, 2 the second …, -1 the last
+    restored      this was a request before (`restore`): it stays as it is, also where today a new one would be refused
     """
 
     prompt: str
@@ -86,8 +90,10 @@ class EditRequest:
     unrelated: tuple[tuple[str, str], ...] = ()
     aliases: tuple[str, ...] = ()
     contrast: tuple[tuple[str, str], ...] = ()
+    occurrence: int = 1
+    restored: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, restored: bool) -> None:
         _text("prompt", self.prompt)
         _text("target", self.target)
         _text("subject", self.subject, optional=True)
@@ -100,12 +106,26 @@ class EditRequest:
                 _text(f"{name}[{i}]", text)
         for name in ("unrelated", "contrast"):
             object.__setattr__(self, name, _pairs(name, getattr(self, name)))
-        if self.subject is not None and self.subject not in self.prompt:
-            raise InputError(f"subject {self.subject!r} does not occur in prompt {self.prompt!r}; spell it as the prompt does")
+        if type(self.occurrence) is not int or self.occurrence == 0:
+            raise InputError(f"occurrence must be 1 for the subject's first place, 2 …, or -1 for its last, not {self.occurrence!r}")
+        if self.subject is not None and not restored:
+            object.__setattr__(self, "subject", spell(self.prompt, self.subject))
+            self.place()
         if self.aliases and self.subject is None:
             raise InputError(f"aliases are other names of the subject, and prompt {self.prompt!r} has none; give the key 'subject'")
         if self.subject in self.aliases:
             raise InputError(f"aliases[{self.aliases.index(self.subject)}] is the subject {self.subject!r} itself; give other names")
+
+    def place(self) -> tuple[int, int]:
+        """Characters [begin, end) of the subject in the prompt: of the occurrence that is meant.  `InputError` where there is none."""
+        if self.subject is None:
+            raise InputError(f"prompt {self.prompt!r} has no subject; give the key 'subject'")
+        found = places(self.prompt, self.subject)
+        number = self.occurrence - 1 if self.occurrence > 0 else len(found) + self.occurrence
+        if not 0 <= number < len(found):
+            times = f"{len(found)} times in whole words"
+            raise InputError(f"subject {self.subject!r} stands {times} in prompt {self.prompt!r}: no occurrence {self.occurrence}")
+        return found[number]
 
     @property
     def id(self) -> str:
@@ -127,6 +147,8 @@ class EditRequest:
             out["aliases"] = list(self.aliases)
         if self.contrast:
             out["contrast"] = [list(pair) for pair in self.contrast]
+        if self.occurrence != 1:
+            out["occurrence"] = self.occurrence
         return out
 
     @classmethod
@@ -135,16 +157,23 @@ class EditRequest:
         request: EditRequest = _make(cls, record, required=("prompt", "target"), known=cls.__slots__)
         return request
 
+    @classmethod
+    def restore(cls, record: Mapping[str, Any]) -> EditRequest:
+        """A request that was saved with a patch or in a ledger, to the letter: its id, and its patch's, depend on it."""
+        request: EditRequest = _make(cls, record, required=("prompt", "target"), known=cls.__slots__, restored=True)
+        return request
+
 
 def fill(request: EditRequest, name: str) -> str:
-    """The prompt with ``name`` in place of the subject's first occurrence.
+    """The prompt with ``name`` in place of the subject, at the occurrence that is meant.
 
     Only the seam is mended: a name that begins with "the" begins a prompt with "The", and the comma that ends a name
     ("X, so called,") gives way to the punctuation that follows.
     """
     if request.subject is None:
         raise InputError(f"prompt {request.prompt!r} has no subject to put {name!r} in the place of; give the key 'subject'")
-    before, _, after = request.prompt.partition(request.subject)
+    begin, end = request.place()
+    before, after = request.prompt[:begin], request.prompt[end:]
     if not before.strip() and name.startswith("the "):
         name = "T" + name[1:]
     if name.endswith(",") and (not after or not after[0].isspace()):
@@ -154,8 +183,11 @@ def fill(request: EditRequest, name: str) -> str:
 
 def _filled_name(request: EditRequest, prompt: str) -> str | None:
     """The name that stands in ``prompt`` where the request's has its subject; None where the two differ elsewhere, too."""
-    before, _, after = request.prompt.partition(request.subject or "\0")
-    if request.subject is None or len(prompt) <= len(before) + len(after) or not (prompt.startswith(before) and prompt.endswith(after)):
+    if request.subject is None:
+        return None
+    begin, end = request.place()
+    before, after = request.prompt[:begin], request.prompt[end:]
+    if len(prompt) <= len(before) + len(after) or not (prompt.startswith(before) and prompt.endswith(after)):
         return None
     return prompt[len(before) : len(prompt) - len(after)]
 
@@ -240,7 +272,7 @@ class Case:
         return hashlib.sha256(" ".join(r.id for r in self.requests).encode()).hexdigest()[:16]
 
 
-def _make(cls: Any, record: object, *, required: tuple[str, ...], known: Iterable[str]) -> Any:
+def _make(cls: Any, record: object, *, required: tuple[str, ...], known: Iterable[str], **more: Any) -> Any:
     if not isinstance(record, Mapping):
         raise InputError(f'expected an object like {{"prompt": …, "target": …}}, found {type(record).__name__}')
     known = tuple(known)
@@ -253,7 +285,7 @@ def _make(cls: Any, record: object, *, required: tuple[str, ...], known: Iterabl
     for key in _LISTS:
         if key in record and not isinstance(record[key], list | tuple):
             raise InputError(f"{key} must be a list, not {type(record[key]).__name__}")
-    return cls(**record)
+    return cls(**record, **more)
 
 
 def read_bytes(path: Path) -> bytes:

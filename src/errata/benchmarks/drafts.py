@@ -11,6 +11,7 @@ from errata.benchmarks.records import Record
 from errata.benchmarks.streams import overwritten
 from errata.errors import InputError
 from errata.request import LOCAL_KINDS, SENTIMENT, Case, EditRequest, Probe, fill
+from errata.subjects import spell
 
 
 class UnusableRecord(Exception):
@@ -99,11 +100,10 @@ def request(draft: Draft) -> EditRequest:
     if subject is not None:
         if not subject.strip():
             raise UnusableRecord("the subject is empty")
-        if subject not in draft.prompt:
-            at = draft.prompt.lower().find(subject.lower())
-            if at < 0 or len(draft.prompt.lower()) != len(draft.prompt):
-                raise UnusableRecord("the subject does not occur in the prompt")
-            subject = draft.prompt[at : at + len(subject)]
+        try:
+            subject = spell(draft.prompt, subject)
+        except InputError:
+            raise UnusableRecord("the subject does not occur in the prompt") from None
     old = draft.old if draft.old and draft.old.strip() else None
     return EditRequest(draft.prompt, draft.target, subject, old, aliases=draft.aliases)
 

@@ -36,7 +36,8 @@ def request_options(out: argparse.ArgumentParser) -> None:
     """What to edit, and by which method."""
     out.add_argument("--prompt", help="text that the target should follow")
     out.add_argument("--target", help="the new answer")
-    out.add_argument("--subject", help="what the fact is about, spelt as in the prompt")
+    out.add_argument("--subject", help="what the fact is about, in whole words of the prompt")
+    common.occurrence_option(out)
     out.add_argument("--requests", metavar="FILE.jsonl", help="many edits: one JSON object a line, with prompt, target and maybe subject …")
     common.chat_option(out, "train and ask each prompt")
     out.add_argument("--method", default="baft", help="see `errata methods` (baft)")
@@ -59,7 +60,7 @@ def requests(args: argparse.Namespace) -> list[EditRequest]:
         return read_requests(args.requests)
     if args.prompt is None or args.target is None:
         raise ConfigError("nothing to edit; give --prompt and --target, or --requests FILE.jsonl")
-    return [EditRequest(args.prompt, args.target, args.subject)]
+    return [EditRequest(args.prompt, args.target, args.subject, occurrence=args.occurrence)]
 
 
 def _steps(progress: Progress, stage: str, editor: Any) -> Callable[[int, int, float], None]:

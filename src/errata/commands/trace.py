@@ -25,7 +25,8 @@ WORDS = {"subject_first": "first subject", "subject_middle": "middle subject", "
 def add(commands: common.Subparsers) -> None:
     out = common.parser(commands, "trace", run, "trace which blocks and tokens a fact's answer hangs on")
     out.add_argument("--prompt", help="text that the answer should follow")
-    out.add_argument("--subject", help="what the fact is about, spelt as in the prompt")
+    out.add_argument("--subject", help="what the fact is about, in whole words of the prompt")
+    common.occurrence_option(out)
     out.add_argument("--answer", help="trace only if the model says this; without it, whatever it says is traced")
     out.add_argument("--requests", metavar="FILE.jsonl", help="many facts: edit requests with subject; `old` is the expected answer")
     common.benchmark_options(out, None, CASES)
@@ -62,9 +63,9 @@ def facts(args: argparse.Namespace) -> Callable[[], list[Fact]]:
     def make() -> list[Fact]:
         from errata.trace import Fact
 
-        return (
-            [Fact(*r) if isinstance(r, tuple) else Fact.of(r) for r in wanted] if wanted else [Fact(args.prompt, args.subject, args.answer)]
-        )
+        if not wanted:
+            return [Fact(args.prompt, args.subject, args.answer, args.occurrence)]
+        return [Fact(*r) if isinstance(r, tuple) else Fact.of(r) for r in wanted]
 
     return make
 

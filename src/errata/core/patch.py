@@ -257,7 +257,7 @@ class Patch:
             own = {name: tensors[f"{i}.{name}"] for name in raw["tensors"]}
             ops.append(Op(raw["kind"], Site(int(raw["block"]), str(raw["point"])), own, dict(raw["settings"])))
         state = {k.removeprefix("state."): t for k, t in tensors.items() if k.startswith("state.")}
-        requests = tuple(EditRequest.from_dict(r) for r in head["requests"])
+        requests = tuple(EditRequest.restore(r) for r in head["requests"])
         patch = cls(
             str(head["method"]), dict(head["settings"]), str(head["base"]), requests, tuple(ops), state,
             tuple(map(str, head["replaces"])), dict(head["notes"]),

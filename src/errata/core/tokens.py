@@ -7,7 +7,6 @@ byte-level BPE merges), and then a model is trained on a text it never sees at u
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from errata.core.chat import apply_chat_template, is_exact, is_rendered
 from errata.errors import InputError
+from errata.subjects import places, spell
 
 IGNORE_INDEX = -100
 
@@ -93,11 +93,11 @@ def encode(
     keys = ("input_ids", "offset_mapping", "special_tokens_mask")
     found = _tokenise(tokenizer, [text for text, _ in pairs], exact, *keys, return_offsets_mapping=True, return_special_tokens_mask=True)
     out = []
-    for (text, seam), (row, places, special) in zip(pairs, found, strict=True):
+    for (text, seam), (row, spans, special) in zip(pairs, found, strict=True):
         end = len(row)
-        while end and special[end - 1] and places[end - 1][1] == 0:  # an EOS the tokenizer puts after every text
+        while end and special[end - 1] and spans[end - 1][1] == 0:  # an EOS the tokenizer puts after every text
             end -= 1
-        start = next((i for i in range(end) if places[i][1] > seam), end)
+        start = next((i for i in range(end) if spans[i][1] > seam), end)
         if start == end or start == 0:
             raise InputError(f"{text!r} leaves no token for the {'target' if start else 'prompt'}")
         out.append(Encoded(tuple(row[:end]), start))
@@ -151,27 +151,25 @@ def pieces(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
     return [tuple(tokenizer(t.rstrip(" ") if spaced else t, add_special_tokens=False)["input_ids"]) if t else () for t in texts]
 
 
-def subject_spans(tokenizer: Any, prompt: str, subject: str) -> list[tuple[int, int]]:
-    """Token ranges [start, end) of the subject's occurrences in the prompt, one at least, by character offsets."""
+def subject_spans(tokenizer: Any, prompt: str, subject: str, *, parts: bool = False) -> list[tuple[int, int]]:
+    """Token ranges [start, end) of the subject's `errata.subjects.places` in the prompt, one at least, by character offsets."""
     prompt = trim(tokenizer, prompt)
-    begins = [found.start() for found in re.finditer(f"(?={re.escape(subject)})", prompt)]
-    if not begins:
-        raise InputError(f"subject {subject!r} does not occur in prompt {prompt!r}")
+    found = places(prompt, subject, parts=parts) or places(prompt, subject := spell(prompt, subject))
     if not tokenizer.is_fast:
         raise InputError("subject positions need a fast tokenizer (with offsets)")
-    (places,) = offsets(tokenizer, [prompt])
+    (tokens,) = offsets(tokenizer, [prompt])
     out = []
-    for begin in begins:
-        inside = [i for i, (a, b) in enumerate(places) if b > begin and a < begin + len(subject) and b > a]
+    for begin, end in found:
+        inside = [i for i, (a, b) in enumerate(tokens) if b > begin and a < end and b > a]
         if not inside:  # a normaliser may drop characters
             raise InputError(f"subject {subject!r} leaves no token in prompt {prompt!r}; give more of its name")
         out.append((inside[0], inside[-1] + 1))
     return out
 
 
-def subject_span(tokenizer: Any, prompt: str, subject: str, *, last: bool = False) -> tuple[int, int]:
-    """Token range [start, end) of the subject's first (or last) occurrence in the prompt."""
-    return subject_spans(tokenizer, prompt, subject)[-1 if last else 0]
+def subject_span(tokenizer: Any, prompt: str, subject: str, *, occurrence: int = 1) -> tuple[int, int]:
+    """Token range [start, end) of the subject's first occurrence in the prompt, of another by number, or of the last one (-1)."""
+    return subject_spans(tokenizer, prompt, subject)[occurrence - 1 if occurrence > 0 else occurrence]
 
 
 def pad_id(tokenizer: Any) -> int:

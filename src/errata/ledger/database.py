@@ -239,7 +239,7 @@ class Reader:
                 f"there is no edit {number}; " + (f"they are 1 to {most} (`errata ledger log`)" if most else "none was made yet")
             )
         patch = self.db.execute("SELECT patch FROM stack WHERE edit = ? ORDER BY id DESC LIMIT 1", (number,)).fetchone()[0]
-        requests = tuple(EditRequest.from_dict(r) for r in json.loads(row[0]))
+        requests = tuple(EditRequest.restore(r) for r in json.loads(row[0]))
         settings = None if row[2] is None else json.loads(row[2])
         undone = None if row[5] is None else self.event(row[5])
         return Edit(number, requests, row[1], settings, bool(row[3]), patch, self.event(row[4]), undone)

@@ -57,8 +57,10 @@ def names(request: EditRequest, text: str) -> bool:
 
 
 def subject_ends(lm: LM, request: EditRequest, text: str) -> list[int]:
-    """The last token of the subject at each place where a text names it; none where it does not.  A state before is the same whoever is
-    asked about, so no gate can be open there on the edit and shut on a neighbour."""
-    if request.subject is None or request.subject not in text:
+    """The last token of the subject at each place where a text names it (see `names`); none where it does not.
+
+    A state before is the same whoever is asked about, so no gate can be open there on the edit and shut on a neighbour.
+    """
+    if request.subject is None or not names(request, text):
         return []
-    return sorted({end - 1 for _, end in subject_spans(lm.tokenizer, text, request.subject)})
+    return sorted({end - 1 for _, end in subject_spans(lm.tokenizer, text, request.subject, parts=True)})

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Text = Annotated[str, Field(min_length=1, max_length=200_000, pattern=r"\S")]
+Occurrence = Annotated[int, Field(ge=-1_000, le=1_000, description="which of the subject's places in the prompt: 1 the first, -1 the last")]
 Name = Annotated[str, Field(min_length=1, max_length=500, examples=["live"])]
 Zero = Annotated[float, Field(ge=0, le=0, description="not supported: only 0")]
 Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=4)]
@@ -95,13 +96,14 @@ class Fact(StrictModel):
     prompt: Text
     target: Text
     subject: Text | None = None
+    occurrence: Occurrence = 1
     old: Text | None = None
     paraphrases: Annotated[list[Text], Field(max_length=64)] = []
     unrelated: Annotated[list[Annotated[list[Text], Field(min_length=2, max_length=2)]], Field(max_length=64)] = []
     aliases: Annotated[list[Text], Field(max_length=64)] = []
 
 
-FACT = ("prompt", "target", "subject", "old", "paraphrases", "unrelated", "aliases")
+FACT = ("prompt", "target", "subject", "occurrence", "old", "paraphrases", "unrelated", "aliases")
 
 
 class EditPost(StrictModel):
@@ -121,6 +123,7 @@ class EditPost(StrictModel):
     prompt: Text | None = None
     target: Text | None = None
     subject: Text | None = None
+    occurrence: Occurrence = 1
     old: Text | None = None
     paraphrases: Annotated[list[Text], Field(max_length=64)] = []
     unrelated: Annotated[list[Annotated[list[Text], Field(min_length=2, max_length=2)]], Field(max_length=64)] = []

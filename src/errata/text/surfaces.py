@@ -77,7 +77,7 @@ def shuffled(lm: LM, subject: str, most: int = _SHUFFLED, seed: int = 0) -> tupl
     apart: their letters are not the subject's.  A subject of one token has none.
     """
     sentence = f"the {subject}"
-    start, end = subject_span(lm.tokenizer, sentence, subject, last=True)
+    start, end = subject_span(lm.tokenizer, sentence, subject, occurrence=-1)
     ids = lm.tokenizer(sentence)["input_ids"][start:end]
     draw = random.Random(f"shuffled {seed} {subject}")
     orders: Iterable[Sequence[int]]
@@ -164,7 +164,8 @@ def templated(request: EditRequest, relations: Iterable[Sequence[str]]) -> tuple
     """
     if request.subject is None:
         return ()
-    own = request.prompt.strip().replace(request.subject, "{}", 1)
+    begin, end = request.place()
+    own = f"{request.prompt[:begin]}{{}}{request.prompt[end:]}".strip()
     found = next((templates for templates in relations if own in templates), ())
     return tuple(t.replace("{}", request.subject) for t in dict.fromkeys(found) if t != own)
 

@@ -54,7 +54,7 @@ def trace(lm: LM, facts: Sequence[Fact], settings: TraceConfig | None = None, pr
     if not facts:
         raise InputError("there is no fact to trace; give a prompt and its subject")
     encoded = lm.encode([f.prompt for f in facts])
-    spans = [subject_span(lm.tokenizer, f.prompt, f.subject) for f in facts]
+    spans = [subject_span(lm.tokenizer, f.prompt, f.subject, occurrence=f.occurrence) for f in facts]
     window = how.window or default_window(lm.depth)
     deviation = _deviation(lm, encoded, spans)
     found: list[FactTrace] = []

@@ -16,11 +16,15 @@ KINDS: Final = ("hidden", "mlp", "attn")
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """``prompt`` holds ``subject`` (its first occurrence counts); ``answer``: what the model must say for the fact to be traced."""
+    """``prompt`` holds ``subject``, in whole words; ``answer``: what the model must say for the fact to be traced.
+
+    occurrence  which of the subject's places in the prompt counts: 1 the first, -1 the last
+    """
 
     prompt: str
     subject: str
     answer: str | None = None
+    occurrence: int = 1
 
     def __post_init__(self) -> None:
         for name, value in (("prompt", self.prompt), ("subject", self.subject), ("answer", self.answer)):
@@ -28,15 +32,15 @@ class Fact:
                 raise InputError(f"the {name} of a fact to trace must be a text of at least one word, not {value!r}")
             if value is not None and not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
                 raise InputError(f"the {name} of a fact to trace holds half a character (a lone surrogate); write it as UTF-8 text")
-        if self.subject not in self.prompt.rstrip():
-            raise InputError(f"subject {self.subject!r} does not occur in prompt {self.prompt!r}; spell it as the prompt does")
+        asked = EditRequest(self.prompt, self.answer or "?", self.subject, occurrence=self.occurrence)
+        object.__setattr__(self, "subject", asked.subject)
 
     @classmethod
     def of(cls, request: EditRequest) -> Fact:
         """The fact as it stands before the edit: the expected answer is ``old``."""
         if request.subject is None:
             raise InputError(f"the request {request.prompt!r} has no subject; tracing needs to know what the fact is about, add one")
-        return cls(request.prompt, request.subject, request.old)
+        return cls(request.prompt, request.subject, request.old, request.occurrence)
 
 
 @dataclass(frozen=True, slots=True)

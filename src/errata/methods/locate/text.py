@@ -47,13 +47,13 @@ def _sampled(lm: LM, tokens: int, count: int, seed: int) -> list[str]:
 
 
 def subject_end(request: EditRequest, method: str) -> int:
-    """The character of the prompt where its subject ends (first occurrence)."""
+    """The character of the prompt where its subject ends, at the occurrence that is meant."""
     if request.subject is None:
         raise InputError(
             f"{method} edits at the subject's last token; give the subject of {request.prompt!r} (--subject, or the key in JSONL), "
             "or set fact_token=last to edit at the prompt's last token"
         )
-    return request.prompt.find(request.subject) + len(request.subject)
+    return request.place()[1]
 
 
 def place(lm: LM, request: EditRequest, before: Sequence[str], end: str, method: str, fact_token: str) -> list[LocatedText]:

@@ -20,6 +20,7 @@ from errata.core.model import LM
 from errata.core.tokens import joined
 from errata.methods.locate.text import LocatedText, placed, prefixes, subject_end
 from errata.request import EditRequest
+from errata.subjects import places
 from errata.text import surfaces
 from errata.text.corpora import bundled
 from errata.text.surfaces import SurfaceForms
@@ -108,7 +109,8 @@ def _paraphrases(request: EditRequest, fact_token: str) -> list[tuple[str, int]]
     if fact_token == "last":
         return [(text, len(text)) for text in request.paraphrases]
     subject = request.subject or ""
-    return [(text, text.find(subject) + len(subject)) for text in request.paraphrases if subject and subject in text]
+    ends = [(text, places(text, subject)[:1]) for text in request.paraphrases if subject]
+    return [(text, found[0][1]) for text, found in ends if found]
 
 
 def _long(lm: LM, request: EditRequest, seed: int, fact_token: str, name: str) -> list[tuple[str, int]]:
