@@ -143,7 +143,7 @@ REQUESTS = [
     Bad("unknown key", 2, r"r\.jsonl:1: unknown key 'answer'; known keys are prompt", lambda w: w.requests(GOOD[:-1] + ', "answer": "x"}')),
     Bad("missing key", 2, r"r\.jsonl:1: key 'target' is missing", lambda w: w.requests('{"prompt": "a"}')),
     Bad(
-        "subject not in prompt", 2, r"subject 'france' does not occur in prompt", lambda w: w.requests(GOOD[:-1] + ', "subject": "france"}')
+        "subject not in prompt", 2, r"subject 'Spain' does not occur in prompt", lambda w: w.requests(GOOD[:-1] + ', "subject": "Spain"}')
     ),
     Bad("empty target", 2, r"r\.jsonl:1: target is empty", lambda w: w.requests('{"prompt": "a", "target": " "}')),
     Bad("wrong type", 2, r"prompt must be a text, not list", lambda w: w.requests('{"prompt": ["a"], "target": "b"}')),

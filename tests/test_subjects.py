@@ -56,7 +56,7 @@ def test_a_part_of_a_word_is_refused_and_the_word_is_named() -> None:
 
 
 def test_where_a_subject_stands_twice_the_first_counts_or_the_one_that_is_named() -> None:
-    lm = families.lm()
+    lm = families.lm("llama")
     prompt = "Rome is old. The mayor of Rome is"
     ends = {}
     for occurrence in (1, 2, -1):
