@@ -18,9 +18,10 @@ from errata.contrast.nearest import Nearest
 from errata.core.model import LM
 from errata.errors import InputError
 from errata.methods.subspace.baft import BaFT
-from errata.request import Case, EditRequest, Probe, names_in
+from errata.request import Case, EditRequest, Probe
 from errata.run.parts import asked_by, contrasted
 from errata.score import neighbours
+from errata.subjects import names_in
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France")
 

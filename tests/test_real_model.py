@@ -17,9 +17,10 @@ from errata.contrast.contrast import find
 from errata.contrast.names import bundled
 from errata.core import catalogue
 from errata.core.model import LM
-from errata.request import EditRequest, names_in
+from errata.request import EditRequest
 from errata.score.match import starts
 from errata.score.neighbours import watch
+from errata.subjects import names_in
 from errata.text.corpora import open_corpus
 
 SMOLLM = catalogue.KNOWN["smollm2-135m"]

@@ -5,10 +5,8 @@ JSON Lines in and out; an error names file and line.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import InitVar, dataclass
 from pathlib import Path
@@ -16,7 +14,8 @@ from typing import Any
 
 from errata.config import digest
 from errata.errors import InputError
-from errata.subjects import places, spell
+from errata.subjects import names_in, places, spell
+from errata.writing import NO_SPACE
 
 PROBE_KINDS = (
     *("rewrite", "rephrase"),
@@ -36,7 +35,8 @@ SURFACE_KINDS = (
 ROBUST_KINDS = (*SURFACE_KINDS, "statement_true", "statement_false", "negation")
 
 
-_WORDS = re.compile(r"\w+")
+JOINS = {"auto": "", "space": " ", "none": NO_SPACE}
+_USUAL = {"occurrence": 1, "join": "auto"}
 _LISTS = ("paraphrases", "unrelated", "aliases", "contrast")
 
 
@@ -79,6 +79,8 @@ class EditRequest:
     contrast      (prompt, answer) pairs: the prompt about other subjects, and what the base says to it (`errata.contrast`).  They say how
                   the fact is to be written, not what it is, so `id` does not depend on them
     occurrence    which of the subject's places in the prompt is meant: 1 the first, 2 the second …, -1 the last
+    join          what stands between prompt and target: "auto" (a space, or nothing where one writes none: `errata.writing.seam`),
+                  "space" or "none"
     restored      this was a request before (`restore`): it stays as it is, also where today a new one would be refused
     """
 
@@ -91,6 +93,7 @@ class EditRequest:
     aliases: tuple[str, ...] = ()
     contrast: tuple[tuple[str, str], ...] = ()
     occurrence: int = 1
+    join: str = "auto"
     restored: InitVar[bool] = False
 
     def __post_init__(self, restored: bool) -> None:
@@ -108,6 +111,8 @@ class EditRequest:
             object.__setattr__(self, name, _pairs(name, getattr(self, name)))
         if type(self.occurrence) is not int or self.occurrence == 0:
             raise InputError(f"occurrence must be 1 for the subject's first place, 2 …, or -1 for its last, not {self.occurrence!r}")
+        if self.join not in JOINS:
+            raise InputError(f"join must be one of {', '.join(JOINS)}, not {self.join!r}")
         if self.subject is not None and not restored:
             object.__setattr__(self, "subject", spell(self.prompt, self.subject))
             self.place()
@@ -126,6 +131,11 @@ class EditRequest:
             times = f"{len(found)} times in whole words"
             raise InputError(f"subject {self.subject!r} stands {times} in prompt {self.prompt!r}: no occurrence {self.occurrence}")
         return found[number]
+
+    @property
+    def continuation(self) -> str:
+        """The target as it is tokenised behind a prompt (`errata.core.tokens.join`): with what ``join`` says in front."""
+        return JOINS[self.join] + (self.target if self.join == "auto" else self.target.strip())
 
     @property
     def id(self) -> str:
@@ -147,8 +157,7 @@ class EditRequest:
             out["aliases"] = list(self.aliases)
         if self.contrast:
             out["contrast"] = [list(pair) for pair in self.contrast]
-        if self.occurrence != 1:
-            out["occurrence"] = self.occurrence
+        out |= {key: value for key, value in (("occurrence", self.occurrence), ("join", self.join)) if value != _USUAL[key]}
         return out
 
     @classmethod
@@ -190,17 +199,6 @@ def _filled_name(request: EditRequest, prompt: str) -> str | None:
     if len(prompt) <= len(before) + len(after) or not (prompt.startswith(before) and prompt.endswith(after)):
         return None
     return prompt[len(before) : len(prompt) - len(after)]
-
-
-def names_in(text: str, names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that stand in the text as whole words."""
-    inside = f" {_words(text)} "
-    return [name for name in names if (words := _words(name)) and f" {words} " in inside]
-
-
-@functools.lru_cache(1 << 15)
-def _words(text: str) -> str:
-    return " ".join(_WORDS.findall(text.casefold()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,29 +1,24 @@
 """Where a subject stands in a text: as whole words, in the text's own casing.
 
-A name's edge may not lie between two letters or digits: "Franc" does not stand in "France", but "France" does in "France's" and in
-"anti-France".  Scripts that put no space between words (Chinese, Japanese, Thai …) have no such edges, so there any place will do.
+A name's edge may not lie inside a word (`errata.writing`): "Franc" does not stand in "France", but "France" does in "France's" and in
+"anti-France", and "法国" in "法国的".
 """
 
 from __future__ import annotations
 
+import functools
 import re
-import unicodedata
+from collections.abc import Iterable
 
 from errata.errors import InputError
+from errata.writing import inside_word
 
-_UNSPACED = re.compile("CJK |HIRAGANA |KATAKANA|BOPOMOFO |HANGUL |THAI |LAO |KHMER |MYANMAR |TIBETAN |YI |JAVANESE |BALINESE ")
-
-
-def _inside_word(left: str, right: str) -> bool:
-    """Whether two characters side by side belong to one word: a letter or digit and one more, or a mark on the first."""
-    if unicodedata.combining(right) or unicodedata.category(right) == "Mc":
-        return True
-    return all((c.isalnum() or unicodedata.category(c)[0] == "M") and not _UNSPACED.match(unicodedata.name(c, "")) for c in (left, right))
+_WORDS = re.compile(r"\w+")
 
 
 def _is_whole(text: str, begin: int, end: int) -> bool:
     edges = [at for at in (begin, end) if 0 < at < len(text)]
-    return not any(_inside_word(text[at - 1], text[at]) for at in edges)
+    return not any(inside_word(text[at - 1], text[at]) for at in edges)
 
 
 def places(text: str, subject: str, *, parts: bool = False) -> list[tuple[int, int]]:
@@ -50,10 +45,21 @@ def spell(prompt: str, subject: str) -> str:
         return prompt[slice(*whole[0])]
     if otherwise:
         begin, end = otherwise[0]
-        while begin and _inside_word(prompt[begin - 1], prompt[begin]):
+        while begin and inside_word(prompt[begin - 1], prompt[begin]):
             begin -= 1
-        while end < len(prompt) and _inside_word(prompt[end - 1], prompt[end]):
+        while end < len(prompt) and inside_word(prompt[end - 1], prompt[end]):
             end += 1
         name = prompt[begin:end]
         raise InputError(f"subject {subject!r} is a part of a word of prompt {prompt!r}; give the whole name, perhaps {name!r}")
     raise InputError(f"subject {subject!r} does not occur in prompt {prompt!r}; spell it as the prompt does")
+
+
+def names_in(text: str, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that stand in the text as whole words."""
+    inside = f" {_words(text)} "
+    return [name for name in names if (words := _words(name)) and f" {words} " in inside]
+
+
+@functools.lru_cache(1 << 15)
+def _words(text: str) -> str:
+    return " ".join(_WORDS.findall(text.casefold()))

@@ -130,7 +130,7 @@ def limits(lm: LM, requests: Sequence[EditRequest], patches: Sequence[Patch]) ->
         stacks = [(dataclasses.replace(patch.scale(s / STEPS), replaces=()),) for s in range(STEPS + 1)]
         batch = lm.batch(lm.encode([request.prompt] * len(stacks)))
         said = lm.logits(batch, stacks, range(len(stacks)))[:, -1].argmax(-1).tolist()
-        wanted = lm.encode([request.prompt], [request.target])[0].target[0]
+        wanted = lm.encode([request.prompt], [request.continuation])[0].target[0]
         failing = [s for s, token in enumerate(said) if token != wanted]
         moved = [s for s, token in enumerate(said) if token != said[0]]
         least = None if said[-1] != wanted else (failing[-1] + 1) / STEPS if failing else 0.0

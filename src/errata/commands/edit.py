@@ -11,7 +11,7 @@ from errata import registry
 from errata.commands import common, files, neighbours
 from errata.commands.screen import Progress, Screen, as_json, said
 from errata.errors import ConfigError
-from errata.request import EditRequest, read_requests
+from errata.request import JOINS, EditRequest, read_requests
 
 if TYPE_CHECKING:
     from errata.contrast.names import Names
@@ -38,6 +38,12 @@ def request_options(out: argparse.ArgumentParser) -> None:
     out.add_argument("--target", help="the new answer")
     out.add_argument("--subject", help="what the fact is about, in whole words of the prompt")
     common.occurrence_option(out)
+    out.add_argument(
+        "--join",
+        choices=JOINS,
+        default="auto",
+        help="what stands between prompt and target: a space, none, or (auto) what one writes there; --debug shows the tokens",
+    )
     out.add_argument("--requests", metavar="FILE.jsonl", help="many edits: one JSON object a line, with prompt, target and maybe subject …")
     common.chat_option(out, "train and ask each prompt")
     out.add_argument("--method", default="baft", help="see `errata methods` (baft)")
@@ -60,7 +66,7 @@ def requests(args: argparse.Namespace) -> list[EditRequest]:
         return read_requests(args.requests)
     if args.prompt is None or args.target is None:
         raise ConfigError("nothing to edit; give --prompt and --target, or --requests FILE.jsonl")
-    return [EditRequest(args.prompt, args.target, args.subject, occurrence=args.occurrence)]
+    return [EditRequest(args.prompt, args.target, args.subject, occurrence=args.occurrence, join=args.join)]
 
 
 def _steps(progress: Progress, stage: str, editor: Any) -> Callable[[int, int, float], None]:
@@ -102,6 +108,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     lm = common.load(args)
     wanted = common.edited(lm, given, args.chat)
     editor = kind.for_model(lm, **chosen)
+    if args.debug:
+        _show_tokens(lm, wanted, screen)
     began = time.perf_counter()
     with screen.progress() as progress:
         common.prepare(editor, lm, progress)
@@ -118,6 +126,14 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             files.write(folder / files.INDEX, as_json(document) + "\n")
     screen.document(document)
     _show(screen, document, args)
+
+
+def _show_tokens(lm: LM, wanted: list[EditRequest], screen: Screen) -> None:
+    """What is trained: the tokens of each prompt with its target, and where the target begins."""
+    for request, row in zip(wanted, lm.encode([r.prompt for r in wanted], [r.continuation for r in wanted]), strict=True):
+        ids = (row.ids[: row.prompt_length], row.target)
+        prompt, target = (" ".join(repr(lm.tokenizer.decode([i])) for i in part) for part in ids)
+        screen.say(f"trained, {request.prompt!r} -> {request.target!r}: {prompt} -> {target}")
 
 
 def _document(

@@ -13,7 +13,8 @@ from errata.contrast.names import COUNT, Names, may_train, of_model
 from errata.contrast.nearest import Candidate, Nearest
 from errata.core.bank import Stack
 from errata.core.model import LM
-from errata.request import EditRequest, names_in
+from errata.request import EditRequest
+from errata.subjects import names_in
 
 _CONFIDENT = 0.15  # probability of the base's first token
 _DOUBTFUL = 0.05  # the least, where too few are answered with confidence

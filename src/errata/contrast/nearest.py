@@ -20,8 +20,9 @@ from errata.core.decode import PrefilledBatch, decode, detokenize
 from errata.core.model import LM, STOPS
 from errata.core.patch import Site
 from errata.core.read import activation_hooks, read_activations
-from errata.request import EditRequest, fill, names_in
+from errata.request import EditRequest, fill
 from errata.storage import cache_folder, write_atomic
+from errata.subjects import names_in
 
 _CANDIDATES = 96  # names that are looked at
 _ENOUGH = 40  # names of one kind, below which a subject's other kinds are looked at as well

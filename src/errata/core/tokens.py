@@ -17,6 +17,7 @@ from torch import Tensor
 from errata.core.chat import apply_chat_template, is_exact, is_rendered
 from errata.errors import InputError
 from errata.subjects import places, spell
+from errata.writing import NO_SPACE, seam
 
 IGNORE_INDEX = -100
 
@@ -45,14 +46,18 @@ class Batch:
         return Batch(self.ids.to(device), self.mask.to(device), self.prompt_lengths.to(device))
 
 
-def join(prompt: str, target: str, separator: str = " ") -> tuple[str, int]:
-    """(text, character where the prompt ends): trailing space of the prompt and leading space of the target become one ``separator``."""
-    prompt, target = prompt.rstrip(), target.strip()
+def join(prompt: str, target: str) -> tuple[str, int]:
+    """(text, character where the prompt ends): the two as one writes them (`errata.writing.seam`).
+
+    Space at the prompt's end or the target's beginning is one space; a target that begins with `NO_SPACE` follows at once.
+    """
+    given = " " if prompt[-1:].isspace() or target[:1].isspace() else "" if target[:1] == NO_SPACE else None
+    prompt, target = prompt.rstrip(), target.lstrip(NO_SPACE).strip()
     if not prompt:
         raise InputError("the prompt is empty; give at least one word")
     if not target:
         raise InputError(f"the target of prompt {prompt!r} is empty; give the new answer")
-    return f"{prompt}{separator}{target}", len(prompt)
+    return f"{prompt}{seam(prompt, target) if given is None else given}{target}", len(prompt)
 
 
 def trim(tokenizer: Any, prompt: str) -> str:
@@ -60,19 +65,17 @@ def trim(tokenizer: Any, prompt: str) -> str:
     return prompt if is_exact(tokenizer, prompt) else prompt.rstrip()
 
 
-def joined(tokenizer: Any, prompt: str, target: str, separator: str = " ", chat: bool = False) -> tuple[str, int]:
-    """`join`, but a prompt that is tokenised as it stands keeps its whitespace, which then is the separator; a chat has none."""
-    text, seam = join(prompt, target, separator)
+def joined(tokenizer: Any, prompt: str, target: str, chat: bool = False) -> tuple[str, int]:
+    """`join`, but a prompt that is tokenised as it stands keeps its whitespace, which then is what stands between; a chat has none."""
+    text, end = join(prompt, target)
     chat = chat or is_rendered(tokenizer, prompt)
     if not (chat or is_exact(tokenizer, prompt)):
-        return text, seam
-    between = "" if chat or prompt[-1:].isspace() else separator
-    return f"{prompt}{between}{target.strip()}", len(prompt)
+        return text, end
+    behind = text[end:].lstrip() if chat or prompt[-1:].isspace() else text[end:]
+    return f"{prompt}{behind}", len(prompt)
 
 
-def encode(
-    tokenizer: Any, prompts: Sequence[str], targets: Sequence[str] | None = None, *, chat: bool = False, separator: str = " "
-) -> list[Encoded]:
+def encode(tokenizer: Any, prompts: Sequence[str], targets: Sequence[str] | None = None, *, chat: bool = False) -> list[Encoded]:
     """Tokenise prompts, or prompts with targets in one piece.
 
     ``chat``: wrap each prompt in the tokenizer's chat template (which brings its own special tokens, so none are added).  A prompt that is
@@ -87,17 +90,17 @@ def encode(
         texts = [p if own else p.rstrip() for p, own in zip(prompts, exact, strict=True)]
         ids = _tokenise(tokenizer, texts, exact, "input_ids")
         return [_whole(tokenizer, p, row, own) for p, (row,), own in zip(prompts, ids, exact, strict=True)]
-    pairs = [joined(tokenizer, p, t, separator, chat) for p, t in zip(prompts, targets, strict=True)]
+    pairs = [joined(tokenizer, p, t, chat) for p, t in zip(prompts, targets, strict=True)]
     if not tokenizer.is_fast:
-        return [_by_prefix(tokenizer, text, seam, own) for (text, seam), own in zip(pairs, exact, strict=True)]
+        return [_by_prefix(tokenizer, text, end, own) for (text, end), own in zip(pairs, exact, strict=True)]
     keys = ("input_ids", "offset_mapping", "special_tokens_mask")
     found = _tokenise(tokenizer, [text for text, _ in pairs], exact, *keys, return_offsets_mapping=True, return_special_tokens_mask=True)
     out = []
-    for (text, seam), (row, spans, special) in zip(pairs, found, strict=True):
+    for (text, behind), (row, spans, special) in zip(pairs, found, strict=True):
         end = len(row)
         while end and special[end - 1] and spans[end - 1][1] == 0:  # an EOS the tokenizer puts after every text
             end -= 1
-        start = next((i for i in range(end) if spans[i][1] > seam), end)
+        start = next((i for i in range(end) if spans[i][1] > behind), end)
         if start == end or start == 0:
             raise InputError(f"{text!r} leaves no token for the {'target' if start else 'prompt'}")
         out.append(Encoded(tuple(row[:end]), start))
@@ -132,9 +135,9 @@ def _whole(tokenizer: Any, prompt: str, row: Sequence[int], exact: bool) -> Enco
     return Encoded(ids, len(ids))
 
 
-def _by_prefix(tokenizer: Any, text: str, seam: int, exact: bool) -> Encoded:
+def _by_prefix(tokenizer: Any, text: str, end: int, exact: bool) -> Encoded:
     """A tokenizer without offsets: the prompt is what both tokenisations share."""
-    both, alone = (tokenizer(t, add_special_tokens=not exact)["input_ids"] for t in (text, text[:seam]))
+    both, alone = (tokenizer(t, add_special_tokens=not exact)["input_ids"] for t in (text, text[:end]))
     start = next((i for i, (a, b) in enumerate(zip(both, alone, strict=False)) if a != b), min(len(both), len(alone)))
     if start in (0, len(both)):
         raise InputError(f"{text!r} leaves no token for the target")

@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Final
 
+from errata.writing import inside_word, is_unspaced
+
 _ARTICLES: Final = frozenset({"a", "an", "the"})
 
 
@@ -58,7 +60,6 @@ def first_word(text: str) -> str:
 
 
 _SKIPPED: Final = f"(?:(?:{'|'.join(sorted(_ARTICLES))}) )*"
-_UNSPACED: Final = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")  # as Unicode names them
 
 
 def _readings(text: str, answer: str) -> Iterator[tuple[str, str]]:
@@ -91,4 +92,4 @@ def _ends(words: str, at: int) -> bool:
     before, behind = words[at - 1 : at] if at else "", words[at : at + 1]
     if not before.strip() or not behind.strip():
         return True
-    return not unicodedata.category(behind).startswith("M") and any(unicodedata.name(c, "").startswith(_UNSPACED) for c in (before, behind))
+    return (is_unspaced(before) or is_unspaced(behind)) and not inside_word(before, behind)

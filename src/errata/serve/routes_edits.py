@@ -160,7 +160,7 @@ def _window(service: Service, requests: list[EditRequest]) -> None:
     )
     for request in requests:
         prompts = [request.prompt, *request.paraphrases]
-        longest = max(len(e.ids) for e in service.lm.encode(prompts, [request.target] * len(prompts)))
+        longest = max(len(e.ids) for e in service.lm.encode(prompts, [request.continuation] * len(prompts)))
         if longest > limit:
             raise APIError(
                 400, f"{request.prompt[:80]!r} and its target have {longest} tokens, {limit} fit", "context_length_exceeded", "prompt"

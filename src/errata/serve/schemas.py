@@ -97,13 +97,14 @@ class Fact(StrictModel):
     target: Text
     subject: Text | None = None
     occurrence: Occurrence = 1
+    join: Literal["auto", "space", "none"] = "auto"
     old: Text | None = None
     paraphrases: Annotated[list[Text], Field(max_length=64)] = []
     unrelated: Annotated[list[Annotated[list[Text], Field(min_length=2, max_length=2)]], Field(max_length=64)] = []
     aliases: Annotated[list[Text], Field(max_length=64)] = []
 
 
-FACT = ("prompt", "target", "subject", "occurrence", "old", "paraphrases", "unrelated", "aliases")
+FACT = ("prompt", "target", "subject", "occurrence", "join", "old", "paraphrases", "unrelated", "aliases")
 
 
 class EditPost(StrictModel):
@@ -124,6 +125,7 @@ class EditPost(StrictModel):
     target: Text | None = None
     subject: Text | None = None
     occurrence: Occurrence = 1
+    join: Literal["auto", "space", "none"] = "auto"
     old: Text | None = None
     paraphrases: Annotated[list[Text], Field(max_length=64)] = []
     unrelated: Annotated[list[Annotated[list[Text], Field(min_length=2, max_length=2)]], Field(max_length=64)] = []

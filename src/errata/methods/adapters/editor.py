@@ -161,7 +161,7 @@ class AdapterEditor(OutputTermEditor):
             return []
         requests = self.contrasted_each(lm, requests, on)
         under, before = self._split(lm, on)
-        texts = [(i, text, r.target + self.end) for i, r in enumerate(requests) for text in ways_to_ask(lm, r, self.prefixes)]
+        texts = [(i, text, r.continuation + self.end) for i, r in enumerate(requests) for text in ways_to_ask(lm, r, self.prefixes)]
         tokens = [0] * len(requests)
         for (i, _, _), row in zip(texts, lm.encode([t for _, t, _ in texts], [t for _, _, t in texts]), strict=True):
             tokens[i] = max(tokens[i], len(row.ids))

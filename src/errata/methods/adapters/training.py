@@ -51,7 +51,7 @@ class Training:
         for site, sizes in self.editor.shapes(self.lm).items():
             self.groups.setdefault(sizes, []).append(site)
         sites = [site for own in self.groups.values() for site in own]
-        texts = [[(text, r.target) for r in rs for text in ways_to_ask(self.lm, r, self.editor.prefixes)] for rs in self.problems]
+        texts = [[(text, r.continuation) for r in rs for text in ways_to_ask(self.lm, r, self.editor.prefixes)] for rs in self.problems]
         rows = [row for own in texts for row in own]
         device = self.lm.device
         encoded = self.lm.encode([text for text, _ in rows], [target + self.editor.end for _, target in rows])

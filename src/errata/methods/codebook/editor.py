@@ -29,7 +29,7 @@ def read_keyed_texts(
 ) -> list[list[KeyedText]]:
     """Prompts and paraphrases of each patch's requests, in order, with their keys under ``on``; one pass over all, and one over the
     prompts of their contrast pairs where these are asked for."""
-    texts = [[(i, text, r.target + end) for i, r in enumerate(rs) for text in (r.prompt, *r.paraphrases)] for rs in problems]
+    texts = [[(i, text, r.continuation + end) for i, r in enumerate(rs) for text in (r.prompt, *r.paraphrases)] for rs in problems]
     flat = [text for own in texts for text in own]
     if not flat:
         return []

@@ -107,7 +107,7 @@ class FineTuneEditor(OutputTermEditor):
         """A patch for each request, as if it were made alone on ``on``; trained together, in batches of like length, a batch a core."""
         on = active_patches(tuple(on))
         requests = self.contrasted_each(lm, requests, on)
-        encoded = self.encode(lm, [r.prompt for r in requests], [r.target for r in requests])
+        encoded = self.encode(lm, [r.prompt for r in requests], [r.continuation for r in requests])
 
         def train(model: LM, members: list[int], progress: Progress) -> list[Patch]:
             return DenseTraining(self, model, [[requests[i]] for i in members], on, runner).run(progress)

@@ -18,6 +18,7 @@ from errata.core.tokens import Encoded
 from errata.errors import ConfigError
 from errata.methods.finetune.editor import FineTuneEditor
 from errata.methods.finetune.training import Objective, PromptLast
+from errata.writing import NO_SPACE
 
 # What is errata's own in `FTM`, as EasyEdit has it
 _PLAIN: dict[str, Any] = {
@@ -54,7 +55,7 @@ class FTL(FineTuneEditor):
         encoded = self.encode(lm, prompts, targets)
         ids = [e.target for e in encoded]
         if self.target_ids == "alone":
-            ids = [tuple(row) for row in lm.tokenizer([f" {t.strip()}" for t in targets])["input_ids"]]
+            ids = [tuple(row) for row in lm.tokenizer([f" {t.lstrip(NO_SPACE).strip()}" for t in targets])["input_ids"]]
         return PromptLast(lm, encoded, ids)
 
 

@@ -108,7 +108,7 @@ class DenseTraining:
         self.blocks = self.editor.target_layers(self.lm)
         requests = [(i, r) for i, rs in enumerate(self.problems) for r in rs]
         asked = [(n, i, r, text) for n, (i, r) in enumerate(requests) for text in ways_to_ask(self.lm, r, self.editor.prefixes)]
-        pairs = [(i, text, r.target) for _, i, r, text in asked]
+        pairs = [(i, text, r.continuation) for _, i, r, text in asked]
         self.sizes = [sum(1 for j, _, _ in pairs if j == i) for i in range(len(self.problems))]
         self.owner = torch.tensor([i for i, _, _ in pairs], device=self.lm.device)
         self.batches = max((-(-n // self.editor.batch_size) for n in self.sizes), default=0)

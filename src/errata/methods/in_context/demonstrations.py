@@ -9,8 +9,9 @@ from typing import Any
 
 from errata.core.chat import user_words
 from errata.core.model import LM
-from errata.methods.in_context.text import block_for, vectors
+from errata.methods.in_context.text import beside, block_for, vectors
 from errata.request import EditRequest, read_requests
+from errata.writing import NO_SPACE
 
 KINDS = ("copy", "paraphrase", "unrelated")
 PACKAGED = {"almanac": Path(__file__).parent / "almanac_demonstrations.jsonl"}
@@ -27,10 +28,12 @@ def shots(lm: LM, shot: str, requests: Sequence[EditRequest]) -> list[tuple[str,
     out: dict[str, str] = {}
     words = functools.partial(user_words, lm.tokenizer)
     for r in requests:
-        pairs = [("copy", r.prompt, r.target), *(("paraphrase", p, r.target) for p in r.paraphrases)]
+        pairs = [("copy", r.prompt, r.continuation), *(("paraphrase", p, r.continuation) for p in r.paraphrases)]
         pairs += [("unrelated", prompt, answer) for prompt, answer in r.unrelated]
         for kind, query, answer in pairs:
-            text = shot.format(prompt=words(r.prompt), target=r.target.strip(), query=words(query), answer=answer.strip())
+            own = beside(beside(shot, ("prompt", "target"), words(r.prompt), r.continuation), ("query", "answer"), words(query), answer)
+            answer = answer.lstrip(NO_SPACE).strip()
+            text = own.format(prompt=words(r.prompt), target=r.target.strip(), query=words(query), answer=answer)
             out.setdefault(text, kind)
     return [(kind, text) for text, kind in out.items()]
 

@@ -15,7 +15,7 @@ from errata.core.patch import Patch
 from errata.core.tail import Tail
 from errata.errors import ConfigError
 from errata.methods.base import Editor
-from errata.methods.in_context.text import blank
+from errata.methods.in_context.text import beside, blank
 from errata.request import EditRequest
 
 
@@ -46,7 +46,9 @@ class InContextEditor(Editor):
 
     def facts(self, lm: LM, requests: Sequence[EditRequest]) -> list[str]:
         """Facts as text: of a prompt in the chat template, the user's words."""
-        return [self.fact.format(prompt=user_words(lm.tokenizer, r.prompt), target=r.target.strip()) for r in requests]
+        asked = [(user_words(lm.tokenizer, r.prompt), r) for r in requests]
+        templates = [beside(self.fact, ("prompt", "target"), words, r.continuation) for words, r in asked]
+        return [fact.format(prompt=words, target=r.target.strip()) for fact, (words, r) in zip(templates, asked, strict=True)]
 
     def edit(
         self, lm: LM, requests: Sequence[EditRequest], *, on: Stack = (), runner: Any = Tail, progress: Progress | None = None

@@ -13,7 +13,7 @@ from errata.core.chat import bos_opens_turns
 from errata.core.embed import embed
 from errata.core.model import LM
 from errata.core.patch import PROMPT, Op
-from errata.core.tokens import Encoded, pieces
+from errata.core.tokens import Encoded, join, pieces
 from errata.errors import ConfigError, ModelError
 
 AT_ONCE = 64  # texts of one pass
@@ -29,6 +29,13 @@ def blank(name: str, field: str, template: str, names: Sequence[str]) -> None:
         raise ConfigError(f"{name}: {field} {template!r} is no template ({error}); write a brace as two") from None
     if found != set(names):
         raise ConfigError(f"{name}: {field} must have the blanks {', '.join('{' + n + '}' for n in names)}; got {template!r}")
+
+
+def beside(template: str, blanks: tuple[str, str], prompt: str, target: str) -> str:
+    """The template with its two blanks, where a space alone parts them, as one writes this prompt and target (`tokens.join`)."""
+    spaced, tight = (between.join(f"{{{name}}}" for name in blanks) for between in (" ", ""))
+    text, end = join(prompt, target)
+    return template if text[end : end + 1].isspace() else template.replace(spaced, tight)
 
 
 def block_for(lm: LM, editor: Any) -> int:

@@ -60,7 +60,7 @@ def place(lm: LM, request: EditRequest, before: Sequence[str], end: str, method:
     """The prompt with its target behind each of the prefixes, tokenised in one piece."""
     stop = len(request.prompt) if fact_token == "last" else subject_end(request, method)
     texts = [behind(lm.tokenizer, prefix, request.prompt) for prefix in before]
-    return placed(lm, texts, [len(prefix) + stop for prefix in before], request.target + end)
+    return placed(lm, texts, [len(prefix) + stop for prefix in before], request.continuation + end)
 
 
 def placed(lm: LM, texts: Sequence[str], stops: Sequence[int], target: str | None = None) -> list[LocatedText]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from errata.core.chat import behind, is_exact
+from errata.core.chat import behind
 from errata.core.model import LM
 from errata.core.tokens import joined
 from errata.methods.locate.text import LocatedText, placed, prefixes, subject_end
@@ -144,13 +144,13 @@ def _away(
     kinds.append([LocatedText(row, at) for row in lm.encode(lines) for at in range(len(row.ids))])
     kinds.append([place for other in own.sample(list(others), min(count, len(others))) for place in _named(lm, other, fact_token, name)])
     kinds = [kind for kind in (_within(lm, kind) for kind in kinds) if kind]
-    itself = placed(lm, [request.prompt], [end_of(request, None, fact_token, name)], request.target)[0]
+    itself = placed(lm, [request.prompt], [end_of(request, None, fact_token, name)], request.continuation)[0]
     rest = [replace(itself, at=i) for i in range(len(itself.row.ids)) if i != itself.at]
     return [*(rest[i % len(rest)] for i in range(OWN)), *(own.choice(kinds[i % len(kinds)]) for i in range(count))]
 
 
 def _told(lm: LM, prompt: str, answer: str) -> str:
-    return joined(lm.tokenizer, prompt, answer)[0] if is_exact(lm.tokenizer, prompt) else f"{prompt} {answer}"
+    return joined(lm.tokenizer, prompt, answer)[0]
 
 
 def _named(lm: LM, request: EditRequest, fact_token: str, name: str) -> list[LocatedText]:

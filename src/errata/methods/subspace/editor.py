@@ -156,7 +156,7 @@ class SubspaceEditor(OutputTermEditor):
 
     def _each(self, lm: LM, groups: Sequence[Sequence[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
         """A patch for each group of requests, trained together, in batches of like length, a batch a core."""
-        encoded = [lm.encode([r.prompt for r in group], [r.target + self.end for r in group]) for group in groups]
+        encoded = [lm.encode([r.prompt for r in group], [r.continuation + self.end for r in group]) for group in groups]
         suited = [self.suited(group) for group in groups]
         kinds = [(editor.at_subject, len(group) > 1) for editor, group in zip(suited, groups, strict=True)]
 

@@ -87,7 +87,7 @@ class Training:
         self.sample_owner = torch.tensor([i for i, _ in samples], dtype=torch.long, device=device)
         self.samples = torch.tensor([float(len(rs)) for rs in self.problems], device=device)
         self.owner = self.sample_owner[self.sample]
-        self.encoded = encoded = self.lm.encode([text for _, _, text in rows], [r.target + self.editor.end for _, r, _ in rows])
+        self.encoded = encoded = self.lm.encode([text for _, _, text in rows], [r.continuation + self.editor.end for _, r, _ in rows])
         gated = self.editor.gate_kind != "none"  # gates are looked at on every output token, also on the last, which predicts nothing
         starts, self.opens = self._places(rows, encoded)  # opens: of each row, the tokens whose gates are to be open
         cut_rows = split_rows_at(encoded, starts, pad_id(self.lm.tokenizer), device, final=gated)

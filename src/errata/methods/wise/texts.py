@@ -39,7 +39,7 @@ class Texts:
         """``contrast``: the request's contrast pairs should not be touched either."""
         prompts = [behind(lm.tokenizer, f"{context} " if context else "", request.prompt) for context in before]
         prompts = [p if is_exact(lm.tokenizer, p) else p.strip() for p in prompts]
-        edit = lm.encode(prompts, [request.target + end] * len(prompts))
+        edit = lm.encode(prompts, [request.continuation + end] * len(prompts))
         beside = _pairs(lm, request.contrast if contrast else ())
         if request.unrelated:
             return cls(edit, _pairs(lm, request.unrelated) + beside)
