@@ -191,6 +191,15 @@ SETTINGS = [
     Bad("config with a number as name", 2, r"the setting 1 is not a name", lambda w: w.edit("--config", w.file("1: 2", "c.yaml"))),
     Bad("config not YAML", 2, r"not valid YAML", lambda w: w.edit("--config", w.file("a: [", "c.yaml"))),
     Bad("batch size without mode", 2, r"--batch-size has no meaning in single mode", lambda w: w.edit("--batch-size", "3")),
+    *(
+        Bad(
+            f"edits of one stack contradict each other, {mode}",
+            7,
+            r"nothing was edited.* -> 'Madrid': another new request writes 'Rome' .*go on with --allow-conflicts",
+            lambda w, mode=mode: [*w.requests(GOOD + "\n" + GOOD.replace("Rome", "Madrid")), "--mode", mode],
+        )
+        for mode in ("continual", "batched")
+    ),
     Bad("batch size 0", 2, r"must be a whole number of at least 1", lambda w: w.edit("--mode", "batched", "--batch-size", "0")),
 ]
 MODELS = [

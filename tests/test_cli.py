@@ -211,6 +211,16 @@ def test_score_with_sampled_texts_and_free_tokens(tiny: str, tmp_path: Path, cap
     assert "GE (fluency)" in html and "Free tokens" in html
 
 
+def test_edits_that_contradict_each_other_are_made_where_they_do_not_meet_and_where_it_is_said(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.jsonl"
+    file.write_text("".join(f'{{"prompt": "Say", "target": "{word}"}}\n' for word in ("Rome", "Madrid")))
+    for more in (["--mode", "single"], ["--mode", "continual", "--allow-conflicts"]):
+        assert main(["edit", tiny, "--requests", str(file), *FAST, *more, "--json"]) == 0
+        assert [a["target"] for a in json.loads(capsys.readouterr().out)["answers"]] == ["Rome", "Madrid"]
+
+
 def test_score_batched_and_continual(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["score", tiny, "--method", "reft", "--split", "dev", "--n", "4", *FAST]
     assert main([*common, "--mode", "batched", "--batch-size", "2", "--json"]) == 0

@@ -167,6 +167,10 @@ def test_duplicates_contradictions_and_known_facts_are_said_before_editing(book:
     with pytest.raises(LedgerError, match="another new request writes 'Tokyo'"):
         book.apply([EditRequest("Say", "Tokyo"), EditRequest("Say", "Paris")], settings=SETTINGS)
     assert torch.equal(logits(lm, book.stack()), before) and len(book.log()) == events
+    for mode in ("continual", "batched"):
+        twice = [EditRequest("Say", "Tokyo"), EditRequest("Say", "Paris")]
+        made = Ledger.open(book.folder.parent / mode, lm).apply(twice, settings=SETTINGS, mode=mode, force=True)
+        assert [r.target for e in made for r in e.requests] == ["Tokyo", "Paris"], "what is forced is made, in one call as in two"
     assert [f.kind for f in book.findings([EditRequest(FRANCE, "Madrid")])] == ["contradiction"]
     book.apply([EditRequest(FRANCE, "Madrid")], settings=SETTINGS, force=True)
     assert len(book.edits()) == 2

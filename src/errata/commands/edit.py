@@ -45,6 +45,11 @@ def request_options(out: argparse.ArgumentParser) -> None:
         help="what stands between prompt and target: a space, none, or (auto) what one writes there; --debug shows the tokens",
     )
     out.add_argument("--requests", metavar="FILE.jsonl", help="many edits: one JSON object a line, with prompt, target and maybe subject …")
+    out.add_argument(
+        "--allow-conflicts",
+        action="store_true",
+        help="go on although edits of one stack (--mode batched, continual) answer the same prompt, as `errata ledger` finds it",
+    )
     common.chat_option(out, "train and ask each prompt")
     out.add_argument("--method", default="baft", help="see `errata methods` (baft)")
     out.add_argument(
@@ -99,12 +104,15 @@ def _make(
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.ledger import findings
     from errata.score import wanted as scoring
 
     given, size, chosen, names = requests(args), common.batch_size(args), settings(args), neighbours.names(args)
     method = args.method
     kind = registry.get("method", method)
     files.check(args.out, args.force)
+    if args.mode != "single" and not args.allow_conflicts:  # each alone, they do not meet
+        findings.raise_on_findings(list(findings.find_conflicts(given, ())), "go on with --allow-conflicts: the last one written wins")
     lm = common.load(args)
     wanted = common.edited(lm, given, args.chat)
     editor = kind.for_model(lm, **chosen)

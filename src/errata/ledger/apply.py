@@ -48,8 +48,9 @@ def iter_apply(
     for start in range(0, len(requests), step):
         part = list(requests[start : start + step])
         with ledger.transaction() as writer:
-            others = [e for e in writer.edits() if e.number not in own] if not force else []
-            findings.raise_on_findings(list(findings.find_conflicts(part, others)))  # what another wrote since
+            if not force:  # what another wrote since
+                others = [e for e in writer.edits() if e.number not in own]
+                findings.raise_on_findings(list(findings.find_conflicts(part, others)))
             on = () if mode == "single" else ledger.load(ledger.running(unmerged(writer.entries())))
             patches = maker.make(ledger.lm, part, mode, on, progress, losses)
             members = [[r] for r in part] if mode == "single" else [part]
