@@ -158,12 +158,13 @@ class Plan:
     """Banks per site, in the order they run; what stands in front of prompts; and, while a call is on, its context."""
 
     banks: dict[Site, list[Bank]] = field(default_factory=dict)
-    prompt_lengths: Tensor | None = None  # None: a raw call; the prompt ends where the first chunk's mask ends
+    prompt_lengths: Tensor | None = None  # None: a raw call, which says itself where the prompt ends (`errata.core.hooks`)
     recorded: dict[tuple[Site, str], Tensor] | None = None
     context: ForwardContext | None = None
     decisions: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # of the text that runs (see `ForwardContext.decisions`)
     enabled: bool = True
     inserter: ContextInserter | None = None
+    reads_prompt_end: bool = False  # whether an op acts or decides by where the prompt ends
 
     def add(self, bank: Bank) -> None:
         self.banks.setdefault(bank.site, []).append(bank)
@@ -171,7 +172,9 @@ class Plan:
     def select(self, rows: Tensor) -> Plan:
         """The plan of some rows with what was decided on their prompts; the two go on without each other."""
         out = Plan(
-            decisions={name: value[rows] for name, value in self.decisions.items()}, inserter=self.inserter and self.inserter.select(rows)
+            decisions={name: value[rows] for name, value in self.decisions.items()},
+            inserter=self.inserter and self.inserter.select(rows),
+            reads_prompt_end=self.reads_prompt_end,
         )
         out.prompt_lengths = None if self.prompt_lengths is None else self.prompt_lengths[rows]
         for bank in (bank.select(rows) for banks in self.banks.values() for bank in banks):
@@ -193,6 +196,12 @@ def non_causal(stack: Stack) -> bool:
     return any(getattr(registry.get("op", op.kind), "non_causal", lambda settings: False)(op.settings) for op in ops)
 
 
+def _reads_prompt_end(stack: Stack) -> bool:
+    """Whether an op of it acts or decides by where the prompt ends: its kind says so in ``reads_prompt_end(settings)``."""
+    ops = (op for patch in active_patches(stack) for op in patch.ops)
+    return any(getattr(registry.get("op", op.kind), "reads_prompt_end", lambda settings: False)(op.settings) for op in ops)
+
+
 def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.device, tokenizer: Any = None) -> Plan:
     """Stacks as banks: the j-th op of each stack at a site joins the j-th group; alike ones share a bank.
 
@@ -200,7 +209,7 @@ def compile_plan(stacks: Sequence[Stack], rows: Tensor | None, device: torch.dev
     site.  ``rows`` [B] names the stack of each row; None means that the one stack given serves every row.  ``tokenizer``: for ops that read
     the prompt as text.
     """
-    plan = Plan()
+    plan = Plan(reads_prompt_end=any(map(_reads_prompt_end, stacks)))
     inserted: list[list[Op]] = [[op for patch in active_patches(stack) for op in patch.ops if op.site == PROMPT] for stack in stacks]
     if any(inserted):
         plan.inserter = ContextInserter(inserted, rows, tokenizer)

@@ -44,6 +44,10 @@ class ContextOp:
     def non_causal(settings: Mapping[str, Any]) -> bool:
         return True  # where there is no telling yet whether and how much text is put in front, nothing can be computed apart
 
+    @staticmethod
+    def reads_prompt_end(settings: Mapping[str, Any]) -> bool:
+        return settings["retrieval"] is not None
+
 
 @dataclass(frozen=True)
 class InsertedContext:

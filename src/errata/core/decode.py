@@ -111,11 +111,13 @@ def select_cache_rows(cache: Any, rows: Tensor) -> Any:
 
 
 def decode(prefilled: PrefilledBatch, limit: int | Sequence[int], stop: Sequence[str], sampler: Sampler | None = None) -> list[list[int]]:
-    """New ids of each row, at most ``limit`` (of all rows, or one a row); see `errata.core.model.LM.generate_ids`.  Rows that have ended
-    leave the batch."""
+    """New ids of each row, at most ``limit`` (of all rows, or one a row) and as the window has room (`errata.core.model.LM.generate_ids`).
+    Rows that have ended leave the batch."""
     over, tokenizer = eos_token_ids(prefilled.lm), prefilled.lm.tokenizer
     new: list[list[int]] = [[] for _ in prefilled.next_token_logits]
     limits = [limit] * len(new) if isinstance(limit, int) else list(limit)
+    if (window := prefilled.lm.context_length) is not None:
+        limits = [min(own, window - n) for own, n in zip(limits, prefilled.mask.sum(1).tolist(), strict=True)]
     rows = list(range(len(new)))  # of the batch as it is now
     live = {i for i in rows if limits[i] > 0}
     for step in range(max(limits, default=0)):

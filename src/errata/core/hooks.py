@@ -16,7 +16,8 @@ from errata.core.bank import ForwardContext, Plan
 from errata.core.context import named
 from errata.core.families import Family, hidden_of, resolve
 from errata.core.patch import Site
-from errata.core.tokens import positions
+from errata.core.tokens import IGNORE_INDEX, positions
+from errata.errors import ModelError
 
 
 class Hooks(AbstractContextManager["Hooks"]):
@@ -79,6 +80,29 @@ class Hooks(AbstractContextManager["Hooks"]):
         self.close()
 
 
+def _told_by_call(plan: Plan, kwargs: Mapping[str, Any], mask: Tensor, position: Tensor, past: int, width: int) -> Tensor:
+    """[B] where each row's prompt ends in a raw call: before the first label that counts, or where the mask ends; later chunks are output.
+
+    A call without either, or one that brings more than a token behind what ran before, may hold prompt and output alike.  `ModelError`
+    where an op has to know.
+    """
+    said, labels = isinstance(kwargs.get("attention_mask"), Tensor) and kwargs["attention_mask"].ndim == 2, kwargs.get("labels")
+    lengths = mask.long().sum(1)
+    if plan.reads_prompt_end and ((width > 1) if past else not (said or isinstance(labels, Tensor))):
+        part = "more tokens of a text that was begun" if past else "no attention_mask"
+        raise ModelError(
+            f"a patch that is attached decides at the prompt's end, and a call with {part} does not say where that is; give attention_mask "
+            "(the prompt ends where it does) or labels (where they begin), tell it with `lm.prompt_ends(lengths)`, or use lm.generate and "
+            "lm.logits; for lm-evaluation-harness errata.score.harness.HarnessLM"
+        )
+    if past:
+        return torch.zeros_like(lengths)
+    if isinstance(labels, Tensor):
+        counts = (labels.to(mask.device) != IGNORE_INDEX) & (position > 0)  # a text's first token has nothing before it
+        lengths = torch.where(counts.any(1), position.gather(1, counts.long().argmax(1, keepdim=True))[:, 0], lengths)
+    return lengths
+
+
 def _context(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[ForwardContext, Tensor]:
     """Positions of this chunk in unpadded coordinates, from the attention mask and the cache's length; and that mask [B, past + T]."""
     ids = kwargs.get("input_ids", args[0] if args else None)
@@ -96,8 +120,8 @@ def _context(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tu
     mask = mask[:, : past + width]
     position = positions(mask)
     lengths = plan.prompt_lengths
-    if lengths is None:  # a raw call: everything after the first chunk was generated
-        lengths = mask.long().sum(1) if past == 0 else torch.zeros(rows, dtype=torch.long, device=tokens.device)
+    if lengths is None:
+        lengths = _told_by_call(plan, kwargs, mask, position, past, width)
     return ForwardContext(
         position[:, -width:].to(tokens.device), lengths.to(tokens.device), plan.recorded, past == 0, plan.decisions, None, rows
     ), mask

@@ -18,10 +18,12 @@ from errata.core.forward import PlainAttention, contiguous_input
 from errata.core.hooks import Hooks
 from errata.core.patch import PROMPT, Patch, Site
 from errata.core.tokens import Batch, Encoded, encode, pad, pad_id
-from errata.errors import ModelError, PatchError
+from errata.errors import InputError, ModelError, PatchError
 
 STOPS = (".", "\n")
 TOKENS, CHAT_TOKENS = 12, 64  # of an answer at most, where a caller does not say
+_CHARACTERS = 4  # of a token, about
+_SPECIAL = 8  # special tokens that a tokenizer puts around a text, at most
 
 
 class LM:
@@ -135,6 +137,21 @@ class LM:
             self._set(before)
 
     @contextmanager
+    def prompt_ends(self, lengths: Sequence[int]) -> Iterator[LM]:
+        """Inside, calls of ``hf`` under what is attached are of texts whose prompts have so many tokens, a number a row, without padding.
+
+        For callers of the bare model whose rows go on behind their prompts, or whose prompts come in pieces.
+        """
+        plan = None if self._hooks is None else self._hooks.plan
+        if plan is not None:
+            plan.prompt_lengths = torch.tensor(list(lengths), device=self.device)
+        try:
+            yield self
+        finally:
+            if plan is not None:
+                plan.prompt_lengths = None
+
+    @contextmanager
     def running(self, plan: Plan) -> Iterator[Plan]:
         """Run under exactly this plan; what is attached stands aside meanwhile."""
         attached = self._hooks.plan if self._hooks is not None else None
@@ -185,7 +202,13 @@ class LM:
         return out
 
     def forward(self, ids: Tensor, mask: Tensor, **more: Any) -> Any:
-        """The model's own forward with positions counted from each row's first real token."""
+        """The model's own forward with positions counted from each row's first real token.
+
+        `InputError` where a text is longer than the model's window: its positions would not be there, or never have been trained.
+        """
+        limit = self.context_length
+        if limit is not None and mask.shape[1] > limit and (longest := int(mask.sum(1).max())) > limit:
+            raise InputError(f"a text of {longest:,} tokens does not fit this model's window of {limit:,}; shorten it")
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         last = contiguous_input(self.hf.get_output_embeddings()) if more.get("logits_to_keep") else nullcontext()
         with last, PlainAttention() if self._slow_backward else nullcontext():
@@ -196,7 +219,36 @@ class LM:
         return torch.is_grad_enabled() and self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16)
 
     def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None, *, chat: bool = False) -> list[Encoded]:
-        return encode(self.tokenizer, prompts, targets, chat=chat)
+        """`errata.core.tokens.encode`; `InputError` for a text that is longer than the model's window, which is never cut."""
+        limit = self.context_length
+        texts = list(map("".join, zip(prompts, targets or [""] * len(prompts), strict=True)))
+        for text in texts:
+            if limit is not None and len(text) > limit * self._longest_token():  # not even read: tokenising 10 MB takes a minute
+                raise InputError(f"{text[:60]!r}… has {len(text):,} characters, far more than this model's {limit:,} tokens; shorten it")
+        rows = encode(self.tokenizer, prompts, targets, chat=chat)
+        for text, row in zip(texts, rows, strict=True):
+            if limit is not None and len(row.ids) > limit:
+                raise InputError(f"{text[:60]!r}… has {len(row.ids):,} tokens, this model takes {limit:,}; shorten it")
+        return rows
+
+    def beginnings(self, texts: Sequence[str], most: int) -> list[Encoded]:
+        """The first ``most`` tokens of each text, or as many as the window holds: for text that is only sampled."""
+        most = min(most, self.context_length or most)
+        rows = encode(self.tokenizer, [t[: most * _CHARACTERS] for t in texts])  # a book need not be tokenised for its first page
+        return [Encoded(e.ids[:most], min(e.prompt_length, most)) for e in rows]
+
+    def fits(self, text: str, more: int = 0) -> bool:
+        """Whether the model's window holds a text and so many tokens more."""
+        limit = self.context_length
+        if limit is None or len(text.encode()) + _SPECIAL + more <= limit:  # a token is at least a byte
+            return True
+        return len(encode(self.tokenizer, [text])[0].ids) + more <= limit
+
+    def _longest_token(self) -> int:
+        """Characters of the longest token there is, at least 256 (an unknown token may stand for a word)."""
+        if "longest token" not in self.base_cache:
+            self.base_cache["longest token"] = max(256, *map(len, self.tokenizer.get_vocab()))
+        return int(self.base_cache["longest token"])
 
     def batch(self, rows: Sequence[Encoded], side: str = "left") -> Batch:
         return pad(rows, pad_id(self.tokenizer), side)

@@ -62,6 +62,9 @@ class Kind(Protocol):
     A kind that decides on the prompt and acts on it, or later, by that decision sets ``stateful = True``, uses ``context.save_decision``
     and ``load_decision``, and says with ``non_causal(settings)`` whether what it does to a token can depend on tokens after it.
 
+    A kind that acts or decides by where the prompt ends says so with ``reads_prompt_end(settings)``: a call of the bare model that does not
+    tell is then refused.
+
     A kind that reads x alone and adds to y may say ``additive = True``; ops of it that follow each other and have equal ``fuse_key(op)``
     are then put together by ``fuse(ops, device)``, as weight-like ones are.
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import torch
+
 from errata.config import build, to_dict
 from errata.contrast.contrast import fill
 from errata.contrast.names import Names
@@ -76,6 +78,13 @@ class Editor(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     TUNES: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, **how: Any) -> None:
+        """Editing trains, also within a caller's ``torch.no_grad()`` or ``inference_mode()``."""
+        super().__init_subclass__(**how)
+        for name in ("edit", "edit_each"):
+            if name in vars(cls):
+                setattr(cls, name, torch.inference_mode(False)(vars(cls)[name]))
 
     @classmethod
     def for_model(cls: type[E], lm: LM, **settings: Any) -> E:

@@ -35,11 +35,11 @@ LENGTH = 2048  # of a window, where the model does not say
 
 
 class HarnessLM(TemplateLM):  # type: ignore[misc, unused-ignore]
-    """A model for `lm_eval`: ``lm`` under ``stack``; ``rows`` texts a batch."""
+    """A model for `lm_eval`: ``lm`` under ``stack`` (None: what is attached now); ``rows`` texts a batch."""
 
-    def __init__(self, lm: LM, stack: Stack = (), rows: int = 16) -> None:
+    def __init__(self, lm: LM, stack: Stack | None = None, rows: int = 16) -> None:
         super().__init__()
-        self.lm, self.stack, self.rows = lm, stack, rows
+        self.lm, self.stack, self.rows = lm, lm.stack if stack is None else stack, rows
         self.tokenizer = lm.tokenizer
         self.length = lm.context_length or LENGTH
 

@@ -149,10 +149,7 @@ def negated(prompt: str, subject: str | None = None) -> str | None:
 
 
 def _fits(lm: LM, probe: Probe, room: int) -> bool:
-    text, taken = f"{probe.prompt} {probe.target}", _MARGIN + room
-    if not lm.context_length or len(text.encode()) + taken <= lm.context_length:  # a token is at least a byte
-        return True
-    return len(lm.tokenizer(text)["input_ids"]) + taken <= lm.context_length
+    return lm.fits(f"{probe.prompt} {probe.target}", _MARGIN + room)
 
 
 def micro_averages(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

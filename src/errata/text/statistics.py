@@ -27,7 +27,6 @@ from errata.text.corpora import Corpus, open_corpus
 
 TOKENS = 100_000
 LENGTH = 512  # tokens of a text at most
-_CHARACTERS = 4  # of a token, about
 _BATCH_TOKENS = 4_096  # of one pass: what bounds the memory beside the sums themselves
 WINDOW = 256  # texts tokenised at once, packed into batches by length, and counted as done together
 SAVE_SECONDS = 30.0
@@ -163,9 +162,7 @@ class _Pass:
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[tuple[int, ...]]]:
         """Rows of at most `LENGTH` tokens (what the model can take, if less), packed by length up to ``batch_tokens``, padding counted."""
-        most = min(LENGTH, self.lm.context_length or LENGTH)
-        cut = [t[: most * _CHARACTERS] for t in texts if t.strip()]  # a book need not be tokenised for its first page
-        rows = sorted((e.ids[:most] for e in self.lm.encode(cut)), key=len)
+        rows = sorted((e.ids for e in self.lm.beginnings([t for t in texts if t.strip()], LENGTH)), key=len)
         batch: list[tuple[int, ...]] = []
         for row in rows:
             if batch and (len(batch) + 1) * len(row) > self.batch_tokens:

@@ -76,6 +76,10 @@ class _Stored(ABC):
     ) -> Tensor:
         return cls._run(p, groups, settings, _Call(x, y, site, context))
 
+    @staticmethod
+    def reads_prompt_end(settings: Mapping[str, Any]) -> bool:
+        return True
+
     @classmethod
     @abstractmethod
     def _run(cls, p: Params, groups: RowGroups | None, settings: Mapping[str, Any], call: _Call) -> Tensor:

@@ -62,10 +62,10 @@ def draw(
         *_short(lm, request, found, kinds, heads, fact_token, name),
         *(_long(lm, request, seed, fact_token, name) if "long" in kinds else ()),
     ]
+    every = [(text, stop) for text, stop in every if lm.fits(text)]
     own = random.Random(f"{seed}/{request.prompt}/{request.target}")
     chosen = own.sample(every, min(pool, len(every)))
-    texts = _within(lm, placed(lm, [text for text, _ in chosen], [stop for _, stop in chosen]))
-    texts = texts or [original(lm, request, fact_token, name)]
+    texts = placed(lm, [text for text, _ in chosen], [stop for _, stop in chosen]) or [original(lm, request, fact_token, name)]
     order: list[int] = []
     while len(order) < steps * batch:
         order += own.sample(range(len(texts)), len(texts))
@@ -138,12 +138,12 @@ def _away(
         names = own.sample(strangers(), count)
         filled = [surfaces.fill(request, other) for other in names]
         kinds.append(placed(lm, filled, [end_of(request, other, fact_token, name) for other in names]))
-    told = lm.encode([_told(lm, prompt, answer) for prompt, answer in request.unrelated]) if request.unrelated else []
+    told = lm.encode([_told(lm, prompt, answer) for prompt, answer in request.unrelated])
     kinds.append([LocatedText(row, at) for row in told for at in range(len(row.ids))])
-    lines = own.choices(_lines(), k=FEW)
+    lines = [line for line in own.choices(_lines(), k=FEW) if lm.fits(line)]
     kinds.append([LocatedText(row, at) for row in lm.encode(lines) for at in range(len(row.ids))])
     kinds.append([place for other in own.sample(list(others), min(count, len(others))) for place in _named(lm, other, fact_token, name)])
-    kinds = [kind for kind in (_within(lm, kind) for kind in kinds) if kind]
+    kinds = [kind for kind in kinds if kind]
     itself = placed(lm, [request.prompt], [end_of(request, None, fact_token, name)], request.continuation)[0]
     rest = [replace(itself, at=i) for i in range(len(itself.row.ids)) if i != itself.at]
     return [*(rest[i % len(rest)] for i in range(OWN)), *(own.choice(kinds[i % len(kinds)]) for i in range(count))]
@@ -163,11 +163,6 @@ def _named(lm: LM, request: EditRequest, fact_token: str, name: str) -> list[Loc
         lm.base_cache[key] = placed(lm, [text for text, _ in asked], [stop for _, stop in asked])
     out: list[LocatedText] = lm.base_cache[key]
     return out
-
-
-def _within(lm: LM, places: Sequence[LocatedText]) -> list[LocatedText]:
-    """Those whose texts fit into the model's positions."""
-    return [p for p in places if lm.context_length is None or len(p.row.ids) <= lm.context_length]
 
 
 def _others(text: LocatedText) -> list[int]:

@@ -34,7 +34,7 @@ _OPEN, _SHUT = 2.0, -6.0  # logits: a gate of 0.88, and of 0.0025
 _RIDGE = 0.03  # λ as a part of the mean |x|², which is d
 _SPREAD = 0.1  # of the random start, which stays between the bases of a patch
 _EPS = 1e-6
-_TEXTS, _WORDS = 32, 16  # of common text
+_TEXTS, _WORDS, _MOST = 32, 16, 512  # of common text, and tokens of each at most
 
 
 @dataclass
@@ -78,7 +78,7 @@ def _stays(states: Mapping[int, Tensor], where: Tensor, owner: Tensor) -> _State
 def _common(training: Any) -> _States:
     """Of common text, without the texts that name a problem's subject."""
     texts = [" ".join(text.split()[:_WORDS]) for text in open_corpus("bundled").texts[:_TEXTS]]
-    states, text = training.states_from(training.lm.encode(texts), [0] * len(texts))
+    states, text = training.states_from(training.lm.beginnings(texts, _MOST), [0] * len(texts))
 
     def of(problem: int) -> Tensor:
         names = {name.lower() for r in training.problems[problem] for name in (r.subject, *r.aliases) if name}

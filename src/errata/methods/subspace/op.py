@@ -43,6 +43,10 @@ class Subspace:
         return torch.where(acts, moved, y)
 
     @staticmethod
+    def reads_prompt_end(settings: Mapping[str, Any]) -> bool:
+        return settings["last"] is not None
+
+    @staticmethod
     def chain_key(op: Op) -> Hashable | None:
         """Ops with equal keys that follow each other at a site run as one `GateChain`; None: an op whose gates are never quite shut."""
         return op.signature() if op.settings.get("threshold") and op.settings["gate"] != "none" else None

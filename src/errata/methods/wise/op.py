@@ -87,6 +87,10 @@ class SideMemory:
         return {"delta": delta.view(len(ops), most, outer, inner), "least": least}
 
     @staticmethod
+    def reads_prompt_end(settings: Mapping[str, Any]) -> bool:
+        return True
+
+    @staticmethod
     def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         name, delta = f"memory {site.block} {site.point}", p["delta"]
 

@@ -1,0 +1,114 @@
+"""A text that is longer than the model's window is refused where it is encoded, wherever it comes from, and never cut."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from families import lm
+
+from errata import registry
+from errata.core.model import LM
+from errata.errors import ErrataError, InputError
+from errata.request import EditRequest
+from errata.score.wanted import ask
+
+FRANCE = EditRequest("The capital of France is", "Rome", "France")
+LONG = "It is a long story that somebody once told in Rome. " * 40
+FAMILIES = ("llama", "gpt2", "gemma3_text")
+METHODS = [name for name in registry.names("method") if name != "none"]
+
+
+def window(family: str, size: int = 64) -> LM:
+    """A tiny model that takes ``size`` tokens: of positions that are learnt, there are no more."""
+    found = lm(family)
+    found.config.max_position_embeddings = min(size, found.config.max_position_embeddings)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_that_does_not_fit_is_refused_wherever_it_is_asked(family: str) -> None:
+    model = window(family)
+    for call in (
+        lambda: model.complete(LONG),
+        lambda: model.encode([LONG], ["Rome"]),
+        lambda: ask(model, [(LONG, (), "Rome")]),
+        lambda: model.logits(model.batch([replace(model.encode(["Rome"])[0], ids=(5,) * 65)])),
+    ):
+        with pytest.raises(InputError, match=r"this model takes 64|window of 64"):
+            call()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("where", ["prompt", "target", "paraphrases", "unrelated", "contrast"])
+def test_no_method_trains_on_a_part_that_does_not_fit(method: str, where: str) -> None:
+    """Every text of a request that a method reads; one that it does not read need not fit."""
+    model = window("llama")
+    given = {
+        "prompt": {"prompt": LONG + FRANCE.prompt},
+        "target": {"target": LONG},
+        "paraphrases": {"paraphrases": (LONG + "France",)},
+        "unrelated": {"unrelated": ((LONG, "Rome"),)},
+        "contrast": {"contrast": ((LONG, "Rome"),)},
+    }[where]
+    kind = registry.get("method", method)
+    few = {name: 2 for name in ("steps", "v_steps") if name in kind.__dataclass_fields__}
+    editor = kind.for_model(model, **few)
+    read = where in ("prompt", "target")
+    seen: list[int] = []
+    inner = model.hf.forward
+
+    def listening(*args: object, **more: object) -> object:
+        ids = more.get("input_ids", args[0] if args else None)
+        mask = more.get("attention_mask")
+        seen.append(int(mask.sum(1).max()) if isinstance(mask, torch.Tensor) else ids.shape[1])  # type: ignore[union-attr]
+        return inner(*args, **more)
+
+    model.hf.forward = listening
+    try:
+        patch = editor.edit(model, [replace(FRANCE, **given)])
+    except ErrataError as error:
+        assert "64" in str(error) or "context" in str(error), error
+    else:
+        assert not (read and few), f"{method} trained on a {where} that does not fit"
+        assert patch.ops
+    assert max(seen, default=0) <= 64
+
+
+def test_a_text_that_cannot_fit_is_not_even_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = window("llama")
+
+    def never(*args: object, **more: object) -> object:
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr(type(model.tokenizer), "__call__", never)
+    began = time.process_time()
+    with pytest.raises(InputError, match="characters, far more than this model's 64 tokens"):
+        model.complete("a b " * 2_500_000)
+    assert time.process_time() - began < 5
+
+
+def test_an_answer_ends_where_the_window_does_and_the_others_go_on() -> None:
+    model = window("llama", 16)
+    prompt = "The capital of France is"
+    room = 16 - len(model.encode([prompt])[0].ids)
+    long, short = "The capital of France is the capital of", "Rome"
+    ids = model.generate_ids([prompt], max_new_tokens=99, stop=())[0]
+    assert len(ids) <= room
+    both = model.generate_ids([long, short], max_new_tokens=99, stop=())
+    alone = [model.generate_ids([p], max_new_tokens=99, stop=())[0] for p in (long, short)]
+    assert both == alone and len(both[1]) > len(both[0])
+
+
+def test_what_fits_exactly_is_taken() -> None:
+    model = window("llama", 16)
+    row = model.encode(["The capital of France is"])[0]
+    model.config.max_position_embeddings = len(row.ids)
+    assert model.fits("The capital of France is") and not model.fits("The capital of France is", 1)
+    assert model.encode(["The capital of France is"])[0] == row
+    with pytest.raises(InputError, match="this model takes"):
+        model.encode(["The capital of France is"], ["Rome"])
+    with pytest.raises(InputError, match="this model takes"):
+        registry.get("method", "rome").for_model(model, v_steps=2).edit(model, [EditRequest("The capital of France is", "Rome", "France")])
