@@ -17,7 +17,8 @@ from errata import __version__
 from errata.errors import ErrataError
 from errata.serve import routes_ask, routes_edits, routes_openai
 from errata.serve.api_errors import APIError, to_api_error
-from errata.serve.middleware import App, GuardMiddleware
+from errata.serve.bodies import App
+from errata.serve.middleware import GuardMiddleware
 from errata.serve.schemas import Error
 from errata.serve.service import Service
 
