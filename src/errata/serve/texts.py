@@ -91,7 +91,7 @@ class TextReader:
 
     def fit(self, rows: Iterable[Encoded], tokens: int, stacks: Iterable[Stack] = (), param: str = "prompt") -> None:
         """`APIError` for a prompt that is too long, by itself or with ``tokens`` behind it and what a stack may put in front."""
-        context, window = max(map(in_front, stacks), default=0), self.lm.context_length
+        context, window = max(map(_in_front, stacks), default=0), self.lm.context_length
         for row in rows:
             length = len(row.ids)
             if length > self.limits.prompt:
@@ -112,7 +112,7 @@ class TextReader:
         limit, window = self.limits.tokens, self.lm.context_length
         if window is None:
             return limit
-        used = len(conversation.ids) + in_front(stack)
+        used = len(conversation.ids) + _in_front(stack)
         if used >= window:
             raise APIError(
                 400,
@@ -169,7 +169,7 @@ class TextReader:
                     step.future.set_exception(error)
 
 
-def in_front(stack: Stack) -> int:
+def _in_front(stack: Stack) -> int:
     """Tokens that a stack may put in front of a prompt."""
     return sum(int(op.settings["budget"]) for patch in stack for op in patch.ops if op.site == PROMPT)
 
