@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -23,26 +24,47 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 DOCUMENT = "what the body says"  # its key in a scope
 _FIELDS = 100  # of one object; no request has as many
 _BYTES = 16  # of the largest body for each comma and bracket: a million of them are a second's work in a few hundred kilobytes
+SHORT = 16_384  # bytes of a body that is taken and parsed at once
+_PIECE = 0.01  # seconds between two pieces of long bodies, up to 256 KiB each
 _ALWAYS = 10_000  # of them may be in any body
 
 
-async def read(scope: Scope, receive: Receive, limits: Limits) -> bytes:
-    """The body; `APIError` where it is too much."""
-    length, most = dict(scope["headers"]).get(b"content-length", b"0"), limits.body
-    large = APIError(413, f"the request is larger than {most} bytes", "too_large")
-    if length.isdigit() and int(length) > most:
-        raise large
-    parts, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            break
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > most:
+class BodyReader:
+    """Reads the bodies of one server's requests."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.most, self.arriving = limits.body, 0
+
+    async def read(self, scope: Scope, receive: Receive) -> bytes:
+        """A body; `APIError` where it is too much.
+
+        A long one is read a piece at a time, with pauses that are as many times as long as there are long ones: altogether they get a part
+        of the server's time, and short requests are not kept waiting.
+        """
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        large = APIError(413, f"the request is larger than {self.most} bytes", "too_large")
+        if length.isdigit() and int(length) > self.most:
             raise large
-        more = message.get("more_body", False)
-    return b"".join(parts)
+        parts, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                break
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.most:
+                raise large
+            more = message.get("more_body", False)
+            if more or size > SHORT:
+                await self._pause()
+        return b"".join(parts)
+
+    async def _pause(self) -> None:
+        self.arriving += 1
+        try:
+            await asyncio.sleep(_PIECE * self.arriving)
+        finally:
+            self.arriving -= 1
 
 
 def require_json(scope: Scope) -> None:
@@ -63,7 +85,7 @@ def parse(body: bytes, most: int) -> Any:
     """What a body says; ``most``: bytes that any may have.  `APIError` for what is not JSON, or of too many parts to be a request."""
     allowed = max(_ALWAYS, most // _BYTES)
     if (parts := sum(map(body.count, b",[{"))) > allowed:
-        raise APIError(413, f"the body has {parts} commas and brackets, {allowed} are taken; send less at once", "too_large")
+        raise APIError(400, f"the body has {parts} commas and brackets, {allowed} are taken; send less at once", "too_large")
     try:
         return json.loads(body.decode("utf-8"), parse_constant=no_constant, object_pairs_hook=_object)
     except UnicodeDecodeError as error:

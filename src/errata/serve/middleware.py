@@ -13,12 +13,11 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 
 from errata.serve.api_errors import APIError, stopping, to_api_error
-from errata.serve.bodies import DOCUMENT, App, Message, Receive, Scope, Send, again, parse, read, require_json
+from errata.serve.bodies import DOCUMENT, SHORT, App, BodyReader, Message, Receive, Scope, Send, again, parse, require_json
 from errata.serve.service import Service
 
 LOG = logging.getLogger("errata.serve")
 LINGER = 2.0  # seconds a client that sends too much is listened to after it has been refused
-_SHORT = 16_384  # bytes of a body that is parsed at once
 _ROUTES = ("completions", "chat", "models", "edits", "jobs", "compare", "blame", "check", "watch", "neighbours", "trace", "log")
 _SAFE = (
     (b"x-content-type-options", b"nosniff"),
@@ -54,6 +53,7 @@ class GuardMiddleware:
 
     def __init__(self, app: App, service: Service) -> None:
         self.app, self.service, self.limits = app, service, service.options.limits
+        self.bodies = BodyReader(self.limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,7 +70,7 @@ class GuardMiddleware:
 
         try:
             self._allowed(scope)
-            body = await asyncio.wait_for(read(scope, receive, self.limits), self.limits.seconds)
+            body = await asyncio.wait_for(self.bodies.read(scope, receive), self.limits.seconds)
             if (body or scope["method"] == "POST") and scope["path"].startswith("/v1/"):
                 await self._parse(scope, body)
             await self.app(scope, again(body, receive), answer)
@@ -97,7 +97,7 @@ class GuardMiddleware:
     async def _parse(self, scope: Scope, body: bytes) -> None:
         """Find out what a body says, for the routes; a long one where texts are read, so that others go on meanwhile."""
         require_json(scope)
-        if len(body) > _SHORT:
+        if len(body) > SHORT:
             scope[DOCUMENT] = await self.service.texts.run(len(body), lambda: parse(body, self.limits.body))
         elif body:
             scope[DOCUMENT] = parse(body, self.limits.body)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import math
 import os
@@ -83,6 +84,8 @@ class ServerRunner:
     def run(self) -> bool:
         """Until a signal; whether everything ended by itself (else `leave`)."""
         before = {s: signal.signal(s, self._signalled) for s in (signal.SIGTERM, signal.SIGINT)}
+        gc.collect()
+        gc.freeze()  # the model and its programs stay: to look through them again and again would stop every thread for a moment each time
         try:
             return self._serve()
         finally:
