@@ -1,7 +1,7 @@
 """`errata serve` under attack: a thousand hostile connections, honest clients beside them, and `/health` all the time.
 
     python benchmarks/serve_hostile.py [--model almanac] [--hostile 1000] [--clients 32] [--rounds 3] [--requests 8] [--threads 1]
-                                       [--pause 1] [--out FILE.json]
+                                       [--pause 1] [--nice 10] [--out FILE.json]
 
 The hostile connections are a process of their own.  Each is of one of the kinds in `KINDS`: it says nothing, drips headers or a body, sends
 texts and bodies that are too much, or as much as is read at all, sends what is no HTTP, does not read what it asked for, or keeps a
@@ -116,6 +116,7 @@ KINDS: dict[str, Callable[[Streams], Awaitable[str]]] = {
 
 def attack(port: int, args: argparse.Namespace, over: Any, told: Any) -> None:
     """All hostile connections, until it is over; how each kind of attempt ended, by its status."""
+    os.nice(args.nice)
     ends: Counter[str] = Counter()
 
     async def one(number: int) -> None:
@@ -191,6 +192,7 @@ def health(took: list[tuple[float, float]], part: dict[str, Any]) -> dict[str, A
         "99%": round(inside[int(0.99 * len(inside))], 4),
         "slowest": round(inside[-1], 4),
         "over_0.2": sum(s > 0.2 for s in inside),
+        "slow_at": [(round(when - part["from"], 1), round(s, 2)) for when, s in took if part["from"] <= when <= part["to"] and s > 0.15],
     }
 
 
@@ -232,6 +234,7 @@ def main() -> None:
     for name, default in {"hostile": 1000, "clients": 32, "rounds": 3, "requests": 8, "tokens": 12, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--pause", type=float, default=1.0)
+    parser.add_argument("--nice", type=int, default=10, help="of the hostile clients, which elsewhere would be other machines' work")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -243,7 +246,8 @@ def main() -> None:
         finally:
             process.terminate()
             process.wait(60)
-    how = {name: getattr(args, name) for name in ("model", "hostile", "clients", "rounds", "requests", "tokens", "threads", "pause")}
+    names = ("model", "hostile", "clients", "rounds", "requests", "tokens", "threads", "pause", "nice")
+    how = {name: getattr(args, name) for name in names}
     document = {**how, "cores": os.cpu_count(), "machine": platform.machine(), **found}
     text = json.dumps(document, indent=1)
     print(text)

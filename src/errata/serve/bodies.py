@@ -41,10 +41,13 @@ class BodyReader:
         A long one is read a piece at a time, with pauses that are as many times as long as there are long ones: altogether they get a part
         of the server's time, and short requests are not kept waiting.
         """
-        length = dict(scope["headers"]).get(b"content-length", b"0")
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        length = int(told) if told.isdigit() else 0
         large = APIError(413, f"the request is larger than {self.most} bytes", "too_large")
-        if length.isdigit() and int(length) > self.most:
+        if length > self.most:
             raise large
+        if length > SHORT:
+            await self._pause()
         parts, size, more = [], 0, True
         while more:
             message = await receive()

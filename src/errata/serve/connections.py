@@ -25,6 +25,7 @@ from errata.serve.options import Limits
 LOG = logging.getLogger("errata.serve.connections")
 BURST = 32  # connections that are accepted at once, before those that are too many are closed
 _OTHER = 128  # descriptors for the ledger, patches and connections that are about to be closed, beside those open at the start
+_PIPED = 0.01  # seconds between two requests that were not waited for, altogether
 _LINGER = 5.0  # seconds a connection that is closed may take to read what it was sent
 _SELDOM = 60.0  # seconds between two lines about the same thing
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -42,6 +43,7 @@ class Connections:
         self.limits, self.most = limits, _most(limits.connections)
         self.open: set[Connection] = set()
         self._waiting: tuple[OrderedDict[Connection, None], ...] = (OrderedDict(), OrderedDict())  # never answered; answered
+        self.piped = 0  # that have sent their next request too soon
         self._closing: dict[Connection, float] = {}
 
     def begin(self, connection: Connection) -> None:
@@ -121,11 +123,22 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self._working and not self.flow.write_paused:
             self.all.work(self)
+        elif self._arriving:
+            self.flow.pause_reading()  # until the next piece is asked for: `errata.serve.bodies`
 
     def on_response_complete(self) -> None:
+        """Then the next request; where it was sent before this answer was there, after others have had a turn."""
         self.answered = True
         self.all.wait(self)
-        super().on_response_complete()  # which begins with the next request where that is there already
+        if self._begun:
+            self.all.piped += 1
+            self.loop.call_later(_PIPED * self.all.piped, self._next)
+        else:
+            super().on_response_complete()
+
+    def _next(self) -> None:
+        self.all.piped -= 1
+        super().on_response_complete()  # which begins with it
         if self._working and not self.flow.write_paused:
             self.all.work(self)
 

@@ -70,6 +70,7 @@ class ServerRunner:
             access_log=False,
             lifespan="off",
             server_header=False,
+            proxy_headers=False,
             http=functools.partial(Connection, self.connections),  # type: ignore[arg-type]
             ws="none",
             backlog=BURST,
