@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -116,6 +117,40 @@ def test_a_crowd_that_says_nothing_keeps_nobody_out(short: Site) -> None:
     for connection in crowd:
         connection.close()
     kept.close()
+
+
+def test_requests_that_were_not_waited_for_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = HEAD + b"\r\n"
+    with serving(tmp_path / "book") as site:
+        with hold(site, whole * 5) as connection:
+            said = b""
+            while said.count(b'"status":"ok"') < 5:
+                part = connection.recv(65_536)
+                assert part
+                said += part
+        assert site.running.connections.piped == 0
+        monkeypatch.setattr(connections, "_PIPED", 600.0)
+        with hold(site, whole * 5) as connection:
+            until(lambda: site.running.connections.piped == 1)
+            for _ in range(3):  # on a connection that is kept, and on new ones
+                assert site.http.get("/health").status_code == httpx.get(f"{site.url}/health").status_code == 200
+            connection.settimeout(0.2)
+            assert connection.recv(65_536).count(b"200 OK") == 1
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+
+
+def test_health_waits_for_no_other_route(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More requests in work than there are threads for all routes together."""
+    go = threading.Event()
+    with serving(tmp_path / "book") as site:
+        monkeypatch.setattr(site.service.analysis, "watch", lambda: [str(go.wait(60))])
+        with contextlib.ExitStack() as crowd:
+            for _ in range(60):
+                crowd.enter_context(hold(site, HEAD.replace(b"/health", b"/v1/watch") + b"\r\n"))
+            until(lambda: len(site.running.connections.open) >= 60)
+            assert httpx.get(f"{site.url}/health", timeout=20).json()["status"] == "ok"
+            go.set()
 
 
 def test_streams_that_begin_at_once_are_counted(short: Site, monkeypatch: pytest.MonkeyPatch) -> None:

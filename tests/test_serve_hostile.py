@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from ledgers import SETTINGS
 from serving import LIMITS, TEMPLATE, Site, limited, refused, serving, until
 from tiny import FRANCE
 
+from errata.serve import bodies
 from errata.serve.api_errors import APIError
 from errata.serve.options import Limits
 from errata.serve.texts import CHARACTERS, TextReader
@@ -188,6 +190,45 @@ def test_bodies_of_very_many_parts_are_refused_unparsed(site: Site, tmp_path: Pa
     refused(site.http.post("/v1/completions", content=many, headers=headers), 400, "1000 fields")
     nested = json.dumps({"model": "live", "messages": [{f"a{i}": 1 for i in range(1000)}]})
     refused(site.http.post("/v1/chat/completions", content=nested, headers=headers), 400, "1000 fields")
+
+
+def test_long_bodies_wait_for_each_other_and_short_ones_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        await asyncio.sleep(0)
+
+    async def read(reader: bodies.BodyReader, pieces: int, told: bool) -> int:
+        left = [pieces]
+
+        async def receive() -> bodies.Message:
+            left[0] -= 1
+            return {"type": "http.request", "body": b" " * 60_000, "more_body": left[0] > 0}
+
+        headers = [(b"content-length", b"%d" % (pieces * 60_000))] if told else []
+        return len(await reader.read({"headers": headers}, receive))
+
+    async def short(reader: bodies.BodyReader) -> bytes:
+        async def receive() -> bodies.Message:
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        return await reader.read({"headers": [(b"content-length", b"2")]}, receive)
+
+    async def all_of_them() -> None:
+        reader = bodies.BodyReader(Limits())
+        assert await short(reader) == b"{}" and slept == []
+        assert await asyncio.gather(*(read(reader, 3, told=i % 2 == 0) for i in range(10))) == [180_000] * 10
+        assert reader.arriving == 0 and len(slept) == 10 * 3 + 5
+        assert min(slept) < max(slept) == pytest.approx(10 * bodies._PIECE)
+        task = asyncio.ensure_future(read(reader, 3, told=True))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert reader.arriving == 0
+
+    monkeypatch.setattr(bodies, "asyncio", SimpleNamespace(sleep=sleep))
+    asyncio.run(all_of_them())
 
 
 def test_a_question_that_nobody_waits_for_any_more_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
