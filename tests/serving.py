@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,11 @@ def refused(response: httpx.Response, status: int, *words: str) -> dict[str, Any
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and all(w in error["message"] for w in words), error
     return error
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for it, not for ever."""
+    late = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < late
+        time.sleep(0.01)

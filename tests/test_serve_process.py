@@ -47,6 +47,31 @@ def test_a_server_from_its_start_to_its_end(tiny: str, tmp_path: Path) -> None:
     assert list((tmp_path / "book" / "patches").iterdir()) == []
 
 
+CROWDED = """import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from errata.cli import main
+sys.exit(main(sys.argv[1:]))"""
+
+
+def test_more_connections_than_the_process_may_have_files(tiny: str, tmp_path: Path) -> None:
+    process = own(["-c", CROWDED, "serve", tiny, "--ledger", str(tmp_path / "book"), "--port", "0", "--grace", "0.2"])
+    assert process.stdout is not None
+    found = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
+    assert found is not None
+    with contextlib.ExitStack() as crowd:
+        crowd.callback(process.terminate)
+        for _ in range(300):
+            connection = crowd.enter_context(socket.create_connection(("127.0.0.1", int(found[1])), timeout=30))
+            with contextlib.suppress(OSError):
+                connection.sendall(b"GET /health HTTP/1.1\r\n")
+        ask = {"model": "live", "prompt": FRANCE, "max_tokens": 2}
+        for _ in range(5):
+            assert httpx.get(f"{found[0]}/health", timeout=10).json()["status"] == "ok"
+            assert httpx.post(f"{found[0]}/v1/completions", json=ask, timeout=10).status_code == 200
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and "Traceback" not in err and len(err.splitlines()) < 20, err
+
+
 ENDLESS = """import sys, time
 from errata.serve.analysis_worker import AnalysisWorker
 AnalysisWorker.check = lambda self: print("asked", flush=True) or time.sleep(600)  # as a check of many edits by a large model

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import queue
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -21,6 +23,58 @@ WAIT: Final = 1.0  # seconds before the second try; twice as long before the thi
 _LARGEST: Final = 1 << 24  # bytes of a reply
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What came back, whatever its status."""
+
+    status: int
+    reason: str
+    body: bytes
+
+    @property
+    def ok(self) -> bool:
+        return self.status // 100 == 2
+
+
+def exchange(request: urllib.request.Request, seconds: float) -> Reply:
+    """The whole reply to a request; `TimeoutError` where it is not there after ``seconds``.
+
+    Python's own limits are of one step each: a server that says a byte now and then would be listened to for ever.  So a thread listens,
+    which is left alone when it is late.  `OSError` or `http.client.HTTPException` where there is no reply, or not all of it.
+    """
+    said: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            said.put(_listened(request, seconds))
+        except Exception as error:
+            said.put(error)
+
+    threading.Thread(target=listen, name="errata-endpoint", daemon=True).start()
+    try:
+        found = said.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"its reply was not there as a whole within {seconds:g} seconds") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _listened(request: urllib.request.Request, seconds: float) -> Reply:
+    until = time.monotonic() + seconds
+    try:
+        response = urllib.request.build_opener(_Stay).open(request, timeout=seconds)
+    except urllib.error.HTTPError as error:
+        response = error
+    with response:
+        body = b""
+        while len(body) < _LARGEST and time.monotonic() < until and (part := response.read1(_LARGEST - len(body))):
+            body += part
+        if left := getattr(response, "length", None):
+            raise http.client.IncompleteRead(body, left)
+        return Reply(response.status, response.reason, body)
+
+
 class _Stay(urllib.request.HTTPRedirectHandler):
     """Follows no redirect: the key goes where the user said and nowhere else."""
 
@@ -30,7 +84,8 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """``url`` with or without "/chat/completions".  The API key is the value of the environment variable ``key``; unset, none is sent."""
+    """``url`` with or without "/chat/completions".  The API key is the value of the environment variable ``key``; unset, none is sent.
+    ``seconds``: of a whole answer; a later one is asked for again."""
 
     url: str
     model: str
@@ -76,15 +131,12 @@ class Endpoint:
         return [part.strip() for part in found]
 
     def _post(self, request: urllib.request.Request) -> bytes:
-        opener = urllib.request.build_opener(_Stay)
         for attempt in range(1, TRIES + 1):
             try:
-                with opener.open(request, timeout=self.seconds) as response:
-                    return bytes(response.read(_LARGEST))
-            except urllib.error.HTTPError as error:
-                why = f"HTTP {error.code} {error.reason}: {_beginning(error.read(_LARGEST))}"
-                passing = error.code in AGAIN
-                error.close()
+                reply = exchange(request, self.seconds)
+                if reply.ok:
+                    return reply.body
+                why, passing = f"HTTP {reply.status} {reply.reason}: {_beginning(reply.body)}", reply.status in AGAIN
             except (OSError, http.client.HTTPException) as error:  # no connection, a timeout, a broken reply
                 why, passing = str(getattr(error, "reason", "") or error) or type(error).__name__, True
             if not passing or attempt == TRIES:

@@ -2,6 +2,7 @@
 
 ErrataError                exit code 1
 ├── InputError             2   a file or record the user gave: file:line
+│   └── WindowError        2   a text that is longer than the model's window
 ├── ConfigError            2   an unknown or ill-typed setting
 ├── UnknownNameError            2   a method, benchmark, metric … that is not registered
 ├── ModelError             3   a model that cannot be loaded or does not fit
@@ -35,6 +36,10 @@ class InputError(ErrataError):
     """Bad input from a file or an argument."""
 
     exit_code = 2
+
+
+class WindowError(InputError):
+    """A text that is longer than the model's window."""
 
 
 class ConfigError(ErrataError):

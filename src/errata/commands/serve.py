@@ -43,7 +43,7 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--wait", type=float, default=30.0, metavar="SECONDS", help="for another writer of the ledger (30)")
     limits = out.add_argument_group("limits")
     for name, about in LIMITS.items():
-        limits.add_argument(f"--max-{name}", type=float if name == "seconds" else common.positive, metavar="N", help=about)
+        limits.add_argument(f"--max-{name}", type=float if name in ("seconds", "idle") else common.positive, metavar="N", help=about)
 
 
 LIMITS = {
@@ -56,6 +56,8 @@ LIMITS = {
     "seconds": "of a request (120)",
     "edits": "edit jobs that wait (32)",
     "requests": "facts of a job (256)",
+    "connections": "open at once (1000, or as many as the process may have files)",
+    "idle": "seconds a connection may keep the server waiting for headers, for the next request, for reading an answer (30)",
 }
 
 
@@ -88,10 +90,10 @@ def options(args: argparse.Namespace) -> tuple[Options, bool]:
 
     if not 0 <= args.port <= 65_535:
         raise ConfigError(f"--port must be from 0 to 65535, not {args.port}")
-    for name in ("grace", "wait", "max_seconds"):
+    for name, least in {"grace": 0, "wait": 0, "max_seconds": 0, "max_idle": 1}.items():
         value = getattr(args, name)
-        if value is not None and not 0 <= value <= 86_400:
-            raise ConfigError(f"--{name.replace('_', '-')} must be from 0 to 86400 seconds, not {value:g}")
+        if value is not None and not least <= value <= 86_400:
+            raise ConfigError(f"--{name.replace('_', '-')} must be from {least} to 86400 seconds, not {value:g}")
     given = {name: value for name in LIMITS if (value := getattr(args, f"max_{name}")) is not None}
     hosts = tuple(h.lower() for h in args.allow_host)
     if is_loopback(args.host) or hosts:

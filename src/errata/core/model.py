@@ -18,7 +18,7 @@ from errata.core.forward import PlainAttention, contiguous_input
 from errata.core.hooks import Hooks
 from errata.core.patch import PROMPT, Patch, Site
 from errata.core.tokens import Batch, Encoded, encode, pad, pad_id
-from errata.errors import InputError, ModelError, PatchError
+from errata.errors import ModelError, PatchError, WindowError
 
 STOPS = (".", "\n")
 TOKENS, CHAT_TOKENS = 12, 64  # of an answer at most, where a caller does not say
@@ -204,11 +204,11 @@ class LM:
     def forward(self, ids: Tensor, mask: Tensor, **more: Any) -> Any:
         """The model's own forward with positions counted from each row's first real token.
 
-        `InputError` where a text is longer than the model's window: its positions would not be there, or never have been trained.
+        `WindowError` where a text is longer than the model's window: its positions would not be there, or never have been trained.
         """
         limit = self.context_length
         if limit is not None and mask.shape[1] > limit and (longest := int(mask.sum(1).max())) > limit:
-            raise InputError(f"a text of {longest:,} tokens does not fit this model's window of {limit:,}; shorten it")
+            raise WindowError(f"a text of {longest:,} tokens does not fit this model's window of {limit:,}; shorten it")
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         last = contiguous_input(self.hf.get_output_embeddings()) if more.get("logits_to_keep") else nullcontext()
         with last, PlainAttention() if self._slow_backward else nullcontext():
@@ -219,16 +219,16 @@ class LM:
         return torch.is_grad_enabled() and self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16)
 
     def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None, *, chat: bool = False) -> list[Encoded]:
-        """`errata.core.tokens.encode`; `InputError` for a text that is longer than the model's window, which is never cut."""
+        """`errata.core.tokens.encode`; `WindowError` for a text that is longer than the model's window, which is never cut."""
         limit = self.context_length
         texts = list(map("".join, zip(prompts, targets or [""] * len(prompts), strict=True)))
         for text in texts:
             if limit is not None and len(text) > limit * self._longest_token():  # not even read: tokenising 10 MB takes a minute
-                raise InputError(f"{text[:60]!r}… has {len(text):,} characters, far more than this model's {limit:,} tokens; shorten it")
+                raise WindowError(f"{text[:60]!r}… has {len(text):,} characters, far more than this model's {limit:,} tokens; shorten it")
         rows = encode(self.tokenizer, prompts, targets, chat=chat)
         for text, row in zip(texts, rows, strict=True):
             if limit is not None and len(row.ids) > limit:
-                raise InputError(f"{text[:60]!r}… has {len(row.ids):,} tokens, this model takes {limit:,}; shorten it")
+                raise WindowError(f"{text[:60]!r}… has {len(row.ids):,} tokens, this model takes {limit:,}; shorten it")
         return rows
 
     def beginnings(self, texts: Sequence[str], most: int) -> list[Encoded]:

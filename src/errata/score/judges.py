@@ -16,7 +16,6 @@ import http.client
 import json
 import os
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from errata import registry, storage
+from errata.endpoint import AGAIN, exchange
 from errata.errors import ConfigError, JudgeError
 from errata.score import match
 
@@ -33,7 +33,6 @@ _INSTRUCTION = (
     "contradicts it is not), else with the single word INCORRECT."
 )
 _VERDICTS = {"CORRECT": True, "INCORRECT": False}
-AGAIN = (429, 500, 502, 503, 504)  # worth another try
 
 
 class Judge(Protocol):
@@ -62,7 +61,11 @@ class FunctionJudge:
 
 @dataclass(frozen=True)
 class EndpointJudge:
-    """A server at ``url`` (".../v1") with ``model``, asked greedily.  ``cache``: a folder, a file a question."""
+    """A server at ``url`` (".../v1") with ``model``, asked greedily.
+
+    cache    a folder, a file a question
+    seconds  of a whole answer; a later one is asked for again, ``tries`` times in all
+    """
 
     name: str
     url: str
@@ -70,7 +73,7 @@ class EndpointJudge:
     cache: Path
     key: str | None = field(default=None, repr=False)
     tries: int = 4
-    patience: float = 60.0
+    seconds: float = 60.0
     wait: float = 2.0
 
     def __call__(self, question: str, wanted: str, answer: str) -> bool:
@@ -103,15 +106,15 @@ class EndpointJudge:
             if turn:
                 time.sleep(self.wait * 2 ** (turn - 1))
             try:
-                with urllib.request.urlopen(request, timeout=self.patience) as reply:
-                    return str(json.loads(reply.read())["choices"][0]["message"]["content"])
-            except urllib.error.HTTPError as error:
-                why = f"{error.code} {error.reason}"
-                if error.code not in AGAIN:
+                reply = exchange(request, self.seconds)
+                if reply.ok:
+                    return str(json.loads(reply.body)["choices"][0]["message"]["content"])
+                why = f"{reply.status} {reply.reason}"
+                if reply.status not in AGAIN:
                     break
-            except (OSError, TimeoutError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException) as error:
                 why = str(getattr(error, "reason", error)) or type(error).__name__
-            except (ValueError, KeyError, IndexError, TypeError) as error:
+            except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
                 why = f"its reply is not a chat completion ({type(error).__name__})"
         raise JudgeError(f"judge {self.name}: {self.url} could not be asked: {why}; nothing was put in its place, run again to go on")
 

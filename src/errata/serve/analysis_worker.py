@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from errata.ledger import Ledger
 from errata.request import EditRequest
 from errata.score.compare import Comparison, Completion, compare
 from errata.score.neighbours import in_other_forms
-from errata.serve.api_errors import APIError
+from errata.serve.api_errors import APIError, late
 from errata.serve.options import Limits
 from errata.trace import Fact, TraceConfig, trace
 
@@ -38,18 +39,31 @@ class AnalysisWorker:
         self.ledger, self.limits, self.watched = ledger, limits, list(watched)
         self._pool = ThreadPoolExecutor(1, "errata-asking", lambda: torch.set_num_threads(threads))
         self._load, self._lock = 0, threading.Lock()
+        until = self._until = [float("inf")]
+
+        def asked(*_: Any) -> None:  # before every pass; a plain function, as that of `errata.serve.edit_worker`
+            if time.monotonic() > until[0]:
+                raise late(limits.seconds)
+
+        self.lm.hf.register_forward_pre_hook(asked)
 
     @property
     def lm(self) -> LM:
         return self.ledger.lm
 
-    def submit(self, question: Callable[[], T]) -> Future[T]:
-        """Run in the one thread that may run this model; `APIError` where too many wait."""
+    def submit(self, question: Callable[[], T], until: float) -> Future[T]:
+        """Run in the one thread that may run this model; `APIError` where too many wait.  At ``until`` (`time.monotonic`) nobody waits for
+        it any more, and it ends at the model's next pass."""
+
+        def work() -> T:
+            self._until[0] = until
+            return question()
+
         with self._lock:
             if self._load >= self.limits.questions:
                 raise APIError(429, f"{self._load} questions wait; try again later", "queue_full", headers={"Retry-After": "2"})
             self._load += 1
-        future = self._pool.submit(question)
+        future = self._pool.submit(work)
         future.add_done_callback(self._less)
         return future
 

@@ -14,6 +14,7 @@ from errata.errors import (
     PatchError,
     StorageError,
     UnknownNameError,
+    WindowError,
     first_line,
     out_of_memory,
 )
@@ -24,6 +25,7 @@ _TYPES = {
     403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "invalid_request_error",
     409: "conflict_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
@@ -31,6 +33,7 @@ _TYPES = {
     503: "unavailable_error",
 }
 _STATUS: dict[type[ErrataError], tuple[int, str]] = {
+    WindowError: (400, "context_length_exceeded"),
     InputError: (400, "invalid_input"),
     ConfigError: (400, "invalid_setting"),
     UnknownNameError: (400, "unknown_name"),
@@ -82,6 +85,11 @@ def _internal_error(error: BaseException) -> APIError:
 def stopping() -> APIError:
     """What is said to all that comes after the server was asked to end."""
     return APIError(503, "the server is stopping", "stopping")
+
+
+def late(seconds: float, advice: str = "") -> APIError:
+    """What is said where an answer took too long."""
+    return APIError(504, f"not answered within {seconds:g} seconds{advice}", "timeout")
 
 
 def to_api_error(error: BaseException) -> APIError:

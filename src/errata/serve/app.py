@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from errata import __version__
 from errata.errors import ErrataError
 from errata.serve import routes_ask, routes_edits, routes_openai
 from errata.serve.api_errors import APIError, to_api_error
-from errata.serve.middleware import App, GuardMiddleware
+from errata.serve.bodies import App
+from errata.serve.middleware import GuardMiddleware
 from errata.serve.schemas import Error
 from errata.serve.service import Service
 
@@ -28,7 +30,7 @@ _UNSUPPORTED = ("frequency_penalty", "presence_penalty", "logit_bias", "echo", "
 
 def make(service: Service) -> App:
     """The ASGI application of a service that runs."""
-    api = FastAPI(title="errata", version=__version__, description=__doc__, docs_url=None, redoc_url=None)
+    api = FastAPI(title="errata", version=__version__, description=__doc__, docs_url=None, redoc_url=None, openapi_url=None)
     for module in (routes_openai, routes_edits, routes_ask):
         api.include_router(module.routes(service))
     api.add_exception_handler(APIError, _refused)
@@ -37,7 +39,12 @@ def make(service: Service) -> App:
     api.add_exception_handler(HTTPException, _http)
     api.add_exception_handler(Exception, _unforeseen)  # uvicorn then logs it
     _page(api)
-    api.openapi = lambda: _document(api)  # type: ignore[method-assign]
+    document = json.dumps(_document(api)).encode()  # once: it is large, and anyone may ask for it again and again
+
+    async def described() -> Response:
+        return Response(document, media_type="application/json")
+
+    api.add_api_route("/openapi.json", described, include_in_schema=False)
     return GuardMiddleware(api, service)
 
 
@@ -113,21 +120,19 @@ async def _invalid(_: Request, error: Exception) -> Response:
 
 def _document(api: FastAPI) -> dict[str, Any]:
     """OpenAPI with errors as they are: 400 in OpenAI's shape in place of FastAPI's 422."""
-    if api.openapi_schema is None:
-        document = get_openapi(title=api.title, version=api.version, description=api.description, routes=api.routes)
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for name in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(name, None)
-        schema = Error.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas |= schema.pop("$defs", {})
-        schemas["Error"] = schema
-        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-        for path, methods in document["paths"].items():
-            for method, operation in methods.items():
-                _errors(operation, content, edits=method in ("post", "delete") and path.startswith(("/v1/edits", "/v1/jobs")))
-        api.openapi_schema = document
-    return api.openapi_schema
+    document = get_openapi(title=api.title, version=api.version, description=api.description, routes=api.routes)
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    schema = Error.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas |= schema.pop("$defs", {})
+    schemas["Error"] = schema
+    document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            _errors(operation, content, edits=method in ("post", "delete") and path.startswith(("/v1/edits", "/v1/jobs")))
+    return document
 
 
 def _errors(operation: dict[str, Any], content: dict[str, Any], edits: bool) -> None:

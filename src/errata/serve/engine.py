@@ -16,7 +16,7 @@ import torch
 
 from errata.core.decode import eos_token_ids
 from errata.core.model import LM
-from errata.serve.api_errors import APIError, stopping
+from errata.serve.api_errors import APIError, late, stopping
 from errata.serve.decode_batch import DecodeBatch, prompts_that_fit
 from errata.serve.metrics import Metrics
 from errata.serve.options import Limits
@@ -156,7 +156,7 @@ class GenerationEngine:
             elif self._closing:
                 row.fail(stopping())
             elif now > row.deadline:
-                row.fail(APIError(504, f"not answered within {self.limits.seconds:g} seconds; ask for fewer tokens", "timeout"))
+                row.fail(late(self.limits.seconds, "; ask for fewer tokens"))
 
     def _put_together(self) -> None:
         together: list[DecodeBatch] = []

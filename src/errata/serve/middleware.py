@@ -5,26 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
-from errata.errors import InputError
-from errata.request import no_constant
 from errata.serve.api_errors import APIError, stopping, to_api_error
+from errata.serve.bodies import DOCUMENT, SHORT, App, BodyReader, Message, Receive, Scope, Send, again, parse, require_json
 from errata.serve.service import Service
 
 LOG = logging.getLogger("errata.serve")
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 LINGER = 2.0  # seconds a client that sends too much is listened to after it has been refused
 _ROUTES = ("completions", "chat", "models", "edits", "jobs", "compare", "blame", "check", "watch", "neighbours", "trace", "log")
 _SAFE = (
@@ -61,6 +53,7 @@ class GuardMiddleware:
 
     def __init__(self, app: App, service: Service) -> None:
         self.app, self.service, self.limits = app, service, service.options.limits
+        self.bodies = BodyReader(self.limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,8 +70,10 @@ class GuardMiddleware:
 
         try:
             self._allowed(scope)
-            body = await asyncio.wait_for(self._body(scope, receive), self.limits.seconds)
-            await self.app(scope, _again(body, receive), answer)
+            body = await asyncio.wait_for(self.bodies.read(scope, receive), self.limits.seconds)
+            if (body or scope["method"] == "POST") and scope["path"].startswith("/v1/"):
+                await self._parse(scope, body)
+            await self.app(scope, again(body, receive), answer)
         except Exception as error:
             if status[0]:
                 raise
@@ -99,63 +94,13 @@ class GuardMiddleware:
         if self.service.stopping and scope["method"] == "POST":
             raise stopping()
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """All of it, as far as it is not too much; `APIError` also for what is not JSON."""
-        headers = dict(scope["headers"])
-        length, most = headers.get(b"content-length", b"0"), self.limits.body
-        large = APIError(413, f"the request is larger than {most} bytes", "too_large")
-        if length.isdigit() and int(length) > most:
-            raise large
-        parts, size, more = [], 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                break
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > most:
-                raise large
-            more = message.get("more_body", False)
-        body = b"".join(parts)
-        if (body or scope["method"] == "POST") and scope["path"].startswith("/v1/"):
-            _json(body, headers.get(b"content-type", b"").decode("latin-1"))
-        return body
-
-
-def _json(body: bytes, kind: str) -> None:
-    """`APIError` for what is not JSON, or not said to be.
-
-    A page of another site cannot say so without the browser asking this server first; so a POST without a body must say it, too.
-    """
-    if kind.partition(";")[0].strip().lower() != "application/json":
-        raise APIError(
-            415,
-            f"a POST is application/json, not {kind or 'without a type'}; send Content-Type: application/json",
-            "unsupported_media_type",
-        )
-    if not body:
-        return
-    try:
-        json.loads(body.decode("utf-8"), parse_constant=no_constant)
-    except UnicodeDecodeError as error:
-        raise APIError(400, f"the body is not UTF-8 at byte {error.start}", "invalid_json") from None
-    except RecursionError:
-        raise APIError(400, "the body is nested too deeply", "invalid_json") from None
-    except (ValueError, InputError) as error:
-        raise APIError(400, f"the body is not valid JSON: {error}", "invalid_json") from None
-
-
-def _again(body: bytes, receive: Receive) -> Receive:
-    """The body that was read, then whatever comes."""
-    told = [False]
-
-    async def out() -> Message:
-        if told[0]:
-            return await receive()
-        told[0] = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return out
+    async def _parse(self, scope: Scope, body: bytes) -> None:
+        """Find out what a body says, for the routes; a long one where texts are read, so that others go on meanwhile."""
+        require_json(scope)
+        if len(body) > SHORT:
+            scope[DOCUMENT] = await self.service.texts.run(len(body), lambda: parse(body, self.limits.body))
+        elif body:
+            scope[DOCUMENT] = parse(body, self.limits.body)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, error: Exception) -> None:

@@ -23,6 +23,8 @@ class Limits:
     jobs       jobs that are remembered once they ended
     questions  compare, blame, check, trace and so on that wait or run
     streams    clients that watch jobs at once
+    connections  open at once; where one more comes, the one that has kept the server waiting longest is closed
+    idle       seconds that a connection may keep the server waiting: for a request's headers, for the next one, for reading its answer
     """
 
     body: int = 1 << 20
@@ -38,6 +40,8 @@ class Limits:
     jobs: int = 1000
     questions: int = 16
     streams: int = 64
+    connections: int = 1000
+    idle: float = 30.0
 
 
 @dataclass(frozen=True)

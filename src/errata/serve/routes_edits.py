@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query
@@ -16,14 +16,16 @@ from errata.errors import ErrataError, LedgerError
 from errata.ledger.database import Edit
 from errata.ledger.findings import FindingsError, find_conflicts, raise_on_findings
 from errata.methods.in_context.demonstrations import PACKAGED
-from errata.request import EditRequest
+from errata.request import EditRequest, fill
 from errata.serve.api_errors import APIError, to_api_error
+from errata.serve.bodies import ParsedRoute
 from errata.serve.jobs import EditSpec, Job, finding_document
 from errata.serve.middleware import require_token
 from errata.serve.schemas import EditPost
 from errata.serve.service import Service
 from errata.text.corpora import BUNDLED
 
+_LONGEST = 1000  # characters of a text in the settings: it is put into every text that is trained
 _BEAT = 15.0  # seconds between signs of life of a stream
 FILES = {"demonstrations": (None, *PACKAGED), "encoder": (None,), "stats": (*BUNDLED, "almanac")}  # what these may be without --allow-files
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
@@ -31,7 +33,7 @@ Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 
 def routes(service: Service) -> APIRouter:
     """Of edits, and of the jobs that make them."""
-    router = APIRouter(tags=["edits"])
+    router = APIRouter(tags=["edits"], route_class=ParsedRoute)
     token = [Depends(require_token(service.options.token))]
 
     @router.post("/v1/edits", status_code=202, dependencies=token)
@@ -100,7 +102,7 @@ def _jobs(router: APIRouter, service: Service, token: list[Any]) -> None:
         found = _job(service, id)
         if watching[0] >= service.options.limits.streams:
             raise APIError(429, f"{watching[0]} clients watch jobs, no more may; ask for the job instead", "too_many_streams")
-        return StreamingResponse(_changes(found, watching), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return _Watching(_changes(found), watching)
 
 
 def described(edit: Edit) -> dict[str, Any]:
@@ -124,8 +126,8 @@ def _plan(service: Service, body: EditPost) -> EditSpec:
     if body.batch_size is not None and body.mode != "batched":
         raise APIError(400, f"batch_size has no meaning in {body.mode} mode", "invalid_value", "batch_size")
     _settings(service, body.method, body.settings)
-    registry.get("method", body.method).for_model(service.lm, **body.settings)
-    _window(service, requests)
+    editor = registry.get("method", body.method).for_model(service.lm, **body.settings)
+    _window(service, requests, {getattr(editor, "end", ""), *_ends(body.settings)})
     if not body.force:
         try:
             raise_on_findings(list(find_conflicts(requests, service.ledger.edits())), "set force")
@@ -148,23 +150,34 @@ def _settings(service: Service, method: str, settings: dict[str, Any]) -> None:
                 "files_not_allowed",
                 "settings",
             )
+        if isinstance(value, str) and len(value) > _LONGEST:
+            raise APIError(400, f"{method}: {name} has {len(value)} characters, {_LONGEST} are taken", "invalid_setting", "settings")
         if isinstance(value, dict):
             _settings(service, method, value)
 
 
-def _window(service: Service, requests: list[EditRequest]) -> None:
-    limit = (
-        service.options.limits.prompt
-        if service.lm.context_length is None
-        else min(service.lm.context_length, service.options.limits.prompt)
-    )
+def _ends(settings: dict[str, Any]) -> Iterator[str]:
+    """What settings, also those of a wrapped method, put behind a target."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _ends(value)
+        elif name == "end" and isinstance(value, str):
+            yield value
+
+
+def _window(service: Service, requests: Sequence[EditRequest], ends: Iterable[str]) -> None:
+    """`APIError` for a text of an edit that does not fit: any way to ask with its answer and what a method puts behind it."""
+    limits, window = service.options.limits, service.lm.context_length
+    most = limits.prompt if window is None else min(limits.prompt, window)
     for request in requests:
-        prompts = [request.prompt, *request.paraphrases]
-        longest = max(len(e.ids) for e in service.lm.encode(prompts, [request.continuation] * len(prompts)))
-        if longest > limit:
-            raise APIError(
-                400, f"{request.prompt[:80]!r} and its target have {longest} tokens, {limit} fit", "context_length_exceeded", "prompt"
-            )
+        prompts = (request.prompt, *request.paraphrases, *(fill(request, name) for name in request.aliases))
+        pairs = [(prompt, request.continuation + end) for prompt in prompts for end in ends]
+        pairs += [*request.unrelated, *([(request.prompt, request.old)] if request.old else [])]
+        service.texts.bound(text for pair in pairs for text in pair)
+        longest = max(len(e.ids) for e in service.lm.encode([p for p, _ in pairs], [t for _, t in pairs]))
+        if longest > most:
+            about = request.prompt[:80]
+            raise APIError(400, f"{about!r} and its target have {longest} tokens, {most} fit", "context_length_exceeded", "prompt")
 
 
 def _edit(service: Service, number: int) -> Edit:
@@ -205,9 +218,23 @@ async def _ended(service: Service, job: Job) -> None:
         raise APIError(503, "the server is stopping; nothing was undone", "stopping")
 
 
-async def _changes(job: Job, watching: list[int]) -> AsyncIterator[str]:
+class _Watching(StreamingResponse):
+    """A client that watches a job; counted from when it is let in, or many who come at once would all be let in."""
+
+    def __init__(self, changes: AsyncIterator[str], watching: list[int]) -> None:
+        super().__init__(changes, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.watching = watching
+        watching[0] += 1
+
+    async def __call__(self, *scope_receive_send: Any) -> None:
+        try:
+            await super().__call__(*scope_receive_send)
+        finally:
+            self.watching[0] -= 1
+
+
+async def _changes(job: Job) -> AsyncIterator[str]:
     event, seen = job.watch(), -1
-    watching[0] += 1
     try:
         while True:
             event.clear()
@@ -221,5 +248,4 @@ async def _changes(job: Job, watching: list[int]) -> AsyncIterator[str]:
             except asyncio.TimeoutError:
                 yield ": still here\n\n"
     finally:
-        watching[0] -= 1
         job.unwatch(event)

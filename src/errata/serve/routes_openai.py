@@ -12,9 +12,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from errata.core.bank import Stack
-from errata.core.patch import PROMPT
 from errata.core.tokens import Encoded, trim
 from errata.serve.api_errors import APIError, to_api_error
+from errata.serve.bodies import ParsedRoute
 from errata.serve.openai_responses import OpenAIResponse
 from errata.serve.rows import OutputChunk, Row, SamplingParams
 from errata.serve.schemas import ChatRequest, CompletionRequest, Sampled
@@ -24,7 +24,7 @@ _DEFAULT = 16  # tokens of a completion where the request does not say (OpenAI's
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=ParsedRoute)
 
     def model(name: str, about: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": int(service.began), "owned_by": "errata", "description": about}
@@ -44,21 +44,30 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/completions", tags=["answers"])
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Texts that go on from the prompts."""
-        stack = await asyncio.to_thread(service.models.find, body.model)
-        encoded = [(_encode(service, p), p[len(trim(service.lm.tokenizer, p)) :][:1]) for p in body.prompts]
+        until = _until(service)
         limit = body.max_tokens or min(_DEFAULT, service.options.limits.tokens)
-        return await _answer(service, request, body, stack, encoded, _wanted(body, limit, body.logprobs), OpenAIResponse(body.model, False))
+        service.texts.allow(limit, len(body.prompts) * (body.n or 1))
+        service.texts.bound(body.prompts)
+        stack = await asyncio.to_thread(service.models.find, body.model)
+        encoded = await service.texts.encode(body.prompts, until=until)
+        rows = [(e, p[len(trim(service.lm.tokenizer, p)) :][:1]) for e, p in zip(encoded, body.prompts, strict=True)]
+        document = OpenAIResponse(body.model, False)
+        return await _answer(service, request, body, stack, rows, _wanted(body, limit, body.logprobs), document, until)
 
     @router.post("/v1/chat/completions", tags=["answers"])
     async def chat(body: ChatRequest, request: Request) -> Response:
         """An answer to a conversation; needs a model whose tokenizer has a chat template."""
-        stack = await asyncio.to_thread(service.models.find, body.model)
+        until = _until(service)
         if body.top_logprobs is not None and not body.logprobs:
             raise APIError(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
-        encoded = [(_conversation(service, body), "")]
-        limit = body.max_completion_tokens or body.max_tokens or _room(service, encoded[0][0], stack)
+        service.texts.allow(body.max_completion_tokens or body.max_tokens or 1, body.n or 1)
+        size = sum(len(m.text) for m in body.messages)
+        service.texts.bound_size(size, "messages")
+        stack = await asyncio.to_thread(service.models.find, body.model)
+        encoded = await service.texts.run(size, lambda: _conversation(service, body), until)
+        limit = body.max_completion_tokens or body.max_tokens or service.texts.room(encoded, stack)
         wanted = _wanted(body, limit, (body.top_logprobs or 0) if body.logprobs else None)
-        return await _answer(service, request, body, stack, encoded, wanted, OpenAIResponse(body.model, True))
+        return await _answer(service, request, body, stack, [(encoded, "")], wanted, OpenAIResponse(body.model, True), until)
 
     return router
 
@@ -68,9 +77,9 @@ def _wanted(body: Sampled, tokens: int, alike: int | None) -> SamplingParams:
     return SamplingParams(tokens, temperature, 1.0 if body.top_p is None else body.top_p, body.stops, body.seed, alike)
 
 
-def _encode(service: Service, prompt: str) -> Encoded:
-    (encoded,) = service.lm.encode([prompt])
-    return encoded
+def _until(service: Service) -> float:
+    """When a request that begins now is given up."""
+    return time.monotonic() + service.options.limits.seconds
 
 
 def _conversation(service: Service, body: ChatRequest) -> Encoded:
@@ -88,49 +97,6 @@ def _conversation(service: Service, body: ChatRequest) -> Encoded:
     return Encoded(ids, len(ids))
 
 
-def _room(service: Service, conversation: Encoded, stack: Stack) -> int:
-    """Tokens that an answer may have where the request does not say; `APIError` where there is no room for one."""
-    limit, window = service.options.limits.tokens, service.lm.context_length
-    if window is None:
-        return limit
-    used = len(conversation.ids) + _in_front(stack)
-    if used >= window:
-        raise APIError(
-            400,
-            f"the conversation has {used} tokens, which leaves none of the model's {window} positions for an answer; shorten it",
-            "context_length_exceeded",
-            "messages",
-        )
-    return min(limit, window - used)
-
-
-def _in_front(stack: Stack) -> int:
-    """Tokens that a stack may put in front of a prompt."""
-    return sum(int(op.settings["budget"]) for patch in stack for op in patch.ops if op.site == PROMPT)
-
-
-def _check(service: Service, encoded: Sequence[Encoded], tokens: int, n: int, stack: Stack) -> None:
-    """`APIError` where a limit is passed."""
-    limits = service.options.limits
-    if tokens > limits.tokens:
-        raise APIError(400, f"max_tokens is {tokens}, this server gives {limits.tokens} at most", "too_many_tokens", "max_tokens")
-    if len(encoded) * n > limits.rows:
-        raise APIError(400, f"{len(encoded)} prompts × n = {n} are too many; {limits.rows} answers a request", "too_many_answers", "n")
-    context, room = _in_front(stack), service.lm.context_length
-    for row in encoded:
-        length = len(row.ids)
-        if length > limits.prompt:
-            raise APIError(400, f"a prompt has {length} tokens, this server takes {limits.prompt}", "context_length_exceeded", "prompt")
-        if room is not None and length + tokens + context > room:
-            more = f", {context} that the stack may put in front" if context else ""
-            raise APIError(
-                400,
-                f"{length} tokens of prompt{more} and {tokens} of answer do not fit the model's {room} positions; shorten one",
-                "context_length_exceeded",
-                "prompt",
-            )
-
-
 async def _answer(
     service: Service,
     request: Request,
@@ -139,17 +105,16 @@ async def _answer(
     encoded: list[tuple[Encoded, str]],
     wanted: SamplingParams,
     document: OpenAIResponse,
+    until: float,
 ) -> Response:
-    n = body.n or 1
-    _check(service, [e for e, _ in encoded], wanted.max_tokens, n, stack)
+    service.texts.fit((e for e, _ in encoded), wanted.max_tokens, [stack])
     loop, news = asyncio.get_running_loop(), asyncio.Queue[OutputChunk]()
 
     def tell(piece: OutputChunk) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(news.put_nowait, piece)
 
-    until = time.monotonic() + service.options.limits.seconds
-    pairs = [pair for pair in encoded for _ in range(n)]
+    pairs = [pair for pair in encoded for _ in range(body.n or 1)]
     rows = [Row(i, e, stack, wanted, tell, bool(body.stream), until, skip) for i, (e, skip) in enumerate(pairs)]
     service.engine.submit(rows)
     if body.stream:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Text = Annotated[str, Field(min_length=1, max_length=200_000, pattern=r"\S")]
 Occurrence = Annotated[int, Field(ge=-1_000, le=1_000, description="which of the subject's places in the prompt: 1 the first, -1 the last")]
+Subject = Annotated[str, Field(min_length=1, max_length=500, pattern=r"\S")]
 Name = Annotated[str, Field(min_length=1, max_length=500, examples=["live"])]
 Zero = Annotated[float, Field(ge=0, le=0, description="not supported: only 0")]
 Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=4)]
@@ -130,7 +131,7 @@ class EditPost(StrictModel):
     paraphrases: Annotated[list[Text], Field(max_length=64)] = []
     unrelated: Annotated[list[Annotated[list[Text], Field(min_length=2, max_length=2)]], Field(max_length=64)] = []
     aliases: Annotated[list[Text], Field(max_length=64)] = []
-    requests: Annotated[list[Fact], Field(min_length=1)] | None = None
+    requests: Annotated[list[Fact], Field(min_length=1, fail_fast=True)] | None = None
     method: Annotated[str, Field(max_length=64)] = "baft"
     settings: dict[str, Any] = {}
     mode: Literal["single", "batched", "continual"] = "single"
@@ -188,7 +189,7 @@ class NoFields(StrictModel):
 
 class NeighboursRequest(StrictModel):
     prompt: Text
-    subject: Text
+    subject: Subject
     target: Text | None = None
     count: int = Field(6, ge=1, le=64)
     paraphrases: Annotated[list[Text], Field(max_length=64)] = []
@@ -196,7 +197,7 @@ class NeighboursRequest(StrictModel):
 
 class TraceRequest(StrictModel):
     prompt: Text
-    subject: Text
+    subject: Subject
     target: Text | None = None
     model: Literal["base"] = "base"
 

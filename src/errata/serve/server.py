@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -19,11 +22,12 @@ import uvicorn
 
 from errata.errors import ConfigError
 from errata.serve.app import make
-from errata.serve.middleware import App
+from errata.serve.connections import BURST, Connection, Connections, trouble
 from errata.serve.service import Service
 
 LOG = logging.getLogger("errata.serve")
 LINGER = 1.0  # seconds for answers to be written once they are made
+_WAIT_IN_LINE = 1024  # connections that the system holds until they are accepted
 
 
 class Server(uvicorn.Server):
@@ -59,14 +63,18 @@ class ServerRunner:
         self.socket = listening or bind_socket(options.host, options.port)
         host, port = self.socket.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        application: App = make(service)
+        self.connections, application = Connections(options.limits), make(service)
         config = uvicorn.Config(
             application,
             log_config=None,
             access_log=False,
             lifespan="off",
             server_header=False,
-            timeout_keep_alive=30,
+            proxy_headers=False,
+            http=functools.partial(Connection, self.connections),  # type: ignore[arg-type]
+            ws="none",
+            backlog=BURST,
+            timeout_keep_alive=math.ceil(options.limits.idle),
             limit_concurrency=None,
             timeout_graceful_shutdown=None,
             h11_max_incomplete_event_size=65_536,
@@ -77,6 +85,8 @@ class ServerRunner:
     def run(self) -> bool:
         """Until a signal; whether everything ended by itself (else `leave`)."""
         before = {s: signal.signal(s, self._signalled) for s in (signal.SIGTERM, signal.SIGINT)}
+        gc.collect()
+        gc.freeze()  # the model and its programs stay: to look through them again and again would stop every thread for a moment each time
         try:
             return self._serve()
         finally:
@@ -88,10 +98,13 @@ class ServerRunner:
         return asyncio.run(self._main())
 
     async def _main(self) -> bool:
+        asyncio.get_running_loop().set_exception_handler(trouble)
+        watching = asyncio.ensure_future(self.connections.watch())
         serving = asyncio.ensure_future(self.server.serve(sockets=[self.socket]))
         while not self.server.started and not serving.done():
             await asyncio.sleep(0.005)
         if self.server.started:
+            self.socket.listen(_WAIT_IN_LINE)  # uvicorn's backlog is also how many it accepts before it does anything else
             LOG.info("listening on %s", self.url)
             self.ready(self.url)
         while not self.ending and not serving.done():
@@ -104,8 +117,10 @@ class ServerRunner:
         self.server.should_exit = True
         await self._within(began, serving.done)
         if not serving.done():  # what still runs is told that it ends here
+            self.service.texts.close()
             await asyncio.to_thread(self.service.engine.close)
             await asyncio.sleep(LINGER)
+        self.service.texts.close()
         await asyncio.to_thread(self.service.engine.close)
         whole = await closing
         self.server.force_exit = True
@@ -113,6 +128,7 @@ class ServerRunner:
             await asyncio.wait_for(serving, LINGER + 4)
         for connection in list(self.server.server_state.connections):
             connection.transport.abort()  # its client reads no more: closing would wait for what is still to be sent
+        watching.cancel()
         await asyncio.sleep(0)
         idle = self.service.analysis.close()
         LOG.info("stopped")

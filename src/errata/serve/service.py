@@ -20,6 +20,7 @@ from errata.serve.engine import GenerationEngine
 from errata.serve.metrics import Metrics
 from errata.serve.options import Options
 from errata.serve.served_models import NAME, TAKEN, ServedModels
+from errata.serve.texts import TextReader
 
 LOG = logging.getLogger("errata.serve")
 
@@ -49,6 +50,7 @@ class Service:
         self.engine = GenerationEngine(lm, limits, self.metrics, max(1, options.threads - threads))
         self.editor = EditWorker(editing, limits, self.metrics, threads)
         self.analysis = AnalysisWorker(asking, limits, watched, threads)
+        self.texts = TextReader(lm, limits)
         self.began, self.stopping = time.time(), False
         self.metrics.watch("errata_queue_answers", "Answers that wait or run", lambda: self.engine.num_unfinished)
         self.metrics.watch("errata_queue_edits", "Edit jobs that wait", lambda: self.editor.waiting)
@@ -64,6 +66,7 @@ class Service:
             return view.count()
 
     def start(self) -> None:
+        self.texts.start()
         self.engine.start()
         self.editor.start()
 
@@ -80,11 +83,3 @@ class Service:
             "queue": {"answers": self.engine.num_unfinished, "edits": self.editor.waiting},
             "editing": None if job is None else job.document(),
         }
-
-    def close(self, grace: float) -> bool:
-        """Stop everything; whether every thread has ended."""
-        self.stopping = True
-        whole = self.editor.close(lambda: grace)
-        idle = self.analysis.close()
-        self.engine.close()
-        return whole and idle
