@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from errata.documents import parse_json
 from errata.errors import DiskError, ErrataError, StorageError
 
 INDEX = "edit.json"  # of a folder of patches: which, in the order they stack
@@ -125,10 +125,10 @@ def within_reach(out: Path) -> None:
 def read_document(path: Path, kind: type[ErrataError] = StorageError, advice: str = "") -> dict[str, Any]:
     """A file that holds one JSON object; else an error of ``kind`` that ends with ``advice``."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise kind(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise kind(f"{path}: not valid JSON ({error}); it was damaged or changed by hand{advice}") from None
     if not isinstance(found, dict):
         raise kind(f"{path}: not what errata writes there{advice}")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from errata.documents import parse_json
 from errata.errors import StorageError
 from errata.storage import cache_folder, write_atomic
 
@@ -26,7 +27,7 @@ def path_of(fingerprint: str) -> Path:
 def read(path: Path) -> dict[str, Any]:
     """The file; `StorageError` for one that is none."""
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror}); give a file of `errata tune`") from None
     except ValueError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -14,6 +13,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
+from errata.documents import parse_json
 from errata.errors import InputError
 from errata.request import no_constant
 from errata.serve.api_errors import APIError, stopping, to_api_error
@@ -136,11 +136,9 @@ def _json(body: bytes, kind: str) -> None:
     if not body:
         return
     try:
-        json.loads(body.decode("utf-8"), parse_constant=no_constant)
+        parse_json(body.decode("utf-8"), parse_constant=no_constant)
     except UnicodeDecodeError as error:
         raise APIError(400, f"the body is not UTF-8 at byte {error.start}", "invalid_json") from None
-    except RecursionError:
-        raise APIError(400, "the body is nested too deeply", "invalid_json") from None
     except (ValueError, InputError) as error:
         raise APIError(400, f"the body is not valid JSON: {error}", "invalid_json") from None
 
