@@ -113,11 +113,7 @@ class LM:
 
     def attach(self, *patches: Patch) -> None:
         """Put patches on top of what is attached; they stay until `detach`."""
-        for i, patch in enumerate(patches):
-            self.check(patch)
-            if any(p.id == patch.id for p in (*self._attached, *patches[:i])):
-                raise PatchError(f"patch {patch.id} is attached already")
-        self._set((*self._attached, *patches))
+        self._set(self._on_top(patches))
 
     def detach(self, *ids: str) -> None:
         """Take patches off by id (all of them when none is named).  The base is as before, bit for bit."""
@@ -125,23 +121,42 @@ class LM:
             raise PatchError(f"patch {missing} is not attached; attached are {[p.id for p in self._attached]}")
         self._set(tuple(p for p in self._attached if ids and p.id not in ids))
 
+    def _on_top(self, patches: Stack) -> Stack:
+        """What is attached with ``patches`` on top, checked."""
+        for i, patch in enumerate(patches):
+            self.check(patch)
+            if any(p.id == patch.id for p in (*self._attached, *patches[:i])):
+                raise PatchError(f"patch {patch.id} is attached already")
+        return (*self._attached, *patches)
+
     def _set(self, stack: Stack) -> None:
         """Compile first, swap after: where it fails, what was attached still is."""
-        device = self.device
-        hooks = Hooks(self.hf, self.family, compile_plan([stack], None, device, self.tokenizer)) if stack else None
-        before, self._attached, self._where, self._hooks = self._hooks, stack, device, hooks
+        before, compiled = self._hooks, self._compiled(stack)
+        self._attached, self._hooks, self._where = compiled
         if before is not None:
             before.close()
+
+    def _compiled(self, stack: Stack) -> tuple[Stack, Hooks | None, torch.device]:
+        """(the stack, its hooks, where they compute)."""
+        device = self.device
+        return stack, Hooks(self.hf, self.family, compile_plan([stack], None, device, self.tokenizer)) if stack else None, device
 
     @contextmanager
     def under(self, *patches: Patch) -> Iterator[LM]:
         """Patches on for the length of a ``with`` block, on top of what is attached."""
-        before = self._attached
-        self.attach(*patches)
+        before, hooks = (self._attached, self._hooks, self._where), self._hooks
+        compiled = self._compiled(self._on_top(patches))
+        if hooks is not None:
+            hooks.plan.enabled = False  # they stay on the model: nothing has to be made again at the end
+        self._attached, self._hooks, self._where = compiled
         try:
             yield self
         finally:
-            self._set(before)
+            if self._hooks is not None:
+                self._hooks.close()
+            self._attached, self._hooks, self._where = before
+            if hooks is not None:
+                hooks.plan.enabled = True
 
     @contextmanager
     def running(self, plan: Plan) -> Iterator[Plan]:
