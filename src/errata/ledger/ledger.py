@@ -49,6 +49,8 @@ class Ledger(LedgerState):
             raise LedgerError(
                 f"{folder} is of base {base}, this model is {lm.fingerprint}; load {ledger.meta('model')!r}, or begin another"
             )
+        with record.read_transaction() as view:
+            view.check()
         ledger.recover()
         return ledger
 

@@ -78,7 +78,7 @@ class Editor(ABC):
     TUNES: ClassVar[dict[str, Any]] = {}
 
     @classmethod
-    def for_model(cls: type[E], lm: LM, **settings: Any) -> E:
+    def for_model(cls: type[E], lm: LM, /, **settings: Any) -> E:
         """The settings for this model with ``settings`` on top; an unknown or ill-typed one raises `ConfigError`.
 
         They are the preset by the model's name (see ``PRESETS``), and on top what `errata tune` found for its fingerprint
@@ -88,7 +88,7 @@ class Editor(ABC):
         return build(cls, settings_for(cls, lm.name, settings, lm.fingerprint))
 
     @classmethod
-    def untuned(cls: type[E], lm: LM, **settings: Any) -> E:
+    def untuned(cls: type[E], lm: LM, /, **settings: Any) -> E:
         """As `for_model`, without what `errata tune` found: the preset by the model's name, or the rule."""
         return build(cls, settings_for(cls, lm.name, settings))
 
