@@ -61,9 +61,9 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _loader())
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        mark, said = getattr(error, "problem_mark", None), [getattr(error, part, None) for part in ("context", "problem")]
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-        raise ValueError(where + (problem or " ".join(str(error).split()))) from None
+        raise ValueError(where + (", ".join(filter(None, said)) or " ".join(str(error).split()))) from None
 
 
 @functools.cache

@@ -88,7 +88,7 @@ def own(what: str, name: str) -> Any:
     """What someone's own "module:attribute" names; `ConfigError` where it cannot be had, whatever its module raises."""
     try:
         return load(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{what} {name!r} cannot be imported: {error or type(error).__name__}; put its folder on PYTHONPATH") from None
 
 

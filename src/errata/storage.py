@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -51,14 +52,17 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        temporary.chmod(0o755)
+        name = final.parent / f".{final.name}.{secrets.token_hex(4)}"
+        name.mkdir()  # open to whom the user's umask says; mkdtemp would not ask it
+        temporary = name
         yield temporary
+        if final.is_dir():
+            shutil.copymode(final, temporary)
         _swap(temporary, final)
     except StorageError as error:  # something in it that could not be saved names the folder in passing; the user knows ``out``
         raise type(error)(str(error).replace(str(temporary), str(out))) from None
     except OSError as error:
-        raise DiskError(f"{out}: nothing was written ({_why(error)}); free space or choose another place, then try again") from None
+        raise DiskError(f"{out}: nothing was written ({_why(error)}); {advice(error)} or choose another place, then try again") from None
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -171,11 +175,17 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DiskError(f"{path}: could not be written ({_why(error)}); what was saved before is whole; free space, then go on") from None
+        what = f"could not be written ({_why(error)}); what was saved before is whole"
+        raise DiskError(f"{path}: {what}; {advice(error)}, then go on") from None
 
 
 def _why(error: OSError) -> str:
     return "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+
+
+def advice(error: OSError) -> str:
+    """What to do about what could not be written."""
+    return "get the right to write there" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else "free space"
 
 
 def _sync(path: Path) -> None:

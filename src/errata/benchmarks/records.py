@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from errata.documents import check_depth, once
+from errata.documents import check_depth, once, parse_json
 from errata.errors import InputError, near
 from errata.request import no_constant, read_bytes
 
@@ -162,8 +162,8 @@ def _lines(path: Path, text: str) -> Iterator[Any]:
 def _spread(path: Path, text: str) -> InputError | None:
     """The error for a file that is one object written over several lines."""
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        parse_json(text)
+    except ValueError:
         return None
     return InputError(f"{path}: is one JSON value over several lines; give a JSON list of objects, or one object a line")
 

@@ -97,6 +97,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     given, size, chosen, names = requests(args), common.batch_size(args), settings(args), neighbours.names(args)
     method = args.method
     kind = registry.get("method", method)
+    kind.judge(chosen)
     files.check(args.out, args.force)
     lm = common.load(args)
     wanted = common.edited(lm, given, args.chat)

@@ -278,6 +278,9 @@ class Reader:
 
     def check(self) -> None:
         """Every cell of every table, and what they say of each other; `StorageError` for the first that is damaged."""
+        (found,) = self.db.execute("PRAGMA integrity_check(1)").fetchone()  # an index may have lost rows that the table has
+        if found != "ok":
+            raise DamagedError(found)
         for key in ("base", "model"):
             self.meta(key)
         check_cells(self.db)

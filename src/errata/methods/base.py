@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,24 @@ class Editor(ABC):
     def untuned(cls: type[E], lm: LM, /, **settings: Any) -> E:
         """As `for_model`, without what `errata tune` found: the preset by the model's name, or the rule."""
         return build(cls, settings_for(cls, lm.name, settings))
+
+    @classmethod
+    def judge(cls, settings: Mapping[str, Any]) -> None:
+        """`ConfigError` for settings that are wrong on any model: asked before one is loaded.
+
+        A setting may be right only beside others, which `for_model` takes from a preset or from what was found for the model: it is wrong
+        where it is so beside all there are.
+        """
+        asked = settings_for(cls, "", settings)
+        others = [] if "preset" in settings else [*cls.PRESETS.values(), *tuned.every(cls.name)]
+        try:
+            build(cls, asked)
+        except ConfigError:
+            for other in others:
+                with contextlib.suppress(ConfigError):
+                    build(cls, {**other, **asked})
+                    return
+            raise
 
     def contrasted(
         self, lm: LM, requests: Sequence[EditRequest], on: Stack = (), exclude: Sequence[str] = (), names: Names | None = None

@@ -6,6 +6,7 @@ saw.  The user's own file goes before errata's.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Mapping
@@ -57,6 +58,15 @@ def settings_of(fingerprint: str, method: str) -> dict[str, Any]:
         if method in found.get("methods", {}):
             return dict(found["methods"][method]["settings"])
     return {}
+
+
+def every(method: str) -> list[dict[str, Any]]:
+    """What was found for a method, on any model."""
+    out = []
+    for path in (*sorted((cache_folder() / "settings").glob("*.json")), *shipped().values()):
+        with contextlib.suppress(StorageError):  # of another model: whoever uses it says so
+            out += [dict(held["settings"]) for name, held in read(path)["methods"].items() if name == method]
+    return out
 
 
 def save(path: Path, model: Mapping[str, Any], methods: Mapping[str, Any]) -> None:

@@ -212,7 +212,8 @@ def _class(kind: str, name: str) -> Any:
     if ":" not in name:
         return registry.get(kind, name)
     found, verb = registry.own(kind, name), _VERBS[kind]
-    if not isinstance(found, type) or not callable(getattr(found, verb, None)) or (kind == "method" and not dataclasses.is_dataclass(found)):
+    fits = isinstance(found, type) and callable(getattr(found, verb, None)) and (kind != "method" or dataclasses.is_dataclass(found))
+    if not fits:
         raise ConfigError(f"{kind} {name!r} is none: that is a class with {verb}(){', a dataclass' if kind == 'method' else ''}")
     return found
 
