@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from errata import registry, storage
@@ -201,6 +202,16 @@ class Patch:
                     raise PatchError(f"the {op.kind!r} op {op.place}: {wrong}; make the edit again")
             object.__setattr__(self, "_sizes", found)
         return found
+
+    def running(self, name: str, *shape: int | None, whole: bool = False) -> Tensor:
+        """A tensor of ``state``; `PatchError` where it is not there or not [*shape] (None: any length) of real or ``whole`` numbers."""
+        found = self.state.get(name)
+        if found is not None:
+            fits = len(shape) == found.ndim and all(n in (None, m) for n, m in zip(shape, found.shape, strict=True))
+            if fits and (found.dtype == torch.int64 if whole else found.is_floating_point()):
+                return found
+        what = "missing" if found is None else f"{found.dtype} of shape {list(found.shape)}"
+        raise PatchError(f"patch {self.id} cannot be gone on from: its state {name!r} is {what}; take it off, or make the edit again")
 
     def describe(self) -> str:
         """A few plain lines."""
