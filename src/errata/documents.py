@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-DEEPEST = 64  # lists and objects inside each other
+_DEEPEST = 64  # lists and objects inside each other
 _MOST = 100_000  # values of a YAML text, aliases counted as often as they stand there
 _LONGEST = 1 << 17  # characters of a YAML text, which are read at some 100 a millisecond
 _BITS = 4096  # of a whole number: above it Python refuses to write the number down
@@ -28,23 +28,23 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, **how: Any) -> Any:
-    """`json.loads` with ``how``; `ValueError` also for a key that stands twice, and for what is nested deeper than `DEEPEST`."""
+    """`json.loads` with ``how``; `ValueError` also for a key that stands twice, and for what is nested deeper than `_DEEPEST`."""
     try:
         found = json.loads(text, object_pairs_hook=once, **how)
     except RecursionError:
-        raise ValueError(f"nested deeper than {DEEPEST} lists and objects") from None
+        raise ValueError(f"nested deeper than {_DEEPEST} lists and objects") from None
     check_depth(found)
     return found
 
 
 def check_depth(value: Any) -> None:
-    """`ValueError` for what is nested deeper than `DEEPEST`."""
+    """`ValueError` for what is nested deeper than `_DEEPEST`."""
     level = [value]
-    for _ in range(DEEPEST):
+    for _ in range(_DEEPEST):
         level = [v for inner in level for v in _inside(inner)]
         if not level:
             return
-    raise ValueError(f"nested deeper than {DEEPEST} lists and objects")
+    raise ValueError(f"nested deeper than {_DEEPEST} lists and objects")
 
 
 def _inside(value: Any) -> Iterable[Any]:
@@ -52,7 +52,7 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """`yaml.safe_load`; `ValueError` with line and column, also for a key that stands twice, for nesting deeper than `DEEPEST`, for
+    """`yaml.safe_load`; `ValueError` with line and column, also for a key that stands twice, for nesting deeper than `_DEEPEST`, for
     aliases that grow, and for a value that is not what its tag says (``!!bool maybe``)."""
     import yaml
 
@@ -85,9 +85,9 @@ def _loader() -> Any:
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             self.depth += 1
-            if self.depth > DEEPEST + 1:
+            if self.depth > _DEEPEST + 1:
                 mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-                raise yaml.composer.ComposerError(None, None, f"nested deeper than {DEEPEST} lists and objects", mark)
+                raise yaml.composer.ComposerError(None, None, f"nested deeper than {_DEEPEST} lists and objects", mark)
             node = super().compose_node(parent, index)
             self.depth -= 1
             return node
@@ -128,8 +128,8 @@ def _weigh(root: Any, wrong: Any) -> None:
         count, depth = 1 + sum(c for c, _ in inner), bool(node.id != "scalar") + max((d for _, d in inner), default=0)
         if count > _MOST:
             raise wrong(node, f"more than {_MOST} values, aliases written out")
-        if depth > DEEPEST:
-            raise wrong(node, f"nested deeper than {DEEPEST} lists and objects, aliases written out")
+        if depth > _DEEPEST:
+            raise wrong(node, f"nested deeper than {_DEEPEST} lists and objects, aliases written out")
         weights[id(node)] = count, depth
         return count, depth
 

@@ -17,8 +17,8 @@ from errata.config import build
 from errata.errors import ConfigError, PatchError, near
 
 Tensors: TypeAlias = Mapping[str, Tensor]
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LARGEST = 1e12  # two factors of it and a state of 1e9 still multiply to a finite float32; what edits have found stays below 1e5
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST = 1e12  # two factors of it and a state of 1e9 still multiply to a finite float32; what edits have found stays below 1e5
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class OpSchema:
 def _hold(name: str, tensor: Tensor, said: str, sizes: dict[str, int]) -> None:
     """One tensor against its declaration; lengths that are new are put into ``sizes``."""
     axes, _, dtype = said.partition(":")
-    kinds = (getattr(torch, dtype),) if dtype else FLOATS
+    kinds = (getattr(torch, dtype),) if dtype else _FLOATS
     if tensor.dtype not in kinds:
         raise PatchError(f"tensor {name!r} is of {tensor.dtype}, not of {' or '.join(map(str, kinds))}")
     shape, letters = tuple(tensor.shape), axes.split()
@@ -115,8 +115,8 @@ def check_finite(name: str, tensor: Tensor, *, unlimited: bool = False) -> None:
     least, most = (float(x) for x in torch.aminmax(tensor.detach()))
     if not (-torch.inf < least and most < torch.inf):
         raise PatchError(f"tensor {name!r} holds NaN or infinity; make the edit again")
-    if max(-least, most) > LARGEST:
-        raise PatchError(f"tensor {name!r} holds {max(-least, most):.1e}, and no edit has numbers above {LARGEST:.0e}; make the edit again")
+    if max(-least, most) > _LARGEST:
+        raise PatchError(f"tensor {name!r} holds {max(-least, most):.1e}, and no edit has numbers above {_LARGEST:.0e}; make the edit again")
 
 
 def within(values: Tensor, least: int, end: int) -> bool:

@@ -96,7 +96,7 @@ class CodebookEditor(RadiusEditor):
         on = active_patches(tuple(on))
         last = on[-1] if on and on[-1].method == self.name else None
         same = last is not None and tuple(op.site for op in last.ops) == tuple(sites) and dict(last.ops[0].settings) == settings
-        if last is None or not same or not self.can_resume(last):
+        if last is None or not same or any(op.kind != "routed" for op in last.ops[1:]) or not self.can_resume(last):
             return None, on
         count = len(last.ops[0].tensors["radii"])
         last.running("labels", count, None, whole=True)

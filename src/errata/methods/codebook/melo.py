@@ -119,8 +119,7 @@ class MELO(CodebookEditor):
         return check_site(lm, self.name, key, self.point), tuple(check_site(lm, self.name, b, self.lora_point) for b in sorted(lora))
 
     def can_resume(self, last: Patch) -> bool:
-        routed = last.ops[1:]
-        return all(op.kind == "routed" and op.settings["scale"] == self.scale and op.tensors["down"].shape[1] == self.rank for op in routed)
+        return all(op.tensors["down"].shape[1] == self.rank and op.settings["scale"] == self.scale for op in last.ops[1:])
 
     def _make(self, lm: LM, problems: Sequence[list[EditRequest]], on: Stack, runner: Any, progress: Progress | None) -> list[Patch]:
         self.require_requests(problems)
