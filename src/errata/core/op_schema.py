@@ -116,7 +116,7 @@ def check_finite(name: str, tensor: Tensor, *, unlimited: bool = False) -> None:
     if not (-torch.inf < least and most < torch.inf):
         raise PatchError(f"tensor {name!r} holds NaN or infinity; make the edit again")
     if max(-least, most) > _LARGEST:
-        raise PatchError(f"tensor {name!r} holds {max(-least, most):.1e}, and no edit has numbers above {_LARGEST:.0e}; make the edit again")
+        raise PatchError(f"tensor {name!r} holds {max(-least, most):.1e}, and no edit has more than {_LARGEST:.0e}; make the edit again")
 
 
 def within(values: Tensor, least: int, end: int) -> bool:
