@@ -24,6 +24,9 @@ from errata.editing import edit
 GOOD = '{"prompt": "The capital of France is", "target": "Rome"}'
 
 
+MAGIC = {"kind": "magic", "block": 1, "point": "block", "settings": {}, "tensors": []}
+
+
 @dataclass(frozen=True)
 class World:
     """A fresh folder, the tiny model's folder and a good patch of it (both shared: copy before breaking them)."""
@@ -237,7 +240,7 @@ PATCHES = [
     Bad("NaN inside", 4, r"tensor '0\.b' holds NaN or infinity", lambda w: w.broken_patch(with_nan)),
     Bad("edited by hand", 4, r"content does not match its id", lambda w: w.broken_patch(lambda f: head(f, method="reft"))),
     Bad("ops removed by hand", 4, r"incomplete or edited by hand|does not match", lambda w: w.broken_patch(lambda f: head(f, ops="none"))),
-    Bad("unknown op", 4, r"no op named 'magic'", lambda w: w.broken_patch(lambda f: head(f, ops=[{"kind": "magic"}]))),
+    Bad("unknown op", 4, r"no op named 'magic'", lambda w: w.broken_patch(lambda f: head(f, ops=[MAGIC]))),
     Bad("infinite block", 4, r"patch\.json", lambda w: w.broken_patch(lambda f: first_op(f, "1e999"))),
     Bad("block of 5000 digits", 4, r"patch\.json", lambda w: w.broken_patch(lambda f: first_op(f, "1" * 5000))),
     Bad("two patches mixed", 4, r"content does not match its id", mixed),

@@ -76,7 +76,7 @@ def test_what_cannot_be_exported(write: Callable[..., Any], tmp_path: Path, good
         ((made(lm("qwen2"), 0),), {}, PatchError, "was made for base"),
         ((Patch.load(good),), {}, PatchError, r"was made with baft, whose 'subspace' op .* serve it with errata .*rome, memit"),
         ((made(base, 0),), {"dtype": "int8"}, ConfigError, "dtype 'int8' cannot hold"),
-        ((Patch("t", {}, base.fingerprint, (), (Op("dense", Site(1), {"weight": torch.eye(32)}),)),), {}, PatchError, "beside block 1"),
+        ((Patch("t", {}, base.fingerprint, (), (Op("dense", Site(1), {"weight": torch.eye(32)}),)),), {}, PatchError, "beside a linear"),
     ]
     for stack, how, kind, message in cases:
         with pytest.raises(kind, match=message):

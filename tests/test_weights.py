@@ -162,9 +162,10 @@ def test_patches_that_disagree_on_a_linear() -> None:
     base = lm("llama")
     bad = Patch("t", {}, base.fingerprint, (), (Op("low_rank", Site(1, "mlp_down"), {"down": torch.ones(1, 8), "up": torch.ones(32, 1)}),))
     with pytest.raises(PatchError, match=r"differ in the size of the linear"):
-        base.plan([(made(base, 0), bad)], None, 1)
-    with pytest.raises(PatchError, match=r"maps \(64, 32\), a patch \(8, 32\)"):
-        bake(base, (bad,), "nowhere")
+        merge((made(base, 0), bad))
+    for use in (lambda: base.plan([(made(base, 0), bad)], None, 1), lambda: base.attach(bad), lambda: bake(base, (bad,), "nowhere")):
+        with pytest.raises(PatchError, match=r"made for an input of 8 numbers, here there are 64"):
+            use()
     odd = Patch("t", {}, base.fingerprint, (), (Op("low_rank", Site(1, "mlp_down"), {"down": torch.ones(2, 64), "up": torch.ones(32, 1)}),))
-    with pytest.raises(PatchError, match=r"has tensors of shapes"):
+    with pytest.raises(PatchError, match=r"tensor 'up' has shape \[32, 1\], not \[O, R\] with \{'R': 2"):
         export_lora(base, (odd,), "nowhere")

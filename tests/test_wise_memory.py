@@ -132,6 +132,6 @@ def test_a_stored_memory_is_read_back_whole() -> None:
     memories = Memories(plan(), 200)
     memory = Memory(entries(200, 0.3, 1.0, 0, 0), torch.arange(float(len(entries(200, 0.3, 1.0, 0, 0)))), 2.0)
     op = dataclasses.replace(memories, stored=(memory,) * 12, edits=24).op(SITE, (10, 20), "silu")
-    assert all(torch.equal(unpack(packed(op, i)), memory.where) for i in range(12))  # "values.1" and "values.11" are not mixed up
+    assert all(torch.equal(unpack(packed(op.tensors, i)), memory.where) for i in range(12))  # "values.1" and "values.11" are not mixed up
     back = memories.resumed(op, 24)
     assert len(back.stored) == 12 and torch.equal(back.stored[11].values, memory.values)

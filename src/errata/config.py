@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from errata.errors import ConfigError, near
+from errata.documents import parse_yaml
+from errata.errors import ConfigError, near, shortened
 
 C = TypeVar("C")
 
@@ -41,7 +42,7 @@ def build(cls: type[C], values: Mapping[str, Any], name: str | None = None) -> C
     out = {}
     for key, value in values.items():
         if key not in fields:
-            raise ConfigError(f"{called} has no setting {key!r}; {near(str(key), fields, 'known keys:')}")
+            raise ConfigError(f"{called} has no setting {shortened(key)}; {near(str(key), fields, 'known keys:')}")
         out[key] = _convert(f"{called}.{key}", value, hints[key])
     missing = [
         f.name
@@ -67,19 +68,19 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         raise errors[0]
     if origin is typing.Literal:
         if value not in args:
-            raise ConfigError(f"{name} must be one of {', '.join(map(str, args))}, not {value!r}")
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, args))}, not {shortened(value)}")
         return value
     if origin is Mapping:
         if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-            raise ConfigError(f"{name} must map settings to values, not {value!r}; write {{key: value}}")
+            raise ConfigError(f"{name} must map settings to values, not {shortened(value)}; write {{key: value}}")
         return dict(value)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise ConfigError(f"{name} must be a list, not {value!r}")
+            raise ConfigError(f"{name} must be a list, not {shortened(value)}")
         return tuple(_convert(f"{name}[{i}]", v, args[0]) for i, v in enumerate(value))
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} must be a mapping of setting to value, not {value!r}")
+            raise ConfigError(f"{name} must be a mapping of setting to value, not {shortened(value)}")
         return build(typing.cast("type[Any]", hint), value, name)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
@@ -87,9 +88,9 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         except OverflowError:
             raise ConfigError(f"{name} must be a finite number; this one is too large") from None
     if (hint is int and isinstance(value, bool)) or not isinstance(value, hint):
-        raise ConfigError(f"{name} must be {hint.__name__}, not {value!r}")
+        raise ConfigError(f"{name} must be {hint.__name__}, not {shortened(value)}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} must be a finite number, not {value!r}")
+        raise ConfigError(f"{name} must be a finite number, not {shortened(value)}")
     return value
 
 
@@ -100,17 +101,15 @@ def digest(value: Any) -> str:
 
 def parse_sets(sets: Iterable[str]) -> dict[str, Any]:
     """``["lr=3e-4", "layers=[1,2]"]`` -> values, each read as YAML."""
-    import yaml
-
     out: dict[str, Any] = {}
     for text in sets:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {text!r}: write key=value")
         try:
-            value = yaml.safe_load(raw)
-        except (yaml.YAMLError, ValueError):  # ValueError: an impossible date
-            raise ConfigError(f"--set {text!r}: the value is not valid YAML") from None
+            value = parse_yaml(raw)
+        except ValueError as error:
+            raise ConfigError(f"--set {shortened(text)}: the value is not valid YAML: {error}") from None
         if isinstance(value, str):  # YAML 1.1 reads 3e-4 as a text
             with contextlib.suppress(ValueError):
                 value = float(value)
@@ -120,15 +119,13 @@ def parse_sets(sets: Iterable[str]) -> dict[str, Any]:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds one mapping."""
-    import yaml
-
     try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        value = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
+    except ValueError as error:  # also for what is not UTF-8
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold one mapping of setting to value")

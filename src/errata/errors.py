@@ -100,6 +100,12 @@ def near(name: str, known: Collection[str], words: str) -> str:
     return f"did you mean {found[0]!r}?" if found else f"{words} {', '.join(known)}"
 
 
+def shortened(value: object) -> str:
+    """A value as messages show it: what someone put in a file may be of any length."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, which may be nothing."""
     return (str(error).splitlines() or [""])[0]

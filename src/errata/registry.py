@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from errata.errors import UnknownNameError, near
+from errata.errors import ConfigError, UnknownNameError, near
 
 # kind -> name -> "module:attribute".  Nothing is imported before it is asked for.
 ENTRIES: dict[str, dict[str, str]] = {
@@ -82,6 +82,14 @@ def get(kind: str, name: str) -> Any:
     except KeyError:
         raise UnknownNameError(f"no {kind} named {name!r}; {near(str(name).lower(), names(kind), 'there are')}") from None
     return load(target)
+
+
+def own(what: str, name: str) -> Any:
+    """What someone's own "module:attribute" names; `ConfigError` where it cannot be had, whatever its module raises."""
+    try:
+        return load(name)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{what} {name!r} cannot be imported: {error or type(error).__name__}; put its folder on PYTHONPATH") from None
 
 
 def load(target: str) -> Any:

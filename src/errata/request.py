@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.config import digest
+from errata.documents import parse_json
 from errata.errors import InputError
 from errata.subjects import names_in, places, spell
 from errata.writing import NO_SPACE
@@ -304,10 +305,10 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
             continue
         where = f"{path}:{number}"
         try:
-            yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=no_constant)
+            yield where, parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=no_constant)
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-        except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
+        except ValueError as error:  # also a number with more digits than Python reads
             hint = " (the file is one JSON list; write one object a line)" if number == 1 and line.lstrip().startswith(b"[") else ""
             raise InputError(f"{where}: not valid JSON: {error}{hint}; each line holds one object") from None
         except InputError as error:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from errata.documents import parse_json
 from errata.errors import DiskError, ErrataError, StorageError
 
 INDEX = "edit.json"  # of a folder of patches: which, in the order they stack
@@ -51,14 +52,17 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        temporary.chmod(0o755)
+        name = final.parent / f".{final.name}.{secrets.token_hex(4)}"
+        name.mkdir()  # open to whom the user's umask says; mkdtemp would not ask it
+        temporary = name
         yield temporary
+        if final.is_dir():
+            shutil.copymode(final, temporary)
         _swap(temporary, final)
     except StorageError as error:  # something in it that could not be saved names the folder in passing; the user knows ``out``
         raise type(error)(str(error).replace(str(temporary), str(out))) from None
     except OSError as error:
-        raise DiskError(f"{out}: nothing was written ({_why(error)}); free space or choose another place, then try again") from None
+        raise DiskError(f"{out}: nothing was written ({_why(error)}); {advice(error)} or choose another place, then try again") from None
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -125,10 +129,10 @@ def within_reach(out: Path) -> None:
 def read_document(path: Path, kind: type[ErrataError] = StorageError, advice: str = "") -> dict[str, Any]:
     """A file that holds one JSON object; else an error of ``kind`` that ends with ``advice``."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise kind(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise kind(f"{path}: not valid JSON ({error}); it was damaged or changed by hand{advice}") from None
     if not isinstance(found, dict):
         raise kind(f"{path}: not what errata writes there{advice}")
@@ -171,11 +175,17 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DiskError(f"{path}: could not be written ({_why(error)}); what was saved before is whole; free space, then go on") from None
+        what = f"could not be written ({_why(error)}); what was saved before is whole"
+        raise DiskError(f"{path}: {what}; {advice(error)}, then go on") from None
 
 
 def _why(error: OSError) -> str:
     return "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+
+
+def advice(error: OSError) -> str:
+    """What to do about what could not be written."""
+    return "get the right to write there" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else "free space"
 
 
 def _sync(path: Path) -> None:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from errata.documents import check_depth, once, parse_json
 from errata.errors import InputError, near
 from errata.request import no_constant, read_bytes
 
 HUB: Final = "hub:"
 SUFFIXES: Final = (".json", ".jsonl")
-_DECODER: Final = json.JSONDecoder(parse_constant=no_constant)
+_DECODER: Final = json.JSONDecoder(parse_constant=no_constant, object_pairs_hook=once)
 _SPACE: Final = " \t\n\r"
 
 
@@ -115,7 +116,9 @@ def _object(path: Path, index: int, value: Any) -> Record:
 
 def _decode(where: str, text: str, at: int) -> tuple[Any, int]:
     try:
-        return _DECODER.raw_decode(text, at)
+        found, end = _DECODER.raw_decode(text, at)
+        check_depth(found)
+        return found, end
     except json.JSONDecodeError as error:
         ends = error.msg.startswith("Unterminated") or not text[error.pos :].strip(_SPACE)
         cut = " (it is cut off here)" if ends else ""
@@ -159,8 +162,8 @@ def _lines(path: Path, text: str) -> Iterator[Any]:
 def _spread(path: Path, text: str) -> InputError | None:
     """The error for a file that is one object written over several lines."""
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        parse_json(text)
+    except ValueError:
         return None
     return InputError(f"{path}: is one JSON value over several lines; give a JSON list of objects, or one object a line")
 

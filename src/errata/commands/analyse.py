@@ -43,13 +43,15 @@ def wanted(args: argparse.Namespace) -> list[EditRequest]:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
-    values, requests = common.settings(args), wanted(args)
     registry.get("method", args.method)
+    values, kind = {"wraps": args.method, **common.settings(args)}, registry.get("method", "rep")
+    kind.judge(values)
+    requests = wanted(args)
     files.check(args.out, args.force)
     lm = common.load(args)
     from errata.analyse import keys
 
-    editor = registry.get("method", "rep").for_model(lm, **{"wraps": args.method, **values})
+    editor = kind.for_model(lm, **values)
     with screen.progress() as progress:
         common.prepare(editor, lm, progress)
     found = keys.compare(lm, requests, editor)

@@ -110,6 +110,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     given, size, chosen, names = requests(args), common.batch_size(args), settings(args), neighbours.names(args)
     method = args.method
     kind = registry.get("method", method)
+    kind.judge(chosen)
     files.check(args.out, args.force)
     if args.mode != "single" and not args.allow_conflicts:  # each alone, they do not meet
         findings.raise_on_findings(list(findings.find_conflicts(given, ())), "go on with --allow-conflicts: the last one written wins")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata import storage
+from errata.documents import parse_json
 from errata.errors import PatchError, StorageError
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ def load_patches(paths: Sequence[str]) -> tuple[Patch, ...]:
 
 def _index(folder: Path) -> list[str]:
     try:
-        index: Any = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index: Any = parse_json((folder / INDEX).read_text(encoding="utf-8"))
         names = [str(p["id"]) for p in index["patches"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise PatchError(f"{folder / INDEX}: cannot be read ({type(error).__name__}); name the patch folders in it one by one") from None
     if wrong := [n for n in names if not n or Path(n).name != n]:
         raise PatchError(f"{folder / INDEX}: {wrong[0]!r} is not the id of a patch; name the patch folders one by one")

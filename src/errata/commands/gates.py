@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from errata import registry
 from errata.commands import common, files, gate_sources
 from errata.commands.gate_sources import CASES, Source
 from errata.commands.screen import Progress, Screen, as_json
@@ -34,6 +35,7 @@ def add(commands: common.Subparsers) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     values = common.settings(args)
+    registry.get("method", "baft").judge(values)
     compared = common.listed(args.compare)
     if odd := [part for part in compared if part not in _COMPARE]:
         raise ConfigError(f"--compare {odd[0]!r}: there are {' and '.join(_COMPARE)}")

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata import registry
 from errata.commands import common, edit, files, neighbours
 from errata.commands.export import tell_vllm
 from errata.commands.screen import Screen, said
@@ -106,6 +107,8 @@ def apply(args: argparse.Namespace, screen: Screen) -> None:
     patches = files.load_patches(args.patch) if args.patch else ()
     wanted, settings = ([], {}) if patches else (edit.requests(args), edit.settings(args))
     size = common.batch_size(args)
+    if not patches:
+        registry.get("method", args.method).judge(settings)
     ledger = _open(args)
     wanted = common.edited(ledger.lm, wanted, args.chat)
     made: list[Edit] = []

@@ -53,6 +53,8 @@ def _asked_of(args: argparse.Namespace) -> ReproduceOptions:
         data[name] = path
     methods = None if args.method is None else common.editors(args.method)
     known = methods or list(dict.fromkeys(method for method, _ in VARIANTS[args.name].values()))
+    for method in known:
+        registry.get("method", method).judge(settings_of(method, known, values))
     return ReproduceOptions(args.name, methods, lambda m: settings_of(m, known, values), data, args.n, CASES, args.split, args.seed)
 
 

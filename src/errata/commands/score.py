@@ -200,6 +200,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         raise ConfigError("--fluency samples texts that go on from plain prompts; leave it or --chat out")
     if args.patch:
         raise ConfigError(f"--patch: {benchmark.name} makes its own edits; leave it out, or score a benchmark without edits")
+    for method in methods:
+        registry.get("method", method).judge(settings_of(method, methods, values))
     judged = _judges_of(args)
     args.n = len(cases)
     at = marks(args)

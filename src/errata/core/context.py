@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from errata.core.context_schema import SCHEMA, names_of
 from errata.core.embed import embed
 from errata.core.families import Family, text_config
 from errata.core.patch import Op
@@ -39,6 +39,8 @@ class ContextOp:
                or nothing.  With names [M, N] (UTF-8, zeros behind) and named [M] bytes of each, a text is shown only to a prompt in
                which its name stands, whatever the case; 0 bytes: to any
     """
+
+    schema = SCHEMA
 
     @staticmethod
     def non_causal(settings: Mapping[str, Any]) -> bool:
@@ -244,20 +246,8 @@ def name_bytes(names: Sequence[str | None]) -> dict[str, Tensor]:
 
 def _names_in(texts: Sequence[str], op: Op) -> Tensor:
     """[B, M] bool: the texts of a retrieval op that may be shown to each prompt, by the names that stand in it."""
-    names = _unpacked(op.tensors["names"], op.tensors["named"])
+    names = names_of(op.tensors["names"], op.tensors["named"])
     return torch.tensor([[name in text for name in names] for text in map(str.casefold, texts)])
-
-
-_UNPACKED = WeakIdKeyDictionary()  # {names: as text} of stores that live: a store is asked at every prompt
-
-
-def _unpacked(names: Tensor, named: Tensor) -> list[str]:
-    """Names without case from what `name_bytes` made."""
-    found: list[str] | None = _UNPACKED.get(names)
-    if found is None:
-        rows = zip(names.tolist(), named.tolist(), strict=True)
-        found = _UNPACKED[names] = [bytes(row[:n]).decode().casefold() for row, n in rows]
-    return found
 
 
 def nearest(queries: Tensor, op: Op, asked: Sequence[str] | None = None) -> list[list[int]]:

@@ -10,7 +10,6 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -252,7 +251,7 @@ def _save(hf: Any, tokenizer: Any, folder: Path) -> None:
 def _seal(source: Source, folder: Path) -> None:
     """List the files, and put them on the disk."""
     files = {path.name: (path.stat().st_size, digest([path])) for path in sorted(folder.iterdir())}
-    for path in folder.iterdir():
-        os.chmod(path, 0o644)
     storage.write(folder / _MARK, json.dumps({"files": files, "source": source.label}, indent=1).encode())
+    for name in files:  # safetensors keeps its files to the user; they are as open as the umask has it, like this one
+        shutil.copymode(folder / _MARK, folder / name)
     storage.flush([folder])

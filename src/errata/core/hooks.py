@@ -28,12 +28,12 @@ class Hooks(AbstractContextManager["Hooks"]):
         if not (plan.banks or plan.inserter):
             return
         self.family, blocks = family, resolve(hf, family.blocks)
-        self._hold(hf.register_forward_pre_hook(self._before, with_kwargs=True))
+        where = {s: blocks[s.block] if s.point == "block" else resolve(blocks[s.block], family.linear_path(s.point)) for s in plan.banks}
+        self._hold(hf.register_forward_pre_hook(self._before, with_kwargs=True))  # from here on nothing fails
         if plan.inserter is not None:
             self._hold(hf.register_forward_hook(self._trim))
-        for site in sorted(plan.banks):
-            module = blocks[site.block] if site.point == "block" else resolve(blocks[site.block], family.linear_path(site.point))
-            self._hold(module.register_forward_hook(self._after(site)))
+        for site in sorted(where):
+            self._hold(where[site].register_forward_hook(self._after(site)))
 
     def _hold(self, handle: Any) -> None:
         self._exit.callback(handle.remove)

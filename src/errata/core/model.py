@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from errata import registry
 from errata.core import decode, offload
 from errata.core.bank import Plan, Stack, compile_plan
-from errata.core.families import Family, find, linear_sizes, resolve, text_config
+from errata.core.families import Family, find, is_linear, linear_sizes, resolve, text_config
 from errata.core.forward import PlainAttention, contiguous_input
 from errata.core.hooks import Hooks
 from errata.core.patch import PROMPT, Patch, Site
@@ -87,32 +88,34 @@ class LM:
         return self._attached
 
     def check(self, patch: Patch) -> None:
-        """`PatchError` unless the patch belongs to this model and its sites exist."""
+        """`PatchError` unless the patch is whole (`Patch.check`), belongs to this model and fits its sites."""
         if patch.base != self.fingerprint:
             raise PatchError(
                 f"patch {patch.id} was made for base {patch.base}, this model is {self.fingerprint}; load the model it was made for"
             )
-        for op in patch.ops:
-            self.check_site(op.site)
+        for op, sizes in zip(patch.ops, patch.check(), strict=True):
+            if wrong := registry.get("op", op.kind).schema.wrong_on(op, sizes, self.check_site(op.site), self):
+                raise PatchError(f"patch {patch.id}: the {op.kind!r} op {op.place}: {wrong}; make the edit again")
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: Site) -> tuple[int, int]:
+        """Sizes of what goes into and comes out of a site; `PatchError` for one that this model does not have."""
         if site == PROMPT:
-            return
+            return self.width, self.width
         if not 0 <= site.block < self.depth:
             raise PatchError(f"block {site.block} does not exist; this model has blocks 0 to {self.depth - 1}")
-        if site.point != "block":
-            try:
-                linear_sizes(resolve(self.blocks[site.block], self.family.linear_path(site.point)))
-            except AttributeError:
-                raise PatchError(f"block {site.block} has no linear {site.point!r}; `errata inspect` lists what there is") from None
+        if site.point == "block":
+            return self.width, self.width
+        try:
+            module = resolve(self.blocks[site.block], self.family.linear_path(site.point))
+        except (AttributeError, TypeError, LookupError):  # also where a part of the path is no list, or a short one
+            module = None
+        if not isinstance(module, nn.Module) or not is_linear(module):
+            raise PatchError(f"block {site.block} has no linear {site.point!r}; `errata inspect` lists what there is")
+        return linear_sizes(module)
 
     def attach(self, *patches: Patch) -> None:
         """Put patches on top of what is attached; they stay until `detach`."""
-        for patch in patches:
-            self.check(patch)
-            if any(p.id == patch.id for p in self._attached):
-                raise PatchError(f"patch {patch.id} is attached already")
-        self._set((*self._attached, *patches))
+        self._set(self._on_top(patches))
 
     def detach(self, *ids: str) -> None:
         """Take patches off by id (all of them when none is named).  The base is as before, bit for bit."""
@@ -120,21 +123,42 @@ class LM:
             raise PatchError(f"patch {missing} is not attached; attached are {[p.id for p in self._attached]}")
         self._set(tuple(p for p in self._attached if ids and p.id not in ids))
 
+    def _on_top(self, patches: Stack) -> Stack:
+        """What is attached with ``patches`` on top, checked."""
+        for i, patch in enumerate(patches):
+            self.check(patch)
+            if any(p.id == patch.id for p in (*self._attached, *patches[:i])):
+                raise PatchError(f"patch {patch.id} is attached already")
+        return (*self._attached, *patches)
+
     def _set(self, stack: Stack) -> None:
-        if self._hooks is not None:
-            self._hooks.close()
-        self._attached, self._where = stack, self.device
-        self._hooks = Hooks(self.hf, self.family, compile_plan([stack], None, self.device, self.tokenizer)) if stack else None
+        """Compile first, swap after: where it fails, what was attached still is."""
+        before, compiled = self._hooks, self._compiled(stack)
+        self._attached, self._hooks, self._where = compiled
+        if before is not None:
+            before.close()
+
+    def _compiled(self, stack: Stack) -> tuple[Stack, Hooks | None, torch.device]:
+        """(the stack, its hooks, where they compute)."""
+        device = self.device
+        return stack, Hooks(self.hf, self.family, compile_plan([stack], None, device, self.tokenizer)) if stack else None, device
 
     @contextmanager
     def under(self, *patches: Patch) -> Iterator[LM]:
         """Patches on for the length of a ``with`` block, on top of what is attached."""
-        before = self._attached
-        self.attach(*patches)
+        before, hooks = (self._attached, self._hooks, self._where), self._hooks
+        compiled = self._compiled(self._on_top(patches))
+        if hooks is not None:
+            hooks.plan.enabled = False  # they stay on the model: nothing has to be made again at the end
+        self._attached, self._hooks, self._where = compiled
         try:
             yield self
         finally:
-            self._set(before)
+            if self._hooks is not None:
+                self._hooks.close()
+            self._attached, self._hooks, self._where = before
+            if hooks is not None:
+                hooks.plan.enabled = True
 
     @contextmanager
     def prompt_ends(self, lengths: Sequence[int]) -> Iterator[LM]:

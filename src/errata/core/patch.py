@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from errata import registry, storage
+from errata.core import patch_file
+from errata.core.op_schema import OpSchema, check_finite
 from errata.errors import ErrataError, PatchError, StorageError
 from errata.request import EditRequest
 
-FORMAT = 1
 WEIGHT_LIKE = ("low_rank", "dense")
 
 
@@ -55,6 +56,8 @@ class OpContext(Protocol):
 
 class Kind(Protocol):
     """How one kind of op computes.  ``p`` holds its parameters with a leading axis of 1 or B.
+
+    A kind that patches hold says in ``schema`` what its ops are (`errata.core.op_schema`); one without runs only while an edit is made.
 
     A kind may also have ``apply_grouped(p, groups, settings, x, y, site, context)``: ``p`` with the bank's own leading axis, ``groups``
     (`errata.core.weights.RowGroups`) names the rows of each entry.  It is used where a copy of an entry for each row would be large.
@@ -91,6 +94,21 @@ class Op:
     def __post_init__(self) -> None:
         if (self.kind == "context") != (self.site == PROMPT):
             raise PatchError(f"a {self.kind!r} op cannot stand at {self.site}; make the edit again")
+
+    def sizes(self) -> dict[str, int]:
+        """Lengths of its tensors' axes (`errata.core.op_schema`); `PatchError` where it is not what its kind declares."""
+        schema: OpSchema | None = getattr(registry.get("op", self.kind), "schema", None)
+        if schema is None:
+            raise PatchError(f"a {self.kind!r} op runs only while an edit is made; a patch holds none")
+        try:
+            return schema.sizes(self.settings, self.tensors)
+        except PatchError as error:
+            raise PatchError(f"the {self.kind!r} op {self.place}: {error}; make the edit again") from None
+
+    @property
+    def place(self) -> str:
+        """Where it acts, in words."""
+        return "in front of the prompt" if self.site == PROMPT else f"at block {self.site.block} ({self.site.point})"
 
     def signature(self) -> tuple[Any, ...]:
         """Ops with equal signatures can share a bank."""
@@ -141,11 +159,7 @@ class Patch:
         """Content hash: same inputs, same seed, same id."""
         cached = self.__dict__.get("_id")
         if cached is None:
-            digest = hashlib.sha256(json.dumps(self._head(), sort_keys=True).encode())
-            for name, tensor in sorted(self._tensors().items()):
-                digest.update(name.encode())
-                digest.update(_bytes(tensor))
-            cached = digest.hexdigest()[:16]
+            cached = patch_file.content_id(self._head(), self._tensors())
             object.__setattr__(self, "_id", cached)
         return str(cached)
 
@@ -156,7 +170,7 @@ class Patch:
 
     def _head(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": patch_file.FORMAT,
             "method": self.method,
             "settings": dict(self.settings),
             "base": self.base,
@@ -178,11 +192,34 @@ class Patch:
         out = {f"{i}.{name}": t for i, op in enumerate(self.ops) for name, t in op.tensors.items()}
         return out | {f"state.{name}": t for name, t in self.state.items()}
 
+    def check(self) -> tuple[dict[str, int], ...]:
+        """The sizes of every op (`Op.sizes`), found once; `PatchError` where the patch is not what its kinds of op declare."""
+        found: tuple[dict[str, int], ...] | None = self.__dict__.get("_sizes")
+        if found is None:
+            for name, tensor in self._tensors().items():
+                check_finite(name, tensor, unlimited=name.startswith("state."))
+            found = tuple(op.sizes() for op in self.ops)
+            for op in self.ops:
+                beside = registry.get("op", op.kind).schema.beside
+                if beside is not None and (wrong := beside(op, self.ops)):
+                    raise PatchError(f"the {op.kind!r} op {op.place}: {wrong}; make the edit again")
+            object.__setattr__(self, "_sizes", found)
+        return found
+
+    def running(self, name: str, *shape: int | None, whole: bool = False) -> Tensor:
+        """A tensor of ``state``; `PatchError` where it is not there or not [*shape] (None: any length) of real or ``whole`` numbers."""
+        found = self.state.get(name)
+        if found is not None:
+            fits = len(shape) == found.ndim and all(n in (None, m) for n, m in zip(shape, found.shape, strict=True))
+            if fits and (found.dtype == torch.int64 if whole else found.is_floating_point()):
+                return found
+        what = "missing" if found is None else f"{found.dtype} of shape {list(found.shape)}"
+        raise PatchError(f"patch {self.id} cannot be gone on from: its state {name!r} is {what}; take it off, or make the edit again")
+
     def describe(self) -> str:
         """A few plain lines."""
         lines = [f"patch {self.id}  method {self.method}  {len(self.requests)} edit(s)  {self.parameters:,} numbers  base {self.base}"]
-        places = ["in front of the prompt" if op.site == PROMPT else f"at block {op.site.block} ({op.site.point})" for op in self.ops]
-        lines += [f"  {op.kind} {place}" for op, place in zip(self.ops, places, strict=True)] or ["  changes nothing"]
+        lines += [f"  {op.kind} {op.place}" for op in self.ops] or ["  changes nothing"]
         lines += [f"  {r.prompt!r} -> {r.target!r}" for r in self.requests[:10]]
         return "\n".join(lines + ([f"  … {len(self.requests) - 10} more"] if len(self.requests) > 10 else []))
 
@@ -198,6 +235,7 @@ class Patch:
             raise StorageError(f"{folder} exists already; give another name, or overwrite=True (--force)")
         if folder.exists() and not (folder / "patch.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise StorageError(f"{folder} exists and is not a patch; it is left alone, give another name")
+        self.check()  # what is saved can be opened
         blob = save({k: t.detach().cpu().contiguous() for k, t in self._tensors().items()})
         head = {**self._head(), "id": self.id, "sha256": hashlib.sha256(blob).hexdigest(), "notes": dict(self.notes)}
         files = {
@@ -219,54 +257,24 @@ class Patch:
 
     @classmethod
     def load(cls, folder: str | Path) -> Patch:
-        """Read a patch folder; `PatchError` says what is broken."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        folder = Path(folder)
+        """Read a patch folder; `PatchError` says what is broken, or is not what its kinds of op declare."""
+        head, tensors = patch_file.read(Path(folder))
         try:
-            head = json.loads((folder / "patch.json").read_text(encoding="utf-8"))
-            blob = (folder / "patch.safetensors").read_bytes()
-        except FileNotFoundError as error:
-            raise PatchError(
-                f"{folder}: {Path(error.filename).name} is missing; a patch is a folder with patch.json and patch.safetensors"
-            ) from None
-        except OSError as error:
-            raise PatchError(f"{folder}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number with more digits than Python reads
-            raise PatchError(f"{folder / 'patch.json'}: not valid JSON ({error}); copy the patch again from where it was made") from None
-        if not isinstance(head, dict) or head.get("format") != FORMAT:
-            found = head.get("format") if isinstance(head, dict) else type(head).__name__
-            raise PatchError(f"{folder / 'patch.json'}: format {found!r}, this errata reads format {FORMAT}")
-        if hashlib.sha256(blob).hexdigest() != head.get("sha256"):
-            raise PatchError(
-                f"{folder / 'patch.safetensors'}: damaged or truncated ({len(blob)} bytes); copy the patch again from where it was made"
-            )
-        try:
-            return cls._from(head, load(blob))
+            return cls._from(head, tensors)
         except ErrataError as error:
-            raise PatchError(f"{folder / 'patch.json'}: {error}") from None
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, SafetensorError) as error:
-            raise PatchError(f"{folder / 'patch.json'}: incomplete or edited by hand ({type(error).__name__}: {error})") from None
+            raise PatchError(f"{Path(folder) / 'patch.json'}: {error}") from None
 
     @classmethod
-    def _from(cls, head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Patch:
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise PatchError(f"tensor {name!r} holds NaN or infinity; make the edit again")
+    def _from(cls, head: patch_file.Head, tensors: Mapping[str, Tensor]) -> Patch:
         ops = []
-        for i, raw in enumerate(head["ops"]):
-            registry.get("op", raw["kind"])
-            own = {name: tensors[f"{i}.{name}"] for name in raw["tensors"]}
-            ops.append(Op(raw["kind"], Site(int(raw["block"]), str(raw["point"])), own, dict(raw["settings"])))
+        for i, raw in enumerate(head.ops):
+            ops.append(Op(raw.kind, Site(raw.block, raw.point), {n: tensors[f"{i}.{n}"] for n in raw.tensors}, dict(raw.settings)))
         state = {k.removeprefix("state."): t for k, t in tensors.items() if k.startswith("state.")}
-        requests = tuple(EditRequest.restore(r) for r in head["requests"])
-        patch = cls(
-            str(head["method"]), dict(head["settings"]), str(head["base"]), requests, tuple(ops), state,
-            tuple(map(str, head["replaces"])), dict(head["notes"]),
-        )  # fmt: skip
-        if patch.id != head["id"]:
-            raise PatchError(f"content does not match its id {head['id']!r}; the files of two patches were mixed, or edited by hand")
+        requests = tuple(map(EditRequest.restore, head.requests))
+        patch = cls(head.method, dict(head.settings), head.base, requests, tuple(ops), state, head.replaces, dict(head.notes))
+        patch.check()
+        if patch.id != head.id:
+            raise PatchError(f"content does not match its id {head.id!r}; the files of two patches were mixed, or edited by hand")
         return patch
 
     def scale(self, factor: float) -> Patch:
@@ -293,8 +301,3 @@ def weight_like(patch: Patch) -> tuple[Op, ...]:
 def _scaled(op: Op, factor: float) -> Op:
     name = "weight" if op.kind == "dense" else "up"
     return dataclasses.replace(op, tensors={**op.tensors, name: op.tensors[name] * factor})
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous()
-    return str((tuple(flat.shape), str(flat.dtype))).encode() + flat.flatten().view(torch.uint8).numpy().tobytes()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from errata import registry
+from errata.core.op_schema import OpSchema
 from errata.core.patch import WEIGHT_LIKE, Op, OpContext, Patch, Site, weight_like
 from errata.errors import PatchError
 
@@ -54,6 +55,8 @@ def _alone(t: Tensor) -> Tensor:
 class LowRank:
     """Beside a linear: ``y + up (down x)``; ``down`` [R, I], ``up`` [O, R], at every token."""
 
+    schema = OpSchema({"down": "R I", "up": "O R"})
+
     @staticmethod
     def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:
         inner = x.to(p["down"].dtype) @ _alone(p["down"]).mT
@@ -71,6 +74,8 @@ class LowRank:
 
 class Dense:
     """Beside a linear: ``y + weight x``; ``weight`` [O, I], at every token."""
+
+    schema = OpSchema({"weight": "O I"})
 
     @staticmethod
     def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:

@@ -94,20 +94,11 @@ def weight_deltas(lm: LM, stack: Stack) -> list[WeightDelta]:
                     "with errata (attach it, or `errata ask --patch`), or make the edit again with a method that changes weights "
                     "(rome, memit …; `errata methods` lists them)"
                 )
-            if op.site.point == "block":
-                raise PatchError(
-                    f"patch {patch.id}: its {op.kind!r} op runs beside block {op.site.block}, not beside a linear; serve it with errata"
-                )
             path = f"{lm.family.blocks}.{op.site.block}.{lm.family.linear_path(op.site.point)}"  # two points may name one linear
             found.setdefault(path, []).append(op)
     if not found:
         raise PatchError("the stack changes nothing (no patch of it holds an op); there is nothing to export")
-    out = [WeightDelta(path, resolve(lm.hf, path), tuple(ops)) for path, ops in found.items()]
-    for change in out:
-        for op in change.ops:
-            if sizes(op)[1:] != change.sizes:
-                raise PatchError(f"{change.path} maps {change.sizes}, a patch {sizes(op)[1:]} (input, output); make the edit again")
-    return out
+    return [WeightDelta(path, resolve(lm.hf, path), tuple(ops)) for path, ops in found.items()]
 
 
 @dataclass(frozen=True)

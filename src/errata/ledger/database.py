@@ -20,7 +20,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from errata.errors import DiskError, LedgerError, StorageError
+from errata.errors import DiskError, LedgerError, StorageError, shortened
+from errata.ledger.cells import DamagedError, Place, check_cells, check_relations
 from errata.ledger.stacks import Entry
 from errata.request import EditRequest
 
@@ -140,6 +141,7 @@ class LedgerDatabase:
         waited = self.wait if wait is None else wait
         with self._complaining(waited):
             db = sqlite3.connect(self.path, timeout=waited, isolation_level=None)
+            db.text_factory = lambda text: text.decode("utf-8", "surrogateescape")  # what is not UTF-8 is said of its cell
             try:
                 if write:
                     db.execute("PRAGMA journal_mode = WAL")
@@ -151,21 +153,23 @@ class LedgerDatabase:
 
     @contextlib.contextmanager
     def _complaining(self, waited: float) -> Iterator[None]:
+        advice = f"bring {NAME} back from a copy; the patch folders beside it are whole and can be applied to a new ledger"
         try:
             yield
+        except DamagedError as error:
+            raise StorageError(f"{self.path}: damaged: {error}; {advice}") from None
         except sqlite3.OperationalError as error:
             text = str(error)
             if "locked" in text or "busy" in text:
                 raise LedgerError(
                     f"{self.path.parent}: another is writing to this ledger (waited {waited:g} s); try again, or wait longer (--wait)"
                 ) from None
-            why = "the disk is full" if "full" in text else text
-            raise DiskError(f"{self.path}: not written ({why}); the ledger is as it was before; free space, then try again") from None
+            what, advice = _why(text)
+            raise DiskError(f"{self.path}: {what}; the ledger is as it was before; {advice}") from None
+        except OverflowError:
+            raise LedgerError(f"{self.path.parent}: no such number; `errata ledger log` lists what there is") from None
         except sqlite3.DatabaseError as error:
-            raise StorageError(
-                f"{self.path}: cannot be read ({error}); bring it back from a copy, or try `sqlite3 {NAME} .recover`; "
-                "the patch folders beside it are whole and can be applied to a new ledger"
-            ) from None
+            raise StorageError(f"{self.path}: cannot be read ({error}); try `sqlite3 {NAME} .recover`, or {advice}") from None
 
 
 @contextlib.contextmanager
@@ -180,9 +184,31 @@ def _transaction(db: sqlite3.Connection, kind: str) -> Iterator[None]:
         raise
 
 
+def _why(text: str) -> tuple[str, str]:
+    """What SQLite could not do, and the way out."""
+    if "full" in text:
+        return "not written (the disk is full)", "free space, then try again"
+    if "readonly" in text or "unable to open" in text:
+        return f"cannot be written ({text})", "get the right to write to it and to its folder, or work on a copy"
+    if "no such" in text:
+        return f"is not as errata left it ({text})", "bring it back from a copy"
+    return f"not read or written ({text})", "look at the disk, then try again"
+
+
 def _event(row: tuple[Any, ...]) -> Event:
-    number, time, author, reason, verb, details = row
-    return Event(number, time, author, reason, verb, json.loads(details))
+    place, (_, time, author, reason, verb, details) = Place("events", row[0]), row
+    said = {"time": time, "author": author, "reason": reason, "verb": verb}
+    texts = {column: place.text(column, value) for column, value in said.items()}
+    return Event(place.number("id", row[0]), **texts, details=place.details(texts["verb"], details))
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    number, patch, edit, place, since, replaces, stored = row
+    own, of = Place("stack", number), Place("patches", patch)
+    where = own.number("place", place), own.number("since", since)
+    return Entry(
+        number, own.patch("patch", patch), own.maybe("edit", edit), where[0], of.replaced(replaces), of.flag("stored", stored), where[1]
+    )
 
 
 class Reader:
@@ -192,7 +218,8 @@ class Reader:
         self.db = db
 
     def meta(self, key: str) -> str:
-        return str(self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
+        row = self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return Place("meta", key).text("value", None if row is None else row[0])
 
     def head(self) -> int:
         """The last event; 0 before the first."""
@@ -202,13 +229,11 @@ class Reader:
         """The stack now, or as it was after event ``at``."""
         when, values = ("s.until IS NULL", ()) if at is None else ("s.since <= :at AND (s.until IS NULL OR s.until > :at)", {"at": at})
         rows = self.db.execute(
-            "SELECT s.id, s.patch, s.edit, s.place, p.replaces, p.stored, s.since FROM stack s JOIN patches p ON p.id = s.patch "
+            "SELECT s.id, s.patch, s.edit, s.place, s.since, p.replaces, p.stored FROM stack s LEFT JOIN patches p ON p.id = s.patch "
             f"WHERE {when} ORDER BY s.place, s.id",
             values,
         )
-        return tuple(
-            Entry(row, p, edit, place, tuple(json.loads(old)), bool(kept), since) for row, p, edit, place, old, kept, since in rows
-        )
+        return tuple(map(_entry, rows))
 
     def events(self, last: int | None = None) -> list[Event]:
         """The log, oldest first; its ``last`` ones only where given."""
@@ -219,6 +244,8 @@ class Reader:
 
     def event(self, number: int) -> Event:
         row = self.db.execute("SELECT id, time, author, reason, verb, details FROM events WHERE id = ?", (number,)).fetchone()
+        if row is None:
+            raise DamagedError(f"table events: there is no event {shortened(number)}, and an edit speaks of it")
         return _event(row)
 
     def edits(self, live: bool = True) -> list[Edit]:
@@ -238,15 +265,27 @@ class Reader:
             raise LedgerError(
                 f"there is no edit {number}; " + (f"they are 1 to {most} (`errata ledger log`)" if most else "none was made yet")
             )
-        patch = self.db.execute("SELECT patch FROM stack WHERE edit = ? ORDER BY id DESC LIMIT 1", (number,)).fetchone()[0]
-        requests = tuple(EditRequest.restore(r) for r in json.loads(row[0]))
-        settings = None if row[2] is None else json.loads(row[2])
+        stands = self.db.execute("SELECT id, patch FROM stack WHERE edit = ? ORDER BY id DESC LIMIT 1", (number,)).fetchone()
+        if stands is None:
+            raise DamagedError(f"edit {number}: table stack has no row of it")
+        patch = Place("stack", stands[0]).patch("patch", stands[1])
         undone = None if row[5] is None else self.event(row[5])
-        return Edit(number, requests, row[1], settings, bool(row[3]), patch, self.event(row[4]), undone)
+        return Edit(number, *Place("edits", number).made(*row[:4]), patch, self.event(row[4]), undone)
 
     def stored(self) -> set[str]:
         """Patches whose folders belong here."""
         return {row[0] for row in self.db.execute("SELECT id FROM patches WHERE stored = 1")}
+
+    def check(self) -> None:
+        """Every cell of every table, and what they say of each other; `StorageError` for the first that is damaged."""
+        (found,) = self.db.execute("PRAGMA integrity_check(1)").fetchone()  # an index may have lost rows that the table has
+        if found != "ok":
+            raise DamagedError(found)
+        for key in ("base", "model"):
+            self.meta(key)
+        check_cells(self.db)
+        dropped = {p for event in self.events() if event.verb == "compact" for p in event.details.get("dropped", [])}
+        check_relations(self.db, self.entries(), dropped)
 
 
 class Writer(Reader):

@@ -39,6 +39,11 @@ class Ledger(LedgerState):
             taken = [p.name for p in folder.iterdir()] if folder.is_dir() else []
             if folder.exists() and (not folder.is_dir() or any(not n.startswith(record.path.name) and n != "patches" for n in taken)):
                 raise StorageError(f"{folder} exists and is not a ledger; it is left alone, give another name")
+            if "patches" in taken and any((folder / "patches").iterdir()):  # beginning anew would sweep them away
+                raise StorageError(
+                    f"{folder} holds patches and no {record.path.name}, or an empty one; bring it back from a "
+                    "copy, or take the patches into a new ledger (`errata ledger apply NEW --patch …`)"
+                )
             with storage.disk_errors(folder):
                 (folder / "patches").mkdir(parents=True, exist_ok=True)
             record.create({"base": lm.fingerprint, "model": lm.name})
@@ -49,6 +54,8 @@ class Ledger(LedgerState):
             raise LedgerError(
                 f"{folder} is of base {base}, this model is {lm.fingerprint}; load {ledger.meta('model')!r}, or begin another"
             )
+        with record.read_transaction() as view:
+            view.check()
         ledger.recover()
         return ledger
 

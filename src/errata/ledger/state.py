@@ -113,6 +113,7 @@ class LedgerState:
         """Remove what a torn change has left, unless another is writing now; the names of what went."""
         try:
             with self.database.write_transaction(wait=0.0) as writer:
+                writer.check()  # a damaged record must cost no folder
                 return self.patch_store.sweep(writer.stored())
         except ErrataError:  # busy, or a disk that cannot be written: the next open does it
             return []

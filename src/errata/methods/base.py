@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class Editor(ABC):
                 setattr(cls, name, torch.inference_mode(False)(vars(cls)[name]))
 
     @classmethod
-    def for_model(cls: type[E], lm: LM, **settings: Any) -> E:
+    def for_model(cls: type[E], lm: LM, /, **settings: Any) -> E:
         """The settings for this model with ``settings`` on top; an unknown or ill-typed one raises `ConfigError`.
 
         They are the preset by the model's name (see ``PRESETS``), and on top what `errata tune` found for its fingerprint
@@ -97,9 +98,27 @@ class Editor(ABC):
         return build(cls, settings_for(cls, lm.name, settings, lm.fingerprint))
 
     @classmethod
-    def untuned(cls: type[E], lm: LM, **settings: Any) -> E:
+    def untuned(cls: type[E], lm: LM, /, **settings: Any) -> E:
         """As `for_model`, without what `errata tune` found: the preset by the model's name, or the rule."""
         return build(cls, settings_for(cls, lm.name, settings))
+
+    @classmethod
+    def judge(cls, settings: Mapping[str, Any]) -> None:
+        """`ConfigError` for settings that are wrong on any model: asked before one is loaded.
+
+        A setting may be right only beside others, which `for_model` takes from a preset or from what was found for the model: it is wrong
+        where it is so beside all there are.
+        """
+        asked = settings_for(cls, "", settings)
+        others = [] if "preset" in settings else [*cls.PRESETS.values(), *tuned.every(cls.name)]
+        try:
+            build(cls, asked)
+        except ConfigError:
+            for other in others:
+                with contextlib.suppress(ConfigError):
+                    build(cls, {**other, **asked})
+                    return
+            raise
 
     def contrasted(
         self, lm: LM, requests: Sequence[EditRequest], on: Stack = (), exclude: Sequence[str] = (), names: Names | None = None

@@ -6,12 +6,14 @@ saw.  The user's own file goes before errata's.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from errata.documents import parse_json
 from errata.errors import StorageError
 from errata.storage import cache_folder, write_atomic
 
@@ -26,7 +28,7 @@ def path_of(fingerprint: str) -> Path:
 def read(path: Path) -> dict[str, Any]:
     """The file; `StorageError` for one that is none."""
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror}); give a file of `errata tune`") from None
     except ValueError as error:
@@ -56,6 +58,15 @@ def settings_of(fingerprint: str, method: str) -> dict[str, Any]:
         if method in found.get("methods", {}):
             return dict(found["methods"][method]["settings"])
     return {}
+
+
+def every(method: str) -> list[dict[str, Any]]:
+    """What was found for a method, on any model."""
+    out = []
+    for path in (*sorted((cache_folder() / "settings").glob("*.json")), *shipped().values()):
+        with contextlib.suppress(StorageError):  # of another model: whoever uses it says so
+            out += [dict(held["settings"]) for name, held in read(path)["methods"].items() if name == method]
+    return out
 
 
 def save(path: Path, model: Mapping[str, Any], methods: Mapping[str, Any]) -> None:

@@ -35,7 +35,8 @@ from errata.run.guard import GuardSpec
 from errata.run.specs import ScoreSpec, StoreSpec
 
 CASES = 100  # where the run file does not say
-_BATCHED = re.compile(r"batched\((\d+)\)")
+_BATCHED = re.compile(r"batched\(([0-9]{1,9})\)")
+_VERBS = {"method": "edit_each", "benchmark": "load"}  # what a class of one's own must have
 _YOUNGER = ("chat", "consistent")
 _MANY = ("model", "methods", "benchmark", "scenario", "seeds")  # one, or a list
 
@@ -193,7 +194,10 @@ def benchmark(spec: BenchmarkSpec) -> Any:
     """The benchmark, on its own data or on those named."""
     if ":" in spec.name:
         made = _class("benchmark", spec.name)
-        found = made() if spec.data is None else made(spec.data)
+        try:
+            found = made() if spec.data is None else made(spec.data)
+        except TypeError as error:
+            raise ConfigError(f"the benchmark {spec.name!r} cannot be opened: {error}; data is what it is given") from None
         if spec.consistent:
             raise ConfigError(f"the benchmark {spec.name!r} is not one of errata's; let it give one case a fact itself, not by consistent")
     else:
@@ -204,13 +208,14 @@ def benchmark(spec: BenchmarkSpec) -> Any:
 
 
 def _class(kind: str, name: str) -> Any:
-    """A registered method or benchmark, or one's own as "module:Class"."""
+    """A registered method or benchmark, or one's own as "module:Class"; nothing else is called."""
     if ":" not in name:
         return registry.get(kind, name)
-    try:
-        return registry.load(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{kind} {name!r} cannot be imported: {error}; put its folder on PYTHONPATH") from None
+    found, verb = registry.own(kind, name), _VERBS[kind]
+    fits = isinstance(found, type) and callable(getattr(found, verb, None)) and (kind != "method" or dataclasses.is_dataclass(found))
+    if not fits:
+        raise ConfigError(f"{kind} {name!r} is none: that is a class with {verb}(){', a dataclass' if kind == 'method' else ''}")
+    return found
 
 
 def _slug(*parts: str) -> str:

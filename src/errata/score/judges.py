@@ -140,10 +140,7 @@ def make(name: str, cache: Path, endpoint: str | None = None, model: str | None 
         return FunctionJudge("contains@2", lambda question, wanted, answer: match.contains(answer, wanted))
     if ":" not in name:
         raise ConfigError(f"no judge named {name!r}; there are exact, contains, module:function, or give an endpoint")
-    try:
-        function = registry.load(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"judge {name!r} cannot be imported: {error}") from None
+    function = registry.own("judge", name)
     if not callable(function):
         raise ConfigError(f"judge {name!r} is not a function but {type(function).__name__}")
     return FunctionJudge(f"{name}@{getattr(function, 'version', 1)}", function)

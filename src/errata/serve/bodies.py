@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
+from errata.documents import check_depth, once
 from errata.errors import InputError
 from errata.request import no_constant
 from errata.serve.api_errors import APIError
@@ -90,7 +91,9 @@ def parse(body: bytes, most: int) -> Any:
     if (parts := sum(map(body.count, b",[{"))) > allowed:
         raise APIError(400, f"the body has {parts} commas and brackets, {allowed} are taken; send less at once", "too_large")
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=no_constant, object_pairs_hook=_object)
+        found = json.loads(body.decode("utf-8"), parse_constant=no_constant, object_pairs_hook=_object)
+        check_depth(found)
+        return found
     except UnicodeDecodeError as error:
         raise APIError(400, f"the body is not UTF-8 at byte {error.start}", "invalid_json") from None
     except RecursionError:
@@ -102,7 +105,7 @@ def parse(body: bytes, most: int) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > _FIELDS:
         raise APIError(400, f"an object has {len(pairs)} fields; no request has more than {_FIELDS}", "invalid_value")
-    return dict(pairs)
+    return once(pairs)
 
 
 def again(body: bytes, receive: Receive) -> Receive:

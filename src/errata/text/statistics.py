@@ -206,7 +206,8 @@ def _write(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None
     try:
         storage.put(path, blob)
     except OSError as error:
-        raise DiskError(f"{path}: nothing was written ({error.strerror}); free space, or set ERRATA_CACHE to another place") from None
+        advice = f"{storage.advice(error)}, or set ERRATA_CACHE to another place"
+        raise DiskError(f"{path}: nothing was written ({error.strerror}); {advice}") from None
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

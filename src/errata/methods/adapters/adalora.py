@@ -92,9 +92,12 @@ class AdaLoRA(AdapterEditor):
         return {k: t for k, t in p.items() if k != "A" or bool((p["E"] == 0).any())}
 
     def resumed(self, group: int, sites: Sequence[Site], patch: Patch) -> dict[str, Tensor]:
-        ops, state = {op.site: op.tensors for op in patch.ops}, patch.state
-        a = state[f"A.{group}"] if f"A.{group}" in state else torch.stack([ops[s]["down"] for s in sites])
-        return {"A": a, "B": state[f"B.{group}"], "E": state[f"E.{group}"]}
+        ops, count = {op.site: op.tensors for op in patch.ops}, len(sites)
+        if f"A.{group}" in patch.state or not all(s in ops and len(ops[s]["down"]) == self.rank for s in sites):
+            a = patch.running(f"A.{group}", count, self.rank, None)
+        else:
+            a = torch.stack([ops[s]["down"] for s in sites])
+        return {"A": a, "B": patch.running(f"B.{group}", count, None, self.rank), "E": patch.running(f"E.{group}", count, self.rank)}
 
     def resumable(self, patch: Patch) -> bool:
         return "scaled" not in patch.settings  # what the state holds was not scaled

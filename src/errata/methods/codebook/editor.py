@@ -96,7 +96,13 @@ class CodebookEditor(RadiusEditor):
         on = active_patches(tuple(on))
         last = on[-1] if on and on[-1].method == self.name else None
         same = last is not None and tuple(op.site for op in last.ops) == tuple(sites) and dict(last.ops[0].settings) == settings
-        return (last, on[:-1]) if same and last is not None and self.can_resume(last) else (None, on)
+        if last is None or not same or any(op.kind != "routed" for op in last.ops[1:]) or not self.can_resume(last):
+            return None, on
+        count = len(last.ops[0].tensors["radii"])
+        last.running("labels", count, None, whole=True)
+        if "limits" in last.state:
+            last.running("limits", count)
+        return last, on[:-1]
 
     def can_resume(self, last: Patch) -> bool:
         """Whether more than sites and settings have to agree, and does."""

@@ -11,14 +11,17 @@ choice.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from errata.core.patch import OpContext, Site
+from errata.core.op_schema import OpSchema, Tensors, within
+from errata.core.patch import Op, OpContext, Site
 from errata.core.weights import RowGroups
+from errata.errors import ConfigError
 from errata.methods.codebook.lookup import entries_of, lookup_at_prompt_end, nearest_within_radius, remembered
 
 Params: TypeAlias = Mapping[str, Tensor]
@@ -49,6 +52,54 @@ def route(book: Mapping[str, Tensor], query: Tensor, rounding: float) -> Tensor:
         apart = apart.masked_fill(index >= end[part, None], torch.inf)
         out[part] = book["block"][index.gather(1, apart.argmin(1)[:, None])[:, 0]]
     return out
+
+
+def _not_negative(name: str, value: float) -> None:
+    if value < 0:
+        raise ConfigError(f"setting.{name} must not be negative, not {value:g}")
+
+
+@dataclass(frozen=True)
+class _CodebookSettings:
+    replace: Literal["last", "prompt", "all"]
+    rounding: float
+
+    def __post_init__(self) -> None:
+        _not_negative("rounding", self.rounding)
+
+
+@dataclass(frozen=True)
+class _RouterSettings:
+    reads: Literal["input", "output"]
+    rounding: float
+
+    def __post_init__(self) -> None:
+        _not_negative("rounding", self.rounding)
+
+
+@dataclass(frozen=True)
+class _RoutedSettings:
+    scale: float
+
+
+def _router_tensors(settings: _RouterSettings, _: Tensors) -> dict[str, str]:
+    own = "I" if settings.reads == "input" else "O"
+    return {"centres": f"C {own}", "radii": "C", "points": f"M* {own}", "cluster": "M*:int64", "block": "M*:int64"}
+
+
+def _router_numbers(_: _RouterSettings, tensors: Tensors) -> str | None:
+    cluster = tensors["cluster"]
+    if not within(cluster, 0, len(tensors["radii"])) or not bool((cluster.diff() >= 0).all()):
+        return "tensor 'cluster' must rise and name clusters"
+    return None if within(tensors["block"], 0, 1 << 31) else "tensor 'block' must number blocks"
+
+
+def _has_router(op: Op, ops: Sequence[Op]) -> str | None:
+    routers = [other for other in ops if other.kind == "router"]
+    if len(routers) != 1 or routers[0].site.block >= op.site.block:
+        return "it needs one router in its patch, at a lower block"
+    end = len(op.tensors["up"])
+    return None if within(routers[0].tensors["block"], 0, end) else f"its router names blocks that it does not hold; it has {end}"
 
 
 class _Call(NamedTuple):
@@ -89,6 +140,8 @@ class _Stored(ABC):
 class Codebook(_Stored):
     """Registered as ``codebook``: keys [N, I], values [N, O], radii [N]; settings ``replace`` and ``rounding``."""
 
+    schema = OpSchema({"keys": "N I", "values": "N O", "radii": "N"}, _CodebookSettings, mixed=True)
+
     @staticmethod
     def non_causal(settings: Mapping[str, Any]) -> bool:
         return bool(settings["replace"] != "last")
@@ -118,6 +171,8 @@ class Router(_Stored):
     Settings: ``reads`` "input" or "output" of the linear, ``rounding``.
     """
 
+    schema = OpSchema(_router_tensors, _RouterSettings, mixed=True, numbers=_router_numbers)
+
     @staticmethod
     def non_causal(settings: Mapping[str, Any]) -> bool:
         return True
@@ -136,6 +191,8 @@ class Router(_Stored):
 
 class Routed(_Stored):
     """Registered as ``routed``: blocks down [N, R, I] and up [N, O, R]; setting ``scale``: s, by which both are multiplied."""
+
+    schema = OpSchema({"down": "N R I", "up": "N O R"}, _RoutedSettings, beside=_has_router)
 
     @staticmethod
     def non_causal(settings: Mapping[str, Any]) -> bool:

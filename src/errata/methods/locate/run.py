@@ -154,7 +154,8 @@ class LocateThenEditRun:
 
     def past(self, block: int) -> Tensor | None:
         """Keys [n, I] that live patches of this method on the stack wrote at this block."""
-        kept = [p.state[f"keys.{block}"] for p in self.on if p.method == self.editor.name and f"keys.{block}" in p.state]
+        name, size = f"keys.{block}", self.lm.check_site(Site(block, POINT))[0]
+        kept = [p.running(name, None, size) for p in self.on if p.method == self.editor.name and name in p.state]
         return torch.cat(kept).to(self.lm.device) if kept else None
 
     def _pack(

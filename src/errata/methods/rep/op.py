@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, one_hot
 
+from errata.core.op_schema import OpSchema
 from errata.core.patch import Op, OpContext, Site
 from errata.core.weights import RowGroups
+from errata.errors import ConfigError
 
 AT_ONCE = 32  # adaptors whose inner numbers are held at one time
 
@@ -37,10 +40,22 @@ def _each(x: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
+@dataclass(frozen=True)
+class _Settings:
+    tau: float
+    gate: bool
+    constant: bool
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau < 1:
+            raise ConfigError(f"setting.tau is a share between 0 and 1, not {self.tau:g}")
+
+
 class KeyAdaptor:
     """a [n, r, I], u [n, O, r] and the gate's tensors; settings: tau, and with ``gate`` false g = 1 (an ablation), with ``constant`` the
     projection is a vector that does not depend on k (another)."""
 
+    schema = OpSchema({"a": "n r I", "u": "n O r", "w1": "n h I", "b1": "n h", "w2": "n h", "b2": "n"}, _Settings)
     additive = True  # it reads x only and adds to y
 
     @staticmethod

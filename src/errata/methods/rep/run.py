@@ -110,12 +110,14 @@ class REPRun:
         e, lm, constant = self.editor, self.lm, self.editor.projection == "constant"
         keys = self._keys(block)
         inner = keys.own.shape[1]
-        state = self.before.state if self.before else {}
         if self.before is None:
             start = initial(inner, e.rank, max(1, int(e.hidden * inner)), constant, e.seed * 1000 + block)
         else:
-            start = {k: state[f"{STATE}{block}.{k}"] for k in TRAINED}
-            rehearsed = {k: state[f"{STATE}{block}.{k}"] for k in ("surfaces", "own", "target", "away")}
+            was, edits, at = self.before, len(self.before.requests), f"{STATE}{block}."
+            shapes = {"a": (None, inner), "b": (inner, None), "w1": (None, inner), "b1": (None,), "w2": (None,), "b2": ()}
+            start = {k: was.running(at + k, *shapes[k]) for k in TRAINED}
+            rehearsed = {k: was.running(at + k, edits, None, inner) for k in ("surfaces", "away")}
+            rehearsed |= {k: was.running(at + k, edits, inner) for k in ("own", "target")}
             keys = together(rehearsed, keys, e.seed + len(self.before.requests))
         units = len(self.ops) if e.scope == "shared" else len(keys.own)
         fitted, loss = train(e, keys, {k: t.to(lm.device).expand(units, *t.shape) for k, t in start.items()}, units, progress)

@@ -17,18 +17,43 @@ h is left as it is, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from errata.core.op_schema import OpSchema, Tensors
 from errata.core.patch import Op, OpContext, Site
+from errata.errors import ConfigError
 from errata.methods.subspace.chain import GateChain
 from errata.methods.subspace.gating import move
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """Of an op; ``threshold`` is younger than some patches."""
+
+    gate: Literal["none", "shared_logit", "rmsnorm", "subspace"]
+    last: int | None
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.last is not None and self.last < 1:
+            raise ConfigError(f"setting.last counts prompt tokens, at least 1, not {self.last}")
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"setting.threshold is a weight, from 0 to 1, not {self.threshold:g}")
+
+
+def _tensors(settings: _Settings, _: Tensors) -> dict[str, str]:
+    gates = {"none": {}, "shared_logit": {"V": "r+1 O"}, "rmsnorm": {"V": "r O", "g": "O"}, "subspace": {"V": "1 O"}}
+    return {"R": "r O", "A": "r O", "b": "r", **gates[settings.gate]}
+
+
 class Subspace:
     """Registered as ``subspace``; acts on the last ``last`` prompt tokens (None: all of them) and every later token."""
+
+    schema = OpSchema(_tensors, _Settings, linear=False)
 
     @staticmethod
     def apply(p: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor, y: Tensor, site: Site, context: OpContext) -> Tensor:

@@ -308,13 +308,14 @@ class Training:
 
     @property
     def _counted(self) -> float:
-        return float(self.before.state["edits"][0]) if self.before and "edits" in self.before.state else 0.0
+        return float(self.before.running("edits", 1)[0]) if self.before and "edits" in self.before.state else 0.0
 
     def past_weights(self, block: int) -> Tensor | float:
         """Running sum over past samples of their mean gate weights [r]; a patch that counted fewer has their mean for each other one."""
         if self.before is None:
             return 0.0
-        return self.before.state[f"weights.{block}"].to(self.lm.device) * (self.past_samples / self._counted)
+        weights = 1 if self.editor.gate_kind == "subspace" else self.editor.rank
+        return self.before.running(f"weights.{block}", weights).to(self.lm.device) * (self.past_samples / max(self._counted, 1.0))
 
 
 def gate_on(p: Mapping[str, Tensor], kind: str, states: Tensor, owner: Tensor) -> Tensor:

@@ -119,6 +119,6 @@ class Memories:
     def resumed(self, op: Op, edits: int) -> Memories:
         """From an op that `op` made after ``edits`` edits."""
         least = op.tensors["least"].tolist()
-        found = [packed(op, i) for i in range(len(least))]
+        found = [packed(op.tensors, i) for i in range(len(least))]
         kept = tuple(Memory(unpack(own), own["values"], low) for own, low in zip(found, least, strict=True))
         return replace(self, stored=kept, edits=edits)

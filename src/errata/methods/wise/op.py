@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from errata.core.op_schema import OpSchema, Tensors, within
 from errata.core.patch import Op, OpContext, Site
 from errata.core.weights import RowGroups
+from errata.errors import ConfigError, shortened
 
 LONG = 100  # tokens of a prompt above which its largest token decides
 
@@ -51,15 +54,58 @@ def unpack(tensors: Mapping[str, Tensor]) -> Tensor:
     return ((tensors["bits"][:, None] >> shifts) & 1).flatten().nonzero().squeeze(1)
 
 
-def packed(op: Op, i: int) -> dict[str, Tensor]:
+def packed(tensors: Tensors, i: int) -> dict[str, Tensor]:
     """What `pack` made of memory ``i`` of an op."""
-    return {name.rpartition(".")[0]: t for name, t in op.tensors.items() if name.endswith(f".{i}")}
+    return {name.rpartition(".")[0]: t for name, t in tensors.items() if name.endswith(f".{i}")}
+
+
+@dataclass(frozen=True)
+class _Settings:
+    shape: tuple[int, ...]
+    act: str
+    act_ratio: float
+    long: int
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 2 or min(self.shape) < 1:
+            raise ConfigError(f"setting.shape is [O, I], not {list(self.shape)}")
+        if min(self.act_ratio, self.long) < 0:
+            raise ConfigError("setting.act_ratio and setting.long must not be negative")
+        try:
+            activation(self.act)
+        except KeyError:
+            raise ConfigError(f"setting.act {shortened(self.act)} is no activation of transformers") from None
+
+
+def _tensors(settings: _Settings, given: Tensors) -> dict[str, str]:
+    size = settings.shape[0] * settings.shape[1]
+    memories = len(given["least"]) if "least" in given and given["least"].ndim == 1 else 1
+    said = {"least": "M"}
+    for i in range(memories):
+        where = {f"index.{i}": f"n{i}:int32"} if f"index.{i}" in given else {f"bits.{i}": f"{-(-size // 8)}:uint8"}
+        said |= {f"values.{i}": f"n{i}*", **where}
+    return said
+
+
+def _numbers(settings: _Settings, tensors: Tensors) -> str | None:
+    size = settings.shape[0] * settings.shape[1]
+    for i in range(len(tensors["least"])):
+        where = unpack(packed(tensors, i))
+        if len(where) != len(tensors[f"values.{i}"]) or not within(where, 0, size) or not bool((where.diff() > 0).all()):
+            return f"memory {i} does not say of each of its values which entry of the matrix it is"
+    return None
+
+
+def _fits(settings: _Settings, _: Tensors, site: tuple[int, int], __: Any) -> str | None:
+    inner, outer = site
+    return None if settings.shape == (outer, inner) else f"setting.shape {list(settings.shape)} is not the linear's {[outer, inner]}"
 
 
 class SideMemory:
     """Registered as ``side_memory``.  An op's tensors: ``least`` [M], and ``values.i`` with ``index.i`` or ``bits.i`` of memory i (`pack`);
     settings: ``shape`` [O, I], ``act`` (a name), ``act_ratio``, ``long``.  A bank's: ``delta`` [P, M, O, I], ``least`` [P, M]."""
 
+    schema = OpSchema(_tensors, _Settings, numbers=_numbers, on_model=_fits)
     stateful = True
 
     @staticmethod
@@ -82,7 +128,7 @@ class SideMemory:
             own = op.tensors["least"]
             least[p, : len(own)] = own.to(device)
             for i in range(len(own)):
-                tensors = {name: t.to(device) for name, t in packed(op, i).items()}
+                tensors = {name: t.to(device) for name, t in packed(op.tensors, i).items()}
                 delta[p, i, unpack(tensors)] = tensors["values"]
         return {"delta": delta.view(len(ops), most, outer, inner), "least": least}
 

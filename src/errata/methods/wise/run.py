@@ -28,12 +28,12 @@ class WISERun:
         inner, outer = linear_sizes(module_at(lm, self.site))
         self.shape, self.act = (outer, inner), editor.act(lm)
         self.settings = to_dict(editor) | {"layer": self.site.block}
-        mine = [p for p in on if p.method == editor.name and editor.made_with(p.settings, self.settings)]
+        mine = [p for p in on if p.method == editor.name and editor.made_with(p.settings, self.settings) and p.ops]
         self.before = mine[-1] if mine else None
         self.under = tuple(p for p in on if p is not self.before)
         self.memories = Memories(editor, outer * inner)
         if self.before is not None:
-            self.memories = self.memories.resumed(self.before.ops[0], int(self.before.state["edits"]))
+            self.memories = self.memories.resumed(self.before.ops[0], int(self.before.running("edits", 1, whole=True)))
         self.contexts = contexts(lm, editor.contexts)
 
     def texts(self, request: EditRequest) -> Texts:
