@@ -11,6 +11,7 @@ from families import lm
 
 from errata import registry
 from errata.core.model import LM
+from errata.core.window import fits
 from errata.errors import ErrataError, InputError
 from errata.request import EditRequest
 from errata.score.wanted import ask
@@ -106,7 +107,7 @@ def test_what_fits_exactly_is_taken() -> None:
     model = window("llama", 16)
     row = model.encode(["The capital of France is"])[0]
     model.config.max_position_embeddings = len(row.ids)
-    assert model.fits("The capital of France is") and not model.fits("The capital of France is", 1)
+    assert fits(model, "The capital of France is") and not fits(model, "The capital of France is", 1)
     assert model.encode(["The capital of France is"])[0] == row
     with pytest.raises(InputError, match="this model takes"):
         model.encode(["The capital of France is"], ["Rome"])

@@ -12,19 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from errata import registry
-from errata.core import decode, offload
+from errata.core import decode, offload, window
 from errata.core.bank import Plan, Stack, compile_plan
 from errata.core.families import Family, find, is_linear, linear_sizes, resolve, text_config
 from errata.core.forward import PlainAttention, contiguous_input
 from errata.core.hooks import Hooks
 from errata.core.patch import PROMPT, Patch, Site
 from errata.core.tokens import Batch, Encoded, encode, pad, pad_id
-from errata.errors import ModelError, PatchError, WindowError
+from errata.errors import ModelError, PatchError
 
 STOPS = (".", "\n")
 TOKENS, CHAT_TOKENS = 12, 64  # of an answer at most, where a caller does not say
-_CHARACTERS = 4  # of a token, about
-_SPECIAL = 8  # special tokens that a tokenizer puts around a text, at most
 
 
 class LM:
@@ -230,9 +228,7 @@ class LM:
 
         `WindowError` where a text is longer than the model's window: its positions would not be there, or never have been trained.
         """
-        limit = self.context_length
-        if limit is not None and mask.shape[1] > limit and (longest := int(mask.sum(1).max())) > limit:
-            raise WindowError(f"a text of {longest:,} tokens does not fit this model's window of {limit:,}; shorten it")
+        window.check_mask(self, mask)
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         last = contiguous_input(self.hf.get_output_embeddings()) if more.get("logits_to_keep") else nullcontext()
         with last, PlainAttention() if self._slow_backward else nullcontext():
@@ -244,35 +240,8 @@ class LM:
 
     def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None, *, chat: bool = False) -> list[Encoded]:
         """`errata.core.tokens.encode`; `WindowError` for a text that is longer than the model's window, which is never cut."""
-        limit = self.context_length
-        texts = list(map("".join, zip(prompts, targets or [""] * len(prompts), strict=True)))
-        for text in texts:
-            if limit is not None and len(text) > limit * self._longest_token():  # not even read: tokenising 10 MB takes a minute
-                raise WindowError(f"{text[:60]!r}… has {len(text):,} characters, far more than this model's {limit:,} tokens; shorten it")
-        rows = encode(self.tokenizer, prompts, targets, chat=chat)
-        for text, row in zip(texts, rows, strict=True):
-            if limit is not None and len(row.ids) > limit:
-                raise WindowError(f"{text[:60]!r}… has {len(row.ids):,} tokens, this model takes {limit:,}; shorten it")
-        return rows
-
-    def beginnings(self, texts: Sequence[str], most: int) -> list[Encoded]:
-        """The first ``most`` tokens of each text, or as many as the window holds: for text that is only sampled."""
-        most = min(most, self.context_length or most)
-        rows = encode(self.tokenizer, [t[: most * _CHARACTERS] for t in texts])  # a book need not be tokenised for its first page
-        return [Encoded(e.ids[:most], min(e.prompt_length, most)) for e in rows]
-
-    def fits(self, text: str, more: int = 0) -> bool:
-        """Whether the model's window holds a text and so many tokens more."""
-        limit = self.context_length
-        if limit is None or len(text.encode()) + _SPECIAL + more <= limit:  # a token is at least a byte
-            return True
-        return len(encode(self.tokenizer, [text])[0].ids) + more <= limit
-
-    def _longest_token(self) -> int:
-        """Characters of the longest token there is, at least 256 (an unknown token may stand for a word)."""
-        if "longest token" not in self.base_cache:
-            self.base_cache["longest token"] = max(256, *map(len, self.tokenizer.get_vocab()))
-        return int(self.base_cache["longest token"])
+        window.bound(self, prompts, targets)
+        return window.checked(self, encode(self.tokenizer, prompts, targets, chat=chat), prompts)
 
     def batch(self, rows: Sequence[Encoded], side: str = "left") -> Batch:
         return pad(rows, pad_id(self.tokenizer), side)

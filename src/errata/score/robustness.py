@@ -28,6 +28,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from errata.core.model import LM
+from errata.core.window import fits
 from errata.request import SURFACE_KINDS, Case, EditRequest, Probe, fill
 from errata.score.evaluator import MAX_NEW_TOKENS
 from errata.text import surfaces
@@ -149,7 +150,7 @@ def negated(prompt: str, subject: str | None = None) -> str | None:
 
 
 def _fits(lm: LM, probe: Probe, room: int) -> bool:
-    return lm.fits(f"{probe.prompt} {probe.target}", _MARGIN + room)
+    return fits(lm, f"{probe.prompt} {probe.target}", _MARGIN + room)
 
 
 def micro_averages(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

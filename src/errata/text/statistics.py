@@ -22,6 +22,7 @@ from errata.core.model import LM
 from errata.core.patch import Site
 from errata.core.read import activation_hooks, module_at
 from errata.core.tokens import Encoded
+from errata.core.window import beginnings
 from errata.errors import DiskError, InputError, ModelError, PatchError, StorageError
 from errata.text.corpora import Corpus, open_corpus
 
@@ -162,7 +163,7 @@ class _Pass:
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[tuple[int, ...]]]:
         """Rows of at most `LENGTH` tokens (what the model can take, if less), packed by length up to ``batch_tokens``, padding counted."""
-        rows = sorted((e.ids for e in self.lm.beginnings([t for t in texts if t.strip()], LENGTH)), key=len)
+        rows = sorted((e.ids for e in beginnings(self.lm, [t for t in texts if t.strip()], LENGTH)), key=len)
         batch: list[tuple[int, ...]] = []
         for row in rows:
             if batch and (len(batch) + 1) * len(row) > self.batch_tokens:

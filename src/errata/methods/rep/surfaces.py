@@ -18,6 +18,7 @@ from itertools import product
 from errata.core.chat import behind
 from errata.core.model import LM
 from errata.core.tokens import joined
+from errata.core.window import fits
 from errata.methods.locate.text import LocatedText, placed, prefixes, subject_end
 from errata.request import EditRequest
 from errata.subjects import places
@@ -62,7 +63,7 @@ def draw(
         *_short(lm, request, found, kinds, heads, fact_token, name),
         *(_long(lm, request, seed, fact_token, name) if "long" in kinds else ()),
     ]
-    every = [(text, stop) for text, stop in every if lm.fits(text)]
+    every = [(text, stop) for text, stop in every if fits(lm, text)]
     own = random.Random(f"{seed}/{request.prompt}/{request.target}")
     chosen = own.sample(every, min(pool, len(every)))
     texts = placed(lm, [text for text, _ in chosen], [stop for _, stop in chosen]) or [original(lm, request, fact_token, name)]
@@ -140,7 +141,7 @@ def _away(
         kinds.append(placed(lm, filled, [end_of(request, other, fact_token, name) for other in names]))
     told = lm.encode([_told(lm, prompt, answer) for prompt, answer in request.unrelated])
     kinds.append([LocatedText(row, at) for row in told for at in range(len(row.ids))])
-    lines = [line for line in own.choices(_lines(), k=FEW) if lm.fits(line)]
+    lines = [line for line in own.choices(_lines(), k=FEW) if fits(lm, line)]
     kinds.append([LocatedText(row, at) for row in lm.encode(lines) for at in range(len(row.ids))])
     kinds.append([place for other in own.sample(list(others), min(count, len(others))) for place in _named(lm, other, fact_token, name)])
     kinds = [kind for kind in kinds if kind]

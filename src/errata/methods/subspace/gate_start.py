@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.core.window import beginnings
 from errata.text.corpora import open_corpus
 
 _OPEN, _SHUT = 2.0, -6.0  # logits: a gate of 0.88, and of 0.0025
@@ -78,7 +79,7 @@ def _stays(states: Mapping[int, Tensor], where: Tensor, owner: Tensor) -> _State
 def _common(training: Any) -> _States:
     """Of common text, without the texts that name a problem's subject."""
     texts = [" ".join(text.split()[:_WORDS]) for text in open_corpus("bundled").texts[:_TEXTS]]
-    states, text = training.states_from(training.lm.beginnings(texts, _MOST), [0] * len(texts))
+    states, text = training.states_from(beginnings(training.lm, texts, _MOST), [0] * len(texts))
 
     def of(problem: int) -> Tensor:
         names = {name.lower() for r in training.problems[problem] for name in (r.subject, *r.aliases) if name}
