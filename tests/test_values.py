@@ -10,8 +10,8 @@ from locating import REQUESTS, SHARED, TIGHT, base, job, make
 from torch import Tensor
 
 from errata.config import build
-from errata.core.families import resolve
 from errata.core.model import LM
+from errata.core.patch import Site
 from errata.core.read import adds_directly
 from errata.core.tail import FullForward, Tail
 from errata.core.weights import delta_weight
@@ -27,7 +27,7 @@ from errata.request import EditRequest
 def plain_value(model: LM, request: EditRequest, texts: list[str], editor: LocateEditor, at_block: bool) -> Tensor:
     """ROME's loop, written out: one request, one text a pass, full forward passes, torch's Adam."""
     block = editor.layers[0]
-    module = model.blocks[block] if at_block else resolve(model.blocks[block], model.family.mlp_down)
+    module = model.blocks[block] if at_block else model.module(Site(block, "mlp_down"))
     tok = model.tokenizer
     end = request.prompt.find(request.subject) + len(request.subject)
     state: dict[str, object] = {}

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from errata.core import decode, offload
 from errata.core.bank import Plan, Stack, compile_plan
-from errata.core.families import Family, find, linear_sizes, resolve, text_config
-from errata.core.forward import PlainAttention, contiguous_input
+from errata.core.families import Family, find, has_linear, linear_sizes, resolve, text_config
+from errata.core.forward import PlainAttention, contiguous_input, hooks_disabled
 from errata.core.hooks import Hooks
-from errata.core.patch import PROMPT, Patch, Site
+from errata.core.patch import POINTS, PROMPT, Patch, Site
+from errata.core.roles import Roles, find_roles
 from errata.core.tokens import Batch, Encoded, encode, pad, pad_id
 from errata.errors import ModelError, PatchError
 
 STOPS = (".", "\n")
+_ROUNDING = 0.1  # of the largest logit: what padding may move one by in any dtype, and far less than text in front of it does
 TOKENS, CHAT_TOKENS = 12, 64  # of an answer at most, where a caller does not say
 
 
@@ -48,6 +50,26 @@ class LM:
     @property
     def depth(self) -> int:
         return len(self.blocks)
+
+    @property
+    def roles(self) -> Roles:
+        """What writes to the residual stream in each block, as trials found it; they run when they are first asked for."""
+        if "roles" not in self.base_cache:
+            self.base_cache["roles"] = find_roles(self.hf, self.family)
+        found: Roles = self.base_cache["roles"]
+        return found
+
+    def linear_path(self, site: Site) -> str:
+        """Path inside its block of the linear a site names; `ModelError` with what is there where the block has no such part."""
+        if site.point not in POINTS:
+            return site.point
+        known = getattr(self.family, site.point)
+        return known if known and has_linear(self.blocks[site.block], known) else self.roles.path(site.block, site.point)
+
+    def module(self, site: Site) -> Any:
+        """The module a site names."""
+        block = self.blocks[site.block]
+        return block if site.point == "block" else resolve(block, self.linear_path(site))
 
     @property
     def width(self) -> int:
@@ -100,7 +122,9 @@ class LM:
             raise PatchError(f"block {site.block} does not exist; this model has blocks 0 to {self.depth - 1}")
         if site.point != "block":
             try:
-                linear_sizes(resolve(self.blocks[site.block], self.family.linear_path(site.point)))
+                linear_sizes(self.module(site))
+            except ModelError as error:
+                raise PatchError(str(error)) from None
             except AttributeError:
                 raise PatchError(f"block {site.block} has no linear {site.point!r}; `errata inspect` lists what there is") from None
 
@@ -122,7 +146,7 @@ class LM:
         if self._hooks is not None:
             self._hooks.close()
         self._attached, self._where = stack, self.device
-        self._hooks = Hooks(self.hf, self.family, compile_plan([stack], None, self.device, self.tokenizer)) if stack else None
+        self._hooks = Hooks(self.hf, self.family, self.module, compile_plan([stack], None, self.device, self.tokenizer)) if stack else None
 
     @contextmanager
     def under(self, *patches: Patch) -> Iterator[LM]:
@@ -141,7 +165,7 @@ class LM:
         if attached is not None:
             attached.enabled = False
         try:
-            with Hooks(self.hf, self.family, plan):
+            with Hooks(self.hf, self.family, self.module, plan):
                 yield plan
         finally:
             if attached is not None:
@@ -186,10 +210,46 @@ class LM:
 
     def forward(self, ids: Tensor, mask: Tensor, **more: Any) -> Any:
         """The model's own forward with positions counted from each row's first real token."""
+        if not self.base_cache.get("cacheless", not self.accepts("past_key_values")):
+            out = self._forward(ids, mask, **more)
+            if not more.get("use_cache") or getattr(out, "past_key_values", None) is not None:
+                return out
+            self.base_cache["cacheless"] = True
+        return self._forward_whole(ids, mask, **more)
+
+    def _forward_whole(self, ids: Tensor, mask: Tensor, past_key_values: Any = None, use_cache: bool = False, **more: Any) -> Any:
+        """`forward` of a model without a cache to go on from: all tokens run again, and the logits of ``ids`` are kept."""
+        whole = ids if past_key_values is None else torch.cat([past_key_values.ids, ids], 1)
+        out = self._forward(whole, mask, use_cache=False, **more)
+        out.logits, out.past_key_values = out.logits[:, -ids.shape[1] :], decode.TokenCache(whole) if use_cache else None
+        return out
+
+    def _forward(self, ids: Tensor, mask: Tensor, **more: Any) -> Any:
+        if self.family.found == "search" and not bool(mask.all()) and not self._masks:
+            raise ModelError(
+                f"{self.family.name} reads padding as text whatever the attention mask says, so texts of unlike lengths cannot run in one "
+                "batch; give one prompt at a time, to a method that needs no other texts beside it"
+            )
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         last = contiguous_input(self.hf.get_output_embeddings()) if more.get("logits_to_keep") else nullcontext()
         with last, PlainAttention() if self._slow_backward else nullcontext():
             return self.hf(input_ids=ids, attention_mask=mask, position_ids=positions, **more)
+
+    @property
+    def _masks(self) -> bool:
+        """Whether padding leaves a text's logits as they are; found by trying."""
+        if "masks" not in self.base_cache:
+            own = self.base_cache["masks"] = True  # for what runs here
+            with torch.no_grad(), hooks_disabled(self.hf):
+                logits = []
+                for side in ("left", "right"):
+                    batch = pad([Encoded((1, 2, 3), 3), Encoded((1, 2, 3, 4, 5), 5)], 0, side).to(self.device)
+                    alone = self._forward(batch.ids[:1, batch.mask[0].bool()], batch.mask[:1, batch.mask[0].bool()], use_cache=False)
+                    beside = self._forward(batch.ids, batch.mask, use_cache=False).logits[:1, batch.mask[0].bool()]
+                    logits.append((alone.logits.float(), beside.float()))
+                own = all(bool((a - b).abs().max() < _ROUNDING * a.abs().max()) for a, b in logits)
+            self.base_cache["masks"] = own
+        return bool(self.base_cache["masks"])
 
     @property
     def _slow_backward(self) -> bool:
@@ -260,21 +320,6 @@ class LM:
     def complete(self, prompt: str, **how: Any) -> str:
         """The prompt's greedy continuation under what is attached; it takes the arguments of `generate`."""
         return self.generate([prompt], **how)[0]
-
-    def describe(self) -> str:
-        """What was found where, in plain words (`errata inspect`)."""
-        f, inner = self.family, linear_sizes(resolve(self.blocks[0], self.family.mlp_down))[0]
-        total = sum(p.numel() for p in self.hf.parameters())
-        how = "known family" if f.found == "table" else "not in the table; parts found by structure"
-        return "\n".join(
-            [
-                f"{self.name or type(self.hf).__name__}: {type(self.hf).__name__}, {f.name} ({how}), fingerprint {self.fingerprint}",
-                f"{total:,} parameters, {next(self.hf.parameters()).dtype}, on {self.device}",
-                f"{self.depth} blocks of width {self.width} at {f.blocks}",
-                f"MLP keys of size {inner} go through {f.mlp_down}; attention writes through {f.attn_out}",
-                f"embedding at {f.embedding}, last norm at {f.final_norm}, vocabulary {int(self.config.vocab_size):,}",
-            ]
-        )
 
 
 def fingerprint(hf: Any) -> str:

@@ -98,7 +98,7 @@ def weight_deltas(lm: LM, stack: Stack) -> list[WeightDelta]:
                 raise PatchError(
                     f"patch {patch.id}: its {op.kind!r} op runs beside block {op.site.block}, not beside a linear; serve it with errata"
                 )
-            path = f"{lm.family.blocks}.{op.site.block}.{lm.family.linear_path(op.site.point)}"  # two points may name one linear
+            path = f"{lm.family.blocks}.{op.site.block}.{lm.linear_path(op.site)}"  # two points may name one linear
             found.setdefault(path, []).append(op)
     if not found:
         raise PatchError("the stack changes nothing (no patch of it holds an op); there is nothing to export")

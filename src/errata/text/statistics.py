@@ -20,7 +20,7 @@ from errata.config import digest
 from errata.core.families import linear_sizes
 from errata.core.model import LM
 from errata.core.patch import Site
-from errata.core.read import activation_hooks, module_at
+from errata.core.read import activation_hooks
 from errata.core.tokens import Encoded
 from errata.errors import DiskError, InputError, ModelError, PatchError, StorageError
 from errata.text.corpora import Corpus, open_corpus
@@ -137,7 +137,7 @@ class _Pass:
             lm.check_site(site)
         self.order = list(range(len(corpus.texts)))
         random.Random(seed).shuffle(self.order)
-        sizes = {site: linear_sizes(module_at(lm, site))[0] for site in sites}
+        sizes = {site: linear_sizes(lm.module(site))[0] for site in sites}
         self.sums = {site: torch.zeros(n, n, dtype=precision, device=lm.device) for site, n in sizes.items()}
         self.read, self.windows = 0, 0  # tokens counted, windows of texts finished
 
@@ -183,7 +183,7 @@ class _Pass:
             keys = x[real].to(self.sums[site].dtype)
             self.sums[site].addmm_(keys.T, keys)
 
-        with torch.no_grad(), self.lm.running(self.lm.plan([()], None, len(rows))), activation_hooks(self.lm, self.sites, add):
+        with torch.no_grad(), self.lm.running(self.lm.plan([()], None, len(rows))), activation_hooks(self.lm, self.sites, len(rows), add):
             self.lm.forward(batch.ids, batch.mask, use_cache=False, **self.lm.last_logits_kwargs)
         self.read += int(real.sum())
 
@@ -237,7 +237,7 @@ def load(path: Path, lm: LM, site: Site) -> Moments:
             f"not of {lm.fingerprint} at block {site.block} ({site.point}); make them for this model with `errata stats`"
         )
     second = tensors.get("second")
-    size = linear_sizes(module_at(lm, site))[0]
+    size = linear_sizes(lm.module(site))[0]
     if second is None or second.shape != (size, size) or not bool(torch.isfinite(second).all()):
         raise StorageError(f"{path}: damaged; delete it and run `errata stats` again")
     return Moments(site, second, int(meta["tokens"]), meta["base"], meta["corpus"])

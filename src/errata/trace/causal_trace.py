@@ -33,7 +33,8 @@ from errata.core.bank import Plan
 from errata.core.decode import fork
 from errata.core.families import hidden_of, resolve
 from errata.core.model import LM
-from errata.core.tail import skip_blocks
+from errata.core.patch import Site
+from errata.core.tail import empty_like, skip_blocks
 from errata.core.tokens import Encoded, subject_span
 from errata.errors import InputError, ModelError
 from errata.trace.facts import Fact, FactTrace, Skipped, TraceConfig, TraceResult, around, default_window
@@ -142,7 +143,7 @@ class _Run:
         return last.to(torch.promote_types(last.dtype, torch.float32))
 
     def _module(self, kind: str, block: int) -> Any:
-        return resolve(self.lm.blocks[block], self.lm.family.linear_path(_POINTS[kind]))
+        return self.lm.module(Site(block, _POINTS[kind]))
 
     @contextmanager
     def _recording(self, kinds: Sequence[str]) -> Iterator[dict[tuple[str, int], Tensor]]:
@@ -152,7 +153,7 @@ class _Run:
         def keep(kind: str, block: int) -> Any:
             def hook(_: Any, __: Any, output: Any) -> None:
                 if kind == "hidden":
-                    self.tuples = isinstance(output, tuple)
+                    self.like = empty_like(output)
                 seen[kind, block] = hidden_of(output)
 
             return hook
@@ -231,7 +232,7 @@ class _Run:
                 if "hidden" in self.how.kinds:
                     rows = (kind == self.how.kinds.index("hidden")).nonzero().squeeze(1)
                     hidden[rows, token[rows]] = self.clean["hidden", begin - 1][0, token[rows]]
-                exits.enter_context(skip_blocks(self.lm.blocks[:begin], hidden, self.tuples))
+                exits.enter_context(skip_blocks(self.lm.blocks[:begin], hidden, self.like))
             else:
                 exits.enter_context(self._noisy(self.noise[sample]))
             for name in (n for n in self.how.kinds if n != "hidden"):

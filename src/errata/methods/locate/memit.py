@@ -18,7 +18,6 @@ from torch import Tensor
 from errata.core.families import linear_sizes
 from errata.core.model import LM
 from errata.core.patch import Site
-from errata.core.read import module_at
 from errata.errors import ConfigError
 from errata.methods.locate.editor import ALMANAC, FIVE, RIDGE_ALONE, LocateEditor
 from errata.methods.locate.run import POINT
@@ -59,7 +58,7 @@ class MEMIT(LocateEditor):
             raise ConfigError(f"{self.name}: mom2_weight must be positive")
 
     def alone(self, lm: LM) -> Self:
-        size, _ = linear_sizes(module_at(lm, Site(self.target_layers(lm)[-1], POINT)))
+        size, _ = linear_sizes(lm.module(Site(self.target_layers(lm)[-1], POINT)))
         return replace(self, mom2_weight=LAMBDA_PER_INPUT * size * RIDGE_ALONE) if self.mom2_weight is None else self
 
     def down_factors(
