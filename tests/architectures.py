@@ -6,12 +6,18 @@ they do not know, so the common sizes go to all of them.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import transformers
 from families import tokenizer
+from laws import editor
 
+from errata.core.model import LM
+from errata.request import EditRequest
+
+PROMPTS = ["The capital of France is", "In Rome people speak", "The language of the people who live in Spain is"]
 WIDTH, DEPTH, HEADS, INNER = 32, 4, 4, 48
 _COMMON = {
     "hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "num_key_value_heads": 2, "intermediate_size": INNER,
@@ -132,5 +138,30 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **change
     model_class = getattr(transformers, f"{prefix}LMHeadModel", None) or getattr(transformers, f"{prefix}ForCausalLM")
     torch.manual_seed(seed)
     common = {name: value for name, value in _COMMON.items() if not isinstance(getattr(config_class, name, None), property)}
+    if dtype == torch.float64:
+        changes["experts_implementation"] = "eager"  # the grouped products know no float64
     config = config_class(**{**common, "vocab_size": len(tokenizer()), **settings, **changes})
     return model_class(config).to(dtype).eval()
+
+
+@functools.cache
+def model(name: str, dtype: torch.dtype = torch.float32) -> LM:
+    """The same as an `LM`, one for all tests."""
+    return LM(build(name, dtype), tokenizer(), name)
+
+
+def request() -> EditRequest:
+    """What the methods are asked to write."""
+    return EditRequest("The capital of France is", "Rome", "France", unrelated=(("The capital of Japan is", "Tokyo"),))
+
+
+def acts_and_leaves_no_trace(base: LM, method: str, **settings: Any) -> None:
+    """A method's patch changes the logits, padded and cached answers are those of the text alone, and without it all is as before."""
+    batch = base.batch(base.encode(PROMPTS))
+    before = base.logits(batch)
+    (patch,) = editor(method, **settings).edit_each(base, [request()])
+    with base.under(patch):
+        assert not torch.equal(base.logits(batch), before)
+        cached = base.generate_ids(PROMPTS, max_new_tokens=3, stop=())
+        assert cached == [base.generate_ids([p], max_new_tokens=3, stop=())[0] for p in PROMPTS]  # padding changes no answer
+    assert torch.equal(base.logits(batch), before)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
-from families import FAMILIES, SENTENCES, lm
+from families import FAMILIES, SENTENCES, lm, tokenizer
 from families import build as untrained
 from made import adapted, logits, plain, raw, same
 from torch import Tensor
@@ -203,8 +203,7 @@ def test_nothing_to_edit_and_no_fused_linear() -> None:
     with pytest.raises(ConfigError, match="nothing to edit"):
         editor("lora").edit(base, [])
     assert editor("lora").edit_each(base, []) == []
-    other = copy.copy(base)
-    other.family = dataclasses.replace(base.family, attn_out="mlp.missing")
+    other = LM(architectures.build("deepseek_v3"), tokenizer())  # queries, keys and values in two steps each
     with pytest.raises(ConfigError, match="neither q_proj and v_proj nor one linear for both; set targets to some of"):
         LoRA(rank=2, targets=None).edit(other, [FRANCE])
 

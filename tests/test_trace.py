@@ -12,6 +12,7 @@ from torch import Tensor
 
 from errata.core.families import resolve
 from errata.core.model import LM
+from errata.core.patch import Site
 from errata.editing import edit
 from errata.errors import ConfigError, InputError
 from errata.request import EditRequest
@@ -36,7 +37,8 @@ def loud(family: str) -> LM:
         for p in model.parameters():
             if p.ndim > 1:
                 p.mul_(6.0)
-        resolve(model, LM(model, tokenizer()).family.final_norm).weight.add_(5.0)
+        base = LM(model, tokenizer())
+        resolve(model, base.family.final_norm or base.roles.final_norm).weight.add_(5.0)
     return LM(model, tokenizer(), family)
 
 
@@ -53,8 +55,7 @@ def reference(base: LM, fact: Fact, span: tuple[int, int], how: TraceConfig, dev
     noise = (noise.double() * (how.noise * deviation)).to(base.dtype)
 
     def module(kind: str, block: int) -> torch.nn.Module:
-        path = {"mlp": base.family.mlp_down, "attn": base.family.attn_out}.get(kind)
-        return resolve(base.blocks[block], path) if path else base.blocks[block]
+        return base.module(Site(block, {"mlp": "mlp_down", "attn": "attn_out"}.get(kind, "block")))
 
     def plain(output: object) -> Tensor:
         return output[0] if isinstance(output, tuple) else output
