@@ -154,7 +154,7 @@ class Tail:
     def __init__(self, lm: LM, rows: SplitRows, first_block: int = 0, on: Stack = ()) -> None:
         self.lm, self.rows, self.on, self.first = lm, rows, on, first_block
         self.cache: Any = None
-        self.whole = FullForward(lm, rows, 0, on) if non_causal(on) or not _splits(lm, first_block) else None
+        self.whole = FullForward(lm, rows, 0, on) if non_causal(on) or not splits(lm, first_block) else None
         if self.whole is not None:
             return
         self._freeze()
@@ -243,7 +243,7 @@ def empty_like(output: Any) -> Any:
     return type(output)([None] * len(output)) if isinstance(output, tuple | list) else None
 
 
-def _splits(lm: LM, first: int) -> bool:
+def splits(lm: LM, first: int) -> bool:
     """Whether this model can be run in two parts, the blocks below ``first`` once: found by trying, on a few tokens of the bare base."""
     if lm.family.found == "table":
         return True
