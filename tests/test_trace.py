@@ -130,7 +130,7 @@ def test_a_model_that_keeps_more_than_keys_and_values_is_refused(name: str) -> N
 def test_mlps_of_experts_cannot_be_restored_and_blocks_can() -> None:
     base = architectures.model("qwen3_moe")
     assert trace(base, FACTS[1:], dataclasses.replace(FEW, kinds=("hidden", "attn"))).facts
-    with pytest.raises(ModelError, match="block 0 has no mlp_down: its MLP writes through mlp.experts"):
+    with pytest.raises(ModelError, match=r"block 0 has no mlp_down: its MLP writes through mlp\.experts"):
         trace(base, FACTS[1:], FEW)
 
 

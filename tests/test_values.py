@@ -88,7 +88,7 @@ def test_values_are_those_of_a_plain_loop(family: str, cls: type[LocateEditor]) 
     found, _ = job(family, editor, [[r] for r in REQUESTS])
     texts = prefixes(model, editor.prefixes, editor.seed)
     assert len(texts) == 4 and texts[0] == "" and all(t.endswith(". ") for t in texts[1:])
-    at_block = cls is MEMIT and adds_directly(model, 1)
+    at_block = cls is MEMIT and adds_directly(model, Site(1, "mlp_down"))
     for request, ours, start in zip(REQUESTS, found.goal, found.start, strict=True):
         want = plain_value(model, request, texts, editor, at_block)
         torch.testing.assert_close(ours - start, want, atol=1e-7, rtol=1e-6)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from errata.core.bank import ForwardContext, Plan
 from errata.core.context import named
+from errata.core.experts import inputs
 from errata.core.families import Family, by_row, hidden_of, with_hidden
 from errata.core.patch import Site
 from errata.core.tokens import positions
@@ -66,7 +67,7 @@ class Hooks(AbstractContextManager["Hooks"]):
             own = hidden_of(output)
             rows, tokens = context.position.shape
             y = by_row(own, rows, tokens, site)
-            x = by_row(args[0], rows, tokens, site) if args else y
+            x = inputs(module, args, rows, tokens, site) if args else y
             for bank in self.plan.banks[site]:
                 y = bank.apply(x, y, context)
             return with_hidden(output, y.view(own.shape))

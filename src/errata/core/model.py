@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from errata.core import decode, offload
+from errata.core import decode, experts, offload, passes
 from errata.core.bank import Plan, Stack, compile_plan
 from errata.core.families import Family, find, has_linear, linear_sizes, resolve, text_config
-from errata.core.forward import PlainAttention, contiguous_input, hooks_disabled
 from errata.core.hooks import Hooks
 from errata.core.patch import POINTS, PROMPT, Patch, Site
 from errata.core.roles import Roles, find_roles
@@ -22,7 +22,6 @@ from errata.core.tokens import Batch, Encoded, encode, pad, pad_id
 from errata.errors import ModelError, PatchError
 
 STOPS = (".", "\n")
-_ROUNDING = 0.1  # of the largest logit: what padding may move one by in any dtype, and far less than text in front of it does
 TOKENS, CHAT_TOKENS = 12, 64  # of an answer at most, where a caller does not say
 
 
@@ -60,11 +59,25 @@ class LM:
         return found
 
     def linear_path(self, site: Site) -> str:
-        """Path inside its block of the linear a site names; `ModelError` with what is there where the block has no such part."""
+        """Path inside its block of the linear, or the experts, that a site names; `ModelError` where the block has no such part."""
+        if site.point == experts.POINT:
+            return self.roles.experts(site.block)
         if site.point not in POINTS:
             return site.point
         known = getattr(self.family, site.point)
         return known if known and has_linear(self.blocks[site.block], known) else self.roles.path(site.block, site.point)
+
+    def mlp_site(self, block: int) -> Site:
+        """Where the block's MLP writes: its last linear, or else its fused experts."""
+        try:
+            self.linear_path(Site(block, "mlp_down"))
+        except ModelError:
+            site = Site(block, experts.POINT)
+            with contextlib.suppress(ModelError):
+                experts.sizes(self.module(site))
+                return site
+            raise
+        return Site(block, "mlp_down")
 
     def module(self, site: Site) -> Any:
         """The module a site names."""
@@ -122,7 +135,8 @@ class LM:
             raise PatchError(f"block {site.block} does not exist; this model has blocks 0 to {self.depth - 1}")
         if site.point != "block":
             try:
-                linear_sizes(self.module(site))
+                module = self.module(site)
+                experts.sizes(module) if site.point == experts.POINT else linear_sizes(module)
             except ModelError as error:
                 raise PatchError(str(error)) from None
             except AttributeError:
@@ -209,51 +223,11 @@ class LM:
         return out
 
     def forward(self, ids: Tensor, mask: Tensor, **more: Any) -> Any:
-        """The model's own forward with positions counted from each row's first real token."""
-        if not self.base_cache.get("cacheless", not self.accepts("past_key_values")):
-            out = self._forward(ids, mask, **more)
-            if not more.get("use_cache") or getattr(out, "past_key_values", None) is not None:
-                return out
-            self.base_cache["cacheless"] = True
-        return self._forward_whole(ids, mask, **more)
+        """The model's own forward with positions counted from each row's first real token.
 
-    def _forward_whole(self, ids: Tensor, mask: Tensor, past_key_values: Any = None, use_cache: bool = False, **more: Any) -> Any:
-        """`forward` of a model without a cache to go on from: all tokens run again, and the logits of ``ids`` are kept."""
-        whole = ids if past_key_values is None else torch.cat([past_key_values.ids, ids], 1)
-        out = self._forward(whole, mask, use_cache=False, **more)
-        out.logits, out.past_key_values = out.logits[:, -ids.shape[1] :], decode.TokenCache(whole) if use_cache else None
-        return out
-
-    def _forward(self, ids: Tensor, mask: Tensor, **more: Any) -> Any:
-        if self.family.found == "search" and not bool(mask.all()) and not self._masks:
-            raise ModelError(
-                f"{self.family.name} reads padding as text whatever the attention mask says, so texts of unlike lengths cannot run in one "
-                "batch; give one prompt at a time, to a method that needs no other texts beside it"
-            )
-        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        last = contiguous_input(self.hf.get_output_embeddings()) if more.get("logits_to_keep") else nullcontext()
-        with last, PlainAttention() if self._slow_backward else nullcontext():
-            return self.hf(input_ids=ids, attention_mask=mask, position_ids=positions, **more)
-
-    @property
-    def _masks(self) -> bool:
-        """Whether padding leaves a text's logits as they are; found by trying."""
-        if "masks" not in self.base_cache:
-            own = self.base_cache["masks"] = True  # for what runs here
-            with torch.no_grad(), hooks_disabled(self.hf):
-                logits = []
-                for side in ("left", "right"):
-                    batch = pad([Encoded((1, 2, 3), 3), Encoded((1, 2, 3, 4, 5), 5)], 0, side).to(self.device)
-                    alone = self._forward(batch.ids[:1, batch.mask[0].bool()], batch.mask[:1, batch.mask[0].bool()], use_cache=False)
-                    beside = self._forward(batch.ids, batch.mask, use_cache=False).logits[:1, batch.mask[0].bool()]
-                    logits.append((alone.logits.float(), beside.float()))
-                own = all(bool((a - b).abs().max() < _ROUNDING * a.abs().max()) for a, b in logits)
-            self.base_cache["masks"] = own
-        return bool(self.base_cache["masks"])
-
-    @property
-    def _slow_backward(self) -> bool:
-        return torch.is_grad_enabled() and self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16)
+        ``past_key_values`` is what the call before gave back under this name, whatever the model keeps.
+        """
+        return passes.forward(self, ids, mask, **more)
 
     def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None, *, chat: bool = False) -> list[Encoded]:
         return encode(self.tokenizer, prompts, targets, chat=chat)

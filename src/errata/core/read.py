@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from errata.core.bank import Bank, Stack, active_patches, non_causal
+from errata.core.experts import inputs
 from errata.core.families import by_row, hidden_of
 from errata.core.forward import StopForward
 from errata.core.model import LM
@@ -33,7 +34,8 @@ def truncate(row: Encoded, at: int) -> Encoded:
 def activation_hooks(
     lm: LM, sites: Sequence[Site], rows: int, seen: Callable[[Site, Tensor, Tensor], None], stop: bool = True
 ) -> Iterator[None]:
-    """``seen(site, input [B, T, I], output [B, T, O])`` of a batch of ``rows`` as each site runs.
+    """``seen(site, input [B, T, I], output [B, T, O])`` of a batch of ``rows`` as each site runs.  Of experts the input is
+    `errata.core.experts.ExpertInputs`.
 
     With ``stop``, the pass ends (`StopForward`) once all have.
 
@@ -42,9 +44,9 @@ def activation_hooks(
     left = set(sites)
 
     def watch(site: Site) -> Callable[..., None]:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
-            seen(site, by_row(x, rows, None, site), by_row(hidden_of(output), rows, None, site))
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            x = inputs(module, args or (kwargs["hidden_states"],), rows, None, site)
+            seen(site, x, by_row(hidden_of(output), rows, None, site))
             left.discard(site)
             if stop and not left:
                 raise StopForward
@@ -132,15 +134,16 @@ def _chunks(lengths: Sequence[int]) -> Iterator[slice]:
             start = stop
 
 
-def adds_directly(lm: LM, block: int) -> bool:
-    """Whether what the MLP's last linear writes is added to the residual stream as it is (false where a norm follows it, or blocks hand on
-    several states a token).
+def adds_directly(lm: LM, site: Site) -> bool:
+    """Whether what the MLP's last linear, or its experts, write is added to the residual stream as it is.
+
+    It is not where a norm follows, or where blocks hand on several states a token.
 
     Found by trying: a number added to the linear's output must come out of the block unchanged.
     """
-    if ("adds", block) not in lm.base_cache:
-        lm.base_cache["adds", block] = _adds(lm, block)
-    return bool(lm.base_cache["adds", block])
+    if ("adds", site) not in lm.base_cache:
+        lm.base_cache["adds", site] = _adds(lm, site)
+    return bool(lm.base_cache["adds", site])
 
 
 def adds_to_block(lm: LM, site: Site, on: Stack) -> bool:
@@ -148,11 +151,11 @@ def adds_to_block(lm: LM, site: Site, on: Stack) -> bool:
     if site.point != "mlp_down":
         return False
     bent = any(op.site == Site(site.block) and op.kind not in WEIGHT_LIKE for patch in active_patches(on) for op in patch.ops)
-    return not bent and adds_directly(lm, site.block)
+    return not bent and adds_directly(lm, site)
 
 
-def _adds(lm: LM, block: int) -> bool:
-    linear, out = lm.module(Site(block, "mlp_down")), lm.blocks[block]
+def _adds(lm: LM, site: Site) -> bool:
+    linear, out = lm.module(site), lm.blocks[site.block]
     row = lm.batch([Encoded((0,), 1)]).to(lm.device)
 
     def output(push: float) -> Tensor:

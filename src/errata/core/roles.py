@@ -87,6 +87,14 @@ class Roles:
         there = ", ".join([*own.alone, *own.mixing]) or "nothing that was found"
         return f"nothing that {what} writes to the residual stream in it (what does: {there})"
 
+    def experts(self, block: int) -> str:
+        """Path of the experts that the block's MLP writes through, beside what else it does; `ModelError` where there are none."""
+        own = self.blocks[block]
+        found = [path for path in own.alone if path not in own.linears and "*" not in path]
+        if len(found) == 1:
+            return found[0]
+        raise ModelError(f"{self.name}: block {block} has no fused experts: {self.missing(block, 'mlp_down')}")
+
     def _has(self, block: int, point: str) -> bool:
         found = self.blocks[block].of(point)
         return len(found) == 1 and found[0] in self.blocks[block].linears
