@@ -127,7 +127,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
          "layers_block_type": ["mamba", "hybrid"] * 2, "attention_hidden_size": 64, "attention_head_dim": 16},
     ),
     "rwkv": ("Rwkv", {"attention_hidden_size": WIDTH, "context_length": 64}),
-    "xlstm": ("xLSTM", {"num_heads": HEADS, "embedding_dim": WIDTH, "num_blocks": DEPTH, "chunk_size": 16, "mode": "inference"}),
 }  # fmt: skip
 
 

@@ -29,7 +29,8 @@ FUSED = ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3", "ernie4_5_moe", "jamb
 BLOCK = {"jamba": 3}
 TAUGHT = ["qwen3_moe", "gpt_oss"]
 _EDIT = {
-    "layers": [1, 2], "end": ".", "fact_token": "last", "clamp": 20.0, "prefixes": [], "kl": 0.0, "v_decay": 0.0, "v_lr": 0.2, "v_steps": 80,
+    "layers": [1, 2], "end": ".", "fact_token": "last", "clamp": 20.0, "prefixes": [], "kl": 0.0, "v_decay": 0.0, "v_lr": 0.2,
+    "v_steps": 80,
 }  # fmt: skip
 MEMIT = {**_EDIT, "mom2_weight": 1e-3, "stats_tokens": 1500}
 ALPHA = {**_EDIT, "share": 0.95, "l2": 1e-6, "stats_tokens": 1500}
