@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -112,12 +113,10 @@ def settings(lm: LM, method: str) -> dict[str, Any]:
 def edited(lm: LM, method: str) -> str | None:
     import laws
 
-    own = laws.editor(method, **settings(lm, method))
     weights = {name: t.clone() for name, t in lm.hf.state_dict().items()}
-    if fault := method_fault(lm, own, [REQUEST], weights):
-        return fault
-    stack = tuple(own.edit_each(lm, [REQUEST]))
-    return padded(lm, stack) or cached(lm, stack)
+    stack = tuple(laws.editor(method, **settings(lm, method)).edit_each(lm, [REQUEST]))
+    made = SimpleNamespace(name=method, edit_each=lambda lm, requests: stack)
+    return method_fault(lm, made, [REQUEST], weights) or padded(lm, stack) or cached(lm, stack)
 
 
 def verify(name: str, methods: Sequence[str] = METHODS) -> dict[str, dict[str, str]]:

@@ -13,6 +13,7 @@ from families import build as untrained
 from laws import asked, editor
 from torch import nn
 
+from errata.core.describe import describe, linears
 from errata.core.families import find, linear_sizes, resolve
 from errata.core.model import LM
 from errata.core.patch import Site
@@ -143,6 +144,16 @@ def test_a_known_family_with_a_block_of_another_make_is_looked_at_block_by_block
     assert base.linear_path(Site(0, "mlp_down")) == "mlp.down_proj"
     with pytest.raises(ModelError, match=r"block 1 has no mlp_down: .* there is one in block 0, 2, 3"):
         base.linear_path(Site(1, "mlp_down"))
+
+
+def test_inspect_says_what_every_block_has() -> None:
+    told = describe(model("deepseek_v3")).splitlines()
+    assert "block 0: MLP keys of size 48 go through mlp.down_proj; attention writes through self_attn.o_proj" in told
+    (rest,) = [line for line in told if line.startswith("block 1-3: no mlp_down (its MLP writes through mlp.experts (experts, ")]
+    assert "mlp.shared_experts.down_proj" in rest and rest.endswith("; attention writes through self_attn.o_proj")
+    assert "last norm at model.norm, " in told[-1]
+    there = linears(model("deepseek_v3"))
+    assert there["mlp.down_proj", 48, 32] == [0] and there["mlp.shared_experts.down_proj", 24, 32] == [1, 2, 3]
 
 
 # -- asked for where a method needs it ------------------------------------------------------------------------

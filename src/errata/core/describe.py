@@ -32,10 +32,10 @@ def _parts(lm: LM) -> list[str]:
     for block, found in enumerate(points(lm)):
         down, out = found["mlp_down"], found["attn_out"]
         keys = linear_sizes(lm.module(Site(block, "mlp_down")))[0] if down else 0
-        mlp = f"MLP keys of size {keys} go through {down}" if down else lm.roles.missing(block, "mlp_down")
-        attention = f"attention writes through {out}" if out else lm.roles.missing(block, "attn_out")
+        mlp = f"MLP keys of size {keys} go through {down}" if down else f"no mlp_down ({lm.roles.missing(block, 'mlp_down')})"
+        attention = f"attention writes through {out}" if out else f"no attn_out ({lm.roles.missing(block, 'attn_out')})"
         said.setdefault(f"{mlp}; {attention}", []).append(block)
-    return [text if len(said) == 1 else f"blocks {ranges(own)}: {text}" for text, own in said.items()]
+    return [text if len(said) == 1 else f"block {ranges(own)}: {text}" for text, own in said.items()]
 
 
 def points(lm: LM) -> list[dict[str, str | None]]:

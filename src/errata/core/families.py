@@ -67,7 +67,7 @@ def by_row(states: Any, rows: int, tokens: int | None, site: Any) -> Any:
     """
     shape = tuple(states.shape)
     if len(shape) == 2 and shape[0] % rows == 0 and tokens in (None, shape[0] // rows):
-        return states.view(rows, -1, shape[1])
+        return states.reshape(rows, -1, shape[1])
     if len(shape) != 3 or shape[0] != rows or tokens not in (None, shape[1]):
         asked = f"[{rows}, {'T' if tokens is None else tokens}, ·]"
         where = f"states at block {site.block} ({site.point}) have shape {list(shape)}, not {asked}"

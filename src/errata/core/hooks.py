@@ -70,7 +70,7 @@ class Hooks(AbstractContextManager["Hooks"]):
             x = inputs(module, args, rows, tokens, site) if args else y
             for bank in self.plan.banks[site]:
                 y = bank.apply(x, y, context)
-            return with_hidden(output, y.view(own.shape))
+            return with_hidden(output, y.reshape(own.shape))
 
         return hook
 

@@ -254,6 +254,6 @@ def _put(clean: Tensor, rows: Tensor, token: Tensor, count: int, site: Site) -> 
     def hook(_: Any, __: Any, output: Tensor) -> Tensor:
         out: Tensor = by_row(output, count, None, site).clone()
         out[rows, token] = clean[0, token]
-        return out.view(output.shape)
+        return out.reshape(output.shape)
 
     return hook
