@@ -1,12 +1,15 @@
-"""The table of docs/families.md, computed from ``src/errata/core/families.json``: what was verified on which model family."""
+"""The tables of docs/families.md: what was verified on which model family (``src/errata/core/families.json``) and architecture."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
+import verify_architectures
 from docs_results import table
 from families_file import Data, read
+from verify_architectures import CELLS
 
 Claim = dict[str, Any]
 HEADS = ("family", "parts are found by", "weights", "number formats", "forward", "undo", "methods")
@@ -70,7 +73,49 @@ def versions(data: Data) -> str:
     )
 
 
+def architectures(data: Data) -> str:
+    """A row an architecture; a cell is right, a number of what errata refuses with (`refusals`), or a fault."""
+    numbers = {text: str(number) for number, text in enumerate(_refused(data), 1)}
+
+    def shown(cell: dict[str, str]) -> str:
+        if "fault" in cell:
+            return "**fault**"
+        return f"refused ({numbers[_plain(cell['refused'])]})" if cell else "right"
+
+    rows = [[f"`{name}`", *(shown(row[cell]) for cell in CELLS)] for name, row in data["architectures"].items()]
+    return table(("architecture", *CELLS), rows)
+
+
+def refusals(data: Data) -> str:
+    """What the numbers in the table stand for, and whatever faults there are."""
+    faults = [
+        f"- `{name}`, {key}: **fault**. {cell['fault']}"
+        for name, row in data["architectures"].items()
+        for key, cell in row.items()
+        if "fault" in cell
+    ]
+    about = f"With torch {data['torch']} and transformers {data['transformers']}:"
+    return "\n".join([about, "", *(f"{number}. {text}" for number, text in enumerate(_refused(data), 1)), *faults])
+
+
+def _refused(data: Data) -> list[str]:
+    """The distinct refusals, as they occur."""
+    cells = [cell for row in data["architectures"].values() for cell in row.values()]
+    return list(dict.fromkeys(_plain(cell["refused"]) for cell in cells if "refused" in cell))
+
+
+def _plain(text: str) -> str:
+    """A refusal without the names of method, model and modules in front."""
+    return re.sub(r"^(\w+: )?[\w-]+: (?=block)", "", text)
+
+
 def parts() -> dict[str, str]:
     """Name of a computed part of families.md -> its text."""
-    data = read()
-    return {"families": families(data), "failures": failures(data), "versions": versions(data)}
+    data, tried = read(), verify_architectures.read()
+    return {
+        "families": families(data),
+        "failures": failures(data),
+        "versions": versions(data),
+        "architectures": architectures(tried),
+        "refusals": refusals(tried),
+    }

@@ -99,8 +99,12 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **chan
 
 @functools.cache
 def _trained(family: str) -> dict[str, torch.Tensor]:
+    return trained(build(family))
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    """The weights after a few seconds of training on `SENTENCES`."""
     torch.set_num_threads(1)
-    model = build(family)
     tok = tokenizer()
     batch = tok([f"{p} {t}." for p, t in SENTENCES], return_tensors="pt", padding=True, padding_side="right")
     ids, mask = batch["input_ids"], batch["attention_mask"]

@@ -9,9 +9,8 @@ from families import lm
 from torch import Tensor
 
 from errata.config import build
-from errata.core.families import resolve
 from errata.core.model import LM
-from errata.core.patch import Patch
+from errata.core.patch import Patch, Site
 from errata.core.tail import Tail
 from errata.methods.locate.editor import LocateEditor
 from errata.methods.locate.run import LocateThenEditRun
@@ -44,6 +43,6 @@ def job(
 
 def linear(model: LM, block: int) -> tuple[Tensor, Tensor]:
     """W [O, I] and its bias."""
-    module = resolve(model.blocks[block], model.family.mlp_down)
+    module = model.module(Site(block, "mlp_down"))
     w = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
     return w.detach(), module.bias.detach() if module.bias is not None else torch.zeros(w.shape[0], dtype=w.dtype)

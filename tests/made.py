@@ -10,7 +10,7 @@ import torch
 from families import SENTENCES, lm
 from torch import Tensor
 
-from errata.core.families import linear_sizes, resolve
+from errata.core.families import linear_sizes
 from errata.core.loading import _old
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 def made(base: LM, seed: int, rank: int = 2, point: str = "mlp_down", block: int = 1, dtype: torch.dtype = torch.float32) -> Patch:
     """A random patch of one op; rank 0 is dense."""
-    inner, outer = linear_sizes(resolve(base.blocks[block], base.family.linear_path(point)))
+    inner, outer = linear_sizes(base.module(Site(block, point)))
     generator = torch.Generator().manual_seed(seed)
     shapes = {"down": (rank, inner), "up": (outer, rank)} if rank else {"weight": (outer, inner)}
     tensors = {k: (0.15 * torch.randn(s, generator=generator, dtype=torch.float64)).to(dtype) for k, s in shapes.items()}

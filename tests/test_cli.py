@@ -111,7 +111,7 @@ def test_inspect_methods_and_patch_show(tiny: str, tmp_path: Path, capsys: pytes
     assert main(["inspect", tiny, "--json"]) == 0
     found = document(capsys)
     assert (found["depth"], found["width"], found["family"]["name"]) == (4, 32, "llama")
-    assert found["linears"]["mlp.down_proj"] == {"in": 64, "out": 32}
+    assert {"path": "mlp.down_proj", "in": 64, "out": 32, "blocks": [0, 1, 2, 3]} in found["linears"]
     assert main(["inspect", tiny]) == 0
     assert found["fingerprint"] in capsys.readouterr().out
     assert main(["methods", "--json"]) == 0

@@ -15,7 +15,7 @@ from tiny import FRANCE, leftovers, saved
 import errata
 from errata.cli import main
 from errata.core.model import LM
-from errata.core.patch import Op, Patch
+from errata.core.patch import Op, Patch, Site
 from errata.core.weights import delta_weight
 from errata.errors import ConfigError, ModelError, PatchError, StorageError
 from errata.export import bake, export_lora
@@ -47,7 +47,7 @@ def test_bake(family: str, dtype: str, tmp_path: Path) -> None:
         same(raw(hf).float(), logits(base, *stack).float(), base, 0.3)
     state = hf.state_dict()
     site = {
-        f"{base.family.blocks}.{b}.{base.family.linear_path(p)}.weight": (b, p)
+        f"{base.family.blocks}.{b}.{base.linear_path(Site(b, p))}.weight": (b, p)
         for b, p in ((1, "mlp_down"), (2, "mlp_down"), (2, "attn_out"))
     }
     for name, value in before.items():

@@ -11,9 +11,8 @@ from families import lm
 from finetuning import REQUESTS, TIGHT, base, encoded, families, make
 from torch import Tensor
 
-from errata.core.families import resolve
 from errata.core.model import LM
-from errata.core.patch import Patch
+from errata.core.patch import Patch, Site
 from errata.core.tail import Tail
 from errata.core.tokens import Encoded
 from errata.core.weights import delta_weight
@@ -41,7 +40,7 @@ def plain(
 ) -> dict[int, Tensor]:
     """W − W_0 [O, I] of each trained block, by a loop that knows nothing of patches; ``start``: what W_0 has on top of the base."""
     model = lm(family, torch.float64)
-    modules = {b: resolve(model.blocks[b], model.family.mlp_down) for b in editor.target_layers(model)}
+    modules = {b: model.module(Site(b, "mlp_down")) for b in editor.target_layers(model)}
     turned = {b: type(m).__name__ == "Conv1D" for b, m in modules.items()}
     for b, change in (start or {}).items():
         modules[b].weight.data += change.T if turned[b] else change

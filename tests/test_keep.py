@@ -17,7 +17,7 @@ from errata.core.fit import SGD, fit
 from errata.core.keep import Kept, token_kl
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.read import module_at, truncate
+from errata.core.read import truncate
 from errata.core.tail import FullForward, Tail
 from errata.request import EditRequest
 
@@ -39,7 +39,7 @@ def base(family: str) -> LM:
 
 
 def changes(model: LM, count: int, size: float = 0.1) -> Tensor:
-    inner, outer = linear_sizes(module_at(model, SITE))
+    inner, outer = linear_sizes(model.module(SITE))
     return size * torch.randn((count, outer, inner), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 

@@ -268,9 +268,9 @@ def test_tail_and_full_forward_reach_the_same_patch(method: str, family: str) ->
 def test_merge_of_weight_like_patches(family: str) -> None:
     base = model(family)
     generator = torch.Generator().manual_seed(0)
-    from errata.core.families import linear_sizes, resolve
+    from errata.core.families import linear_sizes
 
-    inner, outer = linear_sizes(resolve(base.blocks[1], base.family.mlp_down))
+    inner, outer = linear_sizes(base.module(Site(1, "mlp_down")))
 
     def make(kind: str) -> Patch:
         shapes = {"weight": (outer, inner)} if kind == "dense" else {"down": (2, inner), "up": (outer, 2)}

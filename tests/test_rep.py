@@ -60,7 +60,7 @@ def test_the_op_is_the_released_pre_hook_on_changed_weights(family: str) -> None
     other = copy.deepcopy(base.hf)
     from errata.core.families import resolve
 
-    module = resolve(resolve(other, base.family.blocks)[site.block], base.family.mlp_down)
+    module = resolve(resolve(other, base.family.blocks)[site.block], base.linear_path(site))
     change = delta_weight(next(op for op in patch.ops if op.kind == "low_rank"))
     with torch.no_grad():
         module.weight += change if isinstance(module, nn.Linear) else change.T

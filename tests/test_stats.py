@@ -10,7 +10,6 @@ import torch
 from families import lm
 
 from errata.cli import main
-from errata.core.families import resolve
 from errata.core.model import LM
 from errata.core.patch import Site
 from errata.errors import InputError, PatchError, StorageError
@@ -34,7 +33,7 @@ def plain(model: LM, site: Site, texts: list[str]) -> tuple[torch.Tensor, int]:
     total, count = 0.0, 0
     for one in texts:
         seen = []
-        module = resolve(model.blocks[site.block], model.family.mlp_down)
+        module = model.module(Site(site.block, "mlp_down"))
         handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0].detach()))
         model.hf(input_ids=model.tokenizer(one, return_tensors="pt")["input_ids"])
         handle.remove()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
+import architectures
 import pytest
 import torch
 from families import FAMILIES, build, dtype_of, lm, tokenizer
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from errata.core.families import resolve
 from errata.core.model import LM
+from errata.core.patch import Site
 from errata.editing import edit
-from errata.errors import ConfigError, InputError
+from errata.errors import ConfigError, InputError, ModelError
 from errata.request import EditRequest
 from errata.trace import KINDS, ROLES, Fact, FactTrace, TraceConfig, TraceResult, average, default_window, roles, suggest_layers, trace
 
@@ -36,7 +39,8 @@ def loud(family: str) -> LM:
         for p in model.parameters():
             if p.ndim > 1:
                 p.mul_(6.0)
-        resolve(model, LM(model, tokenizer()).family.final_norm).weight.add_(5.0)
+        base = LM(model, tokenizer())
+        resolve(model, base.family.final_norm or base.roles.final_norm).weight.add_(5.0)
     return LM(model, tokenizer(), family)
 
 
@@ -53,8 +57,7 @@ def reference(base: LM, fact: Fact, span: tuple[int, int], how: TraceConfig, dev
     noise = (noise.double() * (how.noise * deviation)).to(base.dtype)
 
     def module(kind: str, block: int) -> torch.nn.Module:
-        path = {"mlp": base.family.mlp_down, "attn": base.family.attn_out}.get(kind)
-        return resolve(base.blocks[block], path) if path else base.blocks[block]
+        return base.module(Site(block, {"mlp": "mlp_down", "attn": "attn_out"}.get(kind, "block")))
 
     def plain(output: object) -> Tensor:
         return output[0] if isinstance(output, tuple) else output
@@ -83,7 +86,8 @@ def reference(base: LM, fact: Fact, span: tuple[int, int], how: TraceConfig, dev
     def put(key: tuple[str, int], token: int):  # type: ignore[no-untyped-def]
         def hook(m: object, a: object, output: object) -> object:
             state = plain(output).clone()
-            state[:, token] = clean[key][0, token]
+            rows = state.view(how.samples, ids.shape[1], -1)  # OPT's linears are given all tokens in one row
+            rows[:, token] = clean[key].view(ids.shape[1], -1)[token]
             return (state, *output[1:]) if isinstance(output, tuple) else state
 
         return hook
@@ -117,9 +121,22 @@ def test_batched_equals_one_forward_pass_a_cell(family: str) -> None:
         assert mine.effects.abs().amax((1, 2)).min() > 1e-3, "the cells must differ for the test to say something"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3_text", "starcoder2"])
+@pytest.mark.parametrize("name", ["mamba2", "bamba", "gemma3n_text"])
+def test_a_model_that_keeps_more_than_keys_and_values_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="tracing goes on from blocks and tokens that have run, and this model keeps more"):
+        trace(architectures.model(name), FACTS, FEW)
+
+
+def test_mlps_of_experts_cannot_be_restored_and_blocks_can() -> None:
+    base = architectures.model("qwen3_moe")
+    assert trace(base, FACTS[1:], dataclasses.replace(FEW, kinds=("hidden", "attn"))).facts
+    with pytest.raises(ModelError, match=r"block 0 has no mlp_down: its MLP writes through mlp\.experts"):
+        trace(base, FACTS[1:], FEW)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3_text", "starcoder2", "opt"])
 def test_float32_agrees_with_the_reference(family: str) -> None:
-    base = LM(build(family), tokenizer(), family)
+    base = architectures.model(family) if family == "opt" else LM(build(family), tokenizer(), family)
     (mine,) = trace(base, FACTS[1:], FEW).facts
     row = torch.tensor([base.tokenizer(FACTS[1].prompt)["input_ids"]])
     with torch.no_grad():

@@ -10,8 +10,8 @@ from locating import REQUESTS, SHARED, TIGHT, base, job, make
 from torch import Tensor
 
 from errata.config import build
-from errata.core.families import resolve
 from errata.core.model import LM
+from errata.core.patch import Site
 from errata.core.read import adds_directly
 from errata.core.tail import FullForward, Tail
 from errata.core.weights import delta_weight
@@ -27,7 +27,7 @@ from errata.request import EditRequest
 def plain_value(model: LM, request: EditRequest, texts: list[str], editor: LocateEditor, at_block: bool) -> Tensor:
     """ROME's loop, written out: one request, one text a pass, full forward passes, torch's Adam."""
     block = editor.layers[0]
-    module = model.blocks[block] if at_block else resolve(model.blocks[block], model.family.mlp_down)
+    module = model.blocks[block] if at_block else model.module(Site(block, "mlp_down"))
     tok = model.tokenizer
     end = request.prompt.find(request.subject) + len(request.subject)
     state: dict[str, object] = {}
@@ -88,7 +88,7 @@ def test_values_are_those_of_a_plain_loop(family: str, cls: type[LocateEditor]) 
     found, _ = job(family, editor, [[r] for r in REQUESTS])
     texts = prefixes(model, editor.prefixes, editor.seed)
     assert len(texts) == 4 and texts[0] == "" and all(t.endswith(". ") for t in texts[1:])
-    at_block = cls is MEMIT and adds_directly(model, 1)
+    at_block = cls is MEMIT and adds_directly(model, Site(1, "mlp_down"))
     for request, ours, start in zip(REQUESTS, found.goal, found.start, strict=True):
         want = plain_value(model, request, texts, editor, at_block)
         torch.testing.assert_close(ours - start, want, atol=1e-7, rtol=1e-6)

@@ -13,7 +13,6 @@ from made import DTYPES, PROMPTS, logits, made
 from torch import Tensor
 
 from errata.core.bank import Bank, ForwardContext
-from errata.core.families import resolve
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.core.weights import compact, delta_weight, merge
@@ -34,7 +33,7 @@ def looped(base: LM, stack: tuple[Patch, ...]) -> Tensor:
         return hook
 
     ops = [op for patch in stack for op in patch.ops]
-    hooks = [resolve(base.blocks[o.site.block], base.family.linear_path(o.site.point)).register_forward_hook(beside(o)) for o in ops]
+    hooks = [base.module(o.site).register_forward_hook(beside(o)) for o in ops]
     try:
         return logits(base)
     finally:

@@ -47,7 +47,7 @@ def wise(**settings: Any) -> WISE:
 def plain_loop(base: LM, request: EditRequest, e: WISE, site: Site, on_text: bool) -> tuple[torch.Tensor, float]:
     """(ΔW [O, I], mean Δ(x_e)) by full forward passes, one text at a time, a cloned weight and torch's SGD."""
     hf = copy.deepcopy(base.hf)
-    module = resolve(resolve(hf, base.family.blocks)[site.block], base.family.linear_path(site.point))
+    module = resolve(resolve(hf, base.family.blocks)[site.block], base.linear_path(site))
     conv = type(module).__name__ == "Conv1D"
     frozen = module.weight.detach().clone()
     size = frozen.numel()

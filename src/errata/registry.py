@@ -57,6 +57,7 @@ ENTRIES: dict[str, dict[str, str]] = {
         "context": "errata.core.context:ContextOp",
         "low_rank": "errata.core.weights:LowRank",
         "dense": "errata.core.weights:Dense",
+        "experts": "errata.core.experts:Experts",
         "subspace": "errata.methods.subspace.op:Subspace",
         "shift": "errata.methods.locate.op:Shift",
         "adapter": "errata.methods.adapters.op:Adapter",

@@ -39,13 +39,15 @@ def _group(commands: common.Subparsers, name: str, about: str) -> common.Subpars
 
 
 def inspect(args: argparse.Namespace, screen: Screen) -> None:
-    from errata.core.families import is_linear, linear_sizes
+    from errata.core.describe import describe, linears, points
+    from errata.core.roles import ranges
 
     lm = common.load(args)
-    linears = {path: linear_sizes(m) for path, m in lm.blocks[0].named_modules() if is_linear(m)}
-    screen.say(lm.describe())
-    screen.say("Linears of block 0, where patches can attach:")
-    screen.table(("path", "in", "out"), [(path, f"{i:,}", f"{o:,}") for path, (i, o) in linears.items()], right=(-1,))
+    there = linears(lm)
+    screen.say(describe(lm))
+    screen.say("Linears of the blocks, where patches can attach:")
+    rows = [(path, f"{i:,}", f"{o:,}", ranges(blocks)) for (path, i, o), blocks in there.items()]
+    screen.table(("path", "in", "out", "blocks"), rows)
     family = dataclasses.asdict(lm.family)
     screen.document(
         {
@@ -59,7 +61,8 @@ def inspect(args: argparse.Namespace, screen: Screen) -> None:
             "width": lm.width,
             "vocabulary": int(lm.config.vocab_size),
             "family": family,
-            "linears": {path: {"in": i, "out": o} for path, (i, o) in linears.items()},
+            "points": points(lm),
+            "linears": [{"path": path, "in": i, "out": o, "blocks": blocks} for (path, i, o), blocks in there.items()],
         }
     )
 

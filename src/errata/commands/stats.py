@@ -44,10 +44,9 @@ def _layers(args: argparse.Namespace, lm: LM) -> list[int]:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     lm = common.load(args)
-    from errata.core.patch import Site
     from errata.text.statistics import moments
 
-    sites = [Site(b, "mlp_down") for b in _layers(args, lm)]
+    sites = [lm.mlp_site(b) for b in _layers(args, lm)]
     began = time.perf_counter()
     with screen.progress() as progress:
         found = moments(
@@ -67,16 +66,16 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def _row(m: Moments, threshold: float) -> dict[str, Any]:
-    values = m.eigen()[0]
+    values = m.eigen()[0].flatten().sort().values
     return {
         "block": m.site.block,
         "tokens": m.tokens,
         "size": len(values),
-        "mean": float(m.second_moment.double().diagonal().mean()),
+        "mean": float(values.mean()),
         "smallest": float(values[0]),
         "median": float(values[len(values) // 2]),
         "largest": float(values[-1]),
-        "null_share": m.null_space(threshold).shape[1] / len(values),
+        "null_share": sum(u.shape[1] for u in m.null_spaces(threshold)) / len(values),
     }
 
 

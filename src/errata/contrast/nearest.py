@@ -78,7 +78,7 @@ class Nearest:
             part = order[start : start + _ROWS]
             self._place |= {prompts[i]: (len(self._parts), at) for at, i in enumerate(part)}
             batch = lm.batch([rows[i] for i in part]).to(lm.device)
-            with activation_hooks(lm, [site], keep, stop=False):
+            with activation_hooks(lm, [site], len(part), keep, stop=False):
                 self._parts.append(PrefilledBatch.prefill(lm, batch, lm.plan([()], None, len(part))))
         first = torch.cat([part.next_token_logits.float().softmax(-1).amax(-1) for part in self._parts])
         back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=lm.device)

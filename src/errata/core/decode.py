@@ -89,6 +89,16 @@ class PrefilledBatch:
         return PrefilledBatch(self.lm, self.plan, torch.cat([self.ids, ids], 1), whole, out.past_key_values, out.logits[:, -1]), out.logits
 
 
+class TokenCache:
+    """What stands for the cache of a model that keeps none errata can go on from (GPT-1, Mamba's running states alone): the tokens so far.
+
+    Each further pass runs the whole text, so it cannot be forked.
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids, self.layers = ids, [None]
+
+
 def can_fork(cache: Any) -> bool:
     """Whether a text can go on from this cache in several ways, and by several tokens at once.  Layers that keep a running state (linear
     attention) change it in place and take several tokens only where a text begins."""

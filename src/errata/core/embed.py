@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.core.families import Family, hidden_of, resolve
+from errata.core.families import Family, by_row, hidden_of, resolve
 from errata.core.forward import StopForward, hooks_disabled
+from errata.core.patch import Site
 from errata.errors import ConfigError, ModelError
 
 
@@ -29,7 +30,7 @@ def states(hf: Any, family: Family, ids: Tensor, position: Tensor, blocks: Seque
 
     def keep(block: int) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
-            seen[block] = hidden_of(output).detach()
+            seen[block] = by_row(hidden_of(output), len(ids), None, Site(block)).detach()
             left.discard(block)
             if not left:
                 raise StopForward

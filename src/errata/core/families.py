@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,18 @@ FILE = Path(__file__).with_name("families.json")
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Paths of the parts; ``found`` says whether they come from the table or from the search."""
+    """Paths of the parts; ``found`` says whether they come from the table or from the search.
+
+    ``mlp_down`` and ``attn_out`` are paths inside a block; a block may lack what is named.  None: found by trying (`errata.core.roles`).
+    """
 
     name: str
     blocks: str
-    mlp_down: str
-    attn_out: str
+    mlp_down: str | None
+    attn_out: str | None
     embedding: str
-    final_norm: str
+    final_norm: str | None
     found: str = "table"
-
-    def linear_path(self, point: str) -> str:
-        """Path inside a block of the linear named by a site's point (``mlp_down``, ``attn_out``, or a path itself)."""
-        return {"mlp_down": self.mlp_down, "attn_out": self.attn_out}.get(point, point)
 
 
 @functools.cache
@@ -53,8 +51,28 @@ def resolve(root: Any, path: str) -> Any:
 
 
 def hidden_of(output: Any) -> Any:
-    """The hidden states in what a module gives back; blocks of some families give a tuple that begins with them."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden states in what a module gives back; blocks of some families give a tuple, or a list, that begins with them."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def with_hidden(output: Any, hidden: Any) -> Any:
+    """What a module gave back, with other hidden states in it."""
+    return type(output)([hidden, *output[1:]]) if isinstance(output, tuple | list) else hidden
+
+
+def by_row(states: Any, rows: int, tokens: int | None, site: Any) -> Any:
+    """States as [B, T, ·] (``tokens`` None: whatever T is); some linears are given the tokens of all rows in one, [B·T, ·] (OPT).
+
+    `ModelError` for what is neither: an expert of a list sees some tokens only, blocks of Gemma 3n hand on several states a token.
+    """
+    shape = tuple(states.shape)
+    if len(shape) == 2 and shape[0] % rows == 0 and tokens in (None, shape[0] // rows):
+        return states.reshape(rows, -1, shape[1])
+    if len(shape) != 3 or shape[0] != rows or tokens not in (None, shape[1]):
+        asked = f"[{rows}, {'T' if tokens is None else tokens}, ·]"
+        where = f"states at block {site.block} ({site.point}) have shape {list(shape)}, not {asked}"
+        raise ModelError(f"{where}, so nothing can be edited there; choose another place")
+    return states
 
 
 def text_config(config: Any) -> Any:
@@ -69,7 +87,7 @@ def find(hf: nn.Module) -> Family:
     if paths is not None:
         family = Family(model_type, **paths)
         try:
-            for path in (family.blocks, family.embedding, family.final_norm):
+            for path in (family.blocks, family.embedding):
                 resolve(hf, path)
             return family
         except AttributeError:
@@ -78,38 +96,30 @@ def find(hf: nn.Module) -> Family:
 
 
 def search(hf: nn.Module, name: str) -> Family:
-    """Find the parts by shape: the one list of blocks, the linears in it that write ``hidden_size``."""
-    config = text_config(hf.config)
-    depth, width = config.num_hidden_layers, config.hidden_size
-    lists = [(path, m) for path, m in hf.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    """Find the one list of blocks and the embedding; the parts of a block are found by trying, where a method asks for them."""
+    depth = text_config(hf.config).num_hidden_layers
+    lists = [path for path, m in hf.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth and _holds_linears(m)]
     if len(lists) != 1:
         raise ModelError(
             f"{name}: found {len(lists)} lists of {depth} blocks, need exactly one; add a row to errata/core/families.json "
             "with the paths of the blocks, the two output linears, the embedding and the last norm"
         )
-    blocks, modules = lists[0]
-    down = _writer(modules[0], width, r"mlp|ffn|feed_forward|fc")
-    out = _writer(modules[0], width, r"attn|attention")
     embedding_module = hf.get_input_embeddings()  # type: ignore[operator]
-    embedding = next((path for path, m in hf.named_modules() if m is embedding_module), None)
-    parent = blocks.rpartition(".")[0]
-    norms = [path for path, m in hf.named_modules() if path.startswith(parent + ".") and not path.startswith(blocks + ".") and _is_norm(m)]
-    if down is None or out is None or embedding is None or not norms:
-        raise ModelError(
-            f"{name}: blocks are at {blocks}, "
-            "but an output linear, the embedding or the last norm was not recognised; add a row to errata/core/families.json"
-        )
-    return Family(name, blocks, down, out, embedding, norms[-1], found="search")
+    embedding = next((path for path, m in hf.named_modules() if m is embedding_module), "")
+    return Family(name, lists[0], None, None, embedding, None, found="search")
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
+def _holds_linears(blocks: nn.ModuleList) -> bool:
+    """Whether every element holds linears; a list of linears is no list of blocks (Gemma 3n's projections, as many as there are planes)."""
+    return all(any(is_linear(m) for m in block.modules()) and not is_linear(block) for block in blocks)
 
 
-def _writer(block: nn.Module, width: int, pattern: str) -> str | None:
-    """Path of the last linear under a matching name whose output is as wide as the residual stream."""
-    hits = [p for p, m in block.named_modules() if re.search(pattern, p) and is_linear(m) and linear_sizes(m)[1] == width]
-    return hits[-1] if hits else None
+def has_linear(block: nn.Module, path: str) -> bool:
+    """Whether the block has a linear at this path."""
+    try:
+        return is_linear(resolve(block, path))
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return False
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from errata.core.bank import ForwardContext, Plan
 from errata.core.context import named
-from errata.core.families import Family, hidden_of, resolve
+from errata.core.experts import inputs
+from errata.core.families import Family, by_row, hidden_of, with_hidden
 from errata.core.patch import Site
 from errata.core.tokens import IGNORE_INDEX, positions
 from errata.errors import ModelError
@@ -23,17 +24,16 @@ from errata.errors import ModelError
 class Hooks(AbstractContextManager["Hooks"]):
     """The plan's banks as forward hooks, for as long as the context (or until `close`)."""
 
-    def __init__(self, hf: Any, family: Family, plan: Plan) -> None:
+    def __init__(self, hf: Any, family: Family, module_of: Callable[[Site], Any], plan: Plan) -> None:
         self.plan, self._exit = plan, ExitStack()
         if not (plan.banks or plan.inserter):
             return
-        self.family, blocks = family, resolve(hf, family.blocks)
-        where = {s: blocks[s.block] if s.point == "block" else resolve(blocks[s.block], family.linear_path(s.point)) for s in plan.banks}
+        self.family, modules = family, [(site, module_of(site)) for site in sorted(plan.banks)]
         self._hold(hf.register_forward_pre_hook(self._before, with_kwargs=True))  # from here on nothing fails
         if plan.inserter is not None:
             self._hold(hf.register_forward_hook(self._trim))
-        for site in sorted(where):
-            self._hold(where[site].register_forward_hook(self._after(site)))
+        for site, module in modules:
+            self._hold(module.register_forward_hook(self._after(site)))
 
     def _hold(self, handle: Any) -> None:
         self._exit.callback(handle.remove)
@@ -65,11 +65,13 @@ class Hooks(AbstractContextManager["Hooks"]):
             context = self.plan.context
             if context is None or not self.plan.enabled:
                 return None
-            y = hidden_of(output)
-            x = args[0] if args else y
+            own = hidden_of(output)
+            rows, tokens = context.position.shape
+            y = by_row(own, rows, tokens, site)
+            x = inputs(module, args, rows, tokens, site) if args else y
             for bank in self.plan.banks[site]:
                 y = bank.apply(x, y, context)
-            return (y, *output[1:]) if isinstance(output, tuple) else y
+            return with_hidden(output, y.reshape(own.shape))
 
         return hook
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from errata import registry
-from errata.core import decode, offload, window
+from errata.core import decode, experts, offload, passes, window
 from errata.core.bank import Plan, Stack, compile_plan
-from errata.core.families import Family, find, is_linear, linear_sizes, resolve, text_config
-from errata.core.forward import PlainAttention, contiguous_input
+from errata.core.families import Family, find, has_linear, is_linear, linear_sizes, resolve, text_config
 from errata.core.hooks import Hooks
-from errata.core.patch import PROMPT, Patch, Site
+from errata.core.patch import POINTS, PROMPT, Patch, Site
+from errata.core.roles import Roles, find_roles
 from errata.core.tokens import Batch, Encoded, encode, pad, pad_id
 from errata.errors import ModelError, PatchError
 
@@ -49,6 +50,40 @@ class LM:
     @property
     def depth(self) -> int:
         return len(self.blocks)
+
+    @property
+    def roles(self) -> Roles:
+        """What writes to the residual stream in each block, as trials found it; they run when they are first asked for."""
+        if "roles" not in self.base_cache:
+            self.base_cache["roles"] = find_roles(self.hf, self.family)
+        found: Roles = self.base_cache["roles"]
+        return found
+
+    def linear_path(self, site: Site) -> str:
+        """Path inside its block of the linear, or the experts, that a site names; `ModelError` where the block has no such part."""
+        if site.point == experts.POINT:
+            return self.roles.experts(site.block)
+        if site.point not in POINTS:
+            return site.point
+        known = getattr(self.family, site.point)
+        return known if known and has_linear(self.blocks[site.block], known) else self.roles.path(site.block, site.point)
+
+    def mlp_site(self, block: int) -> Site:
+        """Where the block's MLP writes: its last linear, or else its fused experts."""
+        try:
+            self.linear_path(Site(block, "mlp_down"))
+        except ModelError:
+            site = Site(block, experts.POINT)
+            with contextlib.suppress(ModelError):
+                experts.sizes(self.module(site))
+                return site
+            raise
+        return Site(block, "mlp_down")
+
+    def module(self, site: Site) -> Any:
+        """The module a site names."""
+        block = self.blocks[site.block]
+        return block if site.point == "block" else resolve(block, self.linear_path(site))
 
     @property
     def width(self) -> int:
@@ -104,7 +139,12 @@ class LM:
         if site.point == "block":
             return self.width, self.width
         try:
-            module = resolve(self.blocks[site.block], self.family.linear_path(site.point))
+            module = self.module(site)
+            if site.point == experts.POINT:
+                count, inner, outer = experts.sizes(module)
+                return count * inner, outer
+        except ModelError as error:
+            raise PatchError(str(error)) from None
         except (AttributeError, TypeError, LookupError):  # also where a part of the path is no list, or a short one
             module = None
         if not isinstance(module, nn.Module) or not is_linear(module):
@@ -139,7 +179,8 @@ class LM:
     def _compiled(self, stack: Stack) -> tuple[Stack, Hooks | None, torch.device]:
         """(the stack, its hooks, where they compute)."""
         device = self.device
-        return stack, Hooks(self.hf, self.family, compile_plan([stack], None, device, self.tokenizer)) if stack else None, device
+        plan = compile_plan([stack], None, device, self.tokenizer) if stack else None
+        return stack, None if plan is None else Hooks(self.hf, self.family, self.module, plan), device
 
     @contextmanager
     def under(self, *patches: Patch) -> Iterator[LM]:
@@ -180,7 +221,7 @@ class LM:
         if attached is not None:
             attached.enabled = False
         try:
-            with Hooks(self.hf, self.family, plan):
+            with Hooks(self.hf, self.family, self.module, plan):
                 yield plan
         finally:
             if attached is not None:
@@ -226,17 +267,11 @@ class LM:
     def forward(self, ids: Tensor, mask: Tensor, **more: Any) -> Any:
         """The model's own forward with positions counted from each row's first real token.
 
-        `WindowError` where a text is longer than the model's window: its positions would not be there, or never have been trained.
+        ``past_key_values`` is what the call before gave back under this name, whatever the model keeps.  `WindowError` where a text is
+        longer than the model's window: its positions would not be there, or never have been trained.
         """
         window.check_mask(self, mask)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        last = contiguous_input(self.hf.get_output_embeddings()) if more.get("logits_to_keep") else nullcontext()
-        with last, PlainAttention() if self._slow_backward else nullcontext():
-            return self.hf(input_ids=ids, attention_mask=mask, position_ids=positions, **more)
-
-    @property
-    def _slow_backward(self) -> bool:
-        return torch.is_grad_enabled() and self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16)
+        return passes.forward(self, ids, mask, **more)
 
     def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None, *, chat: bool = False) -> list[Encoded]:
         """`errata.core.tokens.encode`; `WindowError` for a text that is longer than the model's window, which is never cut."""
@@ -305,21 +340,6 @@ class LM:
     def complete(self, prompt: str, **how: Any) -> str:
         """The prompt's greedy continuation under what is attached; it takes the arguments of `generate`."""
         return self.generate([prompt], **how)[0]
-
-    def describe(self) -> str:
-        """What was found where, in plain words (`errata inspect`)."""
-        f, inner = self.family, linear_sizes(resolve(self.blocks[0], self.family.mlp_down))[0]
-        total = sum(p.numel() for p in self.hf.parameters())
-        how = "known family" if f.found == "table" else "not in the table; parts found by structure"
-        return "\n".join(
-            [
-                f"{self.name or type(self.hf).__name__}: {type(self.hf).__name__}, {f.name} ({how}), fingerprint {self.fingerprint}",
-                f"{total:,} parameters, {next(self.hf.parameters()).dtype}, on {self.device}",
-                f"{self.depth} blocks of width {self.width} at {f.blocks}",
-                f"MLP keys of size {inner} go through {f.mlp_down}; attention writes through {f.attn_out}",
-                f"embedding at {f.embedding}, last norm at {f.final_norm}, vocabulary {int(self.config.vocab_size):,}",
-            ]
-        )
 
 
 def fingerprint(hf: Any) -> str:

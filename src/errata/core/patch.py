@@ -37,6 +37,7 @@ class Site:
     point: str = "block"
 
 
+POINTS = ("mlp_down", "attn_out")  # points that name a linear by what it does in its block
 PROMPT = Site(0, "prompt")  # in front of the prompt: no module, where text is put (`errata.core.context`)
 
 

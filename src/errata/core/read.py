@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from errata.core.bank import Bank, Stack, active_patches, non_causal
-from errata.core.families import hidden_of, resolve
+from errata.core.experts import inputs
+from errata.core.families import by_row, hidden_of
 from errata.core.forward import StopForward
 from errata.core.model import LM
 from errata.core.patch import WEIGHT_LIKE, Site
@@ -24,35 +25,35 @@ from errata.core.tokens import Encoded
 AT_ONCE = 16_384  # tokens of one pass, padding included
 
 
-def module_at(lm: LM, site: Site) -> Any:
-    """The module a site names."""
-    return lm.blocks[site.block] if site.point == "block" else resolve(lm.blocks[site.block], lm.family.linear_path(site.point))
-
-
 def truncate(row: Encoded, at: int) -> Encoded:
     """The row as far as token ``at``; what counts as prompt stays as it was."""
     return replace(row, ids=row.ids[: at + 1])
 
 
 @contextmanager
-def activation_hooks(lm: LM, sites: Sequence[Site], seen: Callable[[Site, Tensor, Tensor], None], stop: bool = True) -> Iterator[None]:
-    """``seen(site, input, output)`` as each site runs; with ``stop``, the pass ends (`StopForward`) once all have.
+def activation_hooks(
+    lm: LM, sites: Sequence[Site], rows: int, seen: Callable[[Site, Tensor, Tensor], None], stop: bool = True
+) -> Iterator[None]:
+    """``seen(site, input [B, T, I], output [B, T, O])`` of a batch of ``rows`` as each site runs.  Of experts the input is
+    `errata.core.experts.ExpertInputs`.
+
+    With ``stop``, the pass ends (`StopForward`) once all have.
 
     Made inside `LM.running`, it sees outputs as the running patches leave them.
     """
     left = set(sites)
 
     def watch(site: Site) -> Callable[..., None]:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
-            seen(site, x, hidden_of(output))
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            x = inputs(module, args or (kwargs["hidden_states"],), rows, None, site)
+            seen(site, x, by_row(hidden_of(output), rows, None, site))
             left.discard(site)
             if stop and not left:
                 raise StopForward
 
         return hook
 
-    handles = [module_at(lm, site).register_forward_hook(watch(site), with_kwargs=True) for site in dict.fromkeys(sites)]
+    handles = [lm.module(site).register_forward_hook(watch(site), with_kwargs=True) for site in dict.fromkeys(sites)]
     try:
         yield
     except StopForward:
@@ -102,7 +103,7 @@ def read_activations(
         done += [row for _, row in wanted]
         for bank in banks:
             plan.add(replace(bank, rows=None if owner is None else torch.tensor([texts[i][1] for i in members], device=owner.device)))
-        with lm.running(plan), activation_hooks(lm, sites, keep):
+        with lm.running(plan), activation_hooks(lm, sites, len(members), keep):
             lm.forward(batch.ids, batch.mask, use_cache=False, **lm.last_logits_kwargs)
     back = torch.tensor(sorted(range(len(done)), key=done.__getitem__), device=lm.device)
     return {site: tuple(torch.cat(part)[back] for part in zip(*parts, strict=True)) for site, parts in found.items()}  # type: ignore[misc]
@@ -133,14 +134,16 @@ def _chunks(lengths: Sequence[int]) -> Iterator[slice]:
             start = stop
 
 
-def adds_directly(lm: LM, block: int) -> bool:
-    """Whether what the MLP's last linear writes is added to the residual stream as it is (false where a norm follows it).
+def adds_directly(lm: LM, site: Site) -> bool:
+    """Whether what the MLP's last linear, or its experts, write is added to the residual stream as it is.
+
+    It is not where a norm follows, or where blocks hand on several states a token.
 
     Found by trying: a number added to the linear's output must come out of the block unchanged.
     """
-    if ("adds", block) not in lm.base_cache:
-        lm.base_cache["adds", block] = _adds(lm, block)
-    return bool(lm.base_cache["adds", block])
+    if ("adds", site) not in lm.base_cache:
+        lm.base_cache["adds", site] = _adds(lm, site)
+    return bool(lm.base_cache["adds", site])
 
 
 def adds_to_block(lm: LM, site: Site, on: Stack) -> bool:
@@ -148,23 +151,27 @@ def adds_to_block(lm: LM, site: Site, on: Stack) -> bool:
     if site.point != "mlp_down":
         return False
     bent = any(op.site == Site(site.block) and op.kind not in WEIGHT_LIKE for patch in active_patches(on) for op in patch.ops)
-    return not bent and adds_directly(lm, site.block)
+    return not bent and adds_directly(lm, site)
 
 
-def _adds(lm: LM, block: int) -> bool:
-    site, out = Site(block, "mlp_down"), Site(block)
+def _adds(lm: LM, site: Site) -> bool:
+    linear, out = lm.module(site), lm.blocks[site.block]
     row = lm.batch([Encoded((0,), 1)]).to(lm.device)
 
     def output(push: float) -> Tensor:
         seen: list[Tensor] = []
-        with torch.no_grad(), activation_hooks(lm, [out], lambda _, x, y: seen.append(y.double())):
-            handle = module_at(lm, site).register_forward_hook(lambda _, x, y: y + push)
-            try:
+        handles = [
+            linear.register_forward_hook(lambda _, x, y: y + push),
+            out.register_forward_hook(lambda _, x, y: seen.append(hidden_of(y).double())),
+        ]
+        try:
+            with torch.no_grad():
                 lm.forward(row.ids, row.mask, use_cache=False)
-            finally:
+        finally:
+            for handle in handles:
                 handle.remove()
         return seen[0]
 
     before = output(0.0)
-    push = 1 + float(before.abs().max())  # as large as the states, so that rounding does not hide it
-    return bool((output(push) - before - push).abs().max() < 0.05 * push)
+    push = 3 + 3 * float(before.abs().max())  # larger than the states, so that rounding does not hide it, nor a norm, which gives about 1
+    return before.ndim == 3 and bool((output(push) - before - push).abs().max() < 0.05 * push)

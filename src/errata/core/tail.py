@@ -22,10 +22,12 @@ from torch.nn import functional
 
 from errata.core.bank import Bank, Plan, Stack, non_causal
 from errata.core.decode import can_fork, fork, select_cache_rows
-from errata.core.families import hidden_of
-from errata.core.forward import StopForward
+from errata.core.families import hidden_of, with_hidden
+from errata.core.forward import StopForward, hooks_disabled
 from errata.core.model import LM
 from errata.core.tokens import IGNORE_INDEX, Encoded
+
+_SAME = 0.05  # of the largest logit: what rounding may move one by in any dtype
 
 
 @dataclass
@@ -145,15 +147,20 @@ class Tail:
     ``first_block``: the first block that has to compute; banks given to `logits` touch it, blocks above, or the *output* of the
     block before it.  ``on``: patches that run underneath, frozen.  Kept are the prefix's keys and values and one hidden state a token.
     Under a patch that is `non_causal` the prefix is not frozen, and what a model keeps as a running state (`errata.core.decode.can_fork`)
-    cannot be gone on from again and again: then everything runs every time (`FullForward`).
+    cannot be gone on from again and again: then everything runs every time (`FullForward`).  So it does where blocks hand on more than
+    hidden states, as Gemma 3n's do keys; in families that are not known by name a trial finds out.
     """
 
     def __init__(self, lm: LM, rows: SplitRows, first_block: int = 0, on: Stack = ()) -> None:
         self.lm, self.rows, self.on, self.first = lm, rows, on, first_block
         self.cache: Any = None
-        self.whole = FullForward(lm, rows, 0, on) if non_causal(on) else None
+        self.whole = FullForward(lm, rows, 0, on) if non_causal(on) or not splits(lm, first_block) else None
         if self.whole is not None:
             return
+        self._freeze()
+
+    def _freeze(self) -> None:
+        lm, rows, on = self.lm, self.rows, self.on
         self.under = _under(lm, on, rows)
         with torch.no_grad(), lm.running(_plan(self.under, rows, (), None)):
             wide = rows.prefix.shape[1]
@@ -164,10 +171,10 @@ class Tail:
                 if not can_fork(self.cache):
                     self.whole = FullForward(lm, rows, 0, on)
                     return
-            self.hidden, self.tuple = self._enter()
+            self.hidden, self.like = self._enter()
 
-    def _enter(self) -> tuple[Tensor, bool]:
-        """The hidden states [B, A, D] that leave the last frozen block, before any op at its output, and whether blocks return tuples."""
+    def _enter(self) -> tuple[Tensor, Any]:
+        """The hidden states [B, A, D] that leave the last frozen block, before any op at its output, and an output of its form."""
         seen: dict[str, Any] = {}
 
         def enters(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -175,7 +182,7 @@ class Tail:
             raise StopForward
 
         def leaves(_: Any, __: Any, output: Any) -> None:
-            seen["tuple"], seen["hidden"] = isinstance(output, tuple), hidden_of(output)
+            seen["like"], seen["hidden"] = empty_like(output), hidden_of(output)
             raise StopForward
 
         blocks = self.lm.blocks
@@ -191,7 +198,7 @@ class Tail:
             pass
         finally:
             handle.remove()
-        return seen["hidden"].detach(), bool(seen.get("tuple", False))
+        return seen["hidden"].detach(), seen.get("like")
 
     def _forward(self) -> Any:
         more: dict[str, Any] = {"use_cache": False}
@@ -212,7 +219,7 @@ class Tail:
         head = self.lm.hf.get_output_embeddings().register_forward_pre_hook(pick)
         try:
             frozen = self.lm.blocks[: self.first]
-            with self.lm.running(_plan(self.under, self.rows, banks, recorded)), skip_blocks(frozen, self.hidden, self.tuple):
+            with self.lm.running(_plan(self.under, self.rows, banks, recorded)), skip_blocks(frozen, self.hidden, self.like):
                 out: Tensor = self._forward().logits.flatten(0, 1)  # a view; taking [0] would cost a zeroed copy on the way back
         finally:
             head.remove()
@@ -231,14 +238,44 @@ class Tail:
         return other
 
 
+def empty_like(output: Any) -> Any:
+    """What a block gave back with nothing in it: None, or so many of them in a tuple or list."""
+    return type(output)([None] * len(output)) if isinstance(output, tuple | list) else None
+
+
+def splits(lm: LM, first: int) -> bool:
+    """Whether this model can be run in two parts, the blocks below ``first`` once: found by trying, on a few tokens of the bare base."""
+    if lm.family.found == "table":
+        return True
+    if ("splits", first) not in lm.base_cache:
+        lm.base_cache["splits", first] = _try_split(lm, first, 2) and _try_split(lm, first, 0)
+    return bool(lm.base_cache["splits", first])
+
+
+@torch.no_grad()
+def _try_split(lm: LM, first: int, prefix: int) -> bool:
+    """``prefix``: tokens of it; without any there is no cache either."""
+    rows = split_rows_at([Encoded((1, 2, 3, 4, 5), 4), Encoded((5, 4, 3, 2, 1), 3)], [prefix] * 2, 0, lm.device)
+    whole, part = FullForward(lm, rows), Tail.__new__(Tail)
+    part.lm, part.rows, part.on, part.first, part.cache, part.whole = lm, rows, (), first, None, None
+    with hooks_disabled(lm.hf):
+        wanted = whole.logits([])
+        try:
+            part._freeze()
+            found = part.logits([])
+        except Exception:  # whatever a model stumbles over that is run in a way it was not written for
+            return False
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() < _SAME * wanted.abs().max())
+
+
 @contextmanager
-def skip_blocks(blocks: Sequence[Any], hidden: Tensor, as_tuple: bool) -> Iterator[None]:
-    """These first blocks compute nothing: the last of them returns ``hidden`` (its hooks still run)."""
+def skip_blocks(blocks: Sequence[Any], hidden: Tensor, like: Any) -> Iterator[None]:
+    """These first blocks compute nothing: the last of them returns ``hidden`` (its hooks still run), in the form of ``like``."""
 
     def returns(stored: Tensor | None) -> Any:
         def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
             out = hidden_states if stored is None else stored
-            return (out,) if as_tuple else out
+            return with_hidden(like, out)
 
         return forward
 

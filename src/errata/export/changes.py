@@ -94,7 +94,11 @@ def weight_deltas(lm: LM, stack: Stack) -> list[WeightDelta]:
                     "with errata (attach it, or `errata ask --patch`), or make the edit again with a method that changes weights "
                     "(rome, memit …; `errata methods` lists them)"
                 )
-            path = f"{lm.family.blocks}.{op.site.block}.{lm.family.linear_path(op.site.point)}"  # two points may name one linear
+            if op.site.point == "block":
+                raise PatchError(
+                    f"patch {patch.id}: its {op.kind!r} op runs beside block {op.site.block}, not beside a linear; serve it with errata"
+                )
+            path = f"{lm.family.blocks}.{op.site.block}.{lm.linear_path(op.site)}"  # two points may name one linear
             found.setdefault(path, []).append(op)
     if not found:
         raise PatchError("the stack changes nothing (no patch of it holds an op); there is nothing to export")

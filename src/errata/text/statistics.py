@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from errata import storage
 from errata.config import digest
+from errata.core import experts
+from errata.core.experts import ExpertInputs
 from errata.core.families import linear_sizes
 from errata.core.model import LM
 from errata.core.patch import Site
-from errata.core.read import activation_hooks, module_at
+from errata.core.read import activation_hooks
 from errata.core.tokens import Encoded
 from errata.core.window import beginnings
 from errata.errors import DiskError, InputError, ModelError, PatchError, StorageError
@@ -38,7 +41,8 @@ Progress = Callable[[int, int], None]  # (tokens read, tokens wanted)
 class Moments:
     """C [I, I] of one site, mean over ``tokens`` keys, and what it was made of.
 
-    Factors are made once, in float64: `solve` and `eigen` keep theirs.
+    Of experts (`errata.core.experts`) C [E, I, I]: the E[g_j² k_j k_jᵀ] of each, the diagonal blocks of E[κ κᵀ]; what two experts have in
+    common is left out.  Factors are made once, in float64: `solve` and `eigen` keep theirs.
     """
 
     site: Site
@@ -46,7 +50,7 @@ class Moments:
     tokens: int
     base: str
     corpus: str
-    _factor: dict[float, Tensor] = field(default_factory=dict, repr=False)
+    _factor: dict[tuple[float, int], Tensor] = field(default_factory=dict, repr=False)
     _eigen: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def solve(self, x: Tensor, ridge: float = 0.0) -> Tensor:
@@ -55,12 +59,25 @@ class Moments:
         Where C is singular (fewer tokens than inputs, dead neurons) the smallest ridge of 1e-9, 1e-8 … times its mean diagonal
         that makes it positive definite is added.
         """
-        if ridge not in self._factor:
-            self._factor[ridge] = _cholesky(self.second_moment.double(), ridge)
-        return torch.cholesky_solve(x.double(), self._factor[ridge].to(x.device))
+        count = len(self._blocks)
+        parts = x.double().reshape(count, -1, x.shape[1])
+        return torch.cat([part if count > 1 and not part.any() else self._solve(j, part, ridge) for j, part in enumerate(parts)])
+
+    def _solve(self, block: int, x: Tensor, ridge: float) -> Tensor:
+        if (ridge, block) not in self._factor:
+            self._factor[ridge, block] = _cholesky(self._blocks[block].double(), ridge, float(self._diagonal.mean()))
+        return torch.cholesky_solve(x, self._factor[ridge, block].to(x.device))
+
+    @property
+    def _blocks(self) -> Tensor:
+        return self.second_moment if self.second_moment.ndim == 3 else self.second_moment[None]
+
+    @property
+    def _diagonal(self) -> Tensor:
+        return self._blocks.double().diagonal(dim1=-2, dim2=-1)
 
     def eigen(self) -> tuple[Tensor, Tensor]:
-        """(eigenvalues ascending [I], eigenvectors [I, I] in columns) of C, float64."""
+        """(eigenvalues ascending [I], eigenvectors [I, I] in columns) of C, float64; [E, I] and [E, I, I] of experts."""
         if self._eigen is None:
             values, vectors = torch.linalg.eigh(self.second_moment.double())
             self._eigen = values.clamp_min(0), vectors
@@ -71,14 +88,18 @@ class Moments:
 
         P = U₀ U₀ᵀ.  The threshold is on the scale of the keys themselves, so look at m / I before you trust it.
         """
-        values, vectors = self.eigen()
-        kept = int((values < threshold).sum()) if share is None else round(share * len(values))
-        return vectors[:, :kept]
+        (only,) = self.null_spaces(threshold, share)
+        return only
+
+    def null_spaces(self, threshold: float = 2e-2, share: float | None = None) -> list[Tensor]:
+        """`null_space` of each expert; of a linear the one."""
+        values, vectors = (t.view(len(self._blocks), *t.shape[-n:]) for n, t in enumerate(self.eigen(), 1))
+        kept = [int((own < threshold).sum()) if share is None else round(share * len(own)) for own in values]
+        return [own[:, :n] for own, n in zip(vectors, kept, strict=True)]
 
 
-def _cholesky(c: Tensor, ridge: float) -> Tensor:
+def _cholesky(c: Tensor, ridge: float, scale: float) -> Tensor:
     eye = torch.eye(len(c), dtype=c.dtype, device=c.device)
-    scale = float(c.diagonal().mean())
     for jitter in (0.0, *(10.0**e for e in range(-9, -2))):
         factor, info = torch.linalg.cholesky_ex(c + (ridge + jitter * scale) * eye)
         if int(info) == 0 and bool(torch.isfinite(factor).all()):
@@ -137,8 +158,7 @@ class _Pass:
             lm.check_site(site)
         self.order = list(range(len(corpus.texts)))
         random.Random(seed).shuffle(self.order)
-        sizes = {site: linear_sizes(module_at(lm, site))[0] for site in sites}
-        self.sums = {site: torch.zeros(n, n, dtype=precision, device=lm.device) for site, n in sizes.items()}
+        self.sums = {site: torch.zeros(_shape(lm, site), dtype=precision, device=lm.device) for site in sites}
         self.read, self.windows = 0, 0  # tokens counted, windows of texts finished
 
     def run(self, partial: Path, progress: Progress | None) -> dict[Site, Tensor]:
@@ -177,11 +197,14 @@ class _Pass:
         batch = self.lm.batch([Encoded(r, len(r)) for r in rows], side="right").to(self.lm.device)
         real = batch.mask.bool()
 
-        def add(site: Site, x: Tensor, _: Tensor) -> None:
-            keys = x[real].to(self.sums[site].dtype)
-            self.sums[site].addmm_(keys.T, keys)
+        def add(site: Site, x: Any, _: Tensor) -> None:
+            total = self.sums[site]
+            served = x.served() if isinstance(x, ExpertInputs) else ((None, None, x[real]),)
+            for expert, tokens, keys in served:
+                keys = (keys if tokens is None else keys[real.flatten()[tokens]]).to(total.dtype)
+                (total if expert is None else total[expert]).addmm_(keys.T, keys)
 
-        with torch.no_grad(), self.lm.running(self.lm.plan([()], None, len(rows))), activation_hooks(self.lm, self.sites, add):
+        with torch.no_grad(), self.lm.running(self.lm.plan([()], None, len(rows))), activation_hooks(self.lm, self.sites, len(rows), add):
             self.lm.forward(batch.ids, batch.mask, use_cache=False, **self.lm.last_logits_kwargs)
         self.read += int(real.sum())
 
@@ -198,6 +221,15 @@ class _Pass:
             self.read, self.windows, self.sums = int(meta["read"]), int(meta["windows"]), sums
         except (StorageError, KeyError, ValueError):
             partial.unlink(missing_ok=True)  # a damaged beginning is only work lost: start anew
+
+
+def _shape(lm: LM, site: Site) -> tuple[int, ...]:
+    """Of a site's C."""
+    if site.point == experts.POINT:
+        count, size, _ = experts.sizes(lm.module(site))
+        return count, size, size
+    size = linear_sizes(lm.module(site))[0]
+    return size, size
 
 
 def _write(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
@@ -236,7 +268,6 @@ def load(path: Path, lm: LM, site: Site) -> Moments:
             f"not of {lm.fingerprint} at block {site.block} ({site.point}); make them for this model with `errata stats`"
         )
     second = tensors.get("second")
-    size = linear_sizes(module_at(lm, site))[0]
-    if second is None or second.shape != (size, size) or not bool(torch.isfinite(second).all()):
+    if second is None or second.shape != _shape(lm, site) or not bool(torch.isfinite(second).all()):
         raise StorageError(f"{path}: damaged; delete it and run `errata stats` again")
     return Moments(site, second, int(meta["tokens"]), meta["base"], meta["corpus"])

@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 
 from errata.core.bank import Plan
-from errata.core.decode import fork
-from errata.core.families import hidden_of, resolve
+from errata.core.decode import can_fork, fork
+from errata.core.families import by_row, hidden_of, resolve
 from errata.core.model import LM
-from errata.core.tail import skip_blocks
+from errata.core.patch import Site
+from errata.core.tail import empty_like, skip_blocks, splits
 from errata.core.tokens import Encoded, subject_span
 from errata.errors import InputError, ModelError
 from errata.trace.facts import Fact, FactTrace, Skipped, TraceConfig, TraceResult, around, default_window
@@ -122,6 +123,8 @@ class _Run:
         if span[0]:
             out = lm.forward(whole[:, : span[0]], self.mask[:, : span[0]], use_cache=True, **lm.last_logits_kwargs)
             self.cache = out.past_key_values
+        if not splits(lm, lm.depth // 2) or (self.cache is not None and not can_fork(self.cache)):
+            raise ModelError(f"{lm.family.name}: tracing goes on from blocks and tokens that have run, and this model keeps more of them")
         with self._recording(how.kinds) as self.clean:
             last = self._forward(1)
         self.answer = int(last.argmax(-1))
@@ -131,6 +134,7 @@ class _Run:
 
     def _forward(self, count: int) -> Tensor:
         """[count, V] logits after the last token, float32 or better, under the hooks that are on."""
+        self.count = count
         more: dict[str, Any] = {"use_cache": False}
         if self.cache is not None:
             cache = fork(self.cache)
@@ -141,9 +145,6 @@ class _Run:
         last: Tensor = out.logits[:, -1]
         return last.to(torch.promote_types(last.dtype, torch.float32))
 
-    def _module(self, kind: str, block: int) -> Any:
-        return resolve(self.lm.blocks[block], self.lm.family.linear_path(_POINTS[kind]))
-
     @contextmanager
     def _recording(self, kinds: Sequence[str]) -> Iterator[dict[tuple[str, int], Tensor]]:
         """States [B, A, D] of the kinds and of "hidden", filled by what runs inside."""
@@ -152,16 +153,15 @@ class _Run:
         def keep(kind: str, block: int) -> Any:
             def hook(_: Any, __: Any, output: Any) -> None:
                 if kind == "hidden":
-                    self.tuples = isinstance(output, tuple)
-                seen[kind, block] = hidden_of(output)
+                    self.like = empty_like(output)
+                seen[kind, block] = by_row(hidden_of(output), self.count, None, _site(kind, block))
 
             return hook
 
         with ExitStack() as exits:
             for block in range(self.lm.depth):
                 for kind in {"hidden", *kinds}:
-                    module = self.lm.blocks[block] if kind == "hidden" else self._module(kind, block)
-                    exits.callback(module.register_forward_hook(keep(kind, block)).remove)
+                    exits.callback(self.lm.module(_site(kind, block)).register_forward_hook(keep(kind, block)).remove)
             yield seen
 
     @contextmanager
@@ -231,24 +231,29 @@ class _Run:
                 if "hidden" in self.how.kinds:
                     rows = (kind == self.how.kinds.index("hidden")).nonzero().squeeze(1)
                     hidden[rows, token[rows]] = self.clean["hidden", begin - 1][0, token[rows]]
-                exits.enter_context(skip_blocks(self.lm.blocks[:begin], hidden, self.tuples))
+                exits.enter_context(skip_blocks(self.lm.blocks[:begin], hidden, self.like))
             else:
                 exits.enter_context(self._noisy(self.noise[sample]))
             for name in (n for n in self.how.kinds if n != "hidden"):
                 for block in range(begin, self.lm.depth):
                     on = (kind == self.how.kinds.index(name)) & (block < cells[:, 4])
                     if bool(on.any()):
-                        hook = _put(self.clean[name, block], on.nonzero().squeeze(1), token[on])
-                        exits.callback(self._module(name, block).register_forward_hook(hook).remove)
+                        site = _site(name, block)
+                        hook = _put(self.clean[name, block], on.nonzero().squeeze(1), token[on], len(cells), site)
+                        exits.callback(self.lm.module(site).register_forward_hook(hook).remove)
             return self._forward(len(cells)).softmax(-1)[:, self.answer]
 
 
-def _put(clean: Tensor, rows: Tensor, token: Tensor) -> Any:
+def _site(kind: str, block: int) -> Site:
+    return Site(block, _POINTS.get(kind, "block"))
+
+
+def _put(clean: Tensor, rows: Tensor, token: Tensor, count: int, site: Site) -> Any:
     """A hook that sets the output at (rows, token) to the clean one [1, A, D]."""
 
     def hook(_: Any, __: Any, output: Tensor) -> Tensor:
-        out = output.clone()
+        out: Tensor = by_row(output, count, None, site).clone()
         out[rows, token] = clean[0, token]
-        return out
+        return out.reshape(output.shape)
 
     return hook

@@ -16,7 +16,6 @@ from errata.core.fit import After
 from errata.core.lanes import MOST_ROWS, Progress, in_lanes
 from errata.core.model import LM
 from errata.core.patch import Patch, Site
-from errata.core.read import module_at
 from errata.core.tail import Tail
 from errata.errors import ConfigError
 from errata.methods.adapters.op import find_sites
@@ -38,7 +37,8 @@ class AdapterEditor(OutputTermEditor):
     tokens of all rows (what Hugging Face computes for a batch).  Contrast pairs run without dropout.
 
     rank, alpha   of the branch; it is scaled by alpha / rank
-    targets       names of linears in a block; None: q_proj and v_proj, or the linear that holds both (see `errata.methods.adapters.op`)
+    targets       names of linears in a block; None: q_proj and v_proj, or the linear that holds both (see `errata.methods.adapters.op`).
+                  The default is attn_out in a block whose MLP writes through experts, and so has no mlp_down
     layers        0-based blocks; None: by ``depths``
     depths        of the blocks where ``layers`` is None, as parts of the model's depth; None: all blocks
     lr, steps     Adam's; updates of one edit
@@ -61,7 +61,7 @@ class AdapterEditor(OutputTermEditor):
 
     rank: int = 8
     alpha: float = 32.0
-    targets: tuple[str, ...] | None = ("mlp_down",)
+    targets: tuple[str, ...] | None = ("mlp_down|attn_out",)
     layers: tuple[int, ...] | None = None
     depths: tuple[float, ...] | None = (6 / 32,)  # the middle one of MEMIT's blocks of LLaMA
     dropout: float = 0.1
@@ -134,7 +134,7 @@ class AdapterEditor(OutputTermEditor):
 
     def shapes(self, lm: LM) -> dict[Site, tuple[int, int]]:
         """(input size, output size) of every adapted linear; `ConfigError` for targets or layers that do not exist."""
-        found = {site: linear_sizes(module_at(lm, site)) for site in find_sites(lm, self.name, self.targets, self.target_layers(lm))}
+        found = {site: linear_sizes(lm.module(site)) for site in find_sites(lm, self.name, self.targets, self.target_layers(lm))}
         for site, sizes in found.items():
             if self.rank > min(sizes):
                 raise ConfigError(f"{self.name}: rank {self.rank} exceeds that of block {site.block} {site.point} {sizes}; lower it")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from errata.core.families import is_linear
 from errata.core.model import LM
-from errata.core.patch import OpContext, Site
-from errata.errors import ConfigError
+from errata.core.patch import POINTS, OpContext, Site
+from errata.errors import ConfigError, ModelError
 
 _PROJECTIONS = ("q_proj", "v_proj")
 
@@ -22,6 +23,7 @@ def find_sites(lm: LM, name: str, targets: Sequence[str] | None, layers: Sequenc
     """The linears that ``targets`` name in these blocks (None: all), block by block.
 
     A target is the last part of a linear's path, a longer end of it, or ``mlp_down`` or ``attn_out``; it may be missing in some blocks.
+    Of alternatives, "mlp_down|attn_out", the first that a block has is meant in it.
     None: every ``q_proj`` and ``v_proj``; in a model without them the linear that computes query, key and value together, which is
     the only one beside the attention's output linear (GPT-2 ``c_attn``, GPT-NeoX ``query_key_value``, Phi-3 ``qkv_proj``).
     """
@@ -30,16 +32,41 @@ def find_sites(lm: LM, name: str, targets: Sequence[str] | None, layers: Sequenc
     if wrong:
         raise ConfigError(f"{name}: block {wrong[0]} does not exist (0 to {lm.depth - 1}); set layers for this model")
     paths = {b: [path for path, module in lm.blocks[b].named_modules() if is_linear(module)] for b in sorted(blocks)}
+    named = {part for t in targets or ("attn_out",) for part in t.split("|")}
+    points = {b: _points(lm, b, named) for b in paths}
     if targets is None:
         wanted: Sequence[str] = [t for t in _PROJECTIONS if any(_named(t, p) for own in paths.values() for p in own)]
-        wanted = wanted or [_fused(lm, name, next(iter(paths.values())))]
+        wanted = wanted or [_fused(name, own, points[b]) for b, own in paths.items()][:1]
     else:
-        wanted = [lm.family.linear_path(t) for t in targets]
+        wanted = targets
+    chosen: set[tuple[int, str]] = set()
     for target in wanted:
-        if not any(_named(target, p) for own in paths.values() for p in own):
-            raise ConfigError(f"{name}: no linear {target!r} in these blocks; set targets to some of {', '.join(_names(paths.values()))}")
-    points = {lm.family.mlp_down: "mlp_down", lm.family.attn_out: "attn_out"}
-    return tuple(Site(b, points.get(p, p)) for b, own in paths.items() for p in own if any(_named(t, p) for t in wanted))
+        found = {(b, p) for b, own in paths.items() for p in _targeted(target, own, points[b])}
+        if not found:
+            why = next((f" ({lm.roles.missing(min(paths), t)})" for t in target.split("|") if t in POINTS), "")
+            there = ", ".join(_names(paths.values()))
+            raise ConfigError(f"{name}: no linear {target!r} in these blocks{why}; set targets to some of {there}")
+        chosen |= found
+    return tuple(Site(b, points[b].get(p, p)) for b, own in paths.items() for p in own if (b, p) in chosen)
+
+
+def _targeted(target: str, paths: Sequence[str], points: Mapping[str, str]) -> list[str]:
+    """Of a block's linears those that the first alternative names that any of them has."""
+    for one in target.split("|"):
+        found = [p for p in paths if (points.get(p) == one if one in POINTS else _named(one, p))]
+        if found:
+            return found
+    return []
+
+
+def _points(lm: LM, block: int, wanted: Collection[str]) -> dict[str, str]:
+    """{path: point} of the linears of a block that have a name by their role.  What only a trial could tell is asked for where wanted."""
+    out: dict[str, str] = {}
+    for point in POINTS:
+        if point in wanted or getattr(lm.family, point):
+            with contextlib.suppress(ModelError):  # a block may lack it
+                out[lm.linear_path(Site(block, point))] = point
+    return out
 
 
 def _named(target: str, path: str) -> bool:
@@ -50,9 +77,9 @@ def _names(paths: Any) -> list[str]:
     return sorted({path.rpartition(".")[2] for own in paths for path in own})
 
 
-def _fused(lm: LM, name: str, paths: Sequence[str]) -> str:
-    attention = lm.family.attn_out.rpartition(".")[0]
-    beside = [p for p in paths if p.rpartition(".")[0] == attention and p != lm.family.attn_out]
+def _fused(name: str, paths: Sequence[str], points: Mapping[str, str]) -> str:
+    out = next((path for path, point in points.items() if point == "attn_out"), None)
+    beside = [p for p in paths if out is not None and p.rpartition(".")[0] == out.rpartition(".")[0] and p != out]
     if len(beside) != 1:
         raise ConfigError(
             f"{name}: this model has neither q_proj and v_proj nor one linear for both; set targets to some of {_names([paths])}"

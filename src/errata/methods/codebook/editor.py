@@ -62,7 +62,7 @@ def check_site(lm: LM, name: str, block: int, point: str) -> Site:
     try:
         lm.check_site(Site(block, point))
     except PatchError as error:
-        raise ConfigError(f"{name}: {error}") from None
+        raise ConfigError(f"{name}: {error}; set the block, or point to another linear") from None
     return Site(block, point)
 
 

@@ -18,7 +18,6 @@ from errata.core.lanes import Progress, in_lanes
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.core.problems import ProblemRows, mean_per_problem, row_nll
-from errata.core.read import module_at
 from errata.core.tail import split_rows_at
 from errata.core.tokens import pad_id
 from errata.methods.codebook.store import Clusters, FilledCodebook, KeyedText
@@ -85,7 +84,7 @@ def fresh(editor: Any, lm: LM, sites: Sequence[Site], number: int, like: Tensor)
     bound = (editor.blocks * editor.rank) ** -0.5
     generator = torch.Generator().manual_seed((editor.seed << 24) + number)
     for i, site in enumerate(sites):
-        inner, outer = linear_sizes(module_at(lm, site))
+        inner, outer = linear_sizes(lm.module(site))
         out[f"down.{i}"] = torch.empty(editor.rank, inner).uniform_(-bound, bound, generator=generator).to(like)
         out[f"up.{i}"] = like.new_zeros((outer, editor.rank))
     return out

@@ -11,12 +11,11 @@ from errata.core.families import linear_sizes
 from errata.core.lanes import MOST_ROWS, Progress, in_lanes
 from errata.core.model import LM
 from errata.core.patch import Patch, Site
-from errata.core.read import module_at
 from errata.core.tail import Tail
 from errata.core.tokens import Encoded
-from errata.errors import ConfigError
+from errata.errors import ConfigError, PatchError
 from errata.methods.base import NEIGHBOURS, OutputTermEditor, layers_for
-from errata.methods.finetune.training import POINT, DenseTraining, Objective, TargetNew
+from errata.methods.finetune.training import DenseTraining, Objective, TargetNew
 from errata.request import EditRequest
 
 NUMBERS_AT_ONCE = 2**25  # entries of ΔW trained in one batch; each takes five: itself, its gradient, two moments, the result
@@ -27,6 +26,7 @@ class FineTuneEditor(OutputTermEditor):
     """Hyper-parameters that fine-tuning editors share.
 
     layers, depth    0-based blocks whose MLP's last matrix is trained; None: the one at this relative depth (21/32: LLaMA's block 21)
+    point            which linear: ``mlp_down``, ``attn_out`` or a path inside the block
     lr, steps        Adam, without weight decay; passes over the requests (EasyEdit's num_steps, epochs)
     stop             a mini-batch whose loss is below it makes no update; a pass whose mean loss is, is the last
     batch_size       rows of a mini-batch; ``shuffle``: in an order drawn anew for each pass (EasyEdit keeps that of the requests)
@@ -45,6 +45,7 @@ class FineTuneEditor(OutputTermEditor):
     }  # fmt: skip
 
     layers: tuple[int, ...] | None = None
+    point: str = "mlp_down"
     depth: float = 21 / 32
     lr: float = 5e-4
     steps: int = 25
@@ -64,6 +65,7 @@ class FineTuneEditor(OutputTermEditor):
             raise ConfigError(f"{self.name}: stop must not be negative")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ConfigError(f"{self.name}: layers must name at least one block, none twice; got {list(self.layers)}")
+        self.require(self.point != "block", "what is trained is a linear, so the point is mlp_down, attn_out or a path, not 'block'")
         self.require_depths([self.depth])
         self.require_seed(self.seed)
         self.require_contrast()
@@ -74,18 +76,23 @@ class FineTuneEditor(OutputTermEditor):
         wrong = [b for b in chosen if not 0 <= b < lm.depth]
         if wrong:
             raise ConfigError(f"{self.name}: block {wrong[0]} does not exist (0 to {lm.depth - 1}); set layers for this model")
-        if self.rank is not None and self.rank > self.sizes(lm)[1]:
-            raise ConfigError(f"{self.name}: rank {self.rank} exceeds that of the matrix, {self.sizes(lm)[1]}; lower it or leave it off")
+        full = min(min(sizes) for sizes in self.sizes(lm, chosen).values())
+        if self.rank is not None and self.rank > full:
+            raise ConfigError(f"{self.name}: rank {self.rank} exceeds that of the matrix, {full}; lower it or leave it off")
         return chosen
 
-    def sizes(self, lm: LM) -> tuple[int, int]:
-        """(entries, full rank) of one trained matrix."""
-        inner, outer = linear_sizes(module_at(lm, Site(0, POINT)))
-        return inner * outer, min(inner, outer)
+    def sizes(self, lm: LM, blocks: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """{block: (input size, output size)} of the trained matrices; `ConfigError` for a block that has none."""
+        try:
+            for block in blocks:
+                lm.check_site(Site(block, self.point))
+        except PatchError as error:
+            raise ConfigError(f"{self.name}: {error}; set layers, or point to another linear") from None
+        return {block: linear_sizes(lm.module(Site(block, self.point))) for block in blocks}
 
     def num_parameters(self, lm: LM) -> int:
         """Trainable numbers on this model (BaFT Table 3)."""
-        return len(self.target_layers(lm)) * self.sizes(lm)[0]
+        return sum(inner * outer for inner, outer in self.sizes(lm, self.target_layers(lm)).values())
 
     def encode(self, lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Encoded]:
         """Prompt and target as they are trained."""

@@ -19,21 +19,18 @@ from torch import Tensor
 
 from errata.config import to_dict
 from errata.core.bank import Bank, Stack
-from errata.core.families import linear_sizes
 from errata.core.fit import AdamW, FitResult, fit_epochs
 from errata.core.keep import KeptRows, find_kept
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.core.problems import row_nll
-from errata.core.read import module_at
 from errata.core.tail import SplitRows, split_rows_at
 from errata.core.tokens import Encoded, pad_id
 from errata.core.weights import low_rank, spectrum
 from errata.methods.texts import ways_to_ask
 from errata.request import EditRequest
 
-POINT = "mlp_down"
 TOKENS_KEPT = 2**16  # padded tokens whose frozen states are kept; with more, each mini-batch makes its own anew
 
 
@@ -129,8 +126,10 @@ class DenseTraining:
             return []
         e, began = self.editor, time.perf_counter()
         precision = torch.promote_types(torch.float32, self.lm.dtype)
-        inner, outer = linear_sizes(module_at(self.lm, Site(self.blocks[0], POINT)))
-        zeros = {str(b): torch.zeros((len(self.problems), outer, inner), device=self.lm.device, dtype=precision) for b in self.blocks}
+        zeros = {
+            str(block): torch.zeros((len(self.problems), outer, inner), device=self.lm.device, dtype=precision)
+            for block, (inner, outer) in e.sizes(self.lm, self.blocks).items()
+        }
         fitted = fit_epochs(
             zeros,
             self._loss,
@@ -163,7 +162,7 @@ class DenseTraining:
         return loss, view.count
 
     def _banks(self, p: Mapping[str, Tensor], entries: Tensor | None) -> list[Bank]:
-        return [Bank("dense", Site(b, POINT), {}, {"weight": p[str(b)]}, entries) for b in self.blocks]
+        return [Bank("dense", Site(b, self.editor.point), {}, {"weight": p[str(b)]}, entries) for b in self.blocks]
 
     def _view(self, alive: Tensor, number: int, batch: int) -> _View:
         """A mini-batch's rows whose problems still run; made once where it stays the same."""
@@ -206,7 +205,7 @@ class DenseTraining:
         e, patches = self.editor, []
         settings = to_dict(e) | {"layers": list(self.blocks)}
         for i, requests in enumerate(self.problems):
-            ops = [Op("dense", Site(b, POINT), {"weight": fitted.params[str(b)][i].clone()}) for b in self.blocks]
+            ops = [Op("dense", Site(b, self.editor.point), {"weight": fitted.params[str(b)][i].clone()}) for b in self.blocks]
             notes = {"steps": int(fitted.steps[i]), "loss": round(float(fitted.loss[i]), 6), "seconds": round(seconds, 4)}
             if e.rank is not None:
                 ops, lost = truncated(ops, e.rank)

@@ -20,7 +20,7 @@ from errata.core.patch import Op
 from errata.errors import ConfigError
 from errata.methods.locate.editor import ALMANAC, FIVE, RIDGE_ALONE, LocateEditor
 from errata.methods.locate.run import LocateThenEditRun
-from errata.methods.locate.solve import ridge_rows
+from errata.methods.locate.solve import coordinates, from_coordinates, ridge_rows
 from errata.text.statistics import Moments
 
 _L2 = 10.0
@@ -39,6 +39,7 @@ class AlphaEdit(LocateEditor):
 
     name: ClassVar[str] = "alphaedit"
     paper: ClassVar[str] = "Fang et al., ICLR 2025 (AlphaEdit)"
+    EXPERTS: ClassVar[bool] = True
     DEPTHS: ClassVar[tuple[float, ...]] = FIVE
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "gpt2-xl": {"layers": [13, 14, 15, 16, 17], "v_steps": 20, **_UPSTREAM},
@@ -68,16 +69,16 @@ class AlphaEdit(LocateEditor):
     ) -> list[Tensor]:
         """Kᵀ P (…)⁻¹ = [ (K̃ K̃ᵀ + M̃ + L₂ I)⁻¹ K̃ ]ᵀ U₀ᵀ with K̃ = U₀ᵀ K."""
         assert m is not None  # mom2_adjustment is checked above
-        basis = m.null_space(self.threshold, self.share).to(keys.device)
-        if not basis.shape[1]:
-            smallest = float(m.eigen()[0][0])
+        bases = [basis.to(keys.device) for basis in m.null_spaces(self.threshold, self.share)]
+        if not any(basis.shape[1] for basis in bases):
+            smallest = float(m.eigen()[0].min())
             raise ConfigError(
                 f"alphaedit: no direction of block {m.site.block} has an eigenvalue below {self.threshold:g} (the smallest is "
                 f"{smallest:.3g}); raise threshold, or set share"
             )
-        inner = keys.double() @ basis  # [N, m]
-        kept = past_keys.double() @ basis if past_keys is not None and self.history else inner[:0]
-        return [ridge_rows(inner[g], kept, _L2 if self.l2 is None else self.l2) @ basis.T for g in groups]
+        inner = coordinates(keys.double(), bases)  # [N, m]
+        kept = coordinates(past_keys.double(), bases) if past_keys is not None and self.history else inner[:0]
+        return [from_coordinates(ridge_rows(inner[g], kept, _L2 if self.l2 is None else self.l2), bases) for g in groups]
 
     def alone(self, lm: LM) -> Self:
         return replace(self, l2=_L2 * RIDGE_ALONE) if self.l2 is None else self
@@ -85,9 +86,12 @@ class AlphaEdit(LocateEditor):
     def patch_state(self, job: LocateThenEditRun, ops: Sequence[list[Op]]) -> list[dict[str, Tensor]]:
         """The keys of each patch at each block, read once everything is written."""
         keys = {b: job.average(job.read_keys(b, ops)[0]) for b in job.blocks}
-        return [{f"keys.{b}": k[g].contiguous() for b, k in keys.items()} for g in job.groups]
+        return [{name: t for b, k in keys.items() for name, t in job.state_of(b, k[g]).items()} for g in job.groups]
 
     def facts(self, job: LocateThenEditRun) -> dict[str, Any]:
         """The share of directions that count as null space at each block."""
-        kept = {m.site.block: m.null_space(self.threshold, self.share).shape[1] / len(m.second_moment) for m in job.moments.values()}
+        kept = {
+            m.site.block: sum(u.shape[1] for u in m.null_spaces(self.threshold, self.share)) / m.eigen()[0].numel()
+            for m in job.moments.values()
+        }
         return {"null space": ", ".join(f"block {b}: {share:.1%}" for b, share in sorted(kept.items()))}

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from errata.core.model import LM
 from errata.core.patch import Op, Site
-from errata.core.read import module_at
 from errata.core.weights import delta_weight
 from errata.errors import ConfigError, ModelError
 
@@ -58,7 +57,7 @@ class Conditioning:
 
 def weight(lm: LM, site: Site) -> Tensor:
     """W [O, I] of a plain linear (Conv1D turned round), float64."""
-    module = module_at(lm, site)
+    module = lm.module(site)
     found = getattr(module, "weight", None)
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.device.type == "meta":
         raise ModelError(f"block {site.block} ({site.point}) holds no plain weights to compare the change with; leave rect and prune off")

@@ -63,6 +63,7 @@ class LocateEditor(Editor):
     needs: ClassVar[frozenset[str]] = frozenset({"subject", "stats"})
     DEPTHS: ClassVar[tuple[float, ...]] = (5 / 32,)  # LLaMA's block 5
     ALONE: ClassVar[float] = 5 / 32  # where one block can be edited only
+    EXPERTS: ClassVar[bool] = False  # whether a mixture's experts are edited where a block has no last linear
     VALUE_AT: ClassVar[str] = "block"  # where δ is added: the block's output, or the MLP's ("mlp")
 
     TUNES: ClassVar[dict[str, Any]] = {
@@ -112,9 +113,15 @@ class LocateEditor(Editor):
         wrong = [b for b in chosen if not 0 <= b < lm.depth]
         if wrong:
             raise ConfigError(f"{self.name}: block {wrong[0]} does not exist (0 to {lm.depth - 1}); set layers for this model")
-        if adds_directly(lm, chosen[-1]):
+        if adds_directly(lm, self.site(lm, chosen[-1])):
             return chosen
         return chosen[-1:] if self.layers else self._at(lm, (self.ALONE,))
+
+    def site(self, lm: LM, block: int) -> Site:
+        """What is edited in a block: the MLP's last linear or, by methods that know how, its experts; `ModelError` where neither is."""
+        site = lm.mlp_site(block) if self.EXPERTS else Site(block, POINT)
+        lm.linear_path(site)
+        return site
 
     @staticmethod
     def _at(lm: LM, depths: Sequence[float]) -> tuple[int, ...]:
@@ -126,7 +133,7 @@ class LocateEditor(Editor):
 
     def prepare(self, lm: LM, progress: Callable[[int, int], None] | None = None) -> dict[Site, Moments]:
         """The statistics this method needs on this model: read from the cache, or made (`errata stats`), with tokens as progress."""
-        sites = [Site(b, POINT) for b in self.target_layers(lm)]
+        sites = [self.site(lm, b) for b in self.target_layers(lm)]
         return moments(lm, sites, self.stats, tokens=self.stats_tokens, progress=progress) if self.mom2_adjustment else {}
 
     @property
@@ -141,7 +148,7 @@ class LocateEditor(Editor):
         """‖δ‖ / ‖v_0‖ at most, on this model."""
         if self.clamp is not None:
             return self.clamp
-        return _CLAMP if adds_directly(lm, self.target_layers(lm)[-1]) else _CLAMP_BEFORE_NORM
+        return _CLAMP if adds_directly(lm, self.site(lm, self.target_layers(lm)[-1])) else _CLAMP_BEFORE_NORM
 
     def objective(self, lm: LM) -> Objective:
         return Objective(self.v_lr, self.v_steps, self.v_stop, self.kl, self.v_decay, self.clamp_on(lm))
@@ -178,9 +185,9 @@ class LocateEditor(Editor):
         """The residual is divided by this when ``left`` blocks, this one included, are still to be edited."""
         return float(left)
 
-    def value_sites(self, block: int, direct: bool) -> list[Site]:
-        """Where δ is added; the first is what the change has to produce."""
-        return [Site(block) if self.VALUE_AT == "block" and direct else Site(block, POINT)]
+    def value_sites(self, site: Site, direct: bool) -> list[Site]:
+        """Where δ is added; the first is what the change has to produce.  ``site`` is the last that is edited."""
+        return [Site(site.block) if self.VALUE_AT == "block" and direct else site]
 
     def current(self, job: LocateThenEditRun, outputs: Tensor, ops: Sequence[list[Op]]) -> Tensor:
         """[N, D]: what stands now where the value should be; ``outputs`` [N, T, O] are those of the edited linear behind each prefix."""

@@ -15,13 +15,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from errata.core import experts
 from errata.core.families import linear_sizes
 from errata.core.model import LM
 from errata.core.patch import Site
-from errata.core.read import module_at
 from errata.errors import ConfigError
 from errata.methods.locate.editor import ALMANAC, FIVE, RIDGE_ALONE, LocateEditor
-from errata.methods.locate.run import POINT
 from errata.methods.locate.solve import small_side, whitened
 from errata.methods.locate.values import Objective
 from errata.text.statistics import Moments
@@ -38,6 +37,7 @@ class MEMIT(LocateEditor):
 
     name: ClassVar[str] = "memit"
     paper: ClassVar[str] = "Meng et al., ICLR 2023 (MEMIT)"
+    EXPERTS: ClassVar[bool] = True
     DEPTHS: ClassVar[tuple[float, ...]] = FIVE
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {  # EasyEdit hparams/MEMIT; GPT-2-XL and GPT-J are the authors' own
         "gpt2-xl": {"layers": [13, 14, 15, 16, 17], "mom2_weight": 20_000.0, "v_steps": 20, **_SMALL_CLAMP},
@@ -59,7 +59,9 @@ class MEMIT(LocateEditor):
             raise ConfigError(f"{self.name}: mom2_weight must be positive")
 
     def alone(self, lm: LM) -> Self:
-        size, _ = linear_sizes(module_at(lm, Site(self.target_layers(lm)[-1], POINT)))
+        site = self.site(lm, self.target_layers(lm)[-1])
+        count, size = experts.sizes(lm.module(site))[:2] if site.point == experts.POINT else (1, linear_sizes(lm.module(site))[0])
+        size *= count
         return replace(self, mom2_weight=LAMBDA_PER_INPUT * size * RIDGE_ALONE) if self.mom2_weight is None else self
 
     def down_factors(
@@ -102,6 +104,7 @@ class PMET(MEMIT):
 
     name: ClassVar[str] = "pmet"
     paper: ClassVar[str] = "Li et al., AAAI 2024 (PMET)"
+    EXPERTS: ClassVar[bool] = False
     VALUE_AT: ClassVar[str] = "mlp"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {  # EasyEdit hparams/PMET; upstream's GPT-J has mom2_weight 6000
         "gpt-j-6b": {
@@ -121,5 +124,5 @@ class PMET(MEMIT):
     def divisor(self, left: int) -> float:
         return float(left**0.5)
 
-    def value_sites(self, block: int, direct: bool) -> list[Site]:
-        return [Site(block, POINT), Site(block, "attn_out")]
+    def value_sites(self, site: Site, direct: bool) -> list[Site]:
+        return [site, Site(site.block, "attn_out")]

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from errata.config import to_dict
+from errata.core import experts
 from errata.core.bank import Bank, Stack, active_patches
+from errata.core.experts import Experts
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
 from errata.core.read import adds_directly, read_activations
 from errata.core.weights import compact, sizes
-from errata.errors import FitError
+from errata.errors import ConfigError, FitError
 from errata.methods.locate.text import LocatedText, place, place_kl, prefixes
 from errata.methods.locate.values import ValueResult, ValueTask, optimise
 from errata.request import EditRequest
@@ -43,7 +45,9 @@ class LocateThenEditRun:
 
     def __post_init__(self) -> None:
         self.editor.require_requests(self.problems)
-        if not adds_directly(self.lm, self.editor.target_layers(self.lm)[-1]):
+        self.blocks = self.editor.target_layers(self.lm)
+        self.sites = {block: self.editor.site(self.lm, block) for block in self.blocks}
+        if not adds_directly(self.lm, self.sites[self.blocks[-1]]):
             self.editor = self.editor.alone(self.lm)
         self.on = active_patches(tuple(self.on))
         self.requests = [r for rs in self.problems for r in rs]
@@ -63,12 +67,12 @@ class LocateThenEditRun:
         return self._pack(ops, state, found, (time.perf_counter() - began) / len(self.problems))
 
     def place(self) -> None:
-        """The blocks, the prefixes, and every text with the place of its subject."""
+        """The prefixes, and every text with the place of its subject."""
         e, lm = self.editor, self.lm
-        self.blocks = e.target_layers(lm)
         self.before = prefixes(lm, e.prefixes, e.seed)
         self.placed = [place(lm, r, self.before, e.end, e.name, e.fact_token) for r in self.requests]
-        self.value_sites = e.value_sites(self.blocks[-1], adds_directly(lm, self.blocks[-1]))
+        last = self.sites[self.blocks[-1]]
+        self.value_sites = e.value_sites(last, adds_directly(lm, last))
 
     def values(self, progress: Progress | None) -> list[ValueResult]:
         """δ of every request."""
@@ -83,15 +87,13 @@ class LocateThenEditRun:
 
     def banks(self, ops: Sequence[list[Op]]) -> list[Bank]:
         """What has been written so far, an entry a problem."""
-        return [
-            Bank(
-                column[0].kind,
-                column[0].site,
-                column[0].settings,
-                {k: torch.stack([op.tensors[k] for op in column]) for k in column[0].tensors},
-            )
-            for column in zip(*ops, strict=True)
-        ]
+        out = []
+        for column in zip(*ops, strict=True):
+            first, tensors = column[0], {k: [op.tensors[k] for op in column] for k in column[0].tensors}
+            apart = first.kind == "experts"  # each has its own
+            params = Experts.stack_params(column, self.lm.device) if apart else {k: torch.stack(own) for k, own in tensors.items()}
+            out.append(Bank(first.kind, first.site, first.settings, params))
+        return out
 
     def read_bare(self, site: Site, ops: Sequence[list[Op]]) -> Tensor:
         """[N, O] output of the site at the subject of the bare prompt, under ``on`` and ``ops``."""
@@ -106,7 +108,7 @@ class LocateThenEditRun:
     def read_keys(self, block: int, ops: Sequence[list[Op]]) -> tuple[Tensor, Tensor]:
         """(inputs [N, T, I], outputs [N, T, O]) of the edited linear at the subject behind each of T prefixes."""
         every = [p for placed in self.placed for p in placed]
-        x, y = self.read_at(every, Site(block, POINT), ops, self.owner.repeat_interleave(len(self.before)))
+        x, y = self.read_at(every, self.sites[block], ops, self.owner.repeat_interleave(len(self.before)))
         count = len(self.requests)
         return x.unflatten(0, (count, -1)), y.unflatten(0, (count, -1))
 
@@ -129,14 +131,14 @@ class LocateThenEditRun:
                     raise FitError(
                         f"{e.name}: the change of block {block} is not finite; lower v_lr, or make the statistics from more text"
                     )
-                own.append(self._finished(Op("low_rank", Site(block, POINT), tensors)))
+                own.append(self._finished(self.sites[block], tensors))
         return ops
 
     def _downs(self, block: int, keys: Tensor) -> list[Tensor]:
         e = self.editor
         try:
             out: list[Tensor] = e.down_factors(
-                self.moments.get(Site(block, POINT)), self.average(keys), keys[:, 0], self.groups, self.past(block)
+                self.moments.get(self.sites[block]), self.average(keys), keys[:, 0], self.groups, self.past(block)
             )
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise FitError(
@@ -145,8 +147,14 @@ class LocateThenEditRun:
             ) from None
         return out
 
-    def _finished(self, op: Op) -> Op:
-        """Conditioned where that is asked for; never more factors than the matrix has dimensions."""
+    def _finished(self, site: Site, tensors: dict[str, Tensor]) -> Op:
+        """Conditioned where that is asked for; never more factors than the matrix has dimensions.  Of experts, those that a key reaches."""
+        if site.point == experts.POINT:
+            if self.editor.conditioning.active:
+                raise ConfigError(f"{self.editor.name}: rect, prune and norm_constraint are not for experts; leave them off, or set layers")
+            chosen, down = experts.pack(tensors["down"], experts.sizes(self.lm.module(site))[0])
+            return Op("experts", site, {"experts": chosen, "down": down, "up": tensors["up"]})
+        op = Op("low_rank", site, tensors)
         if self.editor.conditioning.active:
             return self.editor.conditioning.apply(self.lm, op)  # type: ignore[no-any-return]
         rank, inner, outer = sizes(op)
@@ -154,9 +162,23 @@ class LocateThenEditRun:
 
     def past(self, block: int) -> Tensor | None:
         """Keys [n, I] that live patches of this method on the stack wrote at this block."""
-        name, size = f"keys.{block}", self.lm.check_site(Site(block, POINT))[0]
-        kept = [p.running(name, None, size) for p in self.on if p.method == self.editor.name and name in p.state]
+        kept = [self._keys_of(p, block) for p in self.on if p.method == self.editor.name and f"keys.{block}" in p.state]
         return torch.cat(kept).to(self.lm.device) if kept else None
+
+    def state_of(self, block: int, keys: Tensor) -> dict[str, Tensor]:
+        """Keys [n, I] of a patch at a block as its state; of experts, the part that is not 0."""
+        if self.sites[block].point != experts.POINT:
+            return {f"keys.{block}": keys.contiguous()}
+        chosen, packed = experts.pack(keys, experts.sizes(self.lm.module(self.sites[block]))[0])
+        return {f"keys.{block}": packed, f"experts.{block}": chosen}
+
+    def _keys_of(self, patch: Patch, block: int) -> Tensor:
+        name, site = f"keys.{block}", self.sites[block]
+        if site.point != experts.POINT:
+            return patch.running(name, None, self.lm.check_site(site)[0])
+        count, inner, _ = experts.sizes(self.lm.module(site))
+        chosen = patch.running(f"experts.{block}", None, whole=True)
+        return experts.unpack(chosen, patch.running(name, None, len(chosen) * inner), count)
 
     def _pack(
         self, ops: Sequence[list[Op]], state: Sequence[dict[str, Tensor]], found: Sequence[ValueResult], seconds: float

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,17 @@ from errata.text.statistics import Moments
 def whitened(m: Moments | None, keys: Tensor, ridge: float = 0.0) -> Tensor:
     """(C + ridge·I)⁻¹ k of each key [N, I]; k itself without C."""
     return keys.double() if m is None else m.solve(keys.double().T.to(m.second_moment.device), ridge).T.to(keys.device)
+
+
+def coordinates(keys: Tensor, bases: Sequence[Tensor]) -> Tensor:
+    """[n, Σ m] of keys [n, I], or [n, E·I] with a basis [I, m] for each expert."""
+    return torch.cat([part @ basis for part, basis in zip(keys.chunk(len(bases), 1), bases, strict=True)], 1)
+
+
+def from_coordinates(rows: Tensor, bases: Sequence[Tensor]) -> Tensor:
+    """[n, I] or [n, E·I] of `coordinates`."""
+    parts = rows.split([basis.shape[1] for basis in bases], 1)
+    return torch.cat([part @ basis.T for part, basis in zip(parts, bases, strict=True)], 1)
 
 
 def small_side(keys: Tensor, white: Tensor, ridge: float) -> Tensor:

@@ -17,7 +17,6 @@ from errata.core.forward import hooks_disabled
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.read import module_at
 from errata.core.weights import delta_weight, sum_ops
 from errata.methods.locate.run import POINT, LocateThenEditRun
 from errata.methods.locate.solve import whitened
@@ -154,7 +153,7 @@ class REPRun:
 
     def _through(self, site: Site, b: Tensor) -> Tensor:
         """W B of all adaptors, [U, r, O]: the frozen linear is asked, not read."""
-        module, rows = module_at(self.lm, site), b.mT
+        module, rows = self.lm.module(site), b.mT
         with torch.no_grad(), hooks_disabled(self.lm.hf):
             zero = module(torch.zeros(1, rows.shape[-1], dtype=self.lm.dtype, device=self.lm.device))
             out = module(rows.flatten(0, 1).to(self.lm.dtype)).to(b.dtype) - zero.to(b.dtype)

@@ -11,7 +11,7 @@ from errata.core.lanes import Progress, in_lanes
 from errata.core.model import LM
 from errata.core.patch import Patch, Site
 from errata.core.tail import Tail
-from errata.errors import ConfigError
+from errata.errors import ConfigError, PatchError
 from errata.methods.base import ContrastEditor
 from errata.methods.wise.memory import Memories
 from errata.methods.wise.op import activation
@@ -34,14 +34,17 @@ class WISEEditor(ContrastEditor):
         layer = min(lm.depth - 1, int(lm.depth * DEPTH + 0.5)) if self.layer is None else self.layer
         if not 0 <= layer < lm.depth or self.point == "block":
             raise ConfigError(f"{self.name}: no linear {self.point!r} at block {layer}; blocks are 0 to {lm.depth - 1}")
-        lm.check_site(Site(layer, self.point))
+        try:
+            lm.check_site(Site(layer, self.point))
+        except PatchError as error:
+            raise ConfigError(f"{self.name}: {error}; set layer, or point to another linear") from None
         return Site(layer, self.point)
 
     def act(self, lm: LM) -> str:
         """The name of σ."""
         if self.activation == "input":
             return "linear"
-        names = (getattr(lm.config, key, None) for key in ("hidden_activation", "hidden_act", "activation_function"))
+        names = (getattr(lm.config, key, None) for key in ("hidden_activation", "hidden_act", "activation_function", "activation"))
         name = next((n for n in names if isinstance(n, str)), "")
         try:
             activation(name)

@@ -13,7 +13,6 @@ from errata.core.families import linear_sizes
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Patch
-from errata.core.read import module_at
 from errata.methods.wise.memory import Memories
 from errata.methods.wise.texts import Texts, contexts
 from errata.methods.wise.training import Training
@@ -25,7 +24,7 @@ class WISERun:
 
     def __init__(self, editor: Any, lm: LM, on: Stack, runner: Any) -> None:
         self.editor, self.lm, self.runner, self.site = editor, lm, runner, editor.target_site(lm)
-        inner, outer = linear_sizes(module_at(lm, self.site))
+        inner, outer = linear_sizes(lm.module(self.site))
         self.shape, self.act = (outer, inner), editor.act(lm)
         self.settings = to_dict(editor) | {"layer": self.site.block}
         mine = [p for p in on if p.method == editor.name and editor.made_with(p.settings, self.settings) and p.ops]

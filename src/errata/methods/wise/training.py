@@ -86,7 +86,8 @@ class Training:
         plan = self.lm.plan([self.on], None, len(rows))
         plan.prompt_lengths = batch.prompt_lengths
         seen: list[tuple[Tensor, Tensor]] = []
-        with torch.no_grad(), self.lm.running(plan), activation_hooks(self.lm, [self.site], lambda _, x, y: seen.append((x, y))):
+        watched = activation_hooks(self.lm, [self.site], len(rows), lambda _, x, y: seen.append((x, y)))
+        with torch.no_grad(), self.lm.running(plan), watched:
             self.lm.forward(batch.ids, batch.mask, use_cache=False, **self.lm.last_logits_kwargs)
         x, y = (t.to(self.precision) for t in seen[0])
         self.fronted = x.shape[1] != batch.ids.shape[1]
