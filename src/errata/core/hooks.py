@@ -28,24 +28,43 @@ class Hooks(AbstractContextManager["Hooks"]):
         self.plan, self._exit = plan, ExitStack()
         if not (plan.banks or plan.inserter):
             return
-        self.family, modules = family, [(site, module_of(site)) for site in sorted(plan.banks)]
-        self._hold(hf.register_forward_pre_hook(self._before, with_kwargs=True))  # from here on nothing fails
+        self.family, self._hf = family, hf
+        self._begun_by: Any = None  # the module whose call is on
+        modules = [(site, module_of(site)) for site in sorted(plan.banks)]
+        for module in (hf, _inner(hf)):  # the inner model may be called by itself, for its states; from here on nothing fails
+            if module is not None:
+                self._hold(module.register_forward_pre_hook(_uncompiled(self._begin), with_kwargs=True))
         if plan.inserter is not None:
-            self._hold(hf.register_forward_hook(self._trim))
+            self._hold(hf.register_forward_hook(_uncompiled(self._trim)))
         for site, module in modules:
-            self._hold(module.register_forward_hook(self._after(site)))
+            self._hold(module.register_forward_hook(_uncompiled(self._after(site))))
+        for module in (hf, _inner(hf)):
+            if module is not None:
+                self._hold(module.register_forward_hook(_uncompiled(self._end), always_call=True))
 
     def _hold(self, handle: Any) -> None:
         self._exit.callback(handle.remove)
 
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self.plan.enabled or self._begun_by is not None:
+            return None
+        out = self._before(module, args, kwargs)
+        self._begun_by = module
+        return out
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._begun_by is module:
+            self._begun_by = None
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         plan = self.plan
-        if not plan.enabled:
-            return None
+        if len(args) > 1 or plan.inserter is not None:
+            args, kwargs = (), named(module, args, kwargs)
         if plan.inserter is None:
             plan.context, _ = _context(plan, args, kwargs)
             return None
-        kwargs = named(module, args, kwargs)
+        if module is not self._hf:
+            raise ModelError("a patch that puts text in front of the prompt needs the whole model; call it, and not the model inside it")
         context, mask = _context(plan, (), kwargs)
         plan.context = context
         if context.is_prefill:
@@ -80,6 +99,17 @@ class Hooks(AbstractContextManager["Hooks"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _inner(hf: Any) -> Any:
+    """The model without its head, where there is one."""
+    inner = getattr(hf, getattr(hf, "base_model_prefix", "") or "_", None)
+    return inner if isinstance(inner, nn.Module) and inner is not hf else None
+
+
+def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that `torch.compile` does not trace: what it does depends on the plan as it is now."""
+    return torch.compiler.disable(hook)  # type: ignore[no-any-return, unused-ignore]
 
 
 def _told_by_call(plan: Plan, kwargs: Mapping[str, Any], mask: Tensor, position: Tensor, past: int, width: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 from errata import registry
 from errata.core import decode, experts, offload, passes, window
 from errata.core.bank import Plan, Stack, compile_plan
+from errata.core.bare import check_bare, tell_on_saving
 from errata.core.families import Family, find, has_linear, is_linear, linear_sizes, resolve, text_config
+from errata.core.fingerprints import fingerprint
 from errata.core.hooks import Hooks
 from errata.core.patch import POINTS, PROMPT, Patch, Site
 from errata.core.roles import Roles, find_roles
@@ -33,6 +34,7 @@ class LM:
     """
 
     def __init__(self, hf: Any, tokenizer: Any, name: str = "") -> None:
+        check_bare(hf)
         self.hf, self.tokenizer, self.name = hf.eval().requires_grad_(False), tokenizer, name
         self.family: Family = find(hf)
         self.config = text_config(hf.config)
@@ -175,6 +177,7 @@ class LM:
         self._attached, self._hooks, self._where = compiled
         if before is not None:
             before.close()
+        tell_on_saving(self.hf, bool(stack))
 
     def _compiled(self, stack: Stack) -> tuple[Stack, Hooks | None, torch.device]:
         """(the stack, its hooks, where they compute)."""
@@ -340,19 +343,6 @@ class LM:
     def complete(self, prompt: str, **how: Any) -> str:
         """The prompt's greedy continuation under what is attached; it takes the arguments of `generate`."""
         return self.generate([prompt], **how)[0]
-
-
-def fingerprint(hf: Any) -> str:
-    """16 hex digits from every parameter's name and shape and up to 64 of its values, rounded to bfloat16 so that the dtype
-    it was loaded in does not matter.  Parameters whose values nobody holds (meta) count by name and shape."""
-    digest = hashlib.sha256(str(hf.config.model_type).encode())
-    for name, p in offload.parameters(hf):
-        digest.update(f"{name}{tuple(p.shape)}".encode())
-        if p.device.type != "meta":
-            flat = p.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)][:64]
-            digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _stops(stop: Sequence[str] | None, chat: bool) -> Sequence[str]:

@@ -121,7 +121,7 @@ class Op:
 class Patch:
     """Ops plus where they came from.
 
-    base      fingerprint of the model it belongs to (`errata.core.model.fingerprint`)
+    base      fingerprint of the model it belongs to (`errata.core.fingerprints.fingerprint`)
     state     running values a later edit goes on from (for example BaFT's load-balancing sums)
     replaces  ids of the patches this one went on from (`replaced_ids`): on a stack it stands in their place
     notes     facts about the making (loss, steps, seconds); not part of the id

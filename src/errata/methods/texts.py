@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from errata.core.chat import behind
 from errata.core.model import LM
 from errata.core.tokens import subject_spans
+from errata.core.window import fits
 from errata.request import EditRequest
 
 _BEFORE = (
@@ -24,11 +25,12 @@ _BEFORE = (
     "For many years nobody asked, but today it is well known:",
 )
 MOST = len(_BEFORE)
+_ENDING = 2  # tokens that a method may put behind an answer
 
 
 def ways_to_ask(lm: LM, request: EditRequest, prefixes: int) -> list[str]:
     """The prompt, its paraphrases, and the prompt behind so many short texts."""
-    texts = [behind(lm.tokenizer, f"{before} ", request.prompt) for before in _BEFORE[:prefixes]]
+    texts = [_behind(lm, before, request.prompt, request.target) for before in _BEFORE[:prefixes]]
     return [request.prompt, *request.paraphrases, *texts]
 
 
@@ -46,8 +48,14 @@ def what_stays(lm: LM, requests: Sequence[EditRequest], prefixes: int, named: bo
 
 def neighbours(lm: LM, contrast: Sequence[tuple[str, str]], prefixes: int) -> list[tuple[str, str]]:
     """Contrast pairs, and the same behind one of so many short texts each."""
-    asked = [(behind(lm.tokenizer, f"{_BEFORE[i % prefixes]} ", prompt), answer) for i, (prompt, answer) in enumerate(contrast) if prefixes]
+    asked = [(_behind(lm, _BEFORE[i % prefixes], prompt, answer), answer) for i, (prompt, answer) in enumerate(contrast) if prefixes]
     return [*contrast, *asked]
+
+
+def _behind(lm: LM, before: str, prompt: str, answer: str) -> str:
+    """A short text, and the prompt; the prompt alone where the model's window does not hold both."""
+    text = behind(lm.tokenizer, f"{before} ", prompt)
+    return text if fits(lm, f"{text} {answer}", _ENDING) else prompt
 
 
 def names(request: EditRequest, text: str) -> bool:
