@@ -105,8 +105,8 @@ def _refused(data: Data) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """A refusal without the names of method, model and modules in front."""
-    return re.sub(r"^(\w+: )?[\w-]+: (?=block)", "", text)
+    """A refusal without the names of method and model in front and the advice behind."""
+    return re.sub(r"; set (the block|layers?), .*$", "", re.sub(r"^(\w+: )?[\w-]+: (?=block)", "", text))
 
 
 def parts() -> dict[str, str]:

@@ -39,6 +39,7 @@ METHODS = ("baft", "rome", "memit", "lora", "grace", "wise")
 CELLS = ("inspect", "padding", "cache", *METHODS)
 REQUEST = EditRequest("The capital of France is", "Rome", "France", unrelated=(("The capital of Japan is", "Tokyo"),))
 _TOKENS = 3
+_NEAR = 1e-3  # of the largest logit, in float32: a change of these small keys is 10^4 times as large as what it reads, and rounds so
 
 
 def cell(check: Callable[[], str | None]) -> dict[str, str]:
@@ -92,7 +93,7 @@ def padded(lm: LM, stack: Stack) -> str | None:
     found = lm.logits(batch, [stack], [0] * len(rows))
     for row, logits, mask in zip(rows, found, batch.mask.bool(), strict=True):
         alone = lm.logits(lm.batch([row]), [stack])[0]
-        if not float((logits[mask] - alone).abs().max()) <= 1e-4 * float(alone.abs().max()):
+        if not float((logits[mask] - alone).abs().max()) <= _NEAR * float(alone.abs().max()):
             return "under the patch a padded row is not as alone"
     return None
 
