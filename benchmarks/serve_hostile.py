@@ -192,7 +192,6 @@ def health(took: list[tuple[float, float]], part: dict[str, Any]) -> dict[str, A
         "99%": round(inside[int(0.99 * len(inside))], 4),
         "slowest": round(inside[-1], 4),
         "over_0.2": sum(s > 0.2 for s in inside),
-        "slow_at": [(round(when - part["from"], 1), round(s, 2)) for when, s in took if part["from"] <= when <= part["to"] and s > 0.15],
     }
 
 

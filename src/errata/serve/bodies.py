@@ -26,7 +26,7 @@ DOCUMENT = "what the body says"  # its key in a scope
 _FIELDS = 100  # of one object; no request has as many
 _BYTES = 16  # of the largest body for each comma and bracket: a million of them are a second's work in a few hundred kilobytes
 SHORT = 16_384  # bytes of a body that is taken and parsed at once
-_PIECE = 0.01  # seconds between two pieces of long bodies, up to 256 KiB each
+_PIECE = 0.02  # seconds between two pieces of long bodies, up to 256 KiB each
 _ALWAYS = 10_000  # of them may be in any body
 
 

@@ -23,7 +23,7 @@ from errata.serve.api_errors import APIError
 from errata.serve.options import Limits
 
 LOG = logging.getLogger("errata.serve.connections")
-BURST = 32  # connections that are accepted at once, before those that are too many are closed
+BURST = 16  # connections that are accepted at once, before those that are too many are closed
 _OTHER = 128  # descriptors for the ledger, patches and connections that are about to be closed, beside those open at the start
 _PIPED = 0.01  # seconds between two requests that were not waited for, altogether
 _LINGER = 5.0  # seconds a connection that is closed may take to read what it was sent

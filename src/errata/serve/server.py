@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -85,6 +86,7 @@ class ServerRunner:
     def run(self) -> bool:
         """Until a signal; whether everything ended by itself (else `leave`)."""
         before = {s: signal.signal(s, self._signalled) for s in (signal.SIGTERM, signal.SIGINT)}
+        sys.setswitchinterval(0.001)  # seconds that threads which compute may keep the one that serves connections waiting
         gc.collect()
         gc.freeze()  # the model and its programs stay: to look through them again and again would stop every thread for a moment each time
         try:
@@ -167,5 +169,5 @@ def leave(code: int) -> None:
     as a kill."""
     for stream in ("stdout", "stderr"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            getattr(__import__("sys"), stream).flush()
+            getattr(sys, stream).flush()
     os._exit(code)
