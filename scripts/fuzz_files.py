@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from forging import sign
-from fuzzing import ODD, Figures, mutated, scratched, twisted
+from fuzzing import Figures, mutated, odd, scratched, twisted
 from safetensors.torch import load
 
 from errata import registry
@@ -239,7 +239,7 @@ def runs(n: int, rng: random.Random, folder: Path) -> Figures:
         value = mutated(whole, rng, rng.choice([1, 1, 2])) if rng.random() < 0.8 else whole
         content = _yaml(value, rng).encode("utf-8", "surrogatepass")
         path.write_bytes(scratched(content, rng) if i % 5 == 0 else content)
-        sets = [f"{rng.choice(names)}={_yaml(rng.choice(ODD), rng).strip()}"] if rng.random() < 0.2 else []
+        sets = [f"{rng.choice(names)}={_yaml(odd(rng), rng).strip()}"] if rng.random() < 0.2 else []
         figures.attempt(f"run file {i}", read, use)
     return figures
 

@@ -98,6 +98,11 @@ def _broken_off() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def odd(rng: random.Random) -> Any:
+    """One of `ODD`, to be changed as one likes."""
+    return copy.deepcopy(rng.choice(ODD))
+
+
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every value inside."""
     if at:
@@ -113,7 +118,7 @@ def mutated(value: Any, rng: random.Random, times: int = 1) -> Any:
     for _ in range(times):
         every = list(places(out))
         if not every:
-            return rng.choice(ODD)
+            return odd(rng)
         path = rng.choice(every)
         holder = out
         for step in path[:-1]:
@@ -128,13 +133,13 @@ def _change(holder: Any, key: Any, whole: Any, every: list[tuple[Any, ...]], rng
         del holder[key]
     elif how == "more":
         if isinstance(holder, list):
-            holder.insert(rng.randrange(len(holder) + 1), copy.deepcopy(rng.choice([holder[key], rng.choice(ODD)])))
+            holder.insert(rng.randrange(len(holder) + 1), copy.deepcopy(rng.choice([holder[key], odd(rng)])))
         else:
-            holder[rng.choice(["extra", "", "rank", "cls", "lm", "preset", f"{key}x"])] = rng.choice(ODD)
+            holder[rng.choice(["extra", "", "rank", "cls", "lm", "preset", f"{key}x"])] = odd(rng)
     elif how == "rename" and isinstance(holder, dict):
         holder[rng.choice([f"{key}x", str(key).upper(), ""])] = holder.pop(key)
     elif how == "nest":
-        depth = rng.choice([1, 2, 50, 70, 900])
+        depth = rng.choice([1, 2, 50, 70, 300])
         holder[key] = json.loads("[" * depth + "]" * depth) if depth > 2 else [holder[key]]
     elif how == "elsewhere":
         other = whole
@@ -144,7 +149,7 @@ def _change(holder: Any, key: Any, whole: Any, every: list[tuple[Any, ...]], rng
     elif how == "near" and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
         holder[key] += rng.choice([-1, 1, 0.5, 1000, -holder[key]])
     else:
-        holder[key] = rng.choice(ODD)
+        holder[key] = odd(rng)
 
 
 def scratched(content: bytes, rng: random.Random) -> bytes:

@@ -163,3 +163,10 @@ def test_values_are_shown_shortened(tmp_path: Path) -> None:
     with pytest.raises(ErrataError) as caught:
         grid.read(tmp_path / "c.yaml")
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", ["x", "5", "[1]", "null"])
+def test_nothing_is_set_below_what_holds_nothing(value: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"methods: [{{name: baft, set: {value}}}]\n")
+    with pytest.raises(ConfigError, match=r"--set methods\.baft\.rank: there is nothing to set below"):
+        grid.read(tmp_path / "run.yaml", ["methods.baft.rank=3"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,3 +205,23 @@ def test_a_memory_with_no_limit_for_some_keys_opens_again(tmp_path: Path) -> Non
     assert torch.equal(Patch.load(saved.save(tmp_path / "p")).state["limits"], state["limits"])
     with pytest.raises(PatchError, match="holds NaN or infinity"):
         Patch(patch.method, patch.settings, patch.base, patch.requests, patch.ops, {"limits": -state["limits"]}).save(tmp_path / "q")
+
+
+def test_half_a_character_in_a_head_is_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(PatchError, match=r"patch\.json: not valid JSON .*surrogates not allowed"):
+        Patch.load(forged(_saved("low_rank", root), tmp_path / "p", lambda h, _: h.update(method="\ud800")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_codebook_in_half_precision_runs(dtype: torch.dtype, root: Path, tmp_path: Path) -> None:
+    folder = forged(_saved("codebook", root), tmp_path / "p", lambda _, t: t.update({k: v.to(dtype) for k, v in t.items() if k[0] == "0"}))
+    base = model("llama")
+    assert torch.isfinite(logits(base, [Patch.load(folder)])).all()
+
+
+def test_a_store_that_needs_an_encoder_says_so_when_it_is_put_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    how = {"k": 1, "threshold": 0.5, "encoder": "some/encoder", "block": 1, "pool": "last"}
+    folder = forged(_saved("context", root), tmp_path / "p", lambda h, _: h["ops"][0]["settings"].update(retrieval=how))
+    with pytest.raises(PatchError, match="needs the package sentence-transformers"):
+        model("llama").check(Patch.load(folder))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from errata.core.op_schema import OpSchema, Tensors, within
-from errata.errors import ConfigError
+from errata.errors import ConfigError, shortened
 
 _UNPACKED = WeakIdKeyDictionary()  # {names: as text} of stores that live: a store is asked at every prompt
 
@@ -71,6 +73,12 @@ def _numbers(settings: _Settings, tensors: Tensors) -> str | None:
     return None
 
 
+def _encoders() -> bool:
+    """Whether sentence encoders can be loaded; the package is not, which takes seconds."""
+    name = "sentence_transformers"
+    return sys.modules[name] is not None if name in sys.modules else importlib.util.find_spec(name) is not None
+
+
 def _fits(settings: _Settings, tensors: Tensors, site: tuple[int, int], model: Any) -> str | None:
     vocabulary = int(model.hf.get_input_embeddings().weight.shape[0])
     ids = [*settings.cue, *([] if settings.bos is None else [settings.bos])]
@@ -79,6 +87,8 @@ def _fits(settings: _Settings, tensors: Tensors, site: tuple[int, int], model: A
     how = settings.retrieval
     if how is not None and not 0 <= how.block < model.depth:
         return f"setting.retrieval.block {how.block} does not exist (0 to {model.depth - 1})"
+    if how is not None and how.encoder is not None and not _encoders():
+        return f"encoder {shortened(how.encoder)} needs the package sentence-transformers; pip install 'errata[encoder]'"
     if how is not None and how.encoder is None and tensors["keys"].shape[1] != site[0]:
         return f"its keys have {tensors['keys'].shape[1]} numbers, the model's states {site[0]}"
     return None

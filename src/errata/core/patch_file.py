@@ -69,6 +69,7 @@ def read(folder: Path) -> tuple[Head, dict[str, Tensor]]:
     path = folder / "patch.json"
     try:
         found, blob = parse_json(path.read_text(encoding="utf-8")), (folder / "patch.safetensors").read_bytes()
+        json.dumps(found, ensure_ascii=False).encode()  # half a character, written as an escape, could not be saved again
     except FileNotFoundError as error:
         raise PatchError(
             f"{folder}: {Path(error.filename).name} is missing; a patch is a folder with patch.json and patch.safetensors"

@@ -93,10 +93,10 @@ class Place:
         return tuple(self.patch("replaces", old) for old in self.json("replaces", value, list))
 
     def details(self, verb: str, value: Any) -> dict[str, Any]:
-        """What an event did; of an event in the making there is nothing yet."""
+        """What an event did."""
         found: dict[str, Any] = self.json("details", value, dict)
         try:
-            if verb in _DETAILS and found:
+            if verb in _DETAILS:
                 build(_DETAILS[verb], found, "details")
         except ConfigError as error:
             raise self.wrong("details", str(error)) from None

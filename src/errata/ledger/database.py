@@ -168,7 +168,7 @@ class LedgerDatabase:
             raise DiskError(f"{self.path}: {what}; the ledger is as it was before; {advice}") from None
         except OverflowError:
             raise LedgerError(f"{self.path.parent}: no such number; `errata ledger log` lists what there is") from None
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter: what SQLite says of it is no text
             raise StorageError(f"{self.path}: cannot be read ({error}); try `sqlite3 {NAME} .recover`, or {advice}") from None
 
 

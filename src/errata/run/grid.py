@@ -29,7 +29,7 @@ from typing import Any, Literal
 from errata import registry
 from errata.benchmarks.files import open_benchmark
 from errata.config import build, digest, parse_sets, read_yaml, to_dict
-from errata.errors import ConfigError, UnknownNameError
+from errata.errors import ConfigError, UnknownNameError, shortened
 from errata.methods.base import settings_for
 from errata.run.guard import GuardSpec
 from errata.run.specs import ScoreSpec, StoreSpec
@@ -271,9 +271,11 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
             steps, at = [step, *steps], at[0]
             continue
         if not isinstance(at, dict):
-            raise ConfigError(f"--set {key}: there is nothing to set below {at!r}")
+            raise ConfigError(f"--set {key}: there is nothing to set below {shortened(at)}")
         if "name" in at and first == "methods" and step not in ("name", "label", "set"):
             at = at.setdefault("set", {})
+            if not isinstance(at, dict):
+                raise ConfigError(f"--set {key}: there is nothing to set below {shortened(at)}")
         if not steps:
             at[step] = value
             return

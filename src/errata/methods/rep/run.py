@@ -113,8 +113,9 @@ class REPRun:
             start = initial(inner, e.rank, max(1, int(e.hidden * inner)), constant, e.seed * 1000 + block)
         else:
             was, edits, at = self.before, len(self.before.requests), f"{STATE}{block}."
-            shapes = {"a": (None, inner), "b": (inner, None), "w1": (None, inner), "b1": (None,), "w2": (None,), "b2": ()}
-            start = {k: was.running(at + k, *shapes[k]) for k in TRAINED}
+            held = next((op.tensors for op in was.ops if op.kind == "key_adaptor" and op.site == Site(block, POINT)), {})
+            shapes = {k: t.shape[1:] for k, t in held.items()} | {"b": (inner, held["a"].shape[1] if held else None)}
+            start = {k: was.running(at + k, *shapes.get(k, (0,))) for k in TRAINED}
             rehearsed = {k: was.running(at + k, edits, None, inner) for k in ("surfaces", "away")}
             rehearsed |= {k: was.running(at + k, edits, inner) for k in ("own", "target")}
             keys = together(rehearsed, keys, e.seed + len(self.before.requests))
