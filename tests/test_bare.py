@@ -71,7 +71,9 @@ def test_a_model_that_was_compiled_and_ran_follows_what_is_attached(method: str,
 def wrappers() -> dict[str, Callable[[Any], Any]]:
     def adapted(hf: Any) -> Any:
         peft = pytest.importorskip("peft")
-        return peft.get_peft_model(hf, peft.LoraConfig(target_modules=["q_proj"]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own age
+            return peft.get_peft_model(hf, peft.LoraConfig(target_modules=["q_proj"]))
 
     def carrying(hf: Any) -> Any:
         peft = pytest.importorskip("peft")

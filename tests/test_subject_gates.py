@@ -13,6 +13,7 @@ from families import lm
 from errata.core.keep import Kept
 from errata.core.patch import Site
 from errata.core.tail import FullForward, Tail
+from errata.core.window import beginnings
 from errata.errors import ConfigError
 from errata.methods.subspace import locality
 from errata.methods.subspace.baft import BaFT
@@ -89,7 +90,7 @@ def test_the_start_solves_the_ridge_problem_with_common_text() -> None:
     common = [t for t in common if "france" not in t.lower()]
     own = (FRANCE.prompt, FRANCE.target, "France")
     for prompt, answer, subject in [own, *((p, a, None) for p, a in STAYS), *((t, None, None) for t in common)]:
-        (text,) = base.encode([prompt], [answer] if answer else None)
+        (text,) = beginnings(base, [prompt], 512) if prompt in common else base.encode([prompt], [answer] if answer else None)
         with torch.no_grad():
             h = base.hf(torch.tensor([text.ids]), output_hidden_states=True).hidden_states[2][0]
         rows.append(h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6))

@@ -37,15 +37,20 @@ def when_looking_for_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second site is not there any more: the first one has its hook by then, if hooks are put on one by one."""
     from errata.core import hooks as hooks_module
 
-    real, seen = hooks_module.resolve, []
+    real = hooks_module.Hooks.__init__
 
-    def gone(root: Any, path: str) -> Any:
-        seen.append(path)
-        if len(seen) > 2:
-            raise AttributeError(path)
-        return real(root, path)
+    def init(self: Any, hf: Any, family: Any, module_of: Callable[[Any], Any], plan: Any) -> None:
+        seen: list[Any] = []
 
-    monkeypatch.setattr(hooks_module, "resolve", gone)
+        def gone(site: Any) -> Any:
+            seen.append(site)
+            if len(seen) > 1:
+                raise AttributeError(site)
+            return module_of(site)
+
+        real(self, hf, family, gone, plan)
+
+    monkeypatch.setattr(hooks_module.Hooks, "__init__", init)
 
 
 def stacked() -> tuple[LM, Patch, Patch]:
@@ -126,5 +131,5 @@ def test_hooks_that_cannot_be_put_on_leave_none(monkeypatch: pytest.MonkeyPatch)
     plan = base.plan([(second,)], None, 1)
     when_looking_for_a_module(monkeypatch)
     with pytest.raises(AttributeError):
-        Hooks(base.hf, base.family, plan)
+        Hooks(base.hf, base.family, base.module, plan)
     assert hooks(base) == 0
