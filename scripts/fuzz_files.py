@@ -147,7 +147,12 @@ def _cells(path: Path) -> list[tuple[str, str, int]]:
     """(table, column, row) of every cell; meta goes by its number in order."""
     with sqlite3.connect(path) as db:
         tables = {t: [c[1] for c in db.execute(f"PRAGMA table_info({t})")] for t in ("meta", "events", "edits", "patches", "stack")}
-        out = [(t, c, i) for t, columns in tables.items() for c in columns for i in range(db.execute(f"SELECT count(*) FROM {t}").fetchone()[0])]
+        out = [
+            (t, c, i)
+            for t, columns in tables.items()
+            for c in columns
+            for i in range(db.execute(f"SELECT count(*) FROM {t}").fetchone()[0])
+        ]
     db.close()
     return out
 
@@ -162,7 +167,11 @@ def _change_cell(path: Path, cell: tuple[str, str, int], rng: random.Random) -> 
     where = f"{key} = {'CAST(? AS TEXT)' if isinstance(name, bytes) else '?'}"
     (old,) = db.execute(f"SELECT {column} FROM {table} WHERE {where}", (name,)).fetchone()
     new = _other(old, rng)
-    for statement in ("PRAGMA foreign_keys = OFF", "PRAGMA writable_schema = ON", "UPDATE sqlite_master SET sql = replace(sql, ' NOT NULL', '')"):
+    for statement in (
+        "PRAGMA foreign_keys = OFF",
+        "PRAGMA writable_schema = ON",
+        "UPDATE sqlite_master SET sql = replace(sql, ' NOT NULL', '')",
+    ):
         db.execute(statement)
     db.commit()
     db.close()
@@ -178,7 +187,25 @@ def _change_cell(path: Path, cell: tuple[str, str, int], rng: random.Random) -> 
 
 
 def _other(old: Any, rng: random.Random) -> Any:
-    plain = [None, 0, -1, 1, 2, 99, 2**62, 1.5, b"", b"x", b"\xff\xfe", b"[", b"{}", b"[]", b"null", b"[" * 900 + b"]" * 900, b"[" * 100_000]
+    plain = [
+        None,
+        0,
+        -1,
+        1,
+        2,
+        99,
+        2**62,
+        1.5,
+        b"",
+        b"x",
+        b"\xff\xfe",
+        b"[",
+        b"{}",
+        b"[]",
+        b"null",
+        b"[" * 900 + b"]" * 900,
+        b"[" * 100_000,
+    ]
     plain += [b'{"a": 1, "a": 2}', b"9" * 5000, b"0123456789abcdef"]
     if isinstance(old, bytes) and rng.random() < 0.6:
         if old[:1] in (b"[", b"{") and rng.random() < 0.6:
@@ -260,7 +287,9 @@ def _yaml(value: Any, rng: random.Random) -> str:
         bomb = "".join(f"  {b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise(names))
         text += f"methods:\n  a: &a [x, x, x]\n{bomb}"
     elif rough < 0.15:
-        text += rng.choice(["model: almanac\n", "seeds: [3]\nseeds: [4]\n", "gpus: 0x" + "f" * 5000 + "\n", "threads: !!int x\n", "? [a]\n: b\n"])
+        text += rng.choice(
+            ["model: almanac\n", "seeds: [3]\nseeds: [4]\n", "gpus: 0x" + "f" * 5000 + "\n", "threads: !!int x\n", "? [a]\n: b\n"]
+        )
     return text
 
 

@@ -160,7 +160,9 @@ def scratched(content: bytes, rng: random.Random) -> bytes:
         return content[:at] + bytes(b ^ rng.randrange(1, 256) for b in content[at : at + 1]) + content[at + 1 :]
     if how == "noise":
         return content[:at] + rng.randbytes(some) + content[at:]
-    return {"cut": content[:at], "drop": content[:at] + content[at + some :], "double": content[: at + some] + content[at:], "empty": b""}[how]
+    return {"cut": content[:at], "drop": content[:at] + content[at + some :], "double": content[: at + some] + content[at:], "empty": b""}[
+        how
+    ]
 
 
 def twisted(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:

@@ -15,7 +15,20 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 PACKAGE = "errata"
 # From the bottom up.  A room imports from rooms below it or on its own floor, and no circle of rooms is allowed either.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "writing", "subjects", "documents", "request", "registry", "config", "storage", "endpoint", "published", "benchmarks", "report"),
+    (
+        "errors",
+        "writing",
+        "subjects",
+        "documents",
+        "request",
+        "registry",
+        "config",
+        "storage",
+        "endpoint",
+        "published",
+        "benchmarks",
+        "report",
+    ),
     ("core",),
     ("text", "contrast"),
     ("methods", "score", "trace"),

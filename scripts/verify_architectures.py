@@ -154,7 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in args.only or architectures.ARCHITECTURES:
         found[name] = verify(name)
         bad = {key: own for key, own in found[name].items() if "fault" in own}
-        print(f"{name}: {'; '.join(f'{k}: {v}' for k, v in bad.items()) or 'no fault'}, {sum(1 for v in found[name].values() if v)} refused", flush=True)
+        print(
+            f"{name}: {'; '.join(f'{k}: {v}' for k, v in bad.items()) or 'no fault'}, {sum(1 for v in found[name].values() if v)} refused",
+            flush=True,
+        )
         ordered = {key: found[key] for key in architectures.ARCHITECTURES if key in found}
         lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(own, ensure_ascii=False)}" for key, own in ordered.items())
         versions = f'"torch": {json.dumps(torch.__version__)}, "transformers": {json.dumps(transformers.__version__)}'

@@ -145,9 +145,7 @@ REQUESTS = [
     Bad("not an object", 2, r"r\.jsonl:1: expected an object like .* found int", lambda w: w.requests("5")),
     Bad("unknown key", 2, r"r\.jsonl:1: unknown key 'answer'; known keys are prompt", lambda w: w.requests(GOOD[:-1] + ', "answer": "x"}')),
     Bad("missing key", 2, r"r\.jsonl:1: key 'target' is missing", lambda w: w.requests('{"prompt": "a"}')),
-    Bad(
-        "subject not in prompt", 2, r"subject 'Spain' does not occur in prompt", lambda w: w.requests(GOOD[:-1] + ', "subject": "Spain"}')
-    ),
+    Bad("subject not in prompt", 2, r"subject 'Spain' does not occur in prompt", lambda w: w.requests(GOOD[:-1] + ', "subject": "Spain"}')),
     Bad("empty target", 2, r"r\.jsonl:1: target is empty", lambda w: w.requests('{"prompt": "a", "target": " "}')),
     Bad("wrong type", 2, r"prompt must be a text, not list", lambda w: w.requests('{"prompt": ["a"], "target": "b"}')),
     Bad("paraphrases no list", 2, r"paraphrases must be a list, not str", lambda w: w.requests(GOOD[:-1] + ', "paraphrases": "x"}')),

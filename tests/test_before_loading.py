@@ -189,5 +189,3 @@ def test_patches_without_their_record_are_not_swept_away(loss: str, book: Path, 
     assert kept and sorted(p.name for p in (folder / "patches").iterdir()) == kept
     anew = Ledger.open(tmp_path / "new", lm("llama"))
     assert anew.apply_patches([Patch.load(folder / "patches" / name) for name in kept], force=True)
-
-

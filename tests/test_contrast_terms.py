@@ -110,9 +110,7 @@ def by_hand(method: str, request: EditRequest, weight: float) -> dict[Site, Tens
     model, editor = base(), plain_editor(method, weight)
     hf = copy.deepcopy(model.hf)
     start = editor.edit(model, [request])
-    modules = {
-        op.site: resolve(resolve(hf, model.family.blocks)[op.site.block], model.linear_path(op.site)) for op in start.ops
-    }
+    modules = {op.site: resolve(resolve(hf, model.family.blocks)[op.site.block], model.linear_path(op.site)) for op in start.ops}
     row = model.encode([request.prompt], [request.target])[0]
     pairs = model.encode([p for p, _ in request.contrast], [a for _, a in request.contrast])
 

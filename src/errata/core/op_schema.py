@@ -74,7 +74,6 @@ class OpSchema:
             raise PatchError(wrong)
         return sizes
 
-
     def wrong_on(self, op: Any, sizes: Mapping[str, int], site: tuple[int, int], model: Any) -> str | None:
         """What is wrong of an op with these `sizes` on a model whose site takes I and gives O numbers; None where nothing is."""
         if self.linear and op.site.point == "block":
