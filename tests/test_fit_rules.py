@@ -1,4 +1,4 @@
-"""When a problem of the optimiser ends, and when a mini-batch leaves it alone: each rule where its neighbour would decide otherwise."""
+"""Rules of inner loops, each where its neighbour would decide otherwise: when a problem ends, what a batch leaves alone or gives back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from errata.core.fit import SGD, AdamW, fit, fit_epochs
+from errata.core.tail import skip_blocks
 from errata.score.intervals import bootstrap
 
 
@@ -56,3 +57,14 @@ def test_a_resample_that_says_nothing_moves_no_limit() -> None:
             return np.where(there, drawn, 0.0).sum(-1) / there.sum(-1)
 
     assert bootstrap(values, 0, statistic=mean) == pytest.approx((0.8, 0.8))
+
+
+def test_skipped_blocks_get_back_what_they_ran_before() -> None:
+    """accelerate keeps its wrapper in the instance: a block that had one has it again, the others run their class's own."""
+    blocks = [torch.nn.Linear(2, 2) for _ in range(3)]
+    wrapper = blocks[1].forward
+    blocks[1].forward = wrapper  # type: ignore[method-assign]
+    hidden = torch.ones(1, 2)
+    with skip_blocks(blocks, hidden, hidden):
+        assert torch.equal(blocks[2](torch.zeros(1, 2)), hidden) and torch.equal(blocks[0](2 * hidden), 2 * hidden)
+    assert ["forward" in vars(b) for b in blocks] == [False, True, False] and vars(blocks[1])["forward"] is wrapper

@@ -110,6 +110,18 @@ def test_rows_join_leave_and_lose_their_padding() -> None:
     assert most >= 6 and max(wide) > 40 and min(wide[4:]) < 25 and said[-1].finish_reason == "length"
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "llama"])
+def test_padding_is_cut_only_where_keys_are_one_a_token(family: str) -> None:
+    """A long row leaves and the padding of all others is in front: a sliding window keeps its last tokens only, so nothing may be cut."""
+    lm = trained(family)
+    long, _ = row(lm, "The capital of France is " * 7 + "The capital of France is", (), max_tokens=1)
+    short = [row(lm, prompt, (), max_tokens=14, logprobs=0) for prompt in PROMPTS[:3]]
+    assert len(long.encoded.ids) - max(len(one.encoded.ids) for one, _ in short) > 20
+    loop(lm, [(0, long), *((0, one) for one, _ in short)])
+    for (_, said), prompt in zip(short, PROMPTS[:3], strict=True):
+        assert "".join(t.text for t in said[-1].tokens) == "".join(lm.tokenizer.decode([t]) for t in alone(lm, prompt, (), 14))
+
+
 def test_a_seed_decides_whatever_runs_beside() -> None:
     lm = trained("llama")
     under = (made(lm, 1),)
