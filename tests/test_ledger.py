@@ -18,6 +18,7 @@ from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.errors import ErrataError, LedgerError, PatchError
 from errata.ledger import Ledger
+from errata.methods.subspace.baft import BaFT
 from errata.request import EditRequest, read_requests
 
 HOW = {"settings": SETTINGS, "force": True}
@@ -131,6 +132,19 @@ def test_remaking_leaves_edits_made_alone(book: Ledger, lm: LM) -> None:
 def test_undo_says_what_was_made_on_top(book: Ledger) -> None:
     book.apply(REQUESTS[:2], mode="continual", method="ft-m", settings={"steps": 2}, force=True)
     assert book.undo(1).on_top == (2,)
+
+
+def test_a_saved_patch_that_holds_what_would_be_made_again_is_not_left_behind(book: Ledger, lm: LM) -> None:
+    """It holds not the edit that is taken back, but one on top of that: made again, that one would not be the one it went on from."""
+    book.apply(REQUESTS[:1], mode="continual", method="ft-m", settings={"steps": 2}, force=True)
+    book.apply(REQUESTS[1:2], mode="continual", method="baft", settings=SETTINGS, force=True)
+    saved = BaFT.for_model(lm, **SETTINGS).edit(lm, [REQUESTS[2]], on=book.stack())
+    assert saved.replaces == (book.show(2).patch,)
+    book.apply_patches([saved], force=True)
+    before = [e.patch for e in book.edits()]
+    with pytest.raises(LedgerError, match=r"edit 3 was brought in as a saved patch that holds .* would be made again; undo edit 3 first"):
+        book.undo(1, remake=True)
+    assert [e.patch for e in book.edits()] == before
 
 
 def test_a_saved_patch_that_holds_an_edit_cannot_be_made_again(chain: Path, lm: LM, tmp_path: Path) -> None:
