@@ -25,7 +25,7 @@ from errata.core.decode import fork
 from errata.core.families import linear_sizes
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.read import module_at, read_activations
+from errata.core.read import read_activations
 from errata.core.tokens import Encoded
 from errata.methods.wise.op import LONG, pack
 from errata.request import EditRequest
@@ -45,7 +45,7 @@ def grace(lm: LM, rows: list[Encoded], count: int) -> Patch:
     editor = registry.get("method", "grace").for_model(lm)
     site = editor.target_site(lm)
     keys = keys_like(lm, rows[::2], site, count)
-    _, outer = linear_sizes(module_at(lm, site))
+    _, outer = linear_sizes(lm.module(site))
     tensors = {"keys": keys, "values": torch.randn(count, outer).to(keys), "radii": keys.new_full((count,), 1e-3)}
     return Patch("grace", {}, lm.fingerprint, (), (Op("codebook", site, tensors, {"replace": editor.replace, "rounding": 1e-5}),))
 
@@ -58,7 +58,7 @@ def melo(lm: LM, rows: list[Encoded], count: int) -> Patch:
     router = {"centres": keys, "radii": keys.new_full((count,), 1e-3), "points": keys.clone(), "cluster": own, "block": own.clone()}
     ops = [Op("router", site, router, {"reads": "input", "rounding": 1e-5})]
     for place in sites:
-        inner, outer = linear_sizes(module_at(lm, place))
+        inner, outer = linear_sizes(lm.module(place))
         factors = {"down": torch.randn(count, editor.rank, inner) / inner, "up": torch.randn(count, outer, editor.rank) / outer}
         ops.append(Op("routed", place, {k: t.to(keys) for k, t in factors.items()}, {"scale": 1.0}))
     return Patch("melo", {}, lm.fingerprint, (), tuple(ops))
@@ -68,7 +68,7 @@ def wise(lm: LM, rows: list[Encoded], count: int) -> Patch:
     """The memories ``count`` edits leave with the published merging (one a thousand edits), each open to every prompt: the dearest case."""
     editor = registry.get("method", "wise").for_model(lm)
     site = editor.target_site(lm)
-    inner, outer = linear_sizes(module_at(lm, site))
+    inner, outer = linear_sizes(lm.module(site))
     many, generator = max(1, count // 1000), torch.Generator().manual_seed(0)
     tensors = {"least": torch.zeros(many)}
     for i in range(many):

@@ -18,7 +18,6 @@ from typing import Any
 import errata
 from errata import registry
 from errata.errors import ModelError
-from errata.score.harness import HarnessLM
 
 METHODS = ("baft", "grace", "wise", "rome")
 EDITS = (("The capital of France is", "Lyon", "France"), ("The capital of Japan is", "Osaka", "Japan"))
@@ -49,6 +48,12 @@ def likelihoods(model: Any, folder: Path) -> list[float]:
     return [float(said[0]) for sample in samples for said in sample["filtered_resps"]]
 
 
+def adapter(lm: errata.LM, rows: int = 16) -> Any:
+    from errata.score.harness import HarnessLM  # needs lm-eval
+
+    return HarnessLM(lm, rows=rows)
+
+
 def furthest(left: list[float], right: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(left, right, strict=True))
 
@@ -61,7 +66,7 @@ def own_wrapper(lm: errata.LM, folder: Path) -> str:
         found = likelihoods(HFLM(pretrained=lm.hf, tokenizer=lm.tokenizer, batch_size=8), folder)
     except ModelError:
         return "refused"
-    return f"{furthest(found, likelihoods(HarnessLM(lm), folder)):.4f} from errata's adapter"
+    return f"{furthest(found, likelihoods(adapter(lm), folder)):.4f} from errata's adapter"
 
 
 def main() -> None:
@@ -73,13 +78,13 @@ def main() -> None:
     lm, rows = errata.load(args.model, dtype=args.dtype), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = likelihoods(HarnessLM(lm), folder)
+        base = likelihoods(adapter(lm), folder)
         for method in METHODS:
             editor = registry.get("method", method).for_model(lm)
             for prompt, target, subject in EDITS:
                 request = errata.EditRequest(prompt, target, subject)
                 lm.attach(editor.edit(lm, editor.contrasted(lm, [request], lm.stack), on=lm.stack))
-            one, eight = (likelihoods(HarnessLM(lm, rows=n), folder) for n in (1, 8))
+            one, eight = (likelihoods(adapter(lm, n), folder) for n in (1, 8))
             row = {"method": method, "questions": len(CAPITALS), "answers": len(one), "between_1_and_8": furthest(one, eight)}
             rows.append({**row, "from_the_base": furthest(one, base), "HFLM": own_wrapper(lm, folder)})
             print(json.dumps(rows[-1]), flush=True)

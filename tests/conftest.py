@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tiny import saved
 
     return str(saved(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def roomy(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same with a window that texts of benchmarks fit."""
+    folder = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("roomy") / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,10 @@ def document(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("sample", ["counterfact-original.json", "mquake.json", "qaedit.json"])
-def test_score_reads_a_file(sample: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_reads_a_file(sample: str, roomy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, data, out = sample.partition(".")[0].partition("-")[0], SAMPLES / sample, tmp_path / "out"
     settings = ("--set", "reft.rank=2", "--set", "reft.steps=2", "--set", "reft.batched_steps=2")
-    argv = ("score", tiny, "--benchmark", name, "--data", str(data), "--n", "2", "--method", "none,reft", "--no-known")
+    argv = ("score", roomy, "--benchmark", name, "--data", str(data), "--n", "2", "--method", "none,reft", "--no-known")
     found = document(capsys, *argv, *settings, "--out", str(out))
     assert found["n"] == 2 and found["split"] is None and found["data"] == str(data) and found["records"]["records"] == 5
     assert {r["method"] for r in found["summary"]} == {"none", "reft"}
@@ -34,8 +34,8 @@ def test_score_reads_a_file(sample: str, tiny: str, tmp_path: Path, capsys: pyte
     assert "5 records (" in (out / "report.md").read_text()
 
 
-def test_score_takes_what_there_is_without_n_and_says_what_was_left_out(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["score", tiny, "--benchmark", "convsent", "--data", str(SAMPLES / "convsent.json"), "--method", "none", "--seed", "file"]
+def test_score_takes_what_there_is_without_n_and_says_what_was_left_out(roomy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["score", roomy, "--benchmark", "convsent", "--data", str(SAMPLES / "convsent.json"), "--method", "none", "--seed", "file"]
     assert main(argv) == 0
     out, _ = capsys.readouterr()
     assert "5 records (KnowEdit), 4 cases" in out and "dropped 1 record: set aside as a bystander" in out and "ES of ConvSent" in out

@@ -202,8 +202,8 @@ def test_edit_at_a_lower_rank_says_what_is_lost(tiny: str, requests: str, tmp_pa
     assert said is not None and 0 < float(said[1]) < 100 and float(said[1]) == pytest.approx(100 * sum(shares) / len(shares), abs=0.06)
 
 
-def test_score_with_sampled_texts_and_free_tokens(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["score", tiny, "--method", "reft", "--split", "dev", "--n", "2", *FAST, "--fluency", "--free-tokens", "--json"]
+def test_score_with_sampled_texts_and_free_tokens(roomy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["score", roomy, "--method", "reft", "--split", "dev", "--n", "2", *FAST, "--fluency", "--free-tokens", "--json"]
     assert main([*argv, "--out", str(tmp_path / "o")]) == 0
     found = {(r["metric"], r["protocol"]) for r in document(capsys)["summary"]}
     assert {("GE", "sampled"), ("RS", "sampled"), ("reliability", "free_tokens"), ("reliability", "generated")} <= found

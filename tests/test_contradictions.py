@@ -133,11 +133,11 @@ def test_a_run_file_asks_for_the_consistent_stream_and_older_runs_keep_their_nam
         grid.benchmark(grid.BenchmarkSpec("own:Tiny", consistent=True))
 
 
-def test_the_command_takes_it(data: Path, tmp_path: Path, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["score", tiny, "--benchmark", "zsre", "--data", str(data), "--seed", "file", "--mode", "continual", "--method", "ft-m"]
+def test_the_command_takes_it(data: Path, tmp_path: Path, roomy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["score", roomy, "--benchmark", "zsre", "--data", str(data), "--seed", "file", "--mode", "continual", "--method", "ft-m"]
     assert main([*line, "--set", "steps=2", "--set", "layers=[3]"]) == 0
     said = capsys.readouterr()
     assert "as last written" in said.out + said.err and "a later case writes the same fact otherwise" in said.out + said.err
     assert main([*line, "--set", "steps=2", "--set", "layers=[3]", "--consistent", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 3
-    assert main(["score", tiny, "--consistent", "--n", "1"]) != 0
+    assert main(["score", roomy, "--consistent", "--n", "1"]) != 0

@@ -63,7 +63,7 @@ def test_a_state_inside_a_prompt_is_read_as_the_whole_prompt_makes_it(method: st
     batch = base.batch(rows)
     plan = base.plan([on], None, len(rows))
     plan.prompt_lengths = batch.prompt_lengths
-    with torch.no_grad(), base.running(plan), activation_hooks(base, [site], lambda _, x, y: seen.append((x, y))):
+    with torch.no_grad(), base.running(plan), activation_hooks(base, [site], len(rows), lambda _, x, y: seen.append((x, y)), stop=False):
         base.forward(batch.ids, batch.mask)
     at = [3, 2]
     found = read_activations(base, rows, [site], at=at, on=on)[site]

@@ -148,7 +148,7 @@ def test_sites_that_the_model_does_not_have_are_refused(kind: str, root: Path, t
 
 def test_every_kind_is_declared_or_runs_only_in_training() -> None:
     for kind in registry.names("op"):
-        if kind in BY_KIND:
+        if kind in BY_KIND or kind == "experts":  # of which tests/test_experts.py has patches
             assert registry.get("op", kind).schema is not None
         else:
             with pytest.raises(PatchError, match="runs only while an edit is made"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,9 @@ from errata import registry
 from errata.core.model import LM
 from errata.core.window import fits
 from errata.errors import ErrataError, InputError
-from errata.request import EditRequest
+from errata.request import Case, EditRequest, Probe
 from errata.score.wanted import ask
+from errata.score.windows import checked, fitting, say
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France")
 LONG = "It is a long story that somebody once told in Rome. " * 40
@@ -113,3 +115,17 @@ def test_what_fits_exactly_is_taken() -> None:
         model.encode(["The capital of France is"], ["Rome"])
     with pytest.raises(InputError, match="this model takes"):
         registry.get("method", "rome").for_model(model, v_steps=2).edit(model, [EditRequest("The capital of France is", "Rome", "France")])
+
+
+def test_what_a_benchmark_asks_and_no_window_holds_is_left_out_and_counted() -> None:
+    """A run is not lost for a probe; a case whose own edit does not fit makes none."""
+    model = window("llama")
+    short, long = Probe("rephrase", "France has the capital", "Rome"), Probe("rephrase", LONG, "Rome")
+    own, bare = Probe("rewrite", FRANCE.prompt, "Rome"), Probe("neighbour", LONG)
+    cases = [Case(FRANCE, (own, short, long, bare)), Case(replace(FRANCE, prompt=LONG + FRANCE.prompt), ())]
+    left_out: Counter[str] = Counter()
+    (kept,) = fitting(model, cases, left_out)
+    assert kept.probes == (own, short) and left_out == {"rephrase probe": 1, "neighbour probe": 1, "case": 1}
+    assert say(model, left_out) == "left out 1 case, 1 neighbour probe, 1 rephrase probe: longer than this model's window of 64 tokens"
+    with pytest.raises(InputError, match="no case fits: left out 1 case"):
+        checked(model, fitting(model, cases[1:], left := Counter()), left)

@@ -40,7 +40,7 @@ def request_options(out: argparse.ArgumentParser) -> None:
     common.occurrence_option(out)
     out.add_argument(
         "--join",
-        choices=JOINS,
+        choices=tuple(JOINS),
         default="auto",
         help="what stands between prompt and target: a space, none, or (auto) what one writes there; --debug shows the tokens",
     )

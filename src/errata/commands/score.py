@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +183,7 @@ def _fluency(
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
-    from errata.score import known
+    from errata.score import known, windows
     from errata.score.evaluator import AnswerCache
     from errata.score.metrics import summarise
 
@@ -210,9 +211,11 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     lm = common.load(args)
     editors = [registry.get("method", m).for_model(lm, **settings_of(m, methods, values)) for m in methods]
     scored, answers, told = ScoreRun(), AnswerCache(free_tokens=args.free_tokens), None
+    args.left_out = collections.Counter()
     if getattr(benchmark, "only_known", False) if args.known is None else args.known:
         cases, told = _known(lm, benchmark, args, answers, screen)
-        at = marks(args)
+    cases = windows.checked(lm, windows.fitting(lm, cases, args.left_out), args.left_out)
+    args.n, at = len(cases), marks(args)
     cases = _watching(lm, args, cases, screen)
     if args.robustness:
         cases = _widened(lm, editors, cases, screen)
@@ -223,7 +226,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             common.prepare(editor, lm, progress)
             _score(lm, editor, cases, benchmark, args, at, answers, progress, scored, judged)
     told = told or known.all_cases(lm, cases, answers)
-    document = _document(args, lm, editors, scored, summarise, {**common.benchmark_facts(args, benchmark, len(cases)), "known": told})
+    about = {**common.benchmark_facts(args, benchmark, len(cases)), "known": told, "left_out": dict(args.left_out)}
+    document = _document(args, lm, editors, scored, summarise, about)
     if args.out is not None:
         what = results.notes(lm, benchmark, args.split, len(cases), args.seed, _mode(args), scored.seconds)
         what |= {"known": said.removeprefix("known: ")} if (said := known.say(told)) else {}
@@ -232,7 +236,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         with files.staged(args.out, args.force) as folder:
             results.save(folder, title, document, scored.every, scored.final, what)
     screen.document(document)
-    if said := known.say(told):
+    for said in filter(None, (known.say(told), windows.say(lm, args.left_out))):
         screen.say(f"{said[:1].upper()}{said[1:]}.")
     results.show(screen, document["summary"], document["differences"])
     results.micro(screen, document.get("micro_averages", ()))
@@ -242,10 +246,10 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 def _known(lm: LM, benchmark: Any, args: argparse.Namespace, answers: Any, screen: Screen) -> tuple[list[Case], dict[str, Any]]:
     """(the cases whose facts the base knows, --n of them where there are so many, what was found)."""
-    from errata.score import known
+    from errata.score import known, windows
 
     with screen.progress() as progress:
-        every = benchmark.load(args.split, None, args.seed)
+        every = windows.fitting(lm, benchmark.load(args.split, None, args.seed), args.left_out)
         shown = (lambda case: case_in_chat(lm.tokenizer, case)) if args.chat else (lambda case: case)
         told = lambda done, of: progress("asking for facts the model knows", done, of)  # noqa: E731
         found = known.known_cases(lm, every, args.n, answers, told, shown)

@@ -118,9 +118,10 @@ def _told_by_call(plan: Plan, kwargs: Mapping[str, Any], mask: Tensor, position:
     A call without either, or one that brings more than a token behind what ran before, may hold prompt and output alike.  `ModelError`
     where an op has to know.
     """
-    said, labels = isinstance(kwargs.get("attention_mask"), Tensor) and kwargs["attention_mask"].ndim == 2, kwargs.get("labels")
+    labels, masked = kwargs.get("labels"), isinstance(kwargs.get("attention_mask"), Tensor) and kwargs["attention_mask"].ndim == 2
+    said = masked or isinstance(labels, Tensor) or kwargs.get("past_key_values") is not None  # an empty cache: `generate` begins
     lengths = mask.long().sum(1)
-    if plan.reads_prompt_end and ((width > 1) if past else not (said or isinstance(labels, Tensor))):
+    if plan.reads_prompt_end and ((width > 1) if past else not said):
         part = "more tokens of a text that was begun" if past else "no attention_mask"
         raise ModelError(
             f"a patch that is attached decides at the prompt's end, and a call with {part} does not say where that is; give attention_mask "

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from errata.core.chat import behind
 from errata.core.model import LM
-from errata.core.tokens import subject_spans
+from errata.core.tokens import join, subject_spans
 from errata.core.window import fits
 from errata.request import EditRequest
 
@@ -30,7 +30,7 @@ _ENDING = 2  # tokens that a method may put behind an answer
 
 def ways_to_ask(lm: LM, request: EditRequest, prefixes: int) -> list[str]:
     """The prompt, its paraphrases, and the prompt behind so many short texts."""
-    texts = [_behind(lm, before, request.prompt, request.target) for before in _BEFORE[:prefixes]]
+    texts = [_behind(lm, before, request.prompt, request.continuation) for before in _BEFORE[:prefixes]]
     return [request.prompt, *request.paraphrases, *texts]
 
 
@@ -55,7 +55,7 @@ def neighbours(lm: LM, contrast: Sequence[tuple[str, str]], prefixes: int) -> li
 def _behind(lm: LM, before: str, prompt: str, answer: str) -> str:
     """A short text, and the prompt; the prompt alone where the model's window does not hold both."""
     text = behind(lm.tokenizer, f"{before} ", prompt)
-    return text if fits(lm, f"{text} {answer}", _ENDING) else prompt
+    return text if fits(lm, join(text, answer)[0], _ENDING) else prompt
 
 
 def names(request: EditRequest, text: str) -> bool:

@@ -7,6 +7,7 @@ likelihood) do not depend on where a run was stopped.  ``base.json`` beside them
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from errata.errors import ModelError, StorageError
 from errata.request import Case
 from errata.run import grid
 from errata.run.folder import Journal, Records, document, locked, read_document
-from errata.score import neighbours, robustness
+from errata.score import neighbours, robustness, windows
 from errata.score.evaluator import AnswerCache, Progress, cache_base_answers
 from errata.score.known import known_cases
 from errata.score.teacher_forcing import TeacherForced
@@ -27,12 +28,16 @@ NAME = "base.json"
 KNOWN = "known.json"
 
 
-def cases_of(lm: LM, spec: grid.RunSpec, cell: grid.Cell, folder: Path, source: Any = None) -> list[Case]:
+def cases_of(
+    lm: LM, spec: grid.RunSpec, cell: grid.Cell, folder: Path, source: Any = None, left_out: Counter[str] | None = None
+) -> list[Case]:
     """The benchmark's cases, those that the base knows where ``score.known`` asks for that (``folder``: of the base's answers, which keeps
     what was found); with ``score.robustness`` also the suite's probes, the same for all methods of the run: those that fit
     behind the longest context any of them puts in front; with ``chat`` in the chat template.
-    ``source``: the opened benchmark, which may learn from what it loads."""
+    ``source``: the opened benchmark, which may learn from what it loads.  ``left_out`` counts what the model's window does not hold."""
     found: list[Case] = _known(lm, cell, folder, source, spec.chat) if grid.only_known(spec, cell) else cell.cases(source)
+    left_out = Counter() if left_out is None else left_out
+    found = windows.checked(lm, windows.fitting(lm, found, left_out), left_out)
     if count := neighbours.to_watch(spec.score.watch, found):
         found = neighbours.add_watch_probes(lm, found, count, together=any(s.kind != "single" for s in spec.scenario))
     if spec.score.robustness:
@@ -53,7 +58,7 @@ def _known(lm: LM, cell: grid.Cell, folder: Path, source: Any, chat: bool) -> li
         with locked(folder):
             answers = AnswerCache()
             shown = (lambda case: case_in_chat(lm.tokenizer, case)) if chat else (lambda case: case)
-            found = known_cases(lm, every, cell.wanted, answers, shown=shown)
+            found = known_cases(lm, windows.fitting(lm, every, Counter()), cell.wanted, answers, shown=shown)
             kept = {"fingerprint": lm.fingerprint, "known": found.to_dict(), "cases": [case.id for case in found.cases]}
             document(path, {**kept, "asked": _given(answers, AnswerCache())})
     then = read_document(path)

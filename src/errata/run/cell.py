@@ -7,6 +7,7 @@ what the guard found) and ``cost.json`` (seconds by kind of work, peak memory, n
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class CellRunner:
     def __post_init__(self) -> None:
         self.editor = grid.editor(self.cell, self.lm.fingerprint)
         self.source = grid.benchmark(self.cell.benchmark)
-        self.cases: list[Case] = base_answers.cases_of(self.lm, self.spec, self.cell, self.base, self.source)
+        self.left_out: Counter[str] = Counter()
+        self.cases: list[Case] = base_answers.cases_of(self.lm, self.spec, self.cell, self.base, self.source, self.left_out)
         self.marks = self.cell.scenario.at(len(self.cases))
         self.single = self.cell.scenario.kind == "single"
         made = (judges.make(j.name, self.judged, j.endpoint, j.model, j.key_env) for j in self.spec.score.judges)
@@ -184,7 +186,7 @@ class CellRunner:
         if self.spec.score.fluency:
             records += clock.run("sampling", lambda: self._fluency(journal, stacks))
         found = summary.of_cell(self.cell, records, journal.entries, self.cases)
-        document(self.folder / "summary.json", {**found, "known": base_answers.known(self.base)})
+        document(self.folder / "summary.json", {**found, "known": base_answers.known(self.base), "left_out": dict(self.left_out)})
         memory = cost.peak(self.lm.device)
         found = summary.sizes(stacks, self.single)
         if self.spec.score.latency:

@@ -20,7 +20,7 @@ import torch
 from errata.core.bank import Stack
 from errata.core.model import LM
 from errata.core.patch import PROMPT
-from errata.core.tokens import Encoded
+from errata.core.tokens import Encoded, encode
 from errata.serve.api_errors import APIError, late, stopping
 from errata.serve.options import Limits
 
@@ -133,7 +133,7 @@ class TextReader:
         return [await self.run(len(p), functools.partial(self._read, p, target), until) for p, target in pairs]
 
     def _read(self, prompt: str, target: list[str] | None) -> Encoded:
-        return self.lm.encode([prompt], target)[0]
+        return encode(self.lm.tokenizer, [prompt], target)[0]  # `fit` says what does not fit, in the words of a server
 
     async def run(self, size: int, work: Callable[[], T], until: float = float("inf")) -> T:
         """The result of ``work``, which reads about ``size`` characters, in the thread; `APIError` where it is too late at ``until``

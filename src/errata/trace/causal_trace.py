@@ -35,7 +35,7 @@ from errata.core.families import by_row, hidden_of, resolve
 from errata.core.model import LM
 from errata.core.patch import Site
 from errata.core.tail import empty_like, skip_blocks, splits
-from errata.core.tokens import Encoded, subject_span
+from errata.core.tokens import Encoded, encode, subject_span
 from errata.errors import InputError, ModelError
 from errata.trace.facts import Fact, FactTrace, Skipped, TraceConfig, TraceResult, around, default_window
 
@@ -54,7 +54,7 @@ def trace(lm: LM, facts: Sequence[Fact], settings: TraceConfig | None = None, pr
     how, tell = settings or TraceConfig(), progress or (lambda stage, done, total: None)
     if not facts:
         raise InputError("there is no fact to trace; give a prompt and its subject")
-    encoded = lm.encode([f.prompt for f in facts])
+    encoded = encode(lm.tokenizer, [f.prompt for f in facts])  # one that does not fit is skipped
     spans = [subject_span(lm.tokenizer, f.prompt, f.subject, occurrence=f.occurrence) for f in facts]
     window = how.window or default_window(lm.depth)
     deviation = _deviation(lm, encoded, spans)
