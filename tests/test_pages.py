@@ -31,19 +31,19 @@ NOT_RUN = {
 
 
 @pytest.mark.parametrize("page", WITH_CODE)
-def test_every_block_runs(page: str, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_runs(page: str, roomy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))  # a page may write a module of its own
-    run(page, tiny)
+    run(page, roomy)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SMALL)
-def test_as_printed(page: str, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_printed(page: str, roomy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with the sizes that the page has."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    run(page, tiny, small=False)
+    run(page, roomy, small=False)
 
 
 def test_every_block_says_what_it_is() -> None:
