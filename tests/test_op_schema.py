@@ -225,3 +225,14 @@ def test_a_store_that_needs_an_encoder_says_so_when_it_is_put_on(root: Path, tmp
     folder = forged(_saved("context", root), tmp_path / "p", lambda h, _: h["ops"][0]["settings"].update(retrieval=how))
     with pytest.raises(PatchError, match="needs the package sentence-transformers"):
         model("llama").check(Patch.load(folder))
+
+
+def test_an_adaptor_with_a_constant_projection_has_one_direction() -> None:
+    """Found by `scripts/fuzz_files.py`: with more, its op would multiply what does not fit."""
+    shapes = {"a": (2, 3, 8), "u": (2, 8, 3), "w1": (2, 4, 8), "b1": (2, 4), "w2": (2, 4), "b2": (2,)}
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
+    settings = {"tau": 0.5, "gate": True, "constant": True}
+    with pytest.raises(PatchError, match="constant goes with one direction, and it has 3"):
+        Patch("rep", {}, "base", (), (Op("key_adaptor", Site(1, "mlp_down"), tensors, settings),)).check()
+    one = {name: t[:, :1] if name == "a" else t[..., :1] if name == "u" else t for name, t in tensors.items()}
+    Patch("rep", {}, "base", (), (Op("key_adaptor", Site(1, "mlp_down"), one, settings),)).check()

@@ -51,11 +51,17 @@ class _Settings:
             raise ConfigError(f"setting.tau is a share between 0 and 1, not {self.tau:g}")
 
 
+def _one_constant(settings: _Settings, tensors: Mapping[str, Tensor]) -> str | None:
+    """A constant projection has one direction, by the size of the key."""
+    rank = tensors["a"].shape[1]
+    return f"setting.constant goes with one direction, and it has {rank}" if settings.constant and rank != 1 else None
+
+
 class KeyAdaptor:
     """a [n, r, I], u [n, O, r] and the gate's tensors; settings: tau, and with ``gate`` false g = 1 (an ablation), with ``constant`` the
     projection is a vector that does not depend on k (another)."""
 
-    schema = OpSchema({"a": "n r I", "u": "n O r", "w1": "n h I", "b1": "n h", "w2": "n h", "b2": "n"}, _Settings)
+    schema = OpSchema({"a": "n r I", "u": "n O r", "w1": "n h I", "b1": "n h", "w2": "n h", "b2": "n"}, _Settings, numbers=_one_constant)
     additive = True  # it reads x only and adds to y
 
     @staticmethod
