@@ -201,6 +201,19 @@ SETTINGS = [
         )
         for mode in ("continual", "batched")
     ),
+    Bad(
+        "an occurrence beside a file",
+        2,
+        r"--occurrence and --requests exclude each other",
+        lambda w: [*w.requests(GOOD), "--occurrence", "2"],
+    ),
+    Bad("a join beside a file", 2, r"--join and --requests exclude each other", lambda w: [*w.requests(GOOD), "--join", "none"]),
+    Bad(
+        "occurrence 0",
+        2,
+        r"occurrence must be 1 for the subject's first place",
+        lambda w: w.edit("--subject", "France", "--occurrence", "0"),
+    ),
     Bad("batch size 0", 2, r"must be a whole number of at least 1", lambda w: w.edit("--mode", "batched", "--batch-size", "0")),
 ]
 MODELS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import families
@@ -85,8 +86,10 @@ def test_a_request_that_was_saved_is_read_to_the_letter(tmp_path: Path) -> None:
     patch.save(tmp_path / "p")
     assert Patch.load(tmp_path / "p").requests == (old,)
     assert EditRequest.restore(old.to_dict()).id == old.id != EditRequest(CAPITAL, "Lyon", "France").id
-    with pytest.raises(InputError, match="0 times in whole words"):
-        EditRequest.restore({"prompt": CAPITAL, "target": "Lyon", "subject": "Franc"}).place()
+    part = EditRequest.restore({"prompt": CAPITAL, "target": "Lyon", "subject": "Franc", "aliases": ["Gaul"]})
+    assert part.place() == (15, 20) and fill(part, "Gaul") == "The capital of Gaule is", "it is found again as it was made"
+    with pytest.raises(InputError, match="part of a word"):
+        replace(part, target="Paris")  # a new request is held to the rule
 
 
 def test_a_part_counts_where_it_is_asked_for_and_no_whole_name_stands() -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import lm
 
 from errata import registry
+from errata.cli import main
 from errata.core.model import LM
 from errata.core.window import fits
 from errata.errors import ErrataError, InputError
 from errata.request import Case, EditRequest, Probe
 from errata.score.wanted import ask
-from errata.score.windows import checked, fitting, say
+from errata.score.windows import editable, fitting, say
 
 FRANCE = EditRequest("The capital of France is", "Rome", "France")
 LONG = "It is a long story that somebody once told in Rome. " * 40
@@ -125,7 +129,33 @@ def test_what_a_benchmark_asks_and_no_window_holds_is_left_out_and_counted() -> 
     cases = [Case(FRANCE, (own, short, long, bare)), Case(replace(FRANCE, prompt=LONG + FRANCE.prompt), ())]
     left_out: Counter[str] = Counter()
     (kept,) = fitting(model, cases, left_out)
+    assert list(editable(model, cases, Counter())) == cases[:1]
     assert kept.probes == (own, short) and left_out == {"rephrase probe": 1, "neighbour probe": 1, "case": 1}
-    assert say(model, left_out) == "left out 1 case, 1 neighbour probe, 1 rephrase probe: longer than this model's window of 64 tokens"
+    said = "left out 1 case, 1 neighbour probe, 1 rephrase probe: longer than this model's window of 64 tokens"
+    assert say(left_out, model.context_length) == said
     with pytest.raises(InputError, match="no case fits: left out 1 case"):
-        checked(model, fitting(model, cases[1:], left := Counter()), left)
+        fitting(model, cases[1:], Counter())
+
+
+@pytest.mark.parametrize("known", ["true", "false"])
+def test_a_run_and_a_score_say_what_they_left_out(known: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A case that does not fit, and a probe, among two that do; also where the model is asked first which facts it knows."""
+    short = [record(i, land, old, long="") for i, (land, old) in enumerate((("France", "Paris"), ("Spain", "Madrid")))]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([record(7, "Italy", "Rome", LONG), {**short[0], "neighborhood_prompts": [LONG]}, short[1]]))
+    config = f"model: {tiny}\nmethods: [none]\nbenchmark: {{name: counterfact, data: {data}, n: 3}}\nscenario: single\nthreads: 1\n"
+    (tmp_path / "run.yaml").write_text(config + f"score: {{known: {known}, watch: 0, latency: false}}\n")
+    said = "eft out 1 case, 1 neighbour probe: longer than this model's window of 64 tokens"
+    assert main(["run", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]) == 0 and said in capsys.readouterr().out
+    (summary,) = (json.loads(path.read_text()) for path in (tmp_path / "run").glob("cells/*/summary.json"))
+    assert summary["left_out"] == {"case": 1, "neighbour probe": 1} and summary["window"] == 64
+    line = ["score", tiny, "--benchmark", "counterfact", "--data", str(data), "--n", "3", "--method", "none", "--watch", "0"]
+    assert main([*line, "--known" if known == "true" else "--no-known"]) == 0 and said in capsys.readouterr().out
+
+
+def record(number: int, land: str, old: str, long: str) -> dict[str, Any]:
+    """One of CounterFact's original form."""
+    rewrite = {"prompt": f"{long}The capital of {{}} is", "relation_id": "P36", "subject": land}
+    rewrite |= {"target_new": {"str": "Tokyo", "id": "Q1"}, "target_true": {"str": old, "id": "Q2"}}
+    lists = {name: [] for name in ("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts")}
+    return {"case_id": number, "pararel_idx": number, "requested_rewrite": rewrite, **lists}

@@ -16,17 +16,27 @@ from errata.score import wanted
 
 
 def edit(
-    lm: LM, prompt: str, target: str, subject: str | None = None, *, method: str = "baft", chat: bool = False, **settings: Any
+    lm: LM,
+    prompt: str,
+    target: str,
+    subject: str | None = None,
+    *,
+    method: str = "baft",
+    chat: bool = False,
+    occurrence: int = 1,
+    join: str = "auto",
+    **settings: Any,
 ) -> Patch:
     """Make one edit and return its patch (not attached).
 
     ``chat``: the prompt is the user's turn of the tokenizer's chat template, as in ``lm.complete(prompt, chat=True)``.
+    ``occurrence``, ``join``: which of the subject's places is meant, and what stands before the target (`errata.request.EditRequest`).
     ``settings`` are the method's hyper-parameters; what is not given comes from the method's settings for this model.
 
     The prompt is then asked under the patch.  An `EditWarning` says so where the free answer does not begin with the target.
     """
     editor = registry.get("method", method).for_model(lm, **settings)
-    request = EditRequest(prompt, target, subject)
+    request = EditRequest(prompt, target, subject, occurrence=occurrence, join=join)
     on = active_patches(lm.stack)
     shown = request_in_chat(lm.tokenizer, request) if chat else request
     patch: Patch = editor.edit(lm, [shown], on=on)

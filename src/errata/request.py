@@ -123,13 +123,14 @@ class EditRequest:
             raise InputError(f"aliases[{self.aliases.index(self.subject)}] is the subject {self.subject!r} itself; give other names")
 
     def place(self) -> tuple[int, int]:
-        """Characters [begin, end) of the subject in the prompt: of the occurrence that is meant.  `InputError` where there is none."""
+        """Characters [begin, end) of the subject in the prompt, of the occurrence that is meant; `InputError` where there is none.  Of one
+        that was saved before whole words were asked for (`restore`), it may be a part of a word."""
         if self.subject is None:
             raise InputError(f"prompt {self.prompt!r} has no subject; give the key 'subject'")
-        found = places(self.prompt, self.subject)
+        found = places(self.prompt, self.subject, parts=True)
         number = self.occurrence - 1 if self.occurrence > 0 else len(found) + self.occurrence
         if not 0 <= number < len(found):
-            times = f"{len(found)} times in whole words"
+            times = f"{len(found)} times"
             raise InputError(f"subject {self.subject!r} stands {times} in prompt {self.prompt!r}: no occurrence {self.occurrence}")
         return found[number]
 

@@ -27,7 +27,7 @@ _BATCH = 10  # requests in one joint patch, where not given
 def occurrence_option(parser: argparse.ArgumentParser) -> None:
     """Where a subject stands more than once."""
     parser.add_argument(
-        "--occurrence", type=int, default=1, metavar="N", help="which of the subject's places in the prompt: 1 the first, -1 the last (1)"
+        "--occurrence", type=int, metavar="N", help="which of the subject's places in the prompt: 1 the first, -1 the last (1)"
     )
 
 

@@ -27,9 +27,17 @@ TOKENS = 12  # of an answer at most, where a ledger is asked
 def add(commands: common.Subparsers) -> None:
     out = common.parser(commands, "edit", run, "write new facts as patches; the model itself is not changed")
     request_options(out)
+    out.add_argument(
+        "--allow-conflicts",
+        action="store_true",
+        help="go on although edits of one stack (--mode batched, continual) answer the same prompt, as `errata ledger` finds it",
+    )
     neighbours.options(out)
     common.mode_options(out)
     common.out_options(out)
+
+
+OF_ONE = ("prompt", "target", "subject", "occurrence", "join")  # options that say one edit
 
 
 def request_options(out: argparse.ArgumentParser) -> None:
@@ -41,15 +49,9 @@ def request_options(out: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--join",
         choices=tuple(JOINS),
-        default="auto",
-        help="what stands between prompt and target: a space, none, or (auto) what one writes there; --debug shows the tokens",
+        help="what stands between prompt and target: a space, none, or (auto, the default) what one writes; --debug shows the tokens",
     )
     out.add_argument("--requests", metavar="FILE.jsonl", help="many edits: one JSON object a line, with prompt, target and maybe subject …")
-    out.add_argument(
-        "--allow-conflicts",
-        action="store_true",
-        help="go on although edits of one stack (--mode batched, continual) answer the same prompt, as `errata ledger` finds it",
-    )
     common.chat_option(out, "train and ask each prompt")
     out.add_argument("--method", default="baft", help="see `errata methods` (baft)")
     out.add_argument(
@@ -64,14 +66,14 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def requests(args: argparse.Namespace) -> list[EditRequest]:
     """Those of the file, or the one of the arguments."""
-    single = [name for name in ("prompt", "target", "subject") if getattr(args, name) is not None]
+    single = [name for name in OF_ONE if getattr(args, name) is not None]
     if args.requests is not None:
         if single:
             raise ConfigError(f"--{single[0]} and --requests exclude each other; put the edit into the file")
         return read_requests(args.requests)
     if args.prompt is None or args.target is None:
         raise ConfigError("nothing to edit; give --prompt and --target, or --requests FILE.jsonl")
-    return [EditRequest(args.prompt, args.target, args.subject, occurrence=args.occurrence, join=args.join)]
+    return [EditRequest(**{name: value for name in OF_ONE if (value := getattr(args, name)) is not None})]
 
 
 def _steps(progress: Progress, stage: str, editor: Any) -> Callable[[int, int, float], None]:

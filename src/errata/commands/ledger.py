@@ -102,7 +102,7 @@ def _open(args: argparse.Namespace, model: bool = True) -> Ledger:
 
 
 def apply(args: argparse.Namespace, screen: Screen) -> None:
-    if args.patch and any(getattr(args, n) for n in ("prompt", "target", "subject", "requests", "config", "set", "chat")):
+    if args.patch and any(getattr(args, n) for n in (*edit.OF_ONE, "requests", "config", "set", "chat")):
         raise ConfigError("--patch takes patches as they are; leave the options that make an edit out")
     patches = files.load_patches(args.patch) if args.patch else ()
     wanted, settings = ([], {}) if patches else (edit.requests(args), edit.settings(args))

@@ -96,13 +96,13 @@ def _tell(screen: Screen, root: Path, outcome: Any) -> None:
     if outcome.error:
         screen.say(f"{outcome.cell}: failed: {outcome.error}")
         return
-    from errata.score import known
+    from errata.score import known, windows
 
     found = _found(root, outcome.cell)
     spent = found["cost"]["seconds"]
     times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in spent.items() if seconds >= 0.05)
     screen.say(f"{outcome.cell}: done ({times})")
-    if said := known.say(found.get("known")):
+    for said in filter(None, (known.say(found.get("known")), windows.say(found.get("left_out", {}), found.get("window")))):
         screen.say(f"  {said}")
     for gone in found.get("undone", ()):
         screen.say(

@@ -214,7 +214,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     args.left_out = collections.Counter()
     if getattr(benchmark, "only_known", False) if args.known is None else args.known:
         cases, told = _known(lm, benchmark, args, answers, screen)
-    cases = windows.checked(lm, windows.fitting(lm, cases, args.left_out), args.left_out)
+    cases = windows.fitting(lm, cases, args.left_out)
     args.n, at = len(cases), marks(args)
     cases = _watching(lm, args, cases, screen)
     if args.robustness:
@@ -236,7 +236,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         with files.staged(args.out, args.force) as folder:
             results.save(folder, title, document, scored.every, scored.final, what)
     screen.document(document)
-    for said in filter(None, (known.say(told), windows.say(lm, args.left_out))):
+    for said in filter(None, (known.say(told), windows.say(args.left_out, lm.context_length))):
         screen.say(f"{said[:1].upper()}{said[1:]}.")
     results.show(screen, document["summary"], document["differences"])
     results.micro(screen, document.get("micro_averages", ()))
@@ -249,7 +249,7 @@ def _known(lm: LM, benchmark: Any, args: argparse.Namespace, answers: Any, scree
     from errata.score import known, windows
 
     with screen.progress() as progress:
-        every = windows.fitting(lm, benchmark.load(args.split, None, args.seed), args.left_out)
+        every = windows.editable(lm, benchmark.load(args.split, None, args.seed), args.left_out)
         shown = (lambda case: case_in_chat(lm.tokenizer, case)) if args.chat else (lambda case: case)
         told = lambda done, of: progress("asking for facts the model knows", done, of)  # noqa: E731
         found = known.known_cases(lm, every, args.n, answers, told, shown)

@@ -45,7 +45,7 @@ def facts(args: argparse.Namespace) -> Callable[[], list[Fact]]:
     """Where the facts come from; read at once what is quick to check, but import torch only when called."""
     from errata.request import read_requests
 
-    single = [name for name in ("prompt", "subject", "answer") if getattr(args, name) is not None]
+    single = [name for name in ("prompt", "subject", "answer", "occurrence") if getattr(args, name) is not None]
     given = [f"--{name}" for name in (*single[:1], "requests", "benchmark") if getattr(args, name) is not None]
     if len(given) > 1:
         raise ConfigError(f"{given[0]} and {given[1]} exclude each other; trace one or the other")
@@ -64,7 +64,7 @@ def facts(args: argparse.Namespace) -> Callable[[], list[Fact]]:
         from errata.trace import Fact
 
         if not wanted:
-            return [Fact(args.prompt, args.subject, args.answer, args.occurrence)]
+            return [Fact(args.prompt, args.subject, args.answer, 1 if args.occurrence is None else args.occurrence)]
         return [Fact(*r) if isinstance(r, tuple) else Fact.of(r) for r in wanted]
 
     return make

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from errata.core.tokens import Encoded, encode
+from errata.core.tokens import Encoded, encode, join
 from errata.errors import WindowError
 
 _CHARACTERS = 4  # of a token, about
 _SPECIAL = 8  # special tokens that a tokenizer puts around a text, at most
+_ENDING = 2  # tokens that a method may put behind an answer
 _SHOWN = 60  # characters of a text in an error
 
 
@@ -57,6 +58,11 @@ def fits(lm: Any, text: str, more: int = 0) -> bool:
     if limit is None or len(text.encode()) + _SPECIAL + more <= limit:  # a token is at least a byte
         return True
     return bool(len(encode(lm.tokenizer, [text])[0].ids) + more <= limit)
+
+
+def fits_answer(lm: Any, prompt: str, answer: str) -> bool:
+    """Whether the window holds a prompt with its answer, as they are tokenised together, and what a method may put behind."""
+    return fits(lm, join(prompt, answer)[0], _ENDING)
 
 
 def _longest_token(lm: Any) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from errata.core.chat import behind
 from errata.core.model import LM
-from errata.core.tokens import join, subject_spans
-from errata.core.window import fits
+from errata.core.tokens import subject_spans
+from errata.core.window import fits_answer
 from errata.request import EditRequest
 
 _BEFORE = (
@@ -25,7 +25,6 @@ _BEFORE = (
     "For many years nobody asked, but today it is well known:",
 )
 MOST = len(_BEFORE)
-_ENDING = 2  # tokens that a method may put behind an answer
 
 
 def ways_to_ask(lm: LM, request: EditRequest, prefixes: int) -> list[str]:
@@ -55,7 +54,7 @@ def neighbours(lm: LM, contrast: Sequence[tuple[str, str]], prefixes: int) -> li
 def _behind(lm: LM, before: str, prompt: str, answer: str) -> str:
     """A short text, and the prompt; the prompt alone where the model's window does not hold both."""
     text = behind(lm.tokenizer, f"{before} ", prompt)
-    return text if fits(lm, join(text, answer)[0], _ENDING) else prompt
+    return text if fits_answer(lm, text, answer) else prompt
 
 
 def names(request: EditRequest, text: str) -> bool:

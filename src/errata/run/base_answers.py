@@ -35,9 +35,9 @@ def cases_of(
     what was found); with ``score.robustness`` also the suite's probes, the same for all methods of the run: those that fit
     behind the longest context any of them puts in front; with ``chat`` in the chat template.
     ``source``: the opened benchmark, which may learn from what it loads.  ``left_out`` counts what the model's window does not hold."""
-    found: list[Case] = _known(lm, cell, folder, source, spec.chat) if grid.only_known(spec, cell) else cell.cases(source)
     left_out = Counter() if left_out is None else left_out
-    found = windows.checked(lm, windows.fitting(lm, found, left_out), left_out)
+    found: list[Case] = _known(lm, cell, folder, source, spec.chat, left_out) if grid.only_known(spec, cell) else cell.cases(source)
+    found = windows.fitting(lm, found, left_out)
     if count := neighbours.to_watch(spec.score.watch, found):
         found = neighbours.add_watch_probes(lm, found, count, together=any(s.kind != "single" for s in spec.scenario))
     if spec.score.robustness:
@@ -51,19 +51,20 @@ def known(folder: Path) -> dict[str, Any] | None:
     return read_document(folder / KNOWN)["known"] if (folder / KNOWN).exists() else None
 
 
-def _known(lm: LM, cell: grid.Cell, folder: Path, source: Any, chat: bool) -> list[Case]:
+def _known(lm: LM, cell: grid.Cell, folder: Path, source: Any, chat: bool, left_out: Counter[str]) -> list[Case]:
     every = cell.cases(source, every=True)
     path = folder / KNOWN
     if not path.exists():
         with locked(folder):
-            answers = AnswerCache()
+            answers, unfit = AnswerCache(), Counter[str]()
             shown = (lambda case: case_in_chat(lm.tokenizer, case)) if chat else (lambda case: case)
-            found = known_cases(lm, windows.fitting(lm, every, Counter()), cell.wanted, answers, shown=shown)
+            found = known_cases(lm, windows.editable(lm, every, unfit), cell.wanted, answers, shown=shown)
             kept = {"fingerprint": lm.fingerprint, "known": found.to_dict(), "cases": [case.id for case in found.cases]}
-            document(path, {**kept, "asked": _given(answers, AnswerCache())})
+            document(path, {**kept, "left_out": dict(unfit), "asked": _given(answers, AnswerCache())})
     then = read_document(path)
     if then["fingerprint"] != lm.fingerprint:
         raise ModelError(f"{folder}: was begun with the model {then['fingerprint']}, which is now {lm.fingerprint}; give another --out")
+    left_out.update(then.get("left_out", {}))  # a folder of before has none
     by_id = {case.id: case for case in every}
     return [by_id[name] for name in then["cases"] if name in by_id]
 

@@ -186,7 +186,10 @@ class CellRunner:
         if self.spec.score.fluency:
             records += clock.run("sampling", lambda: self._fluency(journal, stacks))
         found = summary.of_cell(self.cell, records, journal.entries, self.cases)
-        document(self.folder / "summary.json", {**found, "known": base_answers.known(self.base), "left_out": dict(self.left_out)})
+        document(
+            self.folder / "summary.json",
+            {**found, "known": base_answers.known(self.base), "left_out": dict(self.left_out), "window": self.lm.context_length},
+        )
         memory = cost.peak(self.lm.device)
         found = summary.sizes(stacks, self.single)
         if self.spec.score.latency:

@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from errata.core.model import LM
-from errata.core.tokens import join
-from errata.core.window import fits
+from errata.core.window import fits, fits_answer
 from errata.errors import InputError
 from errata.request import Case, EditRequest, Probe
 
-_ENDING = 2  # tokens that a method may put behind a target
 
-
-def fitting(lm: LM, cases: Iterable[Case], left_out: collections.Counter[str]) -> Iterator[Case]:
-    """The cases whose edits fit, without the probes that do not; ``left_out`` counts both by what they are."""
+def editable(lm: LM, cases: Iterable[Case], left_out: collections.Counter[str]) -> Iterator[Case]:
+    """The cases whose edits fit; ``left_out`` counts the others."""
     for case in cases:
-        if not all(_fits(lm, prompt, target) for r in case.requests for prompt, target in _texts(r)):
+        if all(fits_answer(lm, prompt, target) for r in case.requests for prompt, target in _texts(r)):
+            yield case
+        else:
             left_out["case"] += 1
-            continue
+
+
+def fitting(lm: LM, cases: Iterable[Case], left_out: collections.Counter[str]) -> list[Case]:
+    """`editable` cases without the probes that do not fit, which ``left_out`` counts by kind.  `InputError` where no case is left."""
+    out = []
+    for case in editable(lm, cases, left_out):
         kept = tuple(probe for probe in case.probes if _asked(lm, probe))
         left_out.update(f"{probe.kind} probe" for probe in case.probes if probe not in kept)
-        yield case if len(kept) == len(case.probes) else replace(case, probes=kept)
+        out.append(case if len(kept) == len(case.probes) else replace(case, probes=kept))
+    if not out:
+        raise InputError(f"no case fits: {say(left_out, lm.context_length)}")
+    return out
 
 
-def checked(lm: LM, cases: Iterable[Case], left_out: collections.Counter[str]) -> list[Case]:
-    """All of them; `InputError` where none is left."""
-    kept = list(cases)
-    if not kept:
-        raise InputError(f"no case fits: {say(lm, left_out)}")
-    return kept
-
-
-def say(lm: LM, left_out: collections.Counter[str]) -> str:
+def say(left_out: Mapping[str, int], window: int | None) -> str:
     """In words; "" where nothing was left out."""
     if not left_out:
         return ""
     parts = ", ".join(f"{count} {what}{'s' if count > 1 else ''}" for what, count in sorted(left_out.items()))
-    return f"left out {parts}: longer than this model's window of {lm.context_length} tokens"
+    return f"left out {parts}: longer than this model's window of {window} tokens"
 
 
 def _texts(request: EditRequest) -> Iterator[tuple[str, str]]:
@@ -47,10 +46,6 @@ def _texts(request: EditRequest) -> Iterator[tuple[str, str]]:
     yield from (*request.unrelated, *request.contrast)
 
 
-def _fits(lm: LM, prompt: str, target: str) -> bool:
-    return fits(lm, join(prompt, target)[0], _ENDING)
-
-
 def _asked(lm: LM, probe: Probe) -> bool:
     """Whether a probe's prompt fits with each answer that stands behind it, and with one token where none does."""
-    return fits(lm, probe.prompt, 1) if probe.target is None else _fits(lm, probe.prompt, probe.target)
+    return fits(lm, probe.prompt, 1) if probe.target is None else fits_answer(lm, probe.prompt, probe.target)
