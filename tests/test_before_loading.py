@@ -80,6 +80,14 @@ def _options(parser: Any) -> Iterator[tuple[str, set[str]]]:
             yield from _options(sub)
 
 
+@pytest.mark.parametrize(("given", "message"), [(["--layers", "2,x"], "write block numbers"), (["--text", "nowhere.txt"], "no such text")])
+def test_what_statistics_are_made_of_is_judged_before_the_model_is_loaded(
+    given: list[str], message: str, no_model: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["stats", "almanac", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_settings_that_are_right_beside_what_was_found_are_not_refused(models_cache: Path) -> None:
     """AdaLoRA's target_rank is at most its rank, which `errata tune` may have raised for this model."""
     kind = registry.get("method", "adalora")

@@ -27,30 +27,38 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--threshold", type=float, default=_THRESHOLD, help="eigenvalues below it count as AlphaEdit's null space (0.02)")
 
 
-def _layers(args: argparse.Namespace, lm: LM) -> list[int]:
-    if args.layers is None:
+def _numbers(layers: str | None) -> list[int] | None:
+    """The blocks that were asked for; None where none were."""
+    try:
+        return layers if layers is None else sorted({int(part) for part in layers.split(",")})
+    except ValueError:
+        raise ConfigError(f"--layers {layers!r}: write block numbers with commas, like 4,5,6") from None
+
+
+def _blocks(lm: LM, asked: list[int] | None) -> list[int]:
+    """The blocks asked for, which must exist; without any those that the methods edit in this model."""
+    if asked is None:
         from errata.methods.locate.editor import LocateEditor
 
         kinds = [registry.get("method", name) for name in registry.names("method")]
         return sorted({b for kind in kinds if issubclass(kind, LocateEditor) for b in kind.for_model(lm).target_layers(lm)})
-    try:
-        found = sorted({int(part) for part in args.layers.split(",")})
-    except ValueError:
-        raise ConfigError(f"--layers {args.layers!r}: write block numbers with commas, like 4,5,6") from None
-    if wrong := [b for b in found if not 0 <= b < lm.depth]:
+    if wrong := [b for b in asked if not 0 <= b < lm.depth]:
         raise ConfigError(f"--layers: block {wrong[0]} does not exist; this model has blocks 0 to {lm.depth - 1}")
-    return found
+    return asked
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.text.corpora import open_corpus
+
+    asked, text = _numbers(args.layers), open_corpus(args.text)
     lm = common.load(args)
     from errata.text.statistics import moments
 
-    sites = [lm.mlp_site(b) for b in _layers(args, lm)]
+    sites = [lm.mlp_site(b) for b in _blocks(lm, asked)]
     began = time.perf_counter()
     with screen.progress() as progress:
         found = moments(
-            lm, sites, args.text, tokens=args.tokens, batch_tokens=args.batch_tokens, progress=lambda done, of: progress("tokens", done, of)
+            lm, sites, text, tokens=args.tokens, batch_tokens=args.batch_tokens, progress=lambda done, of: progress("tokens", done, of)
         )
     rows = [_row(found[site], args.threshold) for site in sites]
     seconds = round(time.perf_counter() - began, 3)

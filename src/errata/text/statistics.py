@@ -111,7 +111,7 @@ def _cholesky(c: Tensor, ridge: float, scale: float) -> Tensor:
 def moments(
     lm: LM,
     sites: Sequence[Site],
-    source: str = "bundled",
+    source: str | Corpus = "bundled",
     *,
     tokens: int = TOKENS,
     batch_tokens: int = _BATCH_TOKENS,
@@ -125,7 +125,7 @@ def moments(
     """
     if tokens < 1:
         raise InputError(f"tokens must be at least 1, not {tokens}")
-    corpus = open_corpus(source)
+    corpus = open_corpus(source) if isinstance(source, str) else source
     known = {site: ("moments", site, corpus.digest, tokens, seed) for site in sites}
     if all(key in lm.base_cache for key in known.values()):
         return {site: lm.base_cache[key] for site, key in known.items()}
