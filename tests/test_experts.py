@@ -12,6 +12,7 @@ import torch
 from architectures import PROMPTS, acts_and_leaves_no_trace, build, model, request
 from families import SENTENCES, tokenizer, trained
 from laws import REQUESTS, editor
+from safetensors import safe_open
 from torch import Tensor
 
 from errata.core import experts
@@ -21,7 +22,7 @@ from errata.core.patch import Op, Patch, Site
 from errata.core.read import read_activations
 from errata.core.tail import FullForward, Tail, split_rows_at
 from errata.errors import ConfigError, ErrataError, PatchError
-from errata.export import bake
+from errata.export import bake, export_lora
 from errata.methods.locate.run import LocateThenEditRun
 from errata.text.statistics import Moments, moments
 
@@ -244,5 +245,29 @@ def test_what_experts_are_not_for_says_so(tmp_path: Path) -> None:
         lm = model(other)
         with pytest.raises(PatchError, match=r"block 1 has no fused experts|does not keep its experts in plain 3-D weights"):
             lm.check_site(Site(1, experts.POINT))
-    with pytest.raises(PatchError, match=r"made with none, whose 'experts' op is no change of weights"):
-        bake(base, (made(base, 1, 1, [0], 0),), tmp_path / "out")
+    with pytest.raises(PatchError, match=r"mlp\.experts: fused experts are edited.*bake the patch"):
+        export_lora(base, (made(base, 1, 1, [0], 0),), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", FUSED)
+@torch.no_grad()
+def test_a_baked_change_of_experts_is_that_change(name: str, tmp_path: Path) -> None:
+    """In float64, two patches that share an expert; the checkpoint has the names of one that transformers saves, and loads as one."""
+    base, block = model(name, torch.float64), BLOCK.get(name, 2)
+    stack = made(base, block, 2, [0, 3], 0), made(base, block, 1, [1, 3], 1)
+    before = {k: t.clone() for k, t in base.hf.state_dict().items()}
+    report = bake(base, stack, tmp_path / "out")
+    assert [w.path.rpartition(".")[2] for w in report.linears] == ["experts"] and report.lost < 1e-12
+    wanted = changed(base, *stack)
+    wanted.save_pretrained(tmp_path / "theirs")
+    for folder in ("out", "theirs"):
+        assert (tmp_path / folder / "model.safetensors").exists()
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as ours, safe_open(tmp_path / "theirs/model.safetensors", "pt") as theirs:
+        assert set(ours.keys()) == set(theirs.keys())
+        for key in ours.keys():  # noqa: SIM118
+            torch.testing.assert_close(ours.get_tensor(key), theirs.get_tensor(key), atol=1e-12, rtol=0)
+    loaded = type(base.hf).from_pretrained(tmp_path / "out", dtype=torch.float64, experts_implementation="eager")
+    ids = torch.tensor([base.encode(PROMPTS)[0].ids])
+    torch.testing.assert_close(loaded(input_ids=ids).logits, wanted(input_ids=ids).logits, atol=1e-6, rtol=0)
+    assert not torch.allclose(loaded(input_ids=ids).logits, base.hf(input_ids=ids).logits, atol=1e-3)
+    assert all(torch.equal(t, before[k]) for k, t in base.hf.state_dict().items())

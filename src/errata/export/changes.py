@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from errata import __version__, storage
+from errata.core import experts
 from errata.core.bank import Stack, active_patches
 from errata.core.families import linear_sizes, resolve
 from errata.core.model import LM
@@ -27,30 +28,38 @@ AT_ONCE = 4_000_000  # numbers handled at a time
 
 @dataclass(frozen=True)
 class WeightDelta:
-    """What a stack adds to one linear: its path from the model, the module, the ops."""
+    """What a stack adds to one linear, or to the last matrices of fused experts: its path from the model, the module, the ops."""
 
     path: str
     module: Any
     ops: tuple[Op, ...]
 
     @property
+    def fused(self) -> bool:
+        """Whether it changes experts, which keep their weights in one tensor [E, O, I]."""
+        return self.ops[0].kind == experts.POINT
+
+    @property
     def transposed(self) -> bool:
-        """GPT-2's Conv1D keeps its weight as [I, O]."""
-        return type(self.module).__name__ == "Conv1D"
+        """GPT-2's Conv1D, and some experts, keep a weight as [I, O]."""
+        return bool(self.module.is_transposed) if self.fused else type(self.module).__name__ == "Conv1D"
 
     @property
     def sizes(self) -> tuple[int, int]:
         """(input size, output size)."""
-        return linear_sizes(self.module)
+        return experts.sizes(self.module)[1:] if self.fused else linear_sizes(self.module)
 
     @property
     def rank(self) -> int:
         """Of the factors together; 0 where a dense op is among them."""
-        ranks = [sizes(op)[0] for op in self.ops]
+        ranks = [op.tensors["up"].shape[1] if self.fused else sizes(op)[0] for op in self.ops]
         return sum(ranks) if all(ranks) else 0
 
     def rows(self, transposed: bool = False) -> Iterator[Tensor]:
-        """ΔW [O, I] (or its transpose) in float64, some rows at a time."""
+        """ΔW [O, I] (or its transpose) in float64, some rows at a time; of experts [1, O, I], one after another."""
+        if self.fused:
+            yield from self._experts(transposed)
+            return
         low = [op.tensors for op in self.ops if op.kind == "low_rank"]
         dense = [_wide(op.tensors["weight"]) for op in self.ops if op.kind == "dense"]
         inner, outer = self.sizes
@@ -64,6 +73,16 @@ class WeightDelta:
             for weight in dense:
                 part = part + weight[start : start + step]
             yield part
+
+    def _experts(self, transposed: bool) -> Iterator[Tensor]:
+        count, inner, outer = experts.sizes(self.module)
+        for expert in range(count):
+            delta = torch.zeros(outer, inner, dtype=torch.float64)
+            for op in self.ops:
+                if (slot := (op.tensors["experts"].cpu() == expert).nonzero()).numel():
+                    begin = int(slot) * inner
+                    delta += _wide(op.tensors["up"]) @ _wide(op.tensors["down"][:, begin : begin + inner])
+            yield (delta.mT if transposed else delta)[None]
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -81,14 +100,17 @@ def slice_of(numbers: int) -> int:
 
 
 def weight_deltas(lm: LM, stack: Stack) -> list[WeightDelta]:
-    """The stack by linear.  `PatchError` when it is empty or changes nothing, is of another base, or not a change of weights."""
+    """The stack by linear and by block's experts.
+
+    `PatchError` when it is empty or changes nothing, is of another base, or not a change of weights.
+    """
     if not stack:
         raise PatchError("no patch to export; name at least one")
     found: dict[str, list[Op]] = {}
     for patch in active_patches(stack):
         lm.check(patch)
         for op in patch.ops:
-            if op.kind not in WEIGHT_LIKE:
+            if op.kind not in (*WEIGHT_LIKE, experts.POINT):
                 raise PatchError(
                     f"patch {patch.id} was made with {patch.method}, whose {op.kind!r} op is no change of weights; serve it "
                     "with errata (attach it, or `errata ask --patch`), or make the edit again with a method that changes weights "

@@ -53,8 +53,8 @@ def bake(lm: LM, stack: Stack, folder: str | Path, *, dtype: str | torch.dtype |
     """Write the model that ``stack`` (low-rank and dense ops) makes of ``lm`` as a checkpoint that needs no errata.
 
     ``dtype``: of the floating weights written; None keeps each one's own.  Weights are read, never changed, and pass through memory a
-    slice at a time.  The folder appears whole or not at all; one that is there is replaced only with ``force``, and only if it is a
-    checkpoint.
+    slice at a time; only fused experts that are edited, all of a block at once.  The folder appears whole or not at all; one that is
+    there is replaced only with ``force``, and only if it is a checkpoint.
     """
     out, wanted = Path(folder), dtype_named(dtype)
     found = weight_deltas(lm, stack)
@@ -88,7 +88,10 @@ def _checkpoint(lm: LM, found: list[WeightDelta], dtype: torch.dtype | None, los
             )
         if tensor.dtype not in tensors.NAMES:
             raise ModelError(f"{name} is stored as {tensor.dtype}, which is no plain weight; load the model in float32 or bfloat16")
-    sources = {_place(weight): change for change in found for weight in [_plain(change, state)]}
+    sources = {_place(_plain(change, state)): change for change in found if not change.fused}
+    for mixture in (c for c in found if c.fused):  # checkpoints may name each expert: the weight is cut apart once it is edited
+        weight = state[name := f"{mixture.path}.down_proj"]
+        state[name] = torch.cat(list(_edited(weight, mixture, dtype or weight.dtype, lost)))
     out: dict[str, LazyTensor] = {}
     for name, tensor in _as_saved(lm.hf, state).items():
         change = sources.pop(_place(tensor), None)

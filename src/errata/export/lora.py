@@ -61,6 +61,8 @@ def export_lora(
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1, not {rank}")
     found = weight_deltas(lm, stack)
+    if fused := [change.path for change in found if change.fused]:
+        raise PatchError(f"{fused[0]}: fused experts are edited, for which an adapter has no place in serving programs; bake the patch")
     place(lm, out, force, "a LoRA adapter", FILES, CONFIG)
     assert wanted is not None
     adapters = [(change, _factors(change, rank, wanted)) for change in found]
