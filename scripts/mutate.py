@@ -1,13 +1,13 @@
 """Change the source in one place at random, run the tests that pass that line, count which changes no test sees.
 
-    pytest -n 2 --dist loadgroup --cov --cov-context=test --cov-report= --junitxml=junit.xml    # once: which test runs which line, and how long
-    python scripts/mutate.py .coverage junit.xml [--n 300] [--seed 0] [--jobs 2] [--seconds 60] --out FILE.json
+    PYTHONPATH=scripts pytest -p lines_of_tests -n 2 --dist loadgroup --lines-of-tests lines    # once: which test runs which line
+    python scripts/mutate.py lines [--n 300] [--seed 0] [--jobs 2] [--seconds 60] --out FILE.json
 
 The changes are cosmic-ray's (operators, comparisons, numbers, keywords, decorators, loops, exceptions); N places are drawn from `core`, `score`,
 `ledger` and `methods/subspace`, of each place one change.  Not drawn: annotations and what is not run by any test (that is counted).  Each change
 is made in a copy of the repository, by a process of its own; the tests that run the line are taken from the quickest on, until SECONDS of them.
 Tests of the source's own form (house, docs, types) do not count.  The file grows line by line: the same command goes on where it stopped.
-Needs `pip install cosmic-ray pytest-cov`.
+Needs `pip install cosmic-ray coverage`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ import itertools
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,34 +61,18 @@ def annotations(path: Path) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]
                 yield (one.lineno, one.col_offset), (one.end_lineno, one.end_col_offset)
 
 
-def tests_of_lines(coverage: Path) -> dict[str, dict[int, set[str]]]:
-    """{file in src/errata: {line: tests that run it}}."""
-    from coverage import CoverageData
-
-    data = CoverageData(str(coverage))
-    data.read()
-    found: dict[str, dict[int, set[str]]] = {}
-    for file in data.measured_files():
-        short = file.rpartition("src/errata/")[2]
-        lines = data.contexts_by_lineno(file)
-        found[short] = {n: {plain(t) for t in tests if "::" in t} for n, tests in lines.items()}
-    return found
-
-
-def plain(test: str) -> str:
-    """A test's id without what pytest-cov and xdist add to it."""
-    return re.sub(r"@[^@\]]*$", "", test.rpartition("|")[0] or test)
-
-
-def seconds_of_tests(junit: Path) -> dict[str, float]:
-    """{id of a test: seconds it took}."""
-    found = {}
-    for case in ElementTree.parse(junit).iter("testcase"):
-        parts = case.get("classname", "").split(".")
-        file = next(i for i, part in enumerate(parts) if part.startswith("test_"))
-        name = "::".join(["/".join(parts[: file + 1]) + ".py", *parts[file + 1 :], case.get("name", "")])
-        found[plain(name)] = float(case.get("time", 0))
-    return found
+def counted(folder: Path) -> tuple[dict[str, dict[int, set[str]]], dict[str, float]]:
+    """({file in src/errata: {line: tests that run it}}, {test: seconds}) of what `lines_of_tests` wrote."""
+    lines: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    seconds: dict[str, float] = {}
+    for path in folder.glob("*.json"):
+        own = json.loads(path.read_text())
+        seconds |= own["seconds"]
+        known = list(own["seconds"])
+        for file, tests in own["lines"].items():
+            for line, which in tests.items():
+                lines[file][int(line)].update(known[i] for i in which)
+    return lines, seconds
 
 
 def drawn(n: int, seed: int, lines: dict[str, dict[int, set[str]]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -100,7 +82,7 @@ def drawn(n: int, seed: int, lines: dict[str, dict[int, set[str]]]) -> tuple[lis
         for path in sorted((ROOT / "src/errata" / area).rglob("*.py")):
             file = path.relative_to(ROOT / "src/errata").as_posix()
             for (begin, end), changes in sorted(places(path).items()):
-                if lines.get(file, {}).get(begin[0]):
+                if lines[file][begin[0]]:
                     every.append((file, begin, end, changes))
                 else:
                     dark += 1
@@ -172,15 +154,14 @@ def run(copy: Path, tests: list[str], limit: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("coverage", type=Path)
-    parser.add_argument("junit", type=Path)
+    parser.add_argument("lines", type=Path)
     parser.add_argument("--n", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    lines, seconds = tests_of_lines(args.coverage), seconds_of_tests(args.junit)
+    lines, seconds = counted(args.lines)
     changes, counts = drawn(args.n, args.seed, lines)
     journal = args.out.with_suffix(".jsonl")
     done = [json.loads(text) for text in journal.read_text().splitlines()] if journal.exists() else []
