@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test slow check bench docs clean
+.PHONY: demo test slow check bench docs llama-cpp clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,9 +30,17 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/edit_speed.py
 
+# llama.cpp for tests/test_llama_cpp.py, in an environment of its own (34 MB).
+llama-cpp: .engines/llama-cpp/.ready
+
+.engines/llama-cpp/.ready:
+	$(PYTHON) -m venv .engines/llama-cpp
+	.engines/llama-cpp/bin/pip install --quiet xllamacpp==2026.10.11549 numpy
+	touch $@
+
 docs: $(READY)
 	$(BIN)/python scripts/make_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) demo-report site
+	rm -rf $(VENV) .engines demo-report site

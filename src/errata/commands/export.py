@@ -22,10 +22,14 @@ _LOSS = 0.01  # share of a change beyond which a loss is worth a sentence
 
 def add(group: common.Subparsers) -> None:
     """Into the group ``errata patch``."""
-    out = _parser(group, "bake", bake, "write a checkpoint with the edits in its weights")
-    out.add_argument("--dtype", help="float32, bfloat16 … of the written weights; without it as the model was saved")
+    out = _parser(group, "bake", bake, "write a checkpoint, or a GGUF, with the edits in its weights")
+    out.add_argument(
+        "--dtype",
+        help="float32, bfloat16 … of the written weights, without it as the model was saved; of a GGUF the edited ones' (float16), or same",
+    )
+    out.add_argument("--base", metavar="FILE.gguf", help="--out FILE.gguf: the file to copy, where MODEL was not loaded from one")
     out = _parser(group, "export", export, "write the edits as an adapter of the model")
-    out.add_argument("--format", choices=("lora",), required=True, help="lora: as PEFT and vLLM read it")
+    out.add_argument("--format", choices=("lora", "gguf"), required=True, help="lora: as PEFT and vLLM read it; gguf: as llama.cpp does")
     out.add_argument("--rank", type=common.positive, metavar="N", help="rank at most N, at the loss that is then told; without it exact")
     out.add_argument("--dtype", default="float32", help="float32 (the default), bfloat16 … of the adapter's weights")
     out.add_argument("--every-block", action="store_true", help="zeros for the same linears of the other blocks (TGI wants all)")
@@ -46,7 +50,7 @@ def _parser(group: common.Subparsers, name: str, run: Any, about: str, model: bo
         metavar="DIR",
         help="patch folders, or a folder made by `errata edit --out`; stacked in this order",
     )
-    out.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    out.add_argument("--out", type=Path, required=True, metavar="PLACE", help="folder to write; of a GGUF the file")
     out.add_argument("--force", action="store_true", help="replace what an earlier run wrote at --out (as a whole)")
     return out
 
@@ -60,33 +64,65 @@ def _loaded(args: argparse.Namespace) -> tuple[LM, tuple[Patch, ...]]:
 
 def bake(args: argparse.Namespace, screen: Screen) -> None:
     from errata.export import bake as write
+    from errata.export import bake_gguf
     from errata.export.changes import dtype_named
+    from errata.export.gguf import place
 
-    dtype_named(args.dtype)  # before a model is loaded for nothing
+    packed = args.out.suffix == ".gguf"
+    if args.base is not None and not packed:
+        raise ConfigError("--base is for a GGUF; give --out FILE.gguf too")
+    if not packed or args.dtype not in (None, "same"):
+        dtype_named(args.dtype)  # before a model is loaded for nothing
+    if packed:
+        place(args.out, args.force)
     lm, stack = _loaded(args)
-    report = write(lm, stack, args.out, dtype=args.dtype, force=args.force)
-    _tell(screen, args, lm, stack, report, "transformers")
+    if packed:
+        report = bake_gguf(lm, stack, args.out, base=args.base, dtype=args.dtype or "float16", force=args.force)
+    else:
+        report = write(lm, stack, args.out, dtype=args.dtype, force=args.force)
+    _tell(screen, args, lm, stack, report, "gguf" if packed else "transformers")
     if report.lost > _LOSS:
         screen.say(
             f"Rounding to {report.dtype} moved the edited weights by up to {report.lost:.1%} of the change; ask it before you rely on it."
         )
-    screen.say(f"Load it without errata: AutoModelForCausalLM.from_pretrained({str(args.out)!r}), or vllm serve {args.out}")
+    if packed:
+        screen.say(f"Serve it without errata: llama-server -m {args.out}")
+    else:
+        screen.say(f"Load it without errata: AutoModelForCausalLM.from_pretrained({str(args.out)!r}), or vllm serve {args.out}")
 
 
 def export(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.export import export_gguf, export_lora
     from errata.export.changes import dtype_named
     from errata.export.engines import objections
-    from errata.export.lora import export_lora
+    from errata.export.gguf import place
 
+    if args.every_block and args.format == "gguf":
+        raise ConfigError("--every-block is for --format lora; llama.cpp wants only what is edited")
     dtype_named(args.dtype)
+    if args.format == "gguf":
+        place(args.out, args.force)
     lm, stack = _loaded(args)
-    report = export_lora(lm, stack, args.out, rank=args.rank, dtype=args.dtype, force=args.force, every_block=args.every_block)
-    against = objections(args.out, lm.hf.config.model_type)
-    _tell(screen, args, lm, stack, report, args.format, vllm_objections=against)
+    how = {"rank": args.rank, "dtype": args.dtype, "force": args.force}
+    if args.format == "gguf":
+        report = export_gguf(lm, stack, args.out, **how)
+        _tell(screen, args, lm, stack, report, args.format)
+    else:
+        report = export_lora(lm, stack, args.out, **how, every_block=args.every_block)
+        against = objections(args.out, lm.hf.config.model_type)
+        _tell(screen, args, lm, stack, report, args.format, vllm_objections=against)
     if report.lost > _LOSS:
         screen.say(f"The adapter lacks up to {report.lost:.1%} of the change's norm; ask it before you rely on it.")
-    screen.say(f"Load it without errata: PeftModel.from_pretrained(base, {str(args.out)!r})")
-    tell_vllm(screen, args.model, args.out, max(w.rank for w in report.linears), against)
+    if args.format == "gguf":
+        tell_llama_cpp(screen, args.out)
+    else:
+        screen.say(f"Load it without errata: PeftModel.from_pretrained(base, {str(args.out)!r})")
+        tell_vllm(screen, args.model, args.out, max(w.rank for w in report.linears), against)
+
+
+def tell_llama_cpp(screen: Screen, adapter: str | Path) -> None:
+    """The line that serves a GGUF adapter."""
+    screen.say(f"llama-server -m BASE.gguf --lora {adapter}    # the base in any quantisation")
 
 
 def tell_vllm(screen: Screen, model: str, adapter: str | Path, rank: int, objections: Sequence[str]) -> None:

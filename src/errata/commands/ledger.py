@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata import registry
 from errata.commands import common, edit, files, neighbours
-from errata.commands.export import tell_vllm
+from errata.commands.export import tell_llama_cpp, tell_vllm
 from errata.commands.screen import Screen, said
 from errata.core.chat import user_words
 from errata.errors import ConfigError
@@ -57,6 +57,7 @@ def add(commands: common.Subparsers) -> None:
     out.add_argument("--rank", type=common.positive, metavar="N", help="of the adapter at most, at a loss; without it exact")
     out.add_argument("--every-block", action="store_true", help="zeros in the adapter for the other blocks (TGI wants all)")
     out.add_argument("--checkpoint", action="store_true", help="also the whole model with the edits in its weights")
+    out.add_argument("--gguf", action="store_true", help="also the adapter as llama.cpp reads it")
 
 
 def _parser(verbs: common.Subparsers, name: str, run: Any, about: str, model: bool = True) -> argparse.ArgumentParser:
@@ -260,15 +261,16 @@ def compact(args: argparse.Namespace, screen: Screen) -> None:
 
 def export(args: argparse.Namespace, screen: Screen) -> None:
     ledger = _open(args)
-    found = ledger.export(args.out, rank=args.rank, every_block=args.every_block, checkpoint=args.checkpoint)
-    adapter, checkpoint = (None if p is None else str(p) for p in (found.adapter, found.checkpoint))
+    found = ledger.export(args.out, rank=args.rank, every_block=args.every_block, checkpoint=args.checkpoint, gguf=args.gguf)
+    adapter, checkpoint, gguf = (None if p is None else str(p) for p in (found.adapter, found.checkpoint, found.gguf))
     document = {"saved": str(args.out), "patches": list(found.patches), "requests": found.requests, "adapter": adapter}
-    screen.document(
-        {**document, "why_not": found.why_not, "rank": found.rank, "vllm_objections": list(found.objections), "checkpoint": checkpoint}
-    )
+    document |= {"why_not": found.why_not, "rank": found.rank, "vllm_objections": list(found.objections)}
+    screen.document({**document, "checkpoint": checkpoint, "gguf": gguf})
     screen.say(f"Patches: {len(found.patches)}, requests: {found.requests}. " + common.saved(args.out))
     screen.say(f"LoRA adapter: {adapter}" if adapter else f"No LoRA adapter: {found.why_not}")
     if adapter:
         tell_vllm(screen, ledger.lm.name, adapter, found.rank, found.objections)
     if checkpoint:
         screen.say(f"Checkpoint: {checkpoint}; vllm serve {checkpoint}")
+    if gguf:
+        tell_llama_cpp(screen, gguf)

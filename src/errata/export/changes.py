@@ -138,9 +138,9 @@ class Written:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written where."""
+    """What was written where: a folder, or a file."""
 
-    folder: Path
+    path: Path
     dtype: str
     linears: tuple[Written, ...]
 

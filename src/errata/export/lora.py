@@ -58,16 +58,15 @@ def export_lora(
     leaves the adapter's weights out.
     """
     out, wanted = Path(folder), dtype_named(dtype)
-    if rank is not None and rank < 1:
-        raise ConfigError(f"rank must be at least 1, not {rank}")
+    checked_rank(rank)
     found = weight_deltas(lm, stack)
     if fused := [change.path for change in found if change.fused]:
         raise PatchError(f"{fused[0]}: fused experts are edited, for which an adapter has no place in serving programs; bake the patch")
     place(lm, out, force, "a LoRA adapter", FILES, CONFIG)
     assert wanted is not None
-    adapters = [(change, _factors(change, rank, wanted)) for change in found]
+    adapters = [(change, factors(change, rank, wanted)) for change in found]
     ranks = {change.path: int(op.tensors["down"].shape[0]) for change, op in adapters}
-    written = tuple(Written(c.path, ranks[c.path], _lost(c, op)) for c, op in adapters)
+    written = tuple(Written(c.path, ranks[c.path], lost_of(c, op)) for c, op in adapters)
     most = max(1, *ranks.values())
     pairs = {change.path: (op.tensors["down"], op.tensors["up"]) for change, op in adapters}
     for path, (inner, outer) in (_others(lm, found) if every_block else {}).items():
@@ -85,6 +84,11 @@ def export_lora(
         storage.write(temporary / CONFIG, json.dumps(_config(lm, found, sorted(pairs), most), indent=2).encode())
         mark(lm, stack, temporary, USE.format(rank=vllm_rank(most)), written, stored)
     return ExportReport(out, stored, written)
+
+
+def checked_rank(rank: int | None) -> None:
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank must be at least 1, not {rank}")
 
 
 def _padded(t: Tensor, sides: tuple[int, ...]) -> Iterator[Tensor]:
@@ -134,7 +138,7 @@ def _config(lm: LM, found: list[WeightDelta], paths: list[str], rank: int) -> di
     }
 
 
-def _factors(change: WeightDelta, limit: int | None, dtype: torch.dtype) -> Op:
+def factors(change: WeightDelta, limit: int | None, dtype: torch.dtype) -> Op:
     """One low-rank op for a linear, of the least rank that loses nothing, or of ``limit``."""
     (inner, outer), site = change.sizes, Site(0, change.path)
     if change.rank:
@@ -162,7 +166,8 @@ def _beyond(values: Tensor, rank: int) -> float:
     return float(values[rank:].norm() / values.norm()) if values.any() else 0.0
 
 
-def _lost(change: WeightDelta, op: Op) -> float:
+def lost_of(change: WeightDelta, op: Op) -> float:
+    """The share of a linear's change that its factors lack."""
     error = size = 0.0
     for exact, got in zip(change.rows(), WeightDelta(change.path, change.module, (op,)).rows(), strict=True):
         error += float((exact - got).square().sum())

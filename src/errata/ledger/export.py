@@ -1,5 +1,5 @@
 """The live stack for others: patch folders in their order, the requests as JSON Lines, a LoRA adapter where all only change weights, and
-on request a checkpoint."""
+on request llama.cpp's adapter and a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from errata.errors import ErrataError, LedgerError, StorageError
 from errata.ledger.state import LedgerState
 from errata.request import to_jsonl
 
-REQUESTS, _ADAPTER, _CHECKPOINT = "requests.jsonl", "lora", "checkpoint"
+REQUESTS, _ADAPTER, _CHECKPOINT, _GGUF = "requests.jsonl", "lora", "checkpoint", "edits.gguf"
 
 
 @dataclass(frozen=True)
 class ExportResult:
     """adapter: where the LoRA adapter is; why_not: why there is none; rank: of the adapter; objections: what vLLM would have against
-    it (see `errata.export.engines`); checkpoint: where the base with the edits in its weights is, if that was asked for.
+    it (see `errata.export.engines`); checkpoint: where the base with the edits in its weights is, gguf: llama.cpp's adapter, if they were
+    asked for.
     """
 
     folder: Path
@@ -29,11 +30,13 @@ class ExportResult:
     rank: int = 0
     objections: tuple[str, ...] = ()
     checkpoint: Path | None = None
+    gguf: Path | None = None
 
 
-def export(ledger: LedgerState, out: Path, rank: int | None, every_block: bool, checkpoint: bool) -> ExportResult:
-    """With ``checkpoint``, `PatchError` where an edit is no change of weights; without it the adapter is left out and the reason told."""
-    from errata.export import bake, export_lora
+def export(ledger: LedgerState, out: Path, rank: int | None, every_block: bool, checkpoint: bool, gguf: bool) -> ExportResult:
+    """With ``checkpoint`` or ``gguf``, `PatchError` where an edit is no change of weights; without them the adapter is left out and the
+    reason told."""
+    from errata.export import bake, export_gguf, export_lora
     from errata.export.engines import objections
 
     with ledger.database.read_transaction() as view:
@@ -53,6 +56,8 @@ def export(ledger: LedgerState, out: Path, rank: int | None, every_block: bool, 
         storage.write(temporary / REQUESTS, to_jsonl(requests).encode())
         if checkpoint:
             bake(ledger.lm, stack, temporary / _CHECKPOINT)
+        if gguf:
+            export_gguf(ledger.lm, stack, temporary / _GGUF, rank=rank)
         try:
             report = export_lora(ledger.lm, stack, temporary / _ADAPTER, rank=rank, every_block=every_block)
             most = max(w.rank for w in report.linears)
@@ -61,5 +66,5 @@ def export(ledger: LedgerState, out: Path, rank: int | None, every_block: bool, 
             raise
         except ErrataError as error:  # a method that is no change of weights, or a dense one too large
             why = str(error)
-    baked = out / _CHECKPOINT if checkpoint else None
-    return ExportResult(out, tuple(p.id for p in stack), len(requests), None if why else adapter, why, most, tuple(against), baked)
+    more = (out / _CHECKPOINT if checkpoint else None, out / _GGUF if gguf else None)
+    return ExportResult(out, tuple(p.id for p in stack), len(requests), None if why else adapter, why, most, tuple(against), *more)

@@ -129,10 +129,10 @@ class Ledger(LedgerState):
         return check.check(self, repair, progress)
 
     def export(
-        self, out: str | Path, *, rank: int | None = None, every_block: bool = False, checkpoint: bool = False
+        self, out: str | Path, *, rank: int | None = None, every_block: bool = False, checkpoint: bool = False, gguf: bool = False
     ) -> export.ExportResult:
         """The live stack as folders for others; see `errata.ledger.export`."""
-        return export.export(self, Path(out), rank, every_block, checkpoint)
+        return export.export(self, Path(out), rank, every_block, checkpoint, gguf)
 
 
 def _login() -> str:
