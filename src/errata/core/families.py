@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from errata.core import offload
+from errata.core.forward import hooks_disabled
 from errata.errors import ModelError
 
 FILE = Path(__file__).with_name("families.json")
@@ -96,17 +101,38 @@ def find(hf: nn.Module) -> Family:
 
 
 def search(hf: nn.Module, name: str) -> Family:
-    """Find the one list of blocks and the embedding; the parts of a block are found by trying, where a method asks for them."""
+    """Find the one list of blocks and the embedding; the parts of a block are found by trying, where a method asks for them.
+
+    Of several lists those count that run for text alone: blocks that look at an image do not.
+    """
     depth = text_config(hf.config).num_hidden_layers
     lists = [path for path, m in hf.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth and _holds_linears(m)]
+    if len(lists) > 1 or text_config(hf.config) is not hf.config:
+        lists = _run_by_text(hf, name, lists)
     if len(lists) != 1:
+        which = f" ({', '.join(lists)})" if lists else ""
         raise ModelError(
-            f"{name}: found {len(lists)} lists of {depth} blocks, need exactly one; add a row to errata/core/families.json "
+            f"{name}: found {len(lists)} lists of {depth} blocks{which}, need exactly one; add a row to errata/core/families.json "
             "with the paths of the blocks, the two output linears, the embedding and the last norm"
         )
     embedding_module = hf.get_input_embeddings()  # type: ignore[operator]
     embedding = next((path for path, m in hf.named_modules() if m is embedding_module), "")
     return Family(name, lists[0], None, None, embedding, None, found="search")
+
+
+@torch.no_grad()
+def _run_by_text(hf: nn.Module, name: str, lists: Sequence[str]) -> list[str]:
+    """Those of the lists that hold a module which runs for a few tokens of text."""
+    ran: set[str] = set()
+    with hooks_disabled(hf), ExitStack() as exits:
+        for path in lists:
+            for module in resolve(hf, path):
+                exits.callback(module.register_forward_pre_hook(lambda *_, path=path: ran.add(path)).remove)
+        try:
+            hf(input_ids=torch.tensor([[1, 2, 3]], device=offload.device(hf)), use_cache=False)
+        except Exception as error:  # a model that asks for more than text, in its own words
+            raise ModelError(f"{name}: does not run for text alone, so it cannot be edited ({str(error).splitlines()[0]})") from error
+    return [path for path in lists if path in ran]
 
 
 def _holds_linears(blocks: nn.ModuleList) -> bool:
