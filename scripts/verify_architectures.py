@@ -55,7 +55,7 @@ def cell(check: Callable[[], str | None]) -> dict[str, str]:
 
 def inspected(lm: LM) -> str | None:
     told = describe(lm)
-    missing = [b for b, own in enumerate(points(lm)) if not any(own.values())]
+    missing = [b for b, own in enumerate(points(lm)) if not any(own.values()) and b not in lm.family.idle]
     if missing or not linears(lm):
         return f"block {missing} has no part with a name"
     return None if lm.family.blocks in told else "the blocks are not told"

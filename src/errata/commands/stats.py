@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from errata import registry, storage
 from errata.commands import common
 from errata.commands.screen import Screen
-from errata.errors import ConfigError
+from errata.errors import ConfigError, PatchError
 
 if TYPE_CHECKING:
     from errata.core.model import LM
@@ -37,8 +37,13 @@ def _layers(args: argparse.Namespace, lm: LM) -> list[int]:
         found = sorted({int(part) for part in args.layers.split(",")})
     except ValueError:
         raise ConfigError(f"--layers {args.layers!r}: write block numbers with commas, like 4,5,6") from None
-    if wrong := [b for b in found if not 0 <= b < lm.depth]:
-        raise ConfigError(f"--layers: block {wrong[0]} does not exist; this model has blocks 0 to {lm.depth - 1}")
+    from errata.core.sites import check_block
+
+    try:
+        for block in found:
+            check_block(lm, block)
+    except PatchError as error:
+        raise ConfigError(f"--layers: {error}") from None
     return found
 
 

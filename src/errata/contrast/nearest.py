@@ -20,6 +20,7 @@ from errata.core.decode import PrefilledBatch, decode, detokenize
 from errata.core.model import LM, STOPS
 from errata.core.patch import Site
 from errata.core.read import activation_hooks, read_activations
+from errata.core.sites import nearest_block
 from errata.request import EditRequest, fill
 from errata.storage import cache_folder, write_atomic
 from errata.subjects import names_in
@@ -65,7 +66,7 @@ class Nearest:
     @torch.no_grad()
     def _look(self, lm: LM, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(states [n, d] at each prompt's last token in the middle block, probability [n] of the base's first token)."""
-        site, rows = Site(lm.depth // 2), lm.encode(prompts)
+        site, rows = Site(nearest_block(lm, lm.depth // 2)), lm.encode(prompts)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         states: list[Tensor] = []
         self._parts: list[PrefilledBatch] = []
@@ -159,6 +160,6 @@ def _samples(lm: LM, names: Names) -> tuple[list[str], Tensor]:
 
 def _named(lm: LM, names: Sequence[str]) -> Tensor:
     """[n, d] states at names' last token, behind a neutral text, from a quarter of the depth."""
-    site = Site(max(0, lm.depth // 4 - 1))
+    site = Site(nearest_block(lm, lm.depth // 4 - 1))
     out: Tensor = read_activations(lm, lm.encode([f"{_ASKED} {name}" for name in names]), [site])[site][1]
     return out
