@@ -42,7 +42,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2_vl": (
         "Qwen2VL",
-        {"text_config": {**_TEXT, "rope_parameters": _MROPE}, "vision_config": {**_QWEN, "embed_dim": WIDTH, "hidden_size": WIDTH, "mlp_ratio": 2},
+        {"text_config": {**_TEXT, "rope_parameters": _MROPE},
+         "vision_config": {**_QWEN, "embed_dim": WIDTH, "hidden_size": WIDTH, "mlp_ratio": 2},
          **_QWEN_IDS},
     ),
     "qwen2_5_vl": (

@@ -54,6 +54,10 @@ class LM:
     def depth(self) -> int:
         return len(self.blocks)
 
+    def nearest_block(self, block: int) -> int:
+        """The block, or the nearest one that text alone runs, of two the lower (Mllama has blocks that run beside an image only)."""
+        return min((b for b in range(self.depth) if b not in self.family.idle), key=lambda b: abs(b - block))
+
     @property
     def roles(self) -> Roles:
         """What writes to the residual stream in each block, as trials found it; they run when they are first asked for."""

@@ -12,17 +12,12 @@ from errata.core.patch import PROMPT, Site
 from errata.errors import ModelError, PatchError
 
 
-def nearest_block(lm: Any, block: int) -> int:
-    """The block, or the nearest one that runs for text alone, of two the lower (Mllama has blocks that run beside an image only)."""
-    return min((b for b in range(lm.depth) if b not in lm.family.idle), key=lambda b: abs(b - block))
-
-
 def check_block(lm: Any, block: int) -> None:
     """`PatchError` for a block that does not exist, or that no text runs, so that an edit there would do nothing."""
     if not 0 <= block < lm.depth:
         raise PatchError(f"block {block} does not exist (0 to {lm.depth - 1})")
     if block in lm.family.idle:
-        raise PatchError(f"block {block} runs beside an image only, not for text (the nearest that does is {nearest_block(lm, block)})")
+        raise PatchError(f"block {block} runs beside an image only, not for text (the nearest that does is {lm.nearest_block(block)})")
 
 
 def site_sizes(lm: Any, site: Site) -> tuple[int, int]:

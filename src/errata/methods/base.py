@@ -15,7 +15,7 @@ from errata.contrast.contrast import fill
 from errata.contrast.names import Names
 from errata.core.bank import Stack
 from errata.core.model import LM
-from errata.core.sites import check_block, nearest_block
+from errata.core.sites import check_block
 from errata.errors import ConfigError, PatchError, UnknownNameError, near
 from errata.methods import tuned
 from errata.methods.texts import MOST, neighbours
@@ -149,7 +149,7 @@ class Editor(ABC):
 
     def layers_at(self, lm: LM, depths: Sequence[float]) -> tuple[int, ...]:
         """Blocks of this model at relative depths, or the nearest that a text runs."""
-        return tuple(sorted({nearest_block(lm, block) for block in layers_for(lm.depth, depths)}))
+        return tuple(sorted({lm.nearest_block(block) for block in layers_for(lm.depth, depths)}))
 
     def require_blocks(self, lm: LM, blocks: Sequence[int]) -> None:
         """`ConfigError` for a block that this model does not have, or that no text runs."""

@@ -19,7 +19,6 @@ from errata.core.bank import Stack
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.sites import nearest_block
 from errata.errors import ConfigError
 from errata.methods.codebook.editor import CodebookEditor, check_site, read_keyed_texts
 from errata.methods.codebook.store import FilledCodebook
@@ -100,8 +99,7 @@ class GRACE(CodebookEditor):
 
     def target_site(self, lm: LM) -> Site:
         """The linear to stand beside; `ConfigError` where there is none or where it could not matter."""
-        rule = max(0, min(lm.depth - 2, int(lm.depth * 27 / 32 + 0.5)))
-        block = nearest_block(lm, rule) if self.layer is None else self.layer
+        block = lm.nearest_block(min(lm.depth - 2, int(lm.depth * 27 / 32 + 0.5))) if self.layer is None else self.layer
         site = check_site(lm, self.name, block, self.point)
         if self.replace == "prompt" and block == lm.depth - 1:
             raise ConfigError(f"grace: nothing reads earlier tokens of the last block ({block}); choose a lower layer or replace=last")

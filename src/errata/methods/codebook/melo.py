@@ -21,7 +21,6 @@ from errata.core.bank import Stack
 from errata.core.lanes import Progress
 from errata.core.model import LM
 from errata.core.patch import Op, Patch, Site
-from errata.core.sites import nearest_block
 from errata.errors import ConfigError
 from errata.methods.codebook.editor import CodebookEditor, check_site, read_keyed_texts
 from errata.methods.codebook.store import Clusters
@@ -113,10 +112,8 @@ class MELO(CodebookEditor):
 
     def target_sites(self, lm: LM) -> Sites:
         """(where keys are read, where blocks act); `ConfigError` where this model has no such place or the order is wrong."""
-        rule = max(0, min(lm.depth - 3, int(lm.depth * 35 / 48 + 0.5)))
-        key = nearest_block(lm, rule) if self.layer is None else self.layer
-        above = tuple(b for b in range(key + 1, lm.depth) if b not in lm.family.idle)[:2]
-        lora = above if self.lora_layers is None else self.lora_layers
+        key = lm.nearest_block(min(lm.depth - 3, int(lm.depth * 35 / 48 + 0.5))) if self.layer is None else self.layer
+        lora = self.lora_layers or tuple(b for b in range(key + 1, lm.depth) if b not in lm.family.idle)[:2]
         if not lora or min(lora) <= key:
             raise ConfigError(f"melo: blocks are chosen at layer {key}, so lora_layers must lie above it; got {list(lora)}")
         return check_site(lm, self.name, key, self.point), tuple(check_site(lm, self.name, b, self.lora_point) for b in sorted(lora))

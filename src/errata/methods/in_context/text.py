@@ -13,7 +13,7 @@ from errata.core.chat import bos_opens_turns
 from errata.core.embed import embed
 from errata.core.model import LM
 from errata.core.patch import PROMPT, Op
-from errata.core.sites import check_block, nearest_block
+from errata.core.sites import check_block
 from errata.core.tokens import Encoded, join, pieces
 from errata.errors import ConfigError, ModelError, PatchError
 
@@ -41,7 +41,7 @@ def beside(template: str, blanks: tuple[str, str], prompt: str, target: str) -> 
 
 def block_for(lm: LM, editor: Any) -> int:
     """The block whose states are read: ``editor.block``, or the one at 7/8 of the depth; `ConfigError` where there is none."""
-    block: int = nearest_block(lm, int(DEPTH * lm.depth)) if editor.block is None else editor.block
+    block: int = lm.nearest_block(int(DEPTH * lm.depth)) if editor.block is None else editor.block
     try:
         check_block(lm, block)
     except PatchError as error:
