@@ -59,6 +59,7 @@ def _loaded(args: argparse.Namespace) -> tuple[LM, tuple[Patch, ...]]:
 
 
 def bake(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.core.loading import auto_class
     from errata.export import bake as write
     from errata.export.changes import dtype_named
 
@@ -70,7 +71,8 @@ def bake(args: argparse.Namespace, screen: Screen) -> None:
         screen.say(
             f"Rounding to {report.dtype} moved the edited weights by up to {report.lost:.1%} of the change; ask it before you rely on it."
         )
-    screen.say(f"Load it without errata: AutoModelForCausalLM.from_pretrained({str(args.out)!r}), or vllm serve {args.out}")
+    auto = auto_class(lm.hf.config, [type(lm.hf).__name__])
+    screen.say(f"Load it without errata: {auto}.from_pretrained({str(args.out)!r}), or vllm serve {args.out}")
 
 
 def export(args: argparse.Namespace, screen: Screen) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,16 @@ def load(
 
 def _load(where: str, label: str, dtype: str | torch.dtype | None, device: str | None, more: dict[str, Any]) -> LM:
     """A folder saved by transformers, or a hub name."""
-    from transformers import AutoTokenizer
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
 
     if Path(where).exists() and not (Path(where) / "config.json").exists():
         raise ModelError(f"{where}: holds no config.json; give a folder saved by transformers, or a hub name")
     try:
         keyword = "torch_dtype" if _old() else "dtype"
-        hf, info = _auto_class(where, more).from_pretrained(where, output_loading_info=True, **{keyword: dtype or "auto"}, **more)
+        config, _ = AutoConfig.from_pretrained(where, return_unused_kwargs=True, **more)
+        auto = getattr(transformers, auto_class(config, config.architectures or ()))
+        hf, info = auto.from_pretrained(where, output_loading_info=True, **{keyword: dtype or "auto"}, **more)
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().split("\n")[0]
@@ -76,22 +80,21 @@ def _load(where: str, label: str, dtype: str | torch.dtype | None, device: str |
     return LM(hf if device is None else hf.to(device), tokenizer, label)
 
 
-def _auto_class(where: str, more: dict[str, Any]) -> Any:
+def auto_class(config: Any, architectures: Sequence[str]) -> str:
     """transformers' auto class of the whole model, towers for images and sound included.
 
-    The one whose class the checkpoint names (``architectures``); where it names none that is known, the first that has its type.
+    The one whose class is among ``architectures``, as a checkpoint names it; where none is, the first that knows the config's type.
     """
     import transformers
     from transformers.models.auto import modeling_auto
 
-    config, _ = transformers.AutoConfig.from_pretrained(where, return_unused_kwargs=True, **more)
     found = {}
     for name, kind in _AUTO.items():
         known = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES", {}).get(config.model_type, ())
         if known and hasattr(transformers, name):
             found[name] = {known} if isinstance(known, str) else set(known)
-    named = [name for name, classes in found.items() if classes & set(config.architectures or ())]
-    return getattr(transformers, next(iter([*named, *found]), "AutoModelForCausalLM"))
+    named = [name for name, classes in found.items() if classes & set(architectures)]
+    return next(iter([*named, *found]), "AutoModelForCausalLM")
 
 
 def _old() -> bool:
