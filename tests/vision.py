@@ -5,6 +5,7 @@ Both towers have the same number of blocks, so that a number of blocks does not 
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -19,7 +20,7 @@ TOKENS = len(tokenizer())
 IMAGE, VIDEO, BEGIN, END = TOKENS, TOKENS + 1, TOKENS + 2, TOKENS + 3  # ids that only the model knows
 SIDE, PATCH = 16, 8  # pixels of an image and of a patch: four patches
 
-_TEXT = {
+TEXT = {
     "hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "num_key_value_heads": 2, "intermediate_size": INNER,
     "max_position_embeddings": 128, "head_dim": 8, "vocab_size": TOKENS + 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -29,7 +30,7 @@ _TOWER = {
 }  # fmt: skip
 _CLIP = {"model_type": "clip_vision_model", **_TOWER, "projection_dim": WIDTH}
 _SIGLIP = {"model_type": "siglip_vision_model", **_TOWER, "vision_use_head": False}
-_LLAMA = {"model_type": "llama", **_TEXT}
+_LLAMA = {"model_type": "llama", **TEXT}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 _QWEN = {"spatial_merge_size": 2, "temporal_patch_size": 2, "patch_size": PATCH, "num_heads": HEADS, "depth": DEPTH, "in_channels": 3}
 _QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": BEGIN, "vision_end_token_id": END}
@@ -42,20 +43,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2_vl": (
         "Qwen2VL",
-        {"text_config": {**_TEXT, "rope_parameters": _MROPE},
+        {"text_config": {**TEXT, "rope_parameters": _MROPE},
          "vision_config": {**_QWEN, "embed_dim": WIDTH, "hidden_size": WIDTH, "mlp_ratio": 2},
          **_QWEN_IDS},
     ),
     "qwen2_5_vl": (
         "Qwen2_5_VL",
-        {"text_config": {**_TEXT, "rope_parameters": _MROPE},
+        {"text_config": {**TEXT, "rope_parameters": _MROPE},
          "vision_config": {**_QWEN, "hidden_size": WIDTH, "out_hidden_size": WIDTH, "intermediate_size": INNER, "window_size": 32,
                            "fullatt_block_indexes": [1, 3]},
          **_QWEN_IDS},
     ),
     "qwen3_vl": (
         "Qwen3VL",
-        {"text_config": {**_TEXT, "rope_parameters": _MROPE},
+        {"text_config": {**TEXT, "rope_parameters": _MROPE},
          "vision_config": {**_QWEN, "hidden_size": WIDTH, "out_hidden_size": WIDTH, "intermediate_size": INNER,
                            "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
          **_QWEN_IDS},
@@ -64,24 +65,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "idefics3": ("Idefics3", {"text_config": _LLAMA, "vision_config": _TOWER, "image_token_id": IMAGE, "scale_factor": 1}),
     "paligemma": (
         "PaliGemma",
-        {"text_config": {"model_type": "gemma", **_TEXT}, "vision_config": {**_SIGLIP, "projection_dim": WIDTH}, "image_token_index": IMAGE,
+        {"text_config": {"model_type": "gemma", **TEXT}, "vision_config": {**_SIGLIP, "projection_dim": WIDTH}, "image_token_index": IMAGE,
          "projection_dim": WIDTH, "hidden_size": WIDTH},
     ),
     "gemma3": (
         "Gemma3",
-        {"text_config": {**_TEXT, "sliding_window": 8, "query_pre_attn_scalar": 8}, "vision_config": _SIGLIP, "mm_tokens_per_image": 4,
+        {"text_config": {**TEXT, "sliding_window": 8, "query_pre_attn_scalar": 8}, "vision_config": _SIGLIP, "mm_tokens_per_image": 4,
          "image_token_index": IMAGE, "boi_token_index": BEGIN, "eoi_token_index": END},
     ),
     "mllama": (
         "Mllama",
-        {"text_config": {**_TEXT, "cross_attention_layers": [1]},
+        {"text_config": {**TEXT, "cross_attention_layers": [1]},
          "vision_config": {**_TOWER, "attention_heads": HEADS, "num_global_layers": 2, "vision_output_dim": 2 * WIDTH, "max_num_tiles": 1,
                            "intermediate_layers_indices": [1], "supported_aspect_ratios": [[1, 1]]},
          "image_token_index": IMAGE},
     ),
     "internvl": (
         "InternVL",
-        {"text_config": {"model_type": "qwen2", **_TEXT},
+        {"text_config": {"model_type": "qwen2", **TEXT},
          "vision_config": {**_TOWER, "image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]}, "image_token_id": IMAGE,
          "image_seq_length": 1},
     ),
@@ -161,4 +162,25 @@ def inputs(name: str, prompts: list[str], seed: int = 0) -> dict[str, Any]:
         out[kind] = (ids == IMAGE).long()
     if name == "mllama":
         out["cross_attention_mask"] = mask[:, :, None, None]
+    return out
+
+
+def language(hf: Any) -> tuple[str, Any]:
+    """(its path, the language part): by the name that transformers gives it, which errata does not ask for."""
+    name = "language_model" if hasattr(hf.model, "language_model") else "text_model"
+    return f"model.{name}", getattr(hf.model, name)
+
+
+def saved(name: str, folder: Any, **changes: Any) -> Any:
+    """The model and the tokenizer in a folder, as `save_pretrained` leaves them: no processor."""
+    hf = build(name, **changes)
+    hf.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return hf
+
+
+def talking(template: str) -> Any:
+    """The tokenizer with a chat template."""
+    out = copy.deepcopy(tokenizer())
+    out.chat_template = template
     return out
