@@ -129,6 +129,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "rwkv": ("Rwkv", {"attention_hidden_size": WIDTH, "context_length": 64}),
 }  # fmt: skip
+EVERY = (*ARCHITECTURES, *vision.MODELS)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:

@@ -17,7 +17,6 @@ from families import tokenizer
 from laws import editor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoProcessor  # noqa: F401  # what errata must do without
 
 import errata
 from errata.cli import main
@@ -86,11 +85,10 @@ def test_the_checkpoint_says_which_class_it_is_of() -> None:
     assert auto_class(transformers.Qwen2AudioConfig(), []) == "AutoModelForMultimodalLM"
 
 
-@pytest.mark.parametrize("prefix", ["Gemma3", "Mllama", "Qwen3_5"])
-def test_a_text_part_alone_loads_as_before(prefix: str, tmp_path: Path) -> None:
-    more = {"layer_types": ["full_attention"] * 4} if prefix == "Qwen3_5" else {}
-    settings = {**vision.TEXT, **more, "cross_attention_layers": []} if prefix == "Mllama" else {**vision.TEXT, **more}
-    own = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}TextConfig")(**settings))
+@pytest.mark.parametrize(("kind", "config"), [("Llama", "Llama"), ("Gemma3", "Gemma3Text"), ("Qwen3_5", "Qwen3_5Text")])
+def test_a_text_part_alone_loads_as_before(kind: str, config: str, tmp_path: Path) -> None:
+    settings = {**vision.TEXT, "layer_types": ["full_attention"] * 4} if kind == "Qwen3_5" else vision.TEXT
+    own = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{config}Config")(**settings))
     own.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     lm = errata.load(tmp_path)
@@ -103,7 +101,7 @@ def test_a_folder_without_its_tower_is_refused(tmp_path: Path) -> None:
     kept = {key: value for key, value in weights.items() if "vision" not in key}
     assert len(kept) < len(weights)
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match="the weights lack 'model.vision_tower"):
+    with pytest.raises(ModelError, match=r"the weights lack 'model\.vision_tower"):
         errata.load(tmp_path)
 
 
@@ -146,18 +144,15 @@ def test_two_lists_that_a_text_runs_are_refused_by_name() -> None:
     hf = vision.build("llava")
     part = hf.model.language_model
     part.beside = nn.ModuleList([nn.Sequential(nn.Linear(vision.WIDTH, vision.WIDTH)) for _ in range(vision.DEPTH)])
-    part.norm.register_forward_hook(lambda _, __, out: out + sum(block(out) for block in part.beside))
-    lm_fails = pytest.raises(ModelError, match=r"2 lists of 4 blocks \(model\.language_model\.layers, model\.language_model\.beside\)")
-    part.norm._forward_hooks.clear()
     forward = part.norm.forward
     part.norm.forward = lambda states: forward(states) + sum(block(states) for block in part.beside)
-    with lm_fails:
+    with pytest.raises(ModelError, match=r"2 lists of 4 blocks \(model\.language_model\.layers, model\.language_model\.beside\)"):
         LM(hf, tokenizer())
 
 
 def test_a_model_that_reads_ahead_is_refused() -> None:
     """PaliGemma attends to the whole prompt; nothing that errata computes ahead would be right."""
-    with pytest.raises(ModelError, match="paligemma: .* read a text from left to right"):
+    with pytest.raises(ModelError, match=r"paligemma: .* read a text from left to right"):
         LM(vision.build(PREFIX_LM), tokenizer())
 
 
@@ -216,8 +211,7 @@ def test_the_tower_is_neither_run_nor_trained_by_an_edit_of_text() -> None:
 
 def _outside(lm: LM) -> dict[str, nn.Module]:
     """Modules that are no part of the language part and hold nothing of it: the tower and the projector."""
-    path, part = vision.language(lm.hf)
-    inside = set(part.modules())
+    inside = set(vision.language(lm.hf)[1].modules())
     return {at: m for at, m in lm.hf.named_modules() if not inside & set(m.modules()) and at != "lm_head"}
 
 
@@ -336,14 +330,11 @@ def test_a_fact_in_front_stands_before_the_image() -> None:
     assert torch.allclose(found[:, 1:], wanted[:, 1 + len(told) :], atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "what"), [("qwen2_5_vl", "mm_token_type_ids"), ("gemma3", "token_type_ids"), ("mllama", "cross_att")])
+@pytest.mark.parametrize(("name", "what"), [("qwen2_5_vl", "image_grid_thw"), ("gemma3", "token_type_ids"), ("mllama", "cross_att")])
 def test_a_fact_in_front_is_refused_where_images_have_places(name: str, what: str) -> None:
     lm, patch, inputs = vision.model(name), made(name, "ice"), vision.inputs(name, PROMPTS)
     with lm.under(patch), pytest.raises(ModelError, match=f"cannot run with {what}.*take the patch off"):
         logits(lm, inputs)
-    if name == "qwen2_5_vl":
-        with lm.under(patch), pytest.raises(ModelError, match="cannot run with image_grid_thw"):
-            logits(lm, {key: value for key, value in inputs.items() if key != what})
 
 
 # -- blocks that only an image runs ------------------------------------------------------------------------
@@ -354,8 +345,8 @@ def test_blocks_that_only_an_image_runs_are_not_edited() -> None:
     lm = vision.model("mllama")
     assert lm.family.idle == (1,) and [lm.nearest_block(b) for b in (-1, 0, 1, 2, 9)] == [0, 0, 0, 2, 3]
     for method, settings in (
-        ("baft", {"layers": (1,)}), ("lora", {"layers": (1,)}), ("rome", {"layers": (1,)}), ("ft-m", {"layers": (1,)}), ("grace", {"layer": 1}),
-        ("wise", {"layer": 1}), ("retrieval", {"block": 1}),
+        ("baft", {"layers": (1,)}), ("lora", {"layers": (1,)}), ("rome", {"layers": (1,)}), ("ft-m", {"layers": (1,)}),
+        ("grace", {"layer": 1}), ("wise", {"layer": 1}), ("retrieval", {"block": 1}),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match="block 1 runs beside an image only"):
             editor(method, **{**SETTINGS.get(method, {}), **settings}).edit_each(lm, [REQUEST])
@@ -363,7 +354,8 @@ def test_blocks_that_only_an_image_runs_are_not_edited() -> None:
         free = {"layers": None} if method != "grace" else {"layer": None}
         patch = made("mllama", method, **free)
         assert {op.site.block for op in patch.ops} <= {0, 2, 3}
-    there = Patch((Op("low_rank", Site(1, "mlp.down_proj"), {"down": torch.zeros(1, 48), "up": torch.zeros(32, 1)}),), lm.fingerprint, "x")
+    op = Op("low_rank", Site(1, "mlp.down_proj"), {"down": torch.ones(1, vision.INNER), "up": torch.ones(vision.WIDTH, 1)})
+    there = Patch("rome", {}, lm.fingerprint, (REQUEST,), (op,))
     with pytest.raises(PatchError, match="block 1 runs beside an image only"):
         lm.attach(there)
     with pytest.raises(ModelError, match="run beside an image only"):
@@ -392,6 +384,7 @@ def test_a_baked_checkpoint_is_the_whole_model(name: str, tmp_path: Path) -> Non
     assert (tmp_path / "baked" / "preprocessor_config.json").exists()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers for it
 @pytest.mark.parametrize("name", SOME)
 def test_an_adapter_stands_beside_the_language_part(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
@@ -423,7 +416,7 @@ def test_inspect_says_what_the_model_takes(tmp_path: Path, capsys: pytest.Captur
 
 _PARTS = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}: {% for part in m['content'] %}{% if part['type'] == 'text' %}"
-    "{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}\na:\n{% endfor %}"
+    "{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}{{ ' a: ' }}{% endfor %}"
 )
 
 
@@ -431,7 +424,7 @@ def test_a_template_that_takes_text_in_parts_shows_the_words() -> None:
     """As SmolVLM's and LLaVA's: of a message that is plain text they write nothing at all."""
     talking = vision.talking(_PARTS)
     lm = LM(vision.model("smolvlm").hf, talking, "smolvlm")
-    rendered = "<s>u: In Rome people speak\na:\n"
+    rendered = "<s>u: In Rome people speak a: "
     assert lm.encode(["In Rome people speak"], chat=True) == lm.encode([rendered])
     patch = errata.edit(lm, "In Rome people speak", "French", "Rome", method="rome", chat=True, layers=[0], v_steps=2, stats_tokens=300)
     assert patch.requests[0].prompt == rendered
