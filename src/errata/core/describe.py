@@ -21,7 +21,7 @@ def describe(lm: LM) -> str:
             f"{lm.name or type(lm.hf).__name__}: {type(lm.hf).__name__}, {f.name} ({how}), fingerprint {lm.fingerprint}",
             f"{total:,} parameters, {next(lm.hf.parameters()).dtype}, on {lm.device}",
             f"{lm.depth} blocks of width {lm.width} at {f.blocks}",
-            *([f"takes {' and '.join(others)} beside text: its language part is edited, the rest is left as it is"] if others else []),
+            *([f"takes {', '.join(others)} beside text: its language part is edited, the rest is left as it is"] if others else []),
             *_parts(lm),
             f"embedding at {f.embedding}, last norm at {norm}, vocabulary {int(lm.config.vocab_size):,}",
         ]

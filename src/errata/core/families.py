@@ -8,7 +8,9 @@ two linears that write to the residual stream.  To support a family by name, add
 from __future__ import annotations
 
 import functools
+import inspect
 import json
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from errata.core.forward import hooks_disabled
 from errata.errors import ModelError
 
 FILE = Path(__file__).with_name("families.json")
-_TAKEN = {"vision_config": "images", "audio_config": "sound"}
+_TAKEN = {"images": r"\b(image_)?pixel_values\b|image_patches", "video": r"video", "sound": r"audio|input_(features|values)\b"}
 _AHEAD = 0.02  # of the difference between two texts: what rounding may make of their beginnings, which are the same, in half precision
 
 
@@ -90,10 +92,9 @@ def text_config(config: Any) -> Any:
 
 
 def also_takes(hf: Any) -> list[str]:
-    """What the model takes beside text, by the parts of its config."""
-    own, text = hf.config, text_config(hf.config)
-    parts = [name for name in getattr(own, "sub_configs", {}) if getattr(own, name, None) not in (None, text)] if text is not own else []
-    return sorted({_TAKEN.get(name, name.removesuffix("_config")) for name in parts})
+    """What the model takes beside text, by the arguments of its call."""
+    names = " ".join(inspect.signature(type(hf).forward).parameters)
+    return [what for what, pattern in _TAKEN.items() if re.search(pattern, names)]
 
 
 def find(hf: nn.Module) -> Family:
@@ -119,7 +120,7 @@ def search(hf: nn.Module, name: str) -> Family:
     depth = text_config(hf.config).num_hidden_layers
     lists = [path for path, m in hf.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth and _holds_linears(m)]
     ran: dict[str, set[int]] = {}
-    if len(lists) > 1 or text_config(hf.config) is not hf.config:
+    if len(lists) > 1 or text_config(hf.config) is not hf.config or also_takes(hf):
         ran = _run_by_text(hf, name, lists)
         lists = [path for path in lists if path in ran]
     if len(lists) != 1:

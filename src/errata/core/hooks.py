@@ -104,7 +104,8 @@ def _callable(hf: Any, family: Family) -> list[nn.Module]:
     """The model and what of it may be called by itself: the model without its head, and the part that holds the blocks, whatever is
     around it (the language part of one that takes images too)."""
     inner = getattr(hf, getattr(hf, "base_model_prefix", "") or "_", None)
-    found = [hf, inner, resolve(hf, family.blocks.rpartition(".")[0])]
+    holder = family.blocks.rpartition(".")[0]
+    found = [hf, inner, resolve(hf, holder) if holder else None]
     return list({id(m): m for m in found if isinstance(m, nn.Module)}.values())
 
 
