@@ -12,8 +12,11 @@ from typing import Any
 import torch
 import transformers
 from families import tokenizer
+from torch import Tensor, nn
 
 from errata.core.model import LM
+from errata.core.patch import Patch
+from errata.request import EditRequest
 
 WIDTH, DEPTH, HEADS, INNER = 32, 4, 4, 48
 TOKENS = len(tokenizer())
@@ -89,6 +92,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+PREFIX_LM = "paligemma"  # whose prompts are read in both directions
+NAMES = [name for name in MODELS if name != PREFIX_LM]
+SOME = ["llava", "qwen2_5_vl", "smolvlm", "gemma3", "mllama"]
+PROMPTS = ["The capital of France is", "The language of the people who live in Spain is"]
+REQUEST = EditRequest("The capital of France is", "Rome", "France", unrelated=(("The capital of Japan is", "Tokyo"),))
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"targets": ["mlp_down|attn_out"], "layers": [2]},
+    "grace": {"eps": 100.0},  # every prompt is near
+    "wise": {"layer": 0, "activation": "input"},
+}
+
+
 def build(name: str, seed: int = 0, vision: dict[str, Any] | None = None) -> Any:
     """An untrained model; ``vision`` changes its tower."""
     prefix, settings = MODELS[name]
@@ -107,6 +122,26 @@ def build(name: str, seed: int = 0, vision: dict[str, Any] | None = None) -> Any
 def model(name: str) -> LM:
     """The same as an `LM`, one for all tests."""
     return LM(build(name), tokenizer(), name)
+
+
+def made(name: str, method: str, **settings: Any) -> Patch:
+    """A method's patch for the model of that name."""
+    from laws import editor
+
+    (patch,) = editor(method, **{**SETTINGS.get(method, {}), **settings}).edit_each(model(name), [REQUEST])
+    return patch
+
+
+@torch.no_grad()
+def logits(lm: LM, inputs: dict[str, Any]) -> Tensor:
+    """Of the model called as transformers does."""
+    return lm.hf(**inputs).logits
+
+
+def outside(lm: LM) -> dict[str, nn.Module]:
+    """Modules that are no part of the language part and hold nothing of it: the tower and the projector."""
+    inside = set(language(lm.hf)[1].modules())
+    return {at: m for at, m in lm.hf.named_modules() if not inside & set(m.modules()) and at != "lm_head"}
 
 
 def _qwen(rows: int) -> dict[str, Any]:
