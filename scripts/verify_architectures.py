@@ -1,6 +1,6 @@
 """Try errata on many architectures of the installed transformers, and write what held into ``docs/architectures.json``; ``make docs`` makes the table.
 
-    python scripts/verify_architectures.py                  # all of tests/architectures.py: about seven minutes on one core
+    python scripts/verify_architectures.py                  # all of tests/architectures.py: about eight minutes on one core
     python scripts/verify_architectures.py --only opt mamba # some; the others stay as they are in the file
 
 The models are tiny and untrained.  A cell is right (""), a refusal (what errata says, which must be one of its own errors), or a fault.
@@ -15,6 +15,7 @@ METHOD    it makes a patch that changes the logits; under it padded rows are as 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -55,7 +56,7 @@ def cell(check: Callable[[], str | None]) -> dict[str, str]:
 
 def inspected(lm: LM) -> str | None:
     told = describe(lm)
-    missing = [b for b, own in enumerate(points(lm)) if not any(own.values())]
+    missing = [b for b, own in enumerate(points(lm)) if not any(own.values()) and b not in lm.family.idle]
     if missing or not linears(lm):
         return f"block {missing} has no part with a name"
     return None if lm.family.blocks in told else "the blocks are not told"
@@ -105,7 +106,7 @@ def settings(lm: LM, method: str) -> dict[str, Any]:
         "baft": {},
         "rome": {"layers": there[:1]},
         "memit": {"layers": there[:1]},
-        "lora": {"targets": ["mlp_down|attn_out"], "layers": [1]},
+        "lora": {"targets": ["mlp_down|attn_out"], "layers": [lm.nearest_block(1)]},
         "grace": {"layer": there[0]},
         "wise": {"layer": there[0], "activation": "input"},
     }[method]
@@ -128,12 +129,13 @@ def verify(name: str, methods: Sequence[str] = METHODS) -> dict[str, dict[str, s
     def fresh() -> LM:
         return LM(architectures.build(name), tokenizer(), name)
 
-    lm = fresh()
-    out = {"inspect": cell(lambda: inspected(lm)), "padding": cell(lambda: forward_fault(lm, "float32")), "cache": cell(lambda: cached(lm))}
-    for method in methods:
-        own = fresh()  # whatever another method left behind
-        out[method] = cell(lambda own=own, method=method: edited(own, method))  # type: ignore[misc]
-    return out
+    checks: dict[str, Callable[[LM], str | None]] = {
+        "inspect": inspected,
+        "padding": lambda lm: forward_fault(lm, "float32"),
+        "cache": cached,
+    }
+    checks |= {method: functools.partial(edited, method=method) for method in methods}
+    return {key: cell(lambda check=check: check(fresh())) for key, check in checks.items()}  # type: ignore[misc]
 
 
 def read(path: Path = FILE) -> dict[str, Any]:
@@ -145,20 +147,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import architectures
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(architectures.ARCHITECTURES), help="these architectures only")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=architectures.EVERY, help="these architectures only")
     parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="where to write (docs/architectures.json)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     found = read(args.out)["architectures"] if args.out.exists() else {}
-    for name in args.only or architectures.ARCHITECTURES:
+    for name in args.only or architectures.EVERY:
         found[name] = verify(name)
         bad = {key: own for key, own in found[name].items() if "fault" in own}
         print(
             f"{name}: {'; '.join(f'{k}: {v}' for k, v in bad.items()) or 'no fault'}, {sum(1 for v in found[name].values() if v)} refused",
             flush=True,
         )
-        ordered = {key: found[key] for key in architectures.ARCHITECTURES if key in found}
+        ordered = {key: found[key] for key in architectures.EVERY if key in found}
         lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(own, ensure_ascii=False)}" for key, own in ordered.items())
         versions = f'"torch": {json.dumps(torch.__version__)}, "transformers": {json.dumps(transformers.__version__)}'
         args.out.write_text(f'{{\n  {versions},\n  "architectures": {{\n{lines}\n  }}\n}}\n', encoding="utf-8")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+import vision
 from families import tokenizer
 from laws import editor
 
@@ -128,10 +129,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "rwkv": ("Rwkv", {"attention_hidden_size": WIDTH, "context_length": 64}),
 }  # fmt: skip
+EVERY = (*ARCHITECTURES, *vision.MODELS)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """An untrained model of the architecture."""
+    if name in vision.MODELS:
+        return vision.build(name, seed).to(dtype)
     prefix, settings = ARCHITECTURES[name]
     config_class = next(c for end in ("TextConfig", "Config") if (c := getattr(transformers, f"{prefix}{end}", None)) is not None)
     model_class = getattr(transformers, f"{prefix}LMHeadModel", None) or getattr(transformers, f"{prefix}ForCausalLM")

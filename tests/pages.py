@@ -147,6 +147,14 @@ def _run_file(tiny: str) -> None:
 
 
 REAL = "smollm2"
+
+
+def _vision(tiny: str) -> None:
+    import vision
+
+    vision.saved("smolvlm", "SmolVLM")
+
+
 PREPARED: dict[str, Callable[[str], Any]] = {
     REAL: lambda tiny: None,
     "model": _model,
@@ -161,6 +169,7 @@ PREPARED: dict[str, Callable[[str], Any]] = {
     "zsre": _zsre,
     "run.yaml": _run_file,
     "known1000": _known,
+    "SmolVLM": _vision,
 }
 
 

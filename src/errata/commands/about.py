@@ -40,6 +40,7 @@ def _group(commands: common.Subparsers, name: str, about: str) -> common.Subpars
 
 def inspect(args: argparse.Namespace, screen: Screen) -> None:
     from errata.core.describe import describe, linears, points
+    from errata.core.families import also_takes
     from errata.core.roles import ranges
 
     lm = common.load(args)
@@ -61,6 +62,7 @@ def inspect(args: argparse.Namespace, screen: Screen) -> None:
             "width": lm.width,
             "vocabulary": int(lm.config.vocab_size),
             "family": family,
+            "also_takes": also_takes(lm.hf),
             "points": points(lm),
             "linears": [{"path": path, "in": i, "out": o, "blocks": blocks} for (path, i, o), blocks in there.items()],
         }

@@ -63,6 +63,7 @@ def _loaded(args: argparse.Namespace) -> tuple[LM, tuple[Patch, ...]]:
 
 
 def bake(args: argparse.Namespace, screen: Screen) -> None:
+    from errata.core.loading import auto_class
     from errata.export import bake as write
     from errata.export import bake_gguf
     from errata.export.changes import dtype_named
@@ -88,7 +89,8 @@ def bake(args: argparse.Namespace, screen: Screen) -> None:
     if packed:
         screen.say(f"Serve it without errata: llama-server -m {args.out}")
     else:
-        screen.say(f"Load it without errata: AutoModelForCausalLM.from_pretrained({str(args.out)!r}), or vllm serve {args.out}")
+        auto = auto_class(lm.hf.config, [type(lm.hf).__name__])
+        screen.say(f"Load it without errata: {auto}.from_pretrained({str(args.out)!r}), or vllm serve {args.out}")
 
 
 def export(args: argparse.Namespace, screen: Screen) -> None:

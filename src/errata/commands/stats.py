@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from errata import registry, storage
 from errata.commands import common
 from errata.commands.screen import Screen
-from errata.errors import ConfigError
+from errata.errors import ConfigError, PatchError
 
 if TYPE_CHECKING:
     from errata.core.model import LM
@@ -42,8 +42,13 @@ def _blocks(lm: LM, asked: list[int] | None) -> list[int]:
 
         kinds = [registry.get("method", name) for name in registry.names("method")]
         return sorted({b for kind in kinds if issubclass(kind, LocateEditor) for b in kind.for_model(lm).target_layers(lm)})
-    if wrong := [b for b in asked if not 0 <= b < lm.depth]:
-        raise ConfigError(f"--layers: block {wrong[0]} does not exist; this model has blocks 0 to {lm.depth - 1}")
+    from errata.core.sites import check_block
+
+    try:
+        for block in asked:
+            check_block(lm, block)
+    except PatchError as error:
+        raise ConfigError(f"--layers: {error}") from None
     return asked
 
 

@@ -65,7 +65,7 @@ class Nearest:
     @torch.no_grad()
     def _look(self, lm: LM, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(states [n, d] at each prompt's last token in the middle block, probability [n] of the base's first token)."""
-        site, rows = Site(lm.depth // 2), lm.encode(prompts)
+        site, rows = Site(lm.nearest_block(lm.depth // 2)), lm.encode(prompts)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         states: list[Tensor] = []
         self._parts: list[PrefilledBatch] = []
@@ -159,6 +159,6 @@ def _samples(lm: LM, names: Names) -> tuple[list[str], Tensor]:
 
 def _named(lm: LM, names: Sequence[str]) -> Tensor:
     """[n, d] states at names' last token, behind a neutral text, from a quarter of the depth."""
-    site = Site(max(0, lm.depth // 4 - 1))
+    site = Site(lm.nearest_block(lm.depth // 4 - 1))
     out: Tensor = read_activations(lm, lm.encode([f"{_ASKED} {name}" for name in names]), [site])[site][1]
     return out

@@ -26,6 +26,7 @@ class _Shape:
     before, after   around the user's words; ``after`` ends where the answer begins
     opening         the part of ``before`` from its last control token on, which is the same whatever the system text says
     end             the control token that ends an answer
+    parts           whether the template takes a message's text as a part among images, and shows nothing of one that is plain
     """
 
     controls: tuple[str, ...]
@@ -33,6 +34,7 @@ class _Shape:
     after: str = ""
     opening: str = ""
     end: str | None = None
+    parts: bool = False
 
 
 def _shape(tokenizer: Any) -> _Shape:
@@ -51,19 +53,30 @@ def _found(tokenizer: Any, template: str, named_special: tuple[str, ...]) -> _Sh
         return named
     asked, answered = _WORDS
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    try:
-        before, _, after = _render(tokenizer, messages[:1], True).partition(asked)
-        tail = _render(tokenizer, messages, False).rpartition(answered)[2]
-    except Exception:  # templates are programs of others; one that refuses these words may take the user's
+    for parts in (False, True):
+        try:
+            before, found, after = _render(tokenizer, messages[:1], True, parts).partition(asked)
+            tail = _render(tokenizer, messages, False, parts).rpartition(answered)[2]
+        except Exception:  # templates are programs of others; one that refuses these words may take the user's
+            continue
+        if found:
+            break
+    else:
         return named
     controls = tuple(t for t in special if t in before + after + tail)
     last = max((before.rfind(c) for c in controls), default=-1)
     ends = sorted((tail.find(c), c) for c in controls if c in tail)
-    return _Shape(controls, before, after, before[max(last, 0) :], ends[0][1] if ends else None)
+    return _Shape(controls, before, after, before[max(last, 0) :], ends[0][1] if ends else None, parts)
 
 
-def _render(tokenizer: Any, messages: Sequence[dict[str, str]], generate: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+def _render(tokenizer: Any, messages: Sequence[dict[str, str]], generate: bool, parts: bool) -> str:
+    given = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages] if parts else messages
+    return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=generate))
+
+
+def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
+    """Messages {role, content} in the tokenizer's chat template, ready for the answer; the template's own error where it takes none."""
+    return _render(tokenizer, messages, True, _shape(tokenizer).parts)
 
 
 def _has_own_bos(tokenizer: Any, prompt: str) -> bool:
@@ -127,7 +140,7 @@ def apply_chat_template(tokenizer: Any, prompt: str) -> str:
         return prompt
     words = prompt[len(tokenizer.bos_token) :] if _has_own_bos(tokenizer, prompt) else prompt
     try:
-        return _render(tokenizer, [{"role": "user", "content": words}], True)
+        return render(tokenizer, [{"role": "user", "content": words}])
     except Exception as error:  # templates are programs of others, and refuse in their own ways
         raise InputError(f"the chat template does not take the prompt {prompt!r}: {error}") from None
 

@@ -289,8 +289,9 @@ def _accepted(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     else:
         known = ("input_ids", "attention_mask", "position_ids", "labels", "logits_to_keep")
         shape = out["input_ids"].shape
-        odd = [k for k, v in out.items() if k not in known and isinstance(v, Tensor) and v.shape[:2] == shape]
+        others = {k: v for k, v in out.items() if k not in known and isinstance(v, Tensor)}
+        odd = [k for k, v in others.items() if v.shape[:2] == shape or k.endswith("_grid_thw")]  # of which the model makes positions
         wrong = odd[0] if odd else None
     if wrong is not None:
-        raise ModelError(f"a patch that puts text in front of the prompt cannot run with {wrong}; leave it out")
+        raise ModelError(f"a patch that puts text in front of the prompt cannot run with {wrong}; leave it out, or take the patch off")
     return out

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from errata.core.op_schema import OpSchema, Tensors, within
-from errata.errors import ConfigError, shortened
+from errata.core.sites import check_block
+from errata.errors import ConfigError, PatchError, shortened
 
 _UNPACKED = WeakIdKeyDictionary()  # {names: as text} of stores that live: a store is asked at every prompt
 
@@ -85,8 +86,11 @@ def _fits(settings: _Settings, tensors: Tensors, site: tuple[int, int], model: A
     if not within(tensors["texts"], 0, vocabulary) or not all(0 <= i < vocabulary for i in ids):
         return f"it puts tokens in front that this model does not have; it has {vocabulary}"
     how = settings.retrieval
-    if how is not None and not 0 <= how.block < model.depth:
-        return f"setting.retrieval.block {how.block} does not exist (0 to {model.depth - 1})"
+    try:
+        if how is not None:
+            check_block(model, how.block)
+    except PatchError as error:
+        return f"setting.retrieval: {error}"
     if how is not None and how.encoder is not None and not _encoders():
         return f"encoder {shortened(how.encoder)} needs the package sentence-transformers; pip install 'errata[encoder]'"
     if how is not None and how.encoder is None and tensors["keys"].shape[1] != site[0]:

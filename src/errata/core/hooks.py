@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from errata.core.bank import ForwardContext, Plan
 from errata.core.context import named
 from errata.core.experts import inputs
-from errata.core.families import Family, by_row, hidden_of, with_hidden
+from errata.core.families import Family, by_row, hidden_of, resolve, with_hidden
 from errata.core.patch import Site
 from errata.core.tokens import IGNORE_INDEX, positions
 from errata.errors import ModelError
@@ -31,16 +31,15 @@ class Hooks(AbstractContextManager["Hooks"]):
         self.family, self._hf = family, hf
         self._begun_by: Any = None  # the module whose call is on
         modules = [(site, module_of(site)) for site in sorted(plan.banks)]
-        for module in (hf, _inner(hf)):  # the inner model may be called by itself, for its states; from here on nothing fails
-            if module is not None:
-                self._hold(module.register_forward_pre_hook(_uncompiled(self._begin), with_kwargs=True))
+        callable_ = _callable(hf, family)
+        for module in callable_:  # from here on nothing fails
+            self._hold(module.register_forward_pre_hook(_uncompiled(self._begin), with_kwargs=True))
         if plan.inserter is not None:
             self._hold(hf.register_forward_hook(_uncompiled(self._trim)))
         for site, module in modules:
             self._hold(module.register_forward_hook(_uncompiled(self._after(site))))
-        for module in (hf, _inner(hf)):
-            if module is not None:
-                self._hold(module.register_forward_hook(_uncompiled(self._end), always_call=True))
+        for module in callable_:
+            self._hold(module.register_forward_hook(_uncompiled(self._end), always_call=True))
 
     def _hold(self, handle: Any) -> None:
         self._exit.callback(handle.remove)
@@ -101,10 +100,13 @@ class Hooks(AbstractContextManager["Hooks"]):
         self.close()
 
 
-def _inner(hf: Any) -> Any:
-    """The model without its head, where there is one."""
+def _callable(hf: Any, family: Family) -> list[nn.Module]:
+    """The model and what of it may be called by itself: the model without its head, and the part that holds the blocks, whatever is
+    around it (the language part of one that takes images too)."""
     inner = getattr(hf, getattr(hf, "base_model_prefix", "") or "_", None)
-    return inner if isinstance(inner, nn.Module) and inner is not hf else None
+    holder = family.blocks.rpartition(".")[0]
+    found = [hf, inner, resolve(hf, holder) if holder else None]
+    return list({id(m): m for m in found if isinstance(m, nn.Module)}.values())
 
 
 def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:

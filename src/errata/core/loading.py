@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ import torch
 from errata.core import catalogue, gguf
 from errata.core.model import LM
 from errata.errors import ModelError
+
+_AUTO = {  # auto class: what its table is called; the whole model before its language part
+    "AutoModelForImageTextToText": "IMAGE_TEXT_TO_TEXT",
+    "AutoModelForMultimodalLM": "MULTIMODAL_LM",
+    "AutoModelForCausalLM": "CAUSAL_LM",
+}
 
 
 def load(
@@ -48,13 +55,16 @@ def load(
 
 def _load(where: str, label: str, dtype: str | torch.dtype | None, device: str | None, more: dict[str, Any]) -> LM:
     """A folder saved by transformers, or a hub name."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
 
     if Path(where).exists() and not (Path(where) / "config.json").exists():
         raise ModelError(f"{where}: holds no config.json; give a folder saved by transformers, or a hub name")
     try:
         keyword = "torch_dtype" if _old() else "dtype"
-        hf, info = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **{keyword: dtype or "auto"}, **more)
+        config, _ = AutoConfig.from_pretrained(where, return_unused_kwargs=True, **more)
+        auto = getattr(transformers, auto_class(config, config.architectures or ()))
+        hf, info = auto.from_pretrained(where, output_loading_info=True, **{keyword: dtype or "auto"}, **more)
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().split("\n")[0]
@@ -68,6 +78,23 @@ def _load(where: str, label: str, dtype: str | torch.dtype | None, device: str |
             f"{label}: the weights lack {sorted(info['missing_keys'])[0]!r}; the folder is incomplete or its config.json is another's"
         )
     return LM(hf if device is None else hf.to(device), tokenizer, label)
+
+
+def auto_class(config: Any, architectures: Sequence[str]) -> str:
+    """transformers' auto class of the whole model, towers for images and sound included.
+
+    The one whose class is among ``architectures``, as a checkpoint names it; where none is, the first that knows the config's type.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    found = {}
+    for name, kind in _AUTO.items():
+        known = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES", {}).get(config.model_type, ())
+        if known and hasattr(transformers, name):
+            found[name] = {known} if isinstance(known, str) else set(known)
+    named = [name for name, classes in found.items() if classes & set(architectures)]
+    return next(iter([*named, *found]), "AutoModelForCausalLM")
 
 
 def _old() -> bool:

@@ -9,17 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from errata import registry
 from errata.core import decode, experts, offload, passes, window
 from errata.core.bank import Plan, Stack, compile_plan
 from errata.core.bare import check_bare, tell_on_saving
-from errata.core.families import Family, find, has_linear, is_linear, linear_sizes, resolve, text_config
+from errata.core.families import Family, find, has_linear, resolve, text_config
 from errata.core.fingerprints import fingerprint
 from errata.core.hooks import Hooks
-from errata.core.patch import POINTS, PROMPT, Patch, Site
+from errata.core.patch import POINTS, Patch, Site
 from errata.core.roles import Roles, find_roles
+from errata.core.sites import site_sizes
 from errata.core.tokens import Batch, Encoded, encode, pad, pad_id
 from errata.errors import ModelError, PatchError
 
@@ -52,6 +53,10 @@ class LM:
     @property
     def depth(self) -> int:
         return len(self.blocks)
+
+    def nearest_block(self, block: int) -> int:
+        """The block, or the nearest one that text alone runs, of two the lower (Mllama has blocks that run beside an image only)."""
+        return min((b for b in range(self.depth) if b not in self.family.idle), key=lambda b: abs(b - block))
 
     @property
     def roles(self) -> Roles:
@@ -134,24 +139,7 @@ class LM:
 
     def check_site(self, site: Site) -> tuple[int, int]:
         """Sizes of what goes into and comes out of a site; `PatchError` for one that this model does not have."""
-        if site == PROMPT:
-            return self.width, self.width
-        if not 0 <= site.block < self.depth:
-            raise PatchError(f"block {site.block} does not exist; this model has blocks 0 to {self.depth - 1}")
-        if site.point == "block":
-            return self.width, self.width
-        try:
-            module = self.module(site)
-            if site.point == experts.POINT:
-                count, inner, outer = experts.sizes(module)
-                return count * inner, outer
-        except ModelError as error:
-            raise PatchError(str(error)) from None
-        except (AttributeError, TypeError, LookupError):  # also where a part of the path is no list, or a short one
-            module = None
-        if not isinstance(module, nn.Module) or not is_linear(module):
-            raise PatchError(f"block {site.block} has no linear {site.point!r}; `errata inspect` lists what there is")
-        return linear_sizes(module)
+        return site_sizes(self, site)
 
     def attach(self, *patches: Patch) -> None:
         """Put patches on top of what is attached; they stay until `detach`."""

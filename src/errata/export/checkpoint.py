@@ -20,6 +20,7 @@ from errata import storage
 from errata.core import offload
 from errata.core.bank import Stack
 from errata.core.families import text_config
+from errata.core.loading import auto_class
 from errata.core.model import LM
 from errata.errors import ModelError
 from errata.export import tensors
@@ -40,11 +41,12 @@ from errata.export.tensors import LazyTensor
 
 INDEX = "model.safetensors.index.json"
 FILES = (
-    r"(generation_|preprocessor_|processor_|tokenizer_)?config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|"
+    r"(generation_|(video_)?preprocessor_|processor_|tokenizer_)?config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|"
     r"merges\.txt|spiece\.model|chat_template.*|[\w.-]+\.safetensors|model\.safetensors\.index\.json|errata\.json|README\.md|\w+\.py"
 )
-USE = (
-    "A plain transformers checkpoint, the edits in its weights: `AutoModelForCausalLM.from_pretrained(THIS_FOLDER)`; "
+_PROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")  # how images become numbers
+_USE = (
+    "A plain transformers checkpoint, the edits in its weights: `{auto}.from_pretrained(THIS_FOLDER)`; "
     "vLLM, TGI and llama.cpp's converter read it as they read the base."
 )
 
@@ -72,7 +74,7 @@ def bake(lm: LM, stack: Stack, folder: str | Path, *, dtype: str | torch.dtype |
             storage.write(temporary / INDEX, json.dumps(index, indent=2).encode())
         _rest(lm, temporary, wanted)
         written = tuple(Written(c.path, c.rank, share(*lost[c.path])) for c in found)
-        mark(lm, stack, temporary, USE, written, stored)
+        mark(lm, stack, temporary, _USE.format(auto=auto_class(lm.hf.config, [type(lm.hf).__name__])), written, stored)
     return ExportReport(out, stored, written)
 
 
@@ -185,7 +187,7 @@ def _files(lm: LM, lazy: dict[str, LazyTensor]) -> dict[str, list[str]]:
 
 
 def _rest(lm: LM, folder: Path, dtype: torch.dtype | None) -> None:
-    """Config, generation config, tokenizer and, for a model with code of its own, that code."""
+    """Config, generation config, tokenizer, what makes numbers of images and, for a model with code of its own, that code."""
     config = copy.deepcopy(lm.hf.config)
     config.architectures = [type(lm.hf).__name__]
     for part in {id(c): c for c in (config, text_config(config))}.values():
@@ -198,6 +200,8 @@ def _rest(lm: LM, folder: Path, dtype: torch.dtype | None) -> None:
         elif getattr(lm.hf, "generation_config", None) is not None:
             lm.hf.generation_config.save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)
+        for path in filter(None, (base_file(lm, name) for name in _PROCESSOR)):
+            shutil.copyfile(path, folder / path.name)
         base = base_folder(lm)
         for code in base.glob("*.py") if base is not None and getattr(config, "auto_map", None) else ():
             shutil.copyfile(code, folder / code.name)

@@ -30,7 +30,7 @@ from errata.export.tensors import LazyTensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FILES = r"adapter_model\.safetensors|adapter_config\.json|errata\.json|README\.md"
-USE = (
+_USE = (
     "A LoRA adapter: `PeftModel.from_pretrained(base, THIS_FOLDER)`, or vLLM with `--enable-lora --lora-modules NAME=THIS_FOLDER "
     "--max-lora-rank {rank}`."
 )
@@ -82,7 +82,7 @@ def export_lora(
     with storage.atomic_folder(out) as temporary:
         tensors.write(temporary / WEIGHTS, lazy)
         storage.write(temporary / CONFIG, json.dumps(_config(lm, found, sorted(pairs), most), indent=2).encode())
-        mark(lm, stack, temporary, USE.format(rank=vllm_rank(most)), written, stored)
+        mark(lm, stack, temporary, _USE.format(rank=vllm_rank(most)), written, stored)
     return ExportReport(out, stored, written)
 
 

@@ -15,7 +15,8 @@ from errata.contrast.contrast import fill
 from errata.contrast.names import Names
 from errata.core.bank import Stack
 from errata.core.model import LM
-from errata.errors import ConfigError, UnknownNameError, near
+from errata.core.sites import check_block
+from errata.errors import ConfigError, PatchError, UnknownNameError, near
 from errata.methods import tuned
 from errata.methods.texts import MOST, neighbours
 from errata.request import EditRequest
@@ -145,6 +146,18 @@ class Editor(ABC):
         """`ConfigError` that says ``what`` must be, unless it is."""
         if not true:
             raise ConfigError(f"{self.name}: {what}")
+
+    def layers_at(self, lm: LM, depths: Sequence[float]) -> tuple[int, ...]:
+        """Blocks of this model at relative depths, or the nearest that a text runs."""
+        return tuple(sorted({lm.nearest_block(block) for block in layers_for(lm.depth, depths)}))
+
+    def require_blocks(self, lm: LM, blocks: Sequence[int]) -> None:
+        """`ConfigError` for a block that this model does not have, or that no text runs."""
+        try:
+            for block in blocks:
+                check_block(lm, block)
+        except PatchError as error:
+            raise ConfigError(f"{self.name}: {error}; set layers for this model") from None
 
     def require_depths(self, depths: Sequence[float] | None) -> None:
         """`ConfigError` for relative depths that no block has."""

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from errata.core.bank import Stack
+from errata.core.chat import render
 from errata.core.tokens import Encoded, trim
 from errata.serve.api_errors import APIError, to_api_error
 from errata.serve.bodies import ParsedRoute
@@ -88,7 +89,7 @@ def _conversation(service: Service, body: ChatRequest) -> Encoded:
         raise APIError(400, "this model's tokenizer has no chat template; ask through /v1/completions", "no_chat_template", "messages")
     messages = [{"role": m.role, "content": m.text} for m in body.messages]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = render(tokenizer, messages)
     except Exception as error:  # templates are programs of others, and refuse in their own ways
         raise APIError(400, f"the model's chat template does not take these messages: {error}", "invalid_messages", "messages") from None
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

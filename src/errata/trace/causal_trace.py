@@ -34,6 +34,7 @@ from errata.core.decode import can_fork, fork
 from errata.core.families import by_row, hidden_of, resolve
 from errata.core.model import LM
 from errata.core.patch import Site
+from errata.core.roles import ranges
 from errata.core.tail import empty_like, skip_blocks, splits
 from errata.core.tokens import Encoded, encode, subject_span
 from errata.errors import InputError, ModelError
@@ -54,6 +55,8 @@ def trace(lm: LM, facts: Sequence[Fact], settings: TraceConfig | None = None, pr
     how, tell = settings or TraceConfig(), progress or (lambda stage, done, total: None)
     if not facts:
         raise InputError("there is no fact to trace; give a prompt and its subject")
+    if lm.family.idle:
+        raise ModelError(f"{lm.family.name}: blocks {ranges(lm.family.idle)} run beside an image only; a text can't be traced through it")
     encoded = encode(lm.tokenizer, [f.prompt for f in facts])  # one that does not fit is skipped
     spans = [subject_span(lm.tokenizer, f.prompt, f.subject, occurrence=f.occurrence) for f in facts]
     window = how.window or default_window(lm.depth)

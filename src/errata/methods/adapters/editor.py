@@ -20,7 +20,7 @@ from errata.core.tail import Tail
 from errata.errors import ConfigError
 from errata.methods.adapters.op import find_sites
 from errata.methods.adapters.training import Training
-from errata.methods.base import NEIGHBOURS, OutputTermEditor, layers_for
+from errata.methods.base import NEIGHBOURS, OutputTermEditor
 from errata.methods.texts import ways_to_ask
 from errata.request import EditRequest
 
@@ -129,8 +129,9 @@ class AdapterEditor(OutputTermEditor):
     def target_layers(self, lm: LM) -> tuple[int, ...]:
         """The blocks that are adapted on this model."""
         if self.layers is not None:
+            self.require_blocks(lm, self.layers)
             return self.layers
-        return tuple(range(lm.depth)) if self.depths is None else layers_for(lm.depth, self.depths)
+        return tuple(b for b in range(lm.depth) if b not in lm.family.idle) if self.depths is None else self.layers_at(lm, self.depths)
 
     def shapes(self, lm: LM) -> dict[Site, tuple[int, int]]:
         """(input size, output size) of every adapted linear; `ConfigError` for targets or layers that do not exist."""

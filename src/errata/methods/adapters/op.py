@@ -19,19 +19,15 @@ from errata.errors import ConfigError, ModelError
 _PROJECTIONS = ("q_proj", "v_proj")
 
 
-def find_sites(lm: LM, name: str, targets: Sequence[str] | None, layers: Sequence[int] | None) -> tuple[Site, ...]:
-    """The linears that ``targets`` name in these blocks (None: all), block by block.
+def find_sites(lm: LM, name: str, targets: Sequence[str] | None, layers: Sequence[int]) -> tuple[Site, ...]:
+    """The linears that ``targets`` name in these blocks, block by block.
 
     A target is the last part of a linear's path, a longer end of it, or ``mlp_down`` or ``attn_out``; it may be missing in some blocks.
     Of alternatives, "mlp_down|attn_out", the first that a block has is meant in it.
     None: every ``q_proj`` and ``v_proj``; in a model without them the linear that computes query, key and value together, which is
     the only one beside the attention's output linear (GPT-2 ``c_attn``, GPT-NeoX ``query_key_value``, Phi-3 ``qkv_proj``).
     """
-    blocks = range(lm.depth) if layers is None else layers
-    wrong = [b for b in blocks if not 0 <= b < lm.depth]
-    if wrong:
-        raise ConfigError(f"{name}: block {wrong[0]} does not exist (0 to {lm.depth - 1}); set layers for this model")
-    paths = {b: [path for path, module in lm.blocks[b].named_modules() if is_linear(module)] for b in sorted(blocks)}
+    paths = {b: [path for path, module in lm.blocks[b].named_modules() if is_linear(module)] for b in sorted(layers)}
     named = {part for t in targets or ("attn_out",) for part in t.split("|")}
     points = {b: _points(lm, b, named) for b in paths}
     if targets is None:

@@ -99,7 +99,7 @@ class GRACE(CodebookEditor):
 
     def target_site(self, lm: LM) -> Site:
         """The linear to stand beside; `ConfigError` where there is none or where it could not matter."""
-        block = self.layer if self.layer is not None else max(0, min(lm.depth - 2, int(lm.depth * 27 / 32 + 0.5)))
+        block = lm.nearest_block(min(lm.depth - 2, int(lm.depth * 27 / 32 + 0.5))) if self.layer is None else self.layer
         site = check_site(lm, self.name, block, self.point)
         if self.replace == "prompt" and block == lm.depth - 1:
             raise ConfigError(f"grace: nothing reads earlier tokens of the last block ({block}); choose a lower layer or replace=last")

@@ -112,8 +112,8 @@ class MELO(CodebookEditor):
 
     def target_sites(self, lm: LM) -> Sites:
         """(where keys are read, where blocks act); `ConfigError` where this model has no such place or the order is wrong."""
-        key = self.layer if self.layer is not None else max(0, min(lm.depth - 3, int(lm.depth * 35 / 48 + 0.5)))
-        lora = self.lora_layers if self.lora_layers is not None else tuple(b for b in (key + 1, key + 2) if b < lm.depth)
+        key = lm.nearest_block(min(lm.depth - 3, int(lm.depth * 35 / 48 + 0.5))) if self.layer is None else self.layer
+        lora = self.lora_layers or tuple(b for b in range(key + 1, lm.depth) if b not in lm.family.idle)[:2]
         if not lora or min(lora) <= key:
             raise ConfigError(f"melo: blocks are chosen at layer {key}, so lora_layers must lie above it; got {list(lora)}")
         return check_site(lm, self.name, key, self.point), tuple(check_site(lm, self.name, b, self.lora_point) for b in sorted(lora))

@@ -14,7 +14,7 @@ from errata.core.patch import Patch, Site
 from errata.core.tail import Tail
 from errata.core.tokens import Encoded
 from errata.errors import ConfigError, PatchError
-from errata.methods.base import NEIGHBOURS, OutputTermEditor, layers_for
+from errata.methods.base import NEIGHBOURS, OutputTermEditor
 from errata.methods.finetune.training import DenseTraining, Objective, TargetNew
 from errata.request import EditRequest
 
@@ -72,10 +72,8 @@ class FineTuneEditor(OutputTermEditor):
 
     def target_layers(self, lm: LM) -> tuple[int, ...]:
         """The blocks to train on this model; `ConfigError` for one that does not exist or a rank that its matrix does not have."""
-        chosen = layers_for(lm.depth, [self.depth]) if self.layers is None else self.layers
-        wrong = [b for b in chosen if not 0 <= b < lm.depth]
-        if wrong:
-            raise ConfigError(f"{self.name}: block {wrong[0]} does not exist (0 to {lm.depth - 1}); set layers for this model")
+        chosen = self.layers_at(lm, [self.depth]) if self.layers is None else self.layers
+        self.require_blocks(lm, chosen)
         full = min(min(sizes) for sizes in self.sizes(lm, chosen).values())
         if self.rank is not None and self.rank > full:
             raise ConfigError(f"{self.name}: rank {self.rank} exceeds that of the matrix, {full}; lower it or leave it off")

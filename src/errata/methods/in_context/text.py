@@ -13,8 +13,9 @@ from errata.core.chat import bos_opens_turns
 from errata.core.embed import embed
 from errata.core.model import LM
 from errata.core.patch import PROMPT, Op
+from errata.core.sites import check_block
 from errata.core.tokens import Encoded, join, pieces
-from errata.errors import ConfigError, ModelError
+from errata.errors import ConfigError, ModelError, PatchError
 
 AT_ONCE = 64  # texts of one pass
 LONGEST = 256  # tokens of a text that are read for its vector
@@ -40,10 +41,12 @@ def beside(template: str, blanks: tuple[str, str], prompt: str, target: str) -> 
 
 def block_for(lm: LM, editor: Any) -> int:
     """The block whose states are read: ``editor.block``, or the one at 7/8 of the depth; `ConfigError` where there is none."""
-    block = min(lm.depth - 1, int(DEPTH * lm.depth)) if editor.block is None else editor.block
-    if not 0 <= block < lm.depth:
-        raise ConfigError(f"{editor.name}: block {block} does not exist (0 to {lm.depth - 1}); set block for this model")
-    return int(block)
+    block: int = lm.nearest_block(int(DEPTH * lm.depth)) if editor.block is None else editor.block
+    try:
+        check_block(lm, block)
+    except PatchError as error:
+        raise ConfigError(f"{editor.name}: {error}; set block for this model") from None
+    return block
 
 
 def context_op(lm: LM, editor: Any, shown: Sequence[str], facts: Sequence[str], retrieval: Any = None) -> Op:

@@ -109,23 +109,17 @@ class LocateEditor(Editor):
         Where a norm follows what the MLP writes (Gemma 2 and 3, OLMo 2), a change of the linear is no change of equal size of the
         residual stream, so it can't be shared out over blocks: only one is edited, at the depth of ``ALONE`` or the last of ``layers``.
         """
-        chosen = self.layers or self._at(lm, self.DEPTHS)
-        wrong = [b for b in chosen if not 0 <= b < lm.depth]
-        if wrong:
-            raise ConfigError(f"{self.name}: block {wrong[0]} does not exist (0 to {lm.depth - 1}); set layers for this model")
+        chosen = self.layers or self.layers_at(lm, self.DEPTHS)
+        self.require_blocks(lm, chosen)
         if adds_directly(lm, self.site(lm, chosen[-1])):
             return chosen
-        return chosen[-1:] if self.layers else self._at(lm, (self.ALONE,))
+        return chosen[-1:] if self.layers else self.layers_at(lm, (self.ALONE,))
 
     def site(self, lm: LM, block: int) -> Site:
         """What is edited in a block: the MLP's last linear or, by methods that know how, its experts; `ModelError` where neither is."""
         site = lm.mlp_site(block) if self.EXPERTS else Site(block, POINT)
         lm.linear_path(site)
         return site
-
-    @staticmethod
-    def _at(lm: LM, depths: Sequence[float]) -> tuple[int, ...]:
-        return tuple(sorted({min(lm.depth - 1, int(lm.depth * f + 0.5)) for f in depths}))
 
     def alone(self, lm: LM) -> Self:
         """The editor where a norm follows the MLP: what a ridge leaves unwritten in the one block, no later block makes up for."""

@@ -15,7 +15,7 @@ from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.core.tail import Tail
 from errata.errors import ConfigError
-from errata.methods.base import NEIGHBOURS, OutputTermEditor, layers_for
+from errata.methods.base import NEIGHBOURS, OutputTermEditor
 from errata.methods.subspace.op import start
 from errata.methods.subspace.training import Training
 from errata.request import EditRequest
@@ -86,11 +86,9 @@ class SubspaceEditor(OutputTermEditor):
 
     def target_layers(self, lm: LM) -> tuple[int, ...]:
         """The blocks to edit on this model; `ConfigError` for one that does not exist."""
-        chosen = layers_for(lm.depth, self.depths or self.own_depths) if self.layers is None else self.layers
-        wrong = [b for b in chosen if not 0 <= b < lm.depth]
-        if wrong or self.rank > lm.width:
-            what = f"block {wrong[0]} does not exist (0 to {lm.depth - 1})" if wrong else f"rank {self.rank} exceeds the width {lm.width}"
-            raise ConfigError(f"{self.name}: {what}; set layers and rank for this model")
+        chosen = self.layers_at(lm, self.depths or self.own_depths) if self.layers is None else self.layers
+        self.require_blocks(lm, chosen)
+        self.require(self.rank <= lm.width, f"rank {self.rank} exceeds the width {lm.width}; set rank for this model")
         return chosen
 
     @property

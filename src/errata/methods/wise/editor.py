@@ -31,7 +31,7 @@ class WISEEditor(ContrastEditor):
 
     def target_site(self, lm: LM) -> Site:
         """The linear to edit on this model; `ConfigError` for one that does not exist."""
-        layer = min(lm.depth - 1, int(lm.depth * DEPTH + 0.5)) if self.layer is None else self.layer
+        layer = lm.nearest_block(int(lm.depth * DEPTH + 0.5)) if self.layer is None else self.layer
         if not 0 <= layer < lm.depth or self.point == "block":
             raise ConfigError(f"{self.name}: no linear {self.point!r} at block {layer}; blocks are 0 to {lm.depth - 1}")
         try:
