@@ -95,7 +95,9 @@ class PMETObjective(Objective):
 class PMET(MEMIT):
     """MEMIT with two shifts optimised together, of the attention's and of the MLP's output; only the MLP's is written.
 
-    The residual is shared out by √(blocks left).  Source: Li et al. 2024 (PMET) and its code.
+    The residual is shared out by √(blocks left), which writes more than the MLP's share.  Where a norm follows the MLP and one block is
+    edited, nothing would make up for the attention's share, so that the MLP's shift is optimised alone.
+    Source: Li et al. 2024 (PMET) and its code; the exception is ours.
 
     nll_factor, kl_stop
                      weight of the NLL in the value's loss, a tenth of it once the answer is right; then a KL at or below ``kl_stop`` ends
@@ -125,4 +127,4 @@ class PMET(MEMIT):
         return float(left**0.5)
 
     def value_sites(self, site: Site, direct: bool) -> list[Site]:
-        return [site, Site(site.block, "attn_out")]
+        return [site, Site(site.block, "attn_out")] if direct else [site]
