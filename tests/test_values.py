@@ -97,7 +97,7 @@ def test_values_are_those_of_a_plain_loop(family: str, cls: type[LocateEditor]) 
 @pytest.mark.parametrize("family", ["gemma3_text", "olmo2"])
 def test_where_a_norm_follows_all_that_is_optimised_is_written(family: str) -> None:
     """PMET's shift of the attention is never written, and where one block is edited no later one makes up for it: the loss of the patched
-    model is about the one that the value was left with, 1 + NLL while the answer is wrong (the weights act on other tokens a little too)."""
+    model is about the one that the value was left with, 1 + NLL while the answer is wrong (weights act on other tokens too)."""
     editor = make(PMET, layers=[1], prefixes=[], kl=0.0, v_decay=0.0, clamp=50.0, v_steps=4, mom2_weight=1e-9, fact_token="last")
     _, patches = job(family, editor, [[r] for r in REQUESTS])
     model = base(family)
