@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "ERRATA_TESTS" not in os.environ:  # trained models, of all workers of a session: they inherit it
+    os.environ["ERRATA_TESTS"] = tempfile.mkdtemp(prefix="errata-trained-")
 os.environ["ERRATA_CACHE"] = tempfile.mkdtemp(prefix="errata-tests-")  # statistics made here stay here
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import PROMPTS, acts_and_leaves_no_trace, build, model, request
-from families import SENTENCES, tokenizer, trained
+from families import SENTENCES, once, tokenizer, trained
 from laws import REQUESTS, editor
 from safetensors import safe_open
 from torch import Tensor
@@ -39,7 +39,7 @@ ALPHA = {**_EDIT, "share": 0.95, "l2": 1e-6, "stats_tokens": 1500}
 
 @functools.cache
 def _taught(name: str) -> dict[str, Tensor]:
-    return trained(build(name))
+    return once(f"experts {name}", lambda: trained(build(name)))
 
 
 def taught(name: str, dtype: torch.dtype = torch.float32) -> LM:
