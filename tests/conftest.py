@@ -12,15 +12,21 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "ERRATA_TESTS" not in os.environ:  # trained models, of all workers of a session: they inherit it
-    os.environ["ERRATA_TESTS"] = tempfile.mkdtemp(prefix="errata-trained-")
-os.environ["ERRATA_CACHE"] = tempfile.mkdtemp(prefix="errata-tests-")  # statistics made here stay here
+_OWN = None
+if "ERRATA_TESTS" not in os.environ:  # what all workers of a session share, who inherit it: trained models, unpacked ones, statistics
+    _OWN = os.environ["ERRATA_TESTS"] = tempfile.mkdtemp(prefix="errata-tests-")
+os.environ["ERRATA_CACHE"] = os.path.join(os.environ["ERRATA_TESTS"], "cache")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core
 
 from browser import chromium, view  # noqa: F401
 from desk import desk, running, server  # noqa: F401
+
+
+def pytest_unconfigure() -> None:
+    if _OWN is not None:
+        shutil.rmtree(_OWN, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

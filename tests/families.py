@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
@@ -57,6 +58,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_COMMON, "num_key_value_heads": 1, "residual_dropout": 0.0, "embedding_dropout": 0.0},
     ),  # found by structure
 }
+
+# Unlike each other: plain; learnt positions, Conv1D and no gate; parallel and rotary in part; norms after, sliding windows, capped logits.
+UNLIKE = ("llama", "gpt2", "gpt_neox", "gemma2")
+each_family = pytest.mark.parametrize("family", [f if f in UNLIKE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 
 
 @functools.cache

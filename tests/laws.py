@@ -81,13 +81,13 @@ PRODUCT: list[Row] = [
 ]
 # By default: each law on each method, and on each family, in each dtype; and each method on each family.
 MEET = ((0, 1, 3), (0, 2, 3), (1, 2))
-CHOSEN = covering(PRODUCT, MEET)
+CHOSEN = frozenset(covering(PRODUCT, MEET))
 
 
 def each_case(law: str) -> pytest.MarkDecorator:
     """Methods, families and dtypes of a law: those of `CHOSEN`, the others where slow tests run."""
-    chosen, columns = set(CHOSEN), ("method", "family", "dtype") if law in _IN else ("method", "family")
-    rows = [pytest.param(*row[1 : 1 + len(columns)], marks=() if row in chosen else pytest.mark.slow) for row in PRODUCT if row[0] == law]
+    columns = ("method", "family", "dtype") if law in _IN else ("method", "family")
+    rows = [pytest.param(*row[1 : 1 + len(columns)], marks=() if row in CHOSEN else pytest.mark.slow) for row in PRODUCT if row[0] == law]
     return pytest.mark.parametrize(columns, rows)
 
 

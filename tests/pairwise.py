@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pytest
 
 Row = tuple[str, ...]
 Columns = Sequence[tuple[int, ...]]
@@ -36,3 +39,10 @@ def covering(rows: Sequence[Row], columns: Columns) -> list[Row]:
             for shown in meetings(best, columns):
                 left.pop(shown, None)
     return [row for row in rows if row in taken]
+
+
+def some(rows: Iterable[Row], columns: Columns = ((0,), (1,))) -> list[Any]:
+    """Parameters of a test: a covering of ``rows`` by default (of two columns, each value of either), the others when slow tests run."""
+    rows = list(rows)
+    few = set(covering(rows, columns))
+    return [pytest.param(*row, marks=() if row in few else pytest.mark.slow) for row in rows]
