@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-_OWN = None
 if "ERRATA_TESTS" not in os.environ:  # what all workers of a session share, who inherit it: trained models, unpacked ones, statistics
-    _OWN = os.environ["ERRATA_TESTS"] = tempfile.mkdtemp(prefix="errata-tests-")
+    os.environ["ERRATA_TESTS"] = tempfile.mkdtemp(prefix="errata-tests-")
+    os.environ["ERRATA_TESTS_OF"] = str(os.getpid())
 os.environ["ERRATA_CACHE"] = os.path.join(os.environ["ERRATA_TESTS"], "cache")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -25,14 +25,16 @@ from desk import desk, running, server  # noqa: F401
 
 
 def pytest_unconfigure() -> None:
-    if _OWN is not None:
-        shutil.rmtree(_OWN, ignore_errors=True)
+    if os.environ.get("ERRATA_TESTS_OF") == str(os.getpid()):
+        shutil.rmtree(os.environ["ERRATA_TESTS"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under xdist, what shares a trained model or a module's fixtures runs in one worker: a family's tests, else a file's."""
+    """Under xdist, what shares patches of a model or a module's fixtures runs in one worker: a family's tests, else a file's."""
     for item in items:
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+        if not isinstance(family, str) and getattr(getattr(item.module, "patches", None), "__module__", "") == "laws":
+            family = "llama"  # of which every method's patch is made once for all who take it from `laws.patches`
         item.add_marker(pytest.mark.xdist_group(f"family {family}" if isinstance(family, str) else item.path.stem))
 
 
