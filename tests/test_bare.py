@@ -48,7 +48,7 @@ def call(hf: Any, base: LM, prompt: str) -> torch.Tensor:
 
 # What is attached one after the other: every method in one model that is compiled once, or, slower, each alone, for either fact and both.
 TURNS = {
-    "all": [["rome"], [], ["wise"], ["grace", "baft of Spain"]],
+    "all": [["rome"], [], ["wise", "grace", "baft of Spain"]],
     **{name: [[name], [], [f"{name} of Spain"], [name, f"{name} of Spain"], []] for name in METHODS},
 }
 
