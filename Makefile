@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/errata demo --out demo-report --force
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow

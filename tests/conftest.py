@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["ERRATA_CACHE"] = tempfile.mkdtemp(prefix="errata-tests-")  # statistics made here stay here
+if "ERRATA_TESTS" not in os.environ:  # what all workers of a session share, who inherit it: trained models, unpacked ones, statistics
+    os.environ["ERRATA_TESTS"] = tempfile.mkdtemp(prefix="errata-tests-")
+    os.environ["ERRATA_TESTS_OF"] = str(os.getpid())
+os.environ["ERRATA_CACHE"] = os.path.join(os.environ["ERRATA_TESTS"], "cache")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core
@@ -21,11 +24,27 @@ from browser import chromium, view  # noqa: F401
 from desk import desk, running, server  # noqa: F401
 
 
+def pytest_unconfigure() -> None:
+    if os.environ.get("ERRATA_TESTS_OF") == str(os.getpid()):
+        shutil.rmtree(os.environ["ERRATA_TESTS"], ignore_errors=True)
+
+
+# Groups that take long: last, one of them would keep one worker busy and the other idle.
+_FIRST = ("family llama", "test_pages", "test_real_model", "test_page_history", "test_page", "test_bare", "test_run")
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under xdist, what shares a trained model or a module's fixtures runs in one worker: a family's tests, else a file's."""
+    """Under xdist, what shares patches of a model or a module's fixtures runs in one worker: a family's tests, else a file's."""
+    groups = {}
     for item in items:
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")
-        item.add_marker(pytest.mark.xdist_group(f"family {family}" if isinstance(family, str) else item.path.stem))
+        if not isinstance(family, str) and getattr(getattr(item.module, "patches", None), "__module__", "") == "laws":
+            family = "llama"  # of which every method's patch is made once for all who take it from `laws.patches`
+        groups[item] = f"family {family}" if isinstance(family, str) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: _FIRST.index(groups[item]) if groups[item] in _FIRST else len(_FIRST))
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -52,6 +59,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),  # found by structure
 }
 
+# Unlike each other: plain; learnt positions, Conv1D and no gate; parallel and rotary in part; norms after, sliding windows, capped logits.
+UNLIKE = ("llama", "gpt2", "gpt_neox", "gemma2")
+each_family = pytest.mark.parametrize("family", [f if f in UNLIKE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -97,9 +108,23 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **chan
     ).to(dtype)
 
 
+_SHARED = Path(os.environ.get("ERRATA_TESTS") or tempfile.mkdtemp(prefix="errata-tests-"))  # of all workers of a session: see conftest.py
+
+
+def once(name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What ``make`` gives, made by the first process of a session that asks; the same bits in all."""
+    path = _SHARED / f"{name}.safetensors"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            written = path.with_suffix(".part")
+            save_file({k: t.contiguous() for k, t in make().items()}, written)
+            os.replace(written, path)
+    return load_file(path)
+
+
 @functools.cache
 def _trained(family: str) -> dict[str, torch.Tensor]:
-    return trained(build(family))
+    return once(family, lambda: trained(build(family)))
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:

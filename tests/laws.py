@@ -7,8 +7,10 @@ import copy
 import dataclasses
 import functools
 
+import pytest
 import torch
-from families import SENTENCES, lm
+from families import FAMILIES, SENTENCES, lm
+from pairwise import Row, covering
 
 from errata import registry
 from errata.config import build
@@ -67,6 +69,35 @@ QUICK = {
 IN_CONTEXT = [m for m in METHODS if issubclass(registry.get("method", m), InContextEditor)]
 LOCATE = [m for m in METHODS if issubclass(registry.get("method", m), LocateEditor)]
 ONE_TOKEN = [*LOCATE, "rep", "grace", "ft-l"]  # they change the output of a linear at one token; FT-L trains one token's distribution
+# A law is held to every method on every family, and, of what is not an identity, in two dtypes.  For identities see `exact`.
+_IN = dict.fromkeys(("undo", "rows", "padding", "round trip"), ("float32", "bfloat16"))
+_IDENTITIES = ("independence", "tail")
+_FORCED = ("llama", "gpt2", "gpt_neox", "gemma2")  # absolute and rotary positions, sliding windows
+_ENDED = ("llama", "gpt2", "gpt_neox")
+PRODUCT: list[Row] = [
+    *((law, m, f, dtype) for law, dtypes in _IN.items() for m in METHODS for f in FAMILIES for dtype in dtypes),
+    *((law, m, f, "to the end" if f in _ENDED else "a few steps") for law in _IDENTITIES for m in METHODS for f in FAMILIES),
+    *(("forcing", m, f, "float32") for m in METHODS for f in _FORCED),
+]
+# By default: each law on each method, and on each family, in each dtype; and each method on each family.
+MEET = ((0, 1, 3), (0, 2, 3), (1, 2))
+CHOSEN = frozenset(covering(PRODUCT, MEET))
+
+
+def each_case(law: str) -> pytest.MarkDecorator:
+    """Methods, families and dtypes of a law: those of `CHOSEN`, the others where slow tests run."""
+    columns = ("method", "family", "dtype") if law in _IN else ("method", "family")
+    rows = [pytest.param(*row[1 : 1 + len(columns)], marks=() if row in CHOSEN else pytest.mark.slow) for row in PRODUCT if row[0] == law]
+    return pytest.mark.parametrize(columns, rows)
+
+
+def exact(family: str, method: str = "baft") -> tuple[str, dict[str, int]]:
+    """(dtype, settings) for identities: some families are trained to the end, each row stopping at its own step, the others for a few
+    steps.  Gemma-2's eager attention casts float64's lowest mask value to float32, which is -inf and then NaN, so that family is held to
+    float32."""
+    few = {"v_steps": 3} if method in LOCATE else {} if method in ("none", *IN_CONTEXT) else {"steps": 3}
+    short = {"wise": {"steps": 6}, "wise-light": {"steps": 6}, "rep": {"steps": 3}}  # of a high rate rounding grows with each step
+    return "float32" if family == "gemma2" else "float64", short.get(method, {}) if family in _ENDED else few
 
 
 def asked(method: str) -> list[EditRequest]:

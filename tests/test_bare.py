@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build, lm, tokenizer
+from pairwise import some
 
 from errata.core.model import LM
 from errata.errors import EditWarning, ModelError
@@ -43,12 +46,18 @@ def call(hf: Any, base: LM, prompt: str) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("method", METHODS)
+# What is attached one after the other: every method in one model that is compiled once, or, slower, each alone, for either fact and both.
+TURNS = {
+    "all": [["rome"], [], ["wise", "grace", "baft of Spain"]],
+    **{name: [[name], [], [f"{name} of Spain"], [name, f"{name} of Spain"], []] for name in METHODS},
+}
+
+
+@pytest.mark.parametrize("turns", [t if t == "all" else pytest.param(t, marks=pytest.mark.slow) for t in TURNS])
 @pytest.mark.parametrize("how", ["wrapped", "in place", "before it was loaded"])
-def test_a_model_that_was_compiled_and_ran_follows_what_is_attached(method: str, how: str) -> None:
-    hf = build("llama")
-    hf.load_state_dict(lm("llama").hf.state_dict())
-    hf.eval()
+def test_a_model_that_was_compiled_and_ran_follows_what_is_attached(how: str, turns: str) -> None:
+    plain = shallow()
+    hf = copy.deepcopy(plain.hf)
     model: LM | None = None if how == "before it was loaded" else LM(hf, tokenizer(), "llama")
     compiled = hf if how == "in place" else torch.compile(hf, backend="eager")
     if how == "in place":
@@ -57,15 +66,27 @@ def test_a_model_that_was_compiled_and_ran_follows_what_is_attached(method: str,
     with torch.no_grad():
         compiled(ids, attention_mask=torch.ones_like(ids))
     model = model or LM(hf, tokenizer(), "llama")
-    plain = lm("llama")
-    patches = [METHODS[method].for_model(plain).edit(plain, [r]) for r in (FRANCE, SPAIN)]
-    for attached in (patches[:1], [], patches[1:], patches, []):
-        model.detach()
+    bare = call(plain.hf, plain, FRANCE.prompt)
+    for number, names in enumerate(TURNS[turns]):
+        methods = [(METHODS[name.split()[0]].for_model(plain), SPAIN if "Spain" in name else FRANCE) for name in names]
         plain.detach()
+        attached = [method.edit(plain, [request]) for method, request in methods]
+        model.detach()
         model.attach(*attached)
         plain.attach(*attached)
-        for prompt in (FRANCE.prompt, SPAIN.prompt, "Rome is a city in"):
-            torch.testing.assert_close(call(compiled, model, prompt), call(plain.hf, plain, prompt), atol=1e-4, rtol=1e-4)
+        wanted = call(plain.hf, plain, FRANCE.prompt)
+        assert names == [] or names[0].endswith("Spain") or not torch.allclose(wanted, bare, atol=1e-3), "there is something to follow"
+        torch.testing.assert_close(call(compiled, model, FRANCE.prompt), wanted, atol=1e-4, rtol=1e-4)
+        if turns != "all" or number == len(TURNS[turns]) - 1:  # another length is traced anew
+            for prompt in (SPAIN.prompt, "Rome is a city in"):
+                torch.testing.assert_close(call(compiled, model, prompt), call(plain.hf, plain, prompt), atol=1e-4, rtol=1e-4)
+
+
+def shallow() -> LM:
+    """Of two blocks, which are traced in half the time of four."""
+    hf = build("llama", num_hidden_layers=2)
+    hf.load_state_dict(lm("llama").hf.state_dict(), strict=False)
+    return LM(hf.eval(), tokenizer(), "llama")
 
 
 def wrappers() -> dict[str, Callable[[Any], Any]]:
@@ -94,8 +115,9 @@ def test_what_is_around_a_model_or_in_it_is_refused_by_name(said: str) -> None:
         LM(wrappers()[said](build("llama")), tokenizer())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
-@pytest.mark.parametrize("method", ["rome", "baft", "grace"])
+@pytest.mark.parametrize(
+    ("family", "method"), some(itertools.product(["llama", "gpt2", "gpt_neox", "gemma3_text"], ["rome", "baft", "grace"]))
+)
 def test_the_model_inside_runs_edited_when_it_is_called_by_itself(family: str, method: str) -> None:
     """Also after a call of the whole with another text: nothing is left of that."""
     model = lm(family)
@@ -152,10 +174,9 @@ def test_saving_the_model_itself_says_that_it_saves_the_base(base: LM, tmp_path:
     assert files[0] == files[1] == files[2]
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("method", METHODS)
-def test_an_edit_can_be_made_where_gradients_are_off(method: str, mode: Callable[[], Any], base: LM) -> None:
+@pytest.mark.parametrize(("method", "mode"), some(itertools.product(METHODS, ["no_grad", "inference_mode"])))
+def test_an_edit_can_be_made_where_gradients_are_off(method: str, mode: str, base: LM) -> None:
     want = METHODS[method].for_model(base).edit(base, [FRANCE])
-    with mode():
+    with getattr(torch, mode)():
         assert METHODS[method].for_model(base).edit(base, [FRANCE]).id == want.id
     assert threading.active_count() < 50

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from families import FAMILIES, SENTENCES, dtype_of, lm
+from families import SENTENCES, dtype_of, each_family, lm
 from states import capture
 
 from errata import registry
@@ -23,7 +23,6 @@ from errata.methods.none import Unedited
 from errata.methods.subspace.baft import BaFT
 from errata.request import EditRequest
 
-each_family = pytest.mark.parametrize("family", list(FAMILIES))
 PLAIN = {"fact": "{prompt} {target}.", "cue": ""}
 ROME = EditRequest("The capital of France is", "Rome", "France")
 PARIS = EditRequest("In Rome people speak", "French", "Rome")

@@ -42,6 +42,7 @@ ROME = EditRequest("In Rome people speak", "French")  # brings none, and none ar
 REQUESTS = [FRANCE, ITALY, ROME]
 TERM = ["ft-l", "ft-m", "loc-ft", "lora", "adalora"]
 ALL = [*TERM, "wise", "wise-light", "grace", "melo"]
+seeds = pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))])
 each_method, with_term = pytest.mark.parametrize("method", ALL), pytest.mark.parametrize("method", TERM)
 PLAIN = {
     "ft-m": {"layers": [1], "lr": 5e-3, "steps": 6, "stop": 0.0, "batch_size": 1, "contrast_batch": 4, "prefixes": 0},
@@ -256,7 +257,7 @@ def contrast_keys(book: Any, texts: list[KeyedText]) -> list[list[Tensor]]:
 
 @pytest.mark.parametrize("grow", [False, True])
 @pytest.mark.parametrize("expand", ["coverage", "moving_average"])
-@pytest.mark.parametrize("seed", range(4))
+@seeds
 def test_a_radius_never_reaches_a_contrast_key(seed: int, expand: str, grow: bool) -> None:
     """However radii widen, keys move and splits follow, in one patch or in two."""
     texts, share = stream(seed, 120), 0.6
@@ -278,7 +279,7 @@ def test_a_radius_never_reaches_a_contrast_key(seed: int, expand: str, grow: boo
 
 
 @pytest.mark.parametrize("grow", [False, True])
-@pytest.mark.parametrize("seed", range(4))
+@seeds
 def test_a_cluster_never_reaches_a_contrast_key(seed: int, grow: bool) -> None:
     texts, share = stream(seed, 120), 0.6
     editor = MELO(radius=1.0, unit="absolute", contrast=4, contrast_share=share, contrast_grow=grow, blocks=1000)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from families import lm
-from laws import METHODS, asked, editor
+from laws import METHODS, asked, editor, exact
 
 from errata.core.bank import active_patches, non_causal
 from errata.core.patch import Site
@@ -19,9 +19,9 @@ from errata.methods.wise.training import Training
 
 @pytest.mark.parametrize("method", METHODS)
 def test_taking_off_a_patch_in_between_brings_none_back_that_a_later_one_holds(method: str) -> None:
-    base, stack = lm("llama"), ()
+    base, stack, few = lm("llama"), (), exact("mistral", method)[1]
     for request in asked(method):
-        stack = (*stack, editor(method).edit(base, [request], on=stack))  # type: ignore[attr-defined]
+        stack = (*stack, editor(method, **few).edit(base, [request], on=stack))  # type: ignore[attr-defined]
     first, middle, last = stack
     together = active_patches(stack)
     base.attach(*stack)

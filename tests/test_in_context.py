@@ -8,8 +8,8 @@ import types
 
 import pytest
 import torch
-from families import SENTENCES, lm, tokenizer
-from test_context import PARIS, PLAIN, PROMPTS, ROME, alone, base, close, each_family, front, ices
+from families import SENTENCES, each_family, lm, tokenizer
+from test_context import PARIS, PLAIN, PROMPTS, ROME, alone, base, close, front, ices
 
 import errata
 from errata import registry

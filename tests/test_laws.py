@@ -1,6 +1,7 @@
 """The laws of `docs/architecture.md`, for every registered method on every family in float32 and bfloat16.
 
-Methods come from the registry and families from `families.FAMILIES`: a new one of either is tested without a word here.
+Methods come from the registry and families from `families.FAMILIES`: a new one of either is tested without a word here.  By default a few
+rows of the product run, in which each method meets each family and each law, in each dtype; `make slow` runs the others.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from families import FAMILIES, lm
 from laws import (
     DTYPES,
     IN_CONTEXT,
-    LOCATE,
     METHODS,
     ONE_TOKEN,
     PROMPTS,
     REQUESTS,
     asked,
+    each_case,
     editor,
+    exact,
     in_chat,
     model,
     patches,
@@ -44,12 +46,6 @@ from errata.score import teacher_forcing
 
 each_method = pytest.mark.parametrize("method", METHODS)
 each_family = pytest.mark.parametrize("family", list(FAMILIES))
-# 8 bits are 8 bits in every family: three unlike each other (plain; Conv1D, no gate, no rotary; norms after, windows) do for each run
-_ROUND = ("llama", "gpt2", "gemma2")
-each_case = pytest.mark.parametrize(
-    ("family", "dtype"),
-    [(f, "float32") for f in FAMILIES] + [pytest.param(f, "bfloat16", marks=() if f in _ROUND else pytest.mark.slow) for f in FAMILIES],
-)
 
 
 def last_logits(base: LM, side: str, stacks: list, which: list[int], texts: list[str] | None = None) -> torch.Tensor:
@@ -63,8 +59,7 @@ def near(dtype: str) -> dict[str, float]:
     return {"atol": 2e-4, "rtol": 1e-3} if dtype == "float32" else {"atol": 0.25, "rtol": 0.1}
 
 
-@each_case
-@each_method
+@each_case("undo")
 def test_an_edit_changes_the_answer_and_undo_is_exact(method: str, family: str, dtype: str) -> None:
     """Models that know eight sentences do not learn from their context: there, an edit changes the logits, whatever the answer.
     `none` is the unedited model, and changes nothing."""
@@ -91,16 +86,6 @@ def test_an_edit_changes_the_answer_and_undo_is_exact(method: str, family: str, 
     assert all(torch.equal(v, weights[k]) for k, v in base.hf.state_dict().items())
 
 
-def exact(family: str, method: str = "baft") -> tuple[str, dict[str, int]]:
-    """(dtype, settings) for identities: some families are trained to the end, each row stopping at its own step, the others for a few
-    steps.  Gemma-2's eager attention casts float64's lowest mask value to float32, which is -inf and then NaN, so that family is held to
-    float32."""
-    few = {"v_steps": 3} if method in LOCATE else {} if method in ("none", *IN_CONTEXT) else {"steps": 3}
-    short = {"wise": {"steps": 6}, "wise-light": {"steps": 6}, "rep": {"steps": 3}}  # of a high rate rounding grows with each step
-    ended = family in ("llama", "gpt2", "gpt_neox")
-    return "float32" if family == "gemma2" else "float64", short.get(method, {}) if ended else few
-
-
 @functools.cache
 def together(method: str, family: str) -> tuple[Patch, ...]:
     """Of `exact`'s settings, all requests at once."""
@@ -115,8 +100,7 @@ def assert_same(one: Patch, other: Patch) -> None:
             torch.testing.assert_close(b.tensors[name], tensor, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@each_family
-@each_method
+@each_case("independence")
 def test_independence(method: str, family: str) -> None:
     dtype, few = exact(family, method)
     base = model(family, dtype)
@@ -124,8 +108,7 @@ def test_independence(method: str, family: str) -> None:
         assert_same(editor(method, **few).edit(base, [request]), patch)
 
 
-@each_case
-@each_method
+@each_case("rows")
 def test_rows(method: str, family: str, dtype: str) -> None:
     base = model(family, dtype)
     a, b, c = patches(method, family, dtype)
@@ -153,8 +136,7 @@ def test_rows_asked_in_a_chat(method: str) -> None:
     assert torch.equal(last_logits(base, "left", [()], [0] * len(chats), chats), before)
 
 
-@each_case
-@each_method
+@each_case("padding")
 def test_padding_cache_and_raw_calls_agree(method: str, family: str, dtype: str) -> None:
     base = model(family, dtype)
     patch = patches(method, family, dtype)[0]
@@ -186,8 +168,7 @@ def test_padding_cache_and_raw_calls_agree(method: str, family: str, dtype: str)
             assert base.tokenizer.decode(ids[len(row.ids) :], skip_special_tokens=True).strip() == texts[i]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])  # absolute and rotary positions, sliding windows
-@each_method
+@each_case("forcing")
 def test_forcing_behind_a_prompt_that_has_run_is_forcing_in_one_text(method: str, family: str) -> None:
     """Rows of several stacks, a row asked twice, targets of one token and of several; what was decided on the prompt is kept."""
     base = model(family)
@@ -207,8 +188,7 @@ def test_forcing_behind_a_prompt_that_has_run_is_forcing_in_one_text(method: str
         assert base.generate_ids([PROMPTS[i]], stacks=[stacks[which[i]]], max_new_tokens=6, stop=(".",)) == [ids]
 
 
-@each_case
-@each_method
+@each_case("round trip")
 def test_round_trip(method: str, family: str, dtype: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     base = model(family, dtype)
     patch = patches(method, family, dtype)[0]
@@ -220,12 +200,12 @@ def test_round_trip(method: str, family: str, dtype: str, tmp_path) -> None:  # 
 
 @each_method
 def test_determinism(method: str) -> None:
-    base, other = lm("llama"), lm("llama")
+    base, other, few = lm("llama"), lm("llama"), exact("mistral", method)[1]
     state = torch.get_rng_state()
-    ids = {editor(method).edit(b, REQUESTS[:1]).id for b in (base, other, base)}
+    ids = {editor(method, **few).edit(b, REQUESTS[:1]).id for b in (base, other, base)}
     assert len(ids) == 1
     if any(f.name == "seed" for f in dataclasses.fields(registry.get("method", method))):  # the others draw nothing
-        assert editor(method, seed=1).edit(base, REQUESTS[:1]).id not in ids
+        assert editor(method, **few, seed=1).edit(base, REQUESTS[:1]).id not in ids
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -254,8 +234,7 @@ def test_tail_equals_full_forward_with_gradients_in_float64(family: str, first: 
         torch.testing.assert_close(a, b, **{k: v * 100 for k, v in close.items()})  # sums over many logits
 
 
-@each_family
-@each_method
+@each_case("tail")
 def test_tail_and_full_forward_reach_the_same_patch(method: str, family: str) -> None:
     dtype, few = exact(family, method)
     base = model(family, dtype)

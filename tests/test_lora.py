@@ -211,8 +211,10 @@ def test_nothing_to_edit_and_no_fused_linear() -> None:
 # -- as editors -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@BOTH
+@pytest.mark.parametrize(
+    ("method", "dropout"),
+    [("lora", 0.1), ("adalora", 0.0), *(pytest.param(*row, marks=pytest.mark.slow) for row in (("lora", 0.0), ("adalora", 0.1)))],
+)
 def test_independence_with_uneven_numbers_of_rows(method: str, dropout: float) -> None:
     """One, one and three rows a problem, of different lengths, in float64; the tail and the whole forward agree."""
     base = lm("llama", torch.float64)

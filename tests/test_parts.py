@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from architectures import ARCHITECTURES, acts_and_leaves_no_trace, build, model,
 from families import FAMILIES, tokenizer
 from families import build as untrained
 from laws import asked, editor
+from pairwise import some
 from torch import nn
 
 from errata.core.describe import describe, linears
@@ -78,10 +80,9 @@ def test_what_a_block_adds_is_the_sum_of_what_its_writers_give(name: str) -> Non
         assert torch.allclose(seen[number], PLAIN[name] * added, atol=1e-5 if name in ("falcon_h1", "mamba2") else 1e-12), (number, own)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", HARD)
-def test_the_parts_of_every_block(name: str, dtype: torch.dtype) -> None:
-    base = model(name, dtype)
+@pytest.mark.parametrize(("name", "dtype"), some(itertools.product(HARD, ["float32", "bfloat16"])))
+def test_the_parts_of_every_block(name: str, dtype: str) -> None:
+    base = model(name, getattr(torch, dtype))
     assert [(path(base, b, "mlp_down"), path(base, b, "attn_out")) for b in range(base.depth)] == HARD[name]
 
 
@@ -167,8 +168,10 @@ ANY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ANY)
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "qwen2_moe", "nemotron_h", "mamba2", "lfm2", "recurrent_gemma", "openai-gpt"])
+OTHERS = ["qwen3_moe", "gpt_oss", "qwen2_moe", "nemotron_h", "mamba2", "lfm2", "recurrent_gemma", "openai-gpt"]
+
+
+@pytest.mark.parametrize(("name", "method"), some(itertools.product(OTHERS, ANY)))
 def test_a_method_that_needs_no_mlp_runs(name: str, method: str) -> None:
     settings = dict(ANY[method])
     if name == "nemotron_h" and settings.get("point"):
@@ -185,7 +188,9 @@ def test_only_what_needs_the_missing_part_says_so_by_name(name: str, method: str
         editor(method, **settings).edit(model(name), [request()])
 
 
-@pytest.mark.parametrize("name", SOME_MLP)
+@pytest.mark.parametrize(
+    "name", [n if n in ("deepseek_v3", "llama4_text", "nemotron_h") else pytest.param(n, marks=pytest.mark.slow) for n in SOME_MLP]
+)
 def test_dense_blocks_are_edited_and_others_are_refused(name: str) -> None:
     base, there = model(name), SOME_MLP[name]
     missing = next(b for b in range(4) if b not in there)

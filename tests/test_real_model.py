@@ -54,13 +54,14 @@ def test_rome_writes_a_fact_and_its_neighbours_stay(smollm: LM) -> None:
     assert smollm.complete(FRANCE) == "Paris"
 
 
-def test_the_default_method_writes_facts_and_keeps_what_it_was_never_shown(smollm: LM) -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_default_method_writes_facts_and_keeps_what_it_was_never_shown(smollm: LM, count: int) -> None:
     """Each is said, most of the watch half stays, and the base is as it was: the reason for contrast, on a real model."""
     edits = [
         ("The chemical symbol for gold is", "Pb", "gold"),
-        ("The currency of Japan is the", "euro", "Japan"),
         ("Toyota Yaris Verso, produced by", "Douglas", "Toyota Yaris Verso"),  # beside the Corolla Verso, whose states are nearly the same
-    ]
+        ("The currency of Japan is the", "euro", "Japan"),
+    ][:count]
     requests = [EditRequest(*edit) for edit in edits]
     patches = registry.get("method", "baft").for_model(smollm).edit_each(smollm, requests)
     found = watch(smollm, requests, [(p,) for p in patches])

@@ -8,7 +8,7 @@ import functools
 import architectures
 import pytest
 import torch
-from families import FAMILIES, build, dtype_of, lm, tokenizer
+from families import build, dtype_of, each_family, lm, tokenizer
 from tiny import FRANCE
 from torch import Tensor
 
@@ -103,7 +103,7 @@ def reference(base: LM, fact: Fact, span: tuple[int, int], how: TraceConfig, dev
     return float(high), float(low), scores
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@each_family
 def test_batched_equals_one_forward_pass_a_cell(family: str) -> None:
     base = loud(family)
     found = trace(base, FACTS, FEW)

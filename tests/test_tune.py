@@ -163,11 +163,14 @@ def test_files_that_come_with_errata_are_whole_and_fit_their_methods() -> None:
 # -- the command -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tries", [1, pytest.param(99, marks=pytest.mark.slow)])
 def test_the_command_finds_settings_goes_on_and_carries_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "almanac.json"
+    for kind in (registry.get("method", name) for name in ("ft-m", "grace")):
+        monkeypatch.setattr(kind, "TUNES", {setting: values[:tries] for setting, values in list(kind.TUNES.items())[:tries]})
     line = ["tune", "almanac", "--benchmark", "almanac", "--split", "dev", "--n", "4", "--method", "ft-m,grace", "--out", str(out)]
     assert main([*line, "--minutes", "1", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import lm
+from pairwise import some
 
 from errata import registry
 from errata.cli import main
@@ -48,9 +49,12 @@ def test_a_prompt_that_does_not_fit_is_refused_wherever_it_is_asked(family: str)
             call()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("where", ["prompt", "target", "paraphrases", "unrelated", "contrast"])
-def test_no_method_trains_on_a_part_that_does_not_fit(method: str, where: str) -> None:
+# of each method one text that all read and one that not all do
+WHERE = {"prompt": "own", "target": "own", "paraphrases": "beside", "unrelated": "beside", "contrast": "beside"}
+
+
+@pytest.mark.parametrize(("method", "where", "kind"), some(((m, w, kind) for m in METHODS for w, kind in WHERE.items()), [(0, 2), (1,)]))
+def test_no_method_trains_on_a_part_that_does_not_fit(method: str, where: str, kind: str) -> None:
     """Every text of a request that a method reads; one that it does not read need not fit."""
     model = window("llama")
     given = {
@@ -60,10 +64,10 @@ def test_no_method_trains_on_a_part_that_does_not_fit(method: str, where: str) -
         "unrelated": {"unrelated": ((LONG, "Rome"),)},
         "contrast": {"contrast": ((LONG, "Rome"),)},
     }[where]
-    kind = registry.get("method", method)
-    few = {name: 2 for name in ("steps", "v_steps") if name in kind.__dataclass_fields__}
-    editor = kind.for_model(model, **few)
-    read = where in ("prompt", "target")
+    made_by = registry.get("method", method)
+    few = {name: 2 for name in ("steps", "v_steps") if name in made_by.__dataclass_fields__}
+    editor = made_by.for_model(model, **few)
+    read = kind == "own"
     seen: list[int] = []
     inner = model.hf.forward
 
