@@ -22,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from browser import chromium, view  # noqa: F401
 from desk import desk, running, server  # noqa: F401
+from groups import pytest_xdist_make_scheduler, turn_of  # noqa: F401
 
 
 def pytest_unconfigure() -> None:
@@ -29,22 +30,9 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ["ERRATA_TESTS"], ignore_errors=True)
 
 
-# Groups that take long: last, one of them would keep one worker busy and the other idle.
-_FIRST = ("family llama", "test_pages", "test_real_model", "test_page_history", "test_page", "test_bare", "test_run")
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under xdist, what shares patches of a model or a module's fixtures runs in one worker: a family's tests, else a file's."""
-    groups = {}
-    for item in items:
-        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
-        if not isinstance(family, str) and getattr(getattr(item.module, "patches", None), "__module__", "") == "laws":
-            family = "llama"  # of which every method's patch is made once for all who take it from `laws.patches`
-        groups[item] = f"family {family}" if isinstance(family, str) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: _FIRST.index(groups[item]) if groups[item] in _FIRST else len(_FIRST))
+        items.sort(key=lambda item: turn_of(item.nodeid))
 
 
 @pytest.fixture(scope="module")
