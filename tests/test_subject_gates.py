@@ -222,7 +222,7 @@ def test_a_subject_that_is_named_twice_opens_twice() -> None:
 def test_what_cannot_be_combined_is_refused_and_each_place_has_its_blocks() -> None:
     with pytest.raises(ConfigError, match="stands by itself; set resume=false"):
         BaFT(resume=True)
-    deep = SimpleNamespace(depth=30, width=576)
+    deep = SimpleNamespace(depth=30, width=576, family=SimpleNamespace(idle=()), nearest_block=int)
     assert BaFT().target_layers(deep) == (6,) and BaFT(opens="answer").target_layers(deep) == (14, 18, 22, 26)  # type: ignore[arg-type]
     assert BaFT(opens="answer", depths=(0.5,)).target_layers(deep) == BaFT(depths=(0.5,)).target_layers(deep) == (15,)  # type: ignore[arg-type]
 
