@@ -77,7 +77,7 @@ def counted(folder: Path) -> tuple[dict[str, dict[int, set[str]]], dict[str, flo
 
 def there() -> set[str]:
     """The tests that there are now."""
-    words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    words = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist"]
     said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return {line for line in said.splitlines() if "::" in line}
 
