@@ -20,7 +20,7 @@ from errata.methods.subspace.baft import BaFT
 from errata.methods.subspace.gate_start import ridge_gates
 from errata.methods.subspace.gating import gate
 from errata.methods.subspace.op import Subspace, orthonormal, start
-from errata.methods.subspace.other_facts import other_facts
+from errata.methods.subspace.other_facts import MOST, other_facts
 from errata.methods.subspace.training import Training
 from errata.methods.texts import subject_ends, what_stays
 from errata.request import EditRequest
@@ -225,6 +225,24 @@ def test_what_cannot_be_combined_is_refused_and_each_place_has_its_blocks() -> N
     deep = SimpleNamespace(depth=30, width=576, family=SimpleNamespace(idle=()), nearest_block=int)
     assert BaFT().target_layers(deep) == (6,) and BaFT(opens="answer").target_layers(deep) == (14, 18, 22, 26)  # type: ignore[arg-type]
     assert BaFT(opens="answer", depths=(0.5,)).target_layers(deep) == BaFT(depths=(0.5,)).target_layers(deep) == (15,)  # type: ignore[arg-type]
+
+
+_BOUNDS = {  # setting: (the last values that are taken, the first that are not)
+    "threshold": ((0.0, 0.999), (-0.001, 1.0)), "other_facts": ((0, MOST), (-1, MOST + 1)), "other_facts_weight": ((0.0,), (-0.1,)),
+    "other_facts_batch": ((0,), (-1,)), "alpha": ((0.0,), (-0.1,)), "beta": ((0.0,), (-0.1,)), "gamma": ((0.0,), (-0.1,)),
+    "rank": ((1,), (0,)), "last": ((1,), (0,)), "steps": ((1,), (0,)), "batched_steps": ((1,), (0,)), "lr": ((1e-9,), (0.0,)),
+    "batched_lr": ((1e-9,), (0.0,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _BOUNDS)
+def test_numbers_are_held_to_their_bounds(name: str) -> None:
+    taken, refused = _BOUNDS[name]
+    for value in taken:
+        assert getattr(BaFT(**{name: value}), name) == value
+    for value in refused:
+        with pytest.raises(ConfigError, match=name.removeprefix("batched_").replace("lr", "learning rate")):
+            BaFT(**{name: value})
 
 
 @pytest.mark.parametrize(("how", "pull"), [({}, 0.0), ({"rescale": "margin", "alpha": 0.01, "gamma": 0.02}, 98.0)])
