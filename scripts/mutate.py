@@ -199,17 +199,20 @@ def main() -> None:
                 done.append(found)
                 log.write(json.dumps(found) + "\n")
                 log.flush()
+                write(args.out, done, {"drawn": len(changes), "seed": args.seed, "seconds": args.seconds, **counts})
                 print(
                     f"{time.strftime('%H:%M:%S')} {len(done)} of {len(changes)}: {found['verdict']}: {found['file']}:{found['line']}",
                     flush=True,
                 )
         for copy in list(copies.queue):
             subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(copy)], check=False, capture_output=True)
+
+
+def write(out: Path, done: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+    """The figures so far."""
     verdicts = Counter(d["verdict"] for d in done)
     survived = [d for d in done if d["verdict"] not in ("killed", "hung")]
-    document = {"n": len(done), "seed": args.seed, "seconds": args.seconds, **counts, "verdicts": dict(verdicts), "survived": survived}
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in document.items() if k != "survived"}, indent=1))
+    out.write_text(json.dumps({"n": len(done), **about, "verdicts": dict(verdicts), "survived": survived}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
