@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -59,6 +61,27 @@ def write(path: Path, architecture: str = "llama", seed: int = 0, broken: float 
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def rewritten(source: Path, out: Path, change: Callable[[str, Any], tuple[Any, Any]], without: tuple[str, ...] = ()) -> Path:
+    """A copy of a GGUF: ``change(name, tensor)`` gives the numbers that are written and their type; ``without``: fields left out."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", *without):
+            listed = field.types[0] == gguf.GGUFValueType.ARRAY
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=field.types[-1] if listed else None)
+    for tensor in reader.tensors:
+        values, kind = change(tensor.name, tensor)
+        writer.add_tensor(tensor.name, values, raw_dtype=kind)
+    for write_ in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write_()
+    return out
+
+
+def numbers(tensor: Any) -> Any:
+    """A tensor of a file as float32, in its shape."""
+    return gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(tuple(reversed(tensor.shape.tolist())))
 
 
 def folders(cache: Path) -> list[str]:

@@ -37,29 +37,15 @@ def ask(**job: Any) -> dict[str, Any]:
 
 def unpacked(path: Path, out: Path) -> Path:
     """The same GGUF with all weights in float32."""
-    import gguf
-    import numpy as np
+    import ggufs
 
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
-            listed = field.types[0] == gguf.GGUFValueType.ARRAY
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type=field.types[-1] if listed else None)
-    for tensor in reader.tensors:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        writer.add_tensor(tensor.name, values.reshape(tuple(reversed(tensor.shape.tolist()))))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
+    return ggufs.rewritten(path, out, lambda _, tensor: (ggufs.numbers(tensor), None), without=("general.file_type",))
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """{"ids": of each of ``texts``, "answers": the new tokens of each of ``prompts``, "said": their text, "first": {token: its
     log-probability} of the likeliest first tokens}.  ``lora``: adapters beside ``model``; ``scales``: theirs at each prompt, 0 where one
-    is not to act."""
+    is not named and so does not act."""
     import xllamacpp
 
     asked = xllamacpp.CommonParams()
@@ -78,7 +64,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     how = {"n_predict": job["tokens"], "temperature": 0, "top_k": 1, "cache_prompt": False, "return_tokens": True, "n_probs": 5}
     scales = job.get("scales") or [[1.0] * len(job.get("lora", ()))] * len(job["prompts"])
     said = [
-        post("/completion", prompt=prompt, **how, lora=[{"id": i, "scale": scale} for i, scale in enumerate(own)])
+        post("/completion", prompt=prompt, **how, lora=[{"id": i, "scale": scale} for i, scale in enumerate(own) if scale])
         for prompt, own in zip(job["prompts"], scales, strict=True)
     ]
     first = [{t["id"]: t["logprob"] for t in one["completion_probabilities"][0]["top_logprobs"]} for one in said]

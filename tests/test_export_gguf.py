@@ -67,20 +67,16 @@ def tensors(path: Path) -> dict[str, Any]:
 
 def applied(source: Path, adapter: Path, out: Path) -> Path:
     """The base's file with B A added to each weight that the adapter names: what llama.cpp computes, as weights."""
-    reader, low = gguf.GGUFReader(source), tensors(adapter)
-    writer = gguf.GGUFWriter(out, "llama")
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            listed = field.types[0] == gguf.GGUFValueType.ARRAY
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type=field.types[-1] if listed else None)
-    for tensor in reader.tensors:
+    low = tensors(adapter)
+
+    def added(name: str, tensor: Any) -> tuple[Any, None]:
         weight = np.array(tensor.data)
-        if f"{tensor.name}.lora_a" in low:
-            weight = weight + low.pop(f"{tensor.name}.lora_b") @ low.pop(f"{tensor.name}.lora_a")
-        writer.add_tensor(tensor.name, weight.astype(np.float32))
+        if f"{name}.lora_a" in low:
+            weight = weight + low.pop(f"{name}.lora_b") @ low.pop(f"{name}.lora_a")
+        return weight.astype(np.float32), None
+
+    ggufs.rewritten(source, out, added)
     assert not low, f"of no weight of the base: {sorted(low)}"
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        write()
     return out
 
 
@@ -161,17 +157,12 @@ def test_a_baked_file_is_the_base_with_the_change(base: LM, gguf_file: Path, tmp
 
 def test_a_quantised_base_keeps_what_is_not_edited_to_the_bit(models_cache: Path, gguf_file: Path, tmp_path: Path) -> None:
     """Edited weights are float16, or of the base's own kind (`same`), whose steps lose what is told."""
-    packed = tmp_path / "packed.gguf"
-    reader, writer = gguf.GGUFReader(gguf_file), gguf.GGUFWriter(packed, "llama")
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            listed = field.types[0] == gguf.GGUFValueType.ARRAY
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type=field.types[-1] if listed else None)
-    for t in reader.tensors:
-        kind = gguf.GGMLQuantizationType.Q4_1 if t.data.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(t.name, gguf.quantize(t.data, kind), raw_dtype=kind)
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        write()
+
+    def four_bits(_: str, tensor: Any) -> tuple[Any, Any]:
+        kind = gguf.GGMLQuantizationType.Q4_1 if tensor.data.ndim == 2 else gguf.GGMLQuantizationType.F32
+        return gguf.quantize(tensor.data, kind), kind
+
+    packed = ggufs.rewritten(gguf_file, tmp_path / "packed.gguf", four_bits)
     lm = errata.load(packed, dtype="float32")
     stack = (made(lm, 0, 2),)
     half, same = bake_gguf(lm, stack, tmp_path / "half.gguf"), bake_gguf(lm, stack, tmp_path / "same.gguf", dtype="same")

@@ -87,6 +87,7 @@ def bake(args: argparse.Namespace, screen: Screen) -> None:
             f"Rounding to {report.dtype} moved the edited weights by up to {report.lost:.1%} of the change; ask it before you rely on it."
         )
     if packed:
+        screen.say(f"Edited weights are stored as {report.dtype}, the others as in the base's file.")
         screen.say(f"Serve it without errata: llama-server -m {args.out}")
     else:
         auto = auto_class(lm.hf.config, [type(lm.hf).__name__])

@@ -149,7 +149,7 @@ def _convert(source: Source, folder: Path, tell: Progress) -> None:
         raise ModelError(f"{source.label}: to read a GGUF the package {absent[0]} is needed; pip install 'errata[gguf]'")
     stage = f"converting {source.label} (once), step"
     tell(stage, 0, _STEPS)
-    file = source.pieces[0] if len(source.pieces) == 1 else _joined(source.pieces, folder / "joined.gguf")
+    file = source.pieces[0] if len(source.pieces) == 1 else joined(source.pieces, folder / "joined.gguf")
     tell(stage, 1, _STEPS)
     try:
         with _bars(source, tell):
@@ -205,7 +205,8 @@ def _bars(source: Source, tell: Progress) -> Iterator[None]:
         vars(reader)["tqdm"] = real
 
 
-def _joined(pieces: Sequence[Path], out: Path) -> Path:
+def joined(pieces: Sequence[Path], out: Path) -> Path:
+    """The pieces of a file as one."""
     with open(out, "wb") as stream:
         for piece in pieces:
             with open(piece, "rb") as part:

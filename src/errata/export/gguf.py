@@ -24,7 +24,7 @@ from errata import __version__, storage
 from errata.core import catalogue
 from errata.core.bank import Stack, active_patches
 from errata.core.families import text_config
-from errata.core.gguf import find
+from errata.core.gguf import find, joined
 from errata.core.model import LM
 from errata.errors import ConfigError, ModelError, StorageError
 from errata.export.changes import ExportReport, WeightDelta, Written, dtype_named, share, weight_deltas
@@ -32,7 +32,17 @@ from errata.export.lora import checked_rank, factors, lost_of
 
 _READER = "transformers.modeling_gguf_pytorch_utils"
 _SAME_AS = {"mistral": "llama"}  # what llama.cpp calls the architecture of a model type, where a table has it under another name
-_MIXTURES = ("general", "tokenizer", "t5", "umt5", "deci", "qwen2_moe", "qwen3_moe", "gpt_oss", "minimax_m2")  # no decoder of plain linears
+_NO_LAYOUT = (
+    "general",
+    "tokenizer",
+    "t5",
+    "umt5",
+    "deci",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+    "minimax_m2",
+)  # no model, or none of plain linears
 _TYPES = ("float16", "bfloat16", "float32")
 _SAME = "same"
 _FIELDS = "errata"  # ours in a file, which llama.cpp skips
@@ -56,7 +66,7 @@ class Layout:
         config = text_config(lm.hf.config)
         kind = config.model_type.removesuffix("_text")
         architecture = next((v for v in gguf.MODEL_ARCH_NAMES.values() if v == _SAME_AS.get(kind, kind)), None)
-        if architecture is None or kind in _MIXTURES or kind not in reader.GGUF_SUPPORTED_ARCHITECTURES:
+        if architecture is None or kind in _NO_LAYOUT or kind not in reader.GGUF_SUPPORTED_ARCHITECTURES:
             raise ModelError(
                 f"the order of rows of a {kind} model in a GGUF is not known here; write a LoRA adapter (--format lora) "
                 "and convert it with llama.cpp's convert_lora_to_gguf.py"
@@ -227,11 +237,7 @@ def _base(lm: LM, base: str | Path | None) -> Iterator[Path]:
         yield source.pieces[0]
         return
     with TemporaryDirectory() as folder:
-        joined = Path(folder, "base.gguf")
-        with open(joined, "wb") as stream:
-            for piece in source.pieces:
-                stream.write(piece.read_bytes())
-        yield joined
+        yield joined(source.pieces, Path(folder, "base.gguf"))
 
 
 def place(path: Path, force: bool) -> None:
