@@ -6,6 +6,7 @@ import itertools
 import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from families import lm as trained
 from ledgers import PROMPTS, REQUESTS, SETTINGS, copied, logits, names, same
 from tiny import FRANCE
 
+from errata import registry
 from errata.core.model import LM
 from errata.core.patch import Patch
 from errata.errors import ErrataError, LedgerError, PatchError
@@ -115,6 +117,23 @@ def test_inside_a_chain_undo_refuses_or_makes_the_later_ones_again(chain: Path, 
     book.undo(2, remake=True)
     book.undo(3)
     assert book.stack() == ()
+
+
+@pytest.mark.parametrize(
+    ("how", "beside"), [({"mode": "single"}, False), ({"mode": "batched", "size": 1}, True), ({"mode": "continual"}, True)]
+)
+def test_what_an_edit_is_made_on(book: Ledger, lm: LM, how: dict[str, Any], beside: bool) -> None:
+    """A single edit is made on the bare base, so that it can be taken back by itself; the others on what is live."""
+    book.apply(REQUESTS[:1], **HOW)
+    live = book.stack()
+    (edit,) = book.apply(REQUESTS[1:2], **how, method="ft-m", settings={"steps": 3}, force=True)
+    editor = registry.get("method", "ft-m").for_model(lm, steps=3)
+    found, *wanted = (
+        [op.tensors for op in p.ops]
+        for p in (book.patch_store.read(edit.patch), *(editor.edit(lm, REQUESTS[1:2], on=on) for on in ((), live)))
+    )
+    equal = [all(torch.equal(a[k], b[k]) for a, b in zip(found, one, strict=True) for k in a) for one in wanted]
+    assert equal == [not beside, beside]
 
 
 def test_remaking_leaves_edits_made_alone(book: Ledger, lm: LM) -> None:
