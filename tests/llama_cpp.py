@@ -64,8 +64,10 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     how = {"n_predict": job["tokens"], "temperature": 0, "top_k": 1, "cache_prompt": False, "return_tokens": True, "n_probs": 5}
     scales = job.get("scales") or [[1.0] * len(job.get("lora", ()))] * len(job["prompts"])
     said = [
-        post("/completion", prompt=prompt, **how, lora=[{"id": i, "scale": scale} for i, scale in enumerate(own) if scale])
+        # an empty list is none at all: then each acts as when the server began
+        post("/completion", prompt=prompt, **how, lora=[on for on in named if on["scale"]] or named[:1])
         for prompt, own in zip(job["prompts"], scales, strict=True)
+        for named in [[{"id": i, "scale": scale} for i, scale in enumerate(own)]]
     ]
     first = [{t["id"]: t["logprob"] for t in one["completion_probabilities"][0]["top_logprobs"]} for one in said]
     return {"ids": ids, "answers": [one["tokens"] for one in said], "said": [one["content"] for one in said], "first": first}

@@ -70,7 +70,8 @@ OTHERS = ["The capital of France is", "Romeo and Juliet was written by"]
 def test_edits_run_on_the_quantised_file_and_are_switched_by_request(name: str, tmp_path: Path) -> None:
     """Two facts by ROME, an adapter each: none, one, the other, both; then both in a copy of the file.
 
-    On the weights in float32 each answer is errata's own; on the packed file, where llama.cpp rounds states too, the edits are.
+    On the weights in float32 each answer is errata's own; on the packed file, where llama.cpp rounds states too, an edit is
+    there where it is on and nowhere else.
     """
     lm, packed = base(name, tmp_path)
     fast = errata.load(name)  # in the dtype that this machine is fast in; a patch fits the base in any
@@ -86,7 +87,8 @@ def test_edits_run_on_the_quantised_file_and_are_switched_by_request(name: str, 
         texts, scales = zip(*asked[:count], strict=True)
         theirs = llama_cpp.ask(model=str(model), lora=files, prompts=texts, scales=scales, tokens=4)["said"]
         for (prompt, on), found, wanted in zip(asked[:count], theirs, ours[:count], strict=True):
-            assert found.split()[0].strip(".,") == wanted.split()[0].strip(".,"), (prompt, on, found, wanted)
+            same = found.split()[0].strip(".,") == wanted.split()[0].strip(".,")
+            assert same or model is packed, (prompt, on, found, wanted)
             for request, scale in zip(EDITS, on, strict=True):
                 assert request.prompt != prompt or starts(found, request.target) == bool(scale)
     baked = bake_gguf(lm, (gold, italy), tmp_path / "baked.gguf")
