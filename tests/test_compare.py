@@ -45,6 +45,17 @@ def test_sides_are_what_each_stack_says_alone(family: str) -> None:
         assert one.changed == (one.before.text != one.after.text)
 
 
+def test_more_prompts_than_one_batch_holds_answer_as_they_do_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = trained("llama")
+    sides: tuple[Stack, Stack] = ((), (made(lm, 1),))
+    together = compare(lm, PROMPTS, sides, 3, ANSWERS)
+    monkeypatch.setattr("errata.score.compare.AT_ONCE", 4)  # two prompts at a time, two sides each
+    apart = compare(lm, PROMPTS, sides, 3, ANSWERS)
+    assert [(c.prompt, c.before.ids, c.after.ids, [*c.after.likely]) for c in apart] == [
+        (c.prompt, c.before.ids, c.after.ids, [*c.after.likely]) for c in together
+    ]
+
+
 def test_an_answer_that_shares_a_token_with_its_prompt_runs_as_a_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = trained("llama")
     real, prompt = lm.encode, PROMPTS[0]

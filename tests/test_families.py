@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,12 @@ def test_the_paths_are_those_of_the_model(family: str) -> None:
 def test_a_family_without_paths_is_searched() -> None:
     assert DATA["families"]["starcoder2"]["paths"] is None
     assert known.find(build("starcoder2")).found == "search"
+
+
+def test_of_two_lists_of_blocks_the_one_that_runs_is_taken() -> None:
+    hf = build("starcoder2")
+    hf.spare = deepcopy(hf.model.layers)  # as many blocks, and no text runs through them
+    assert known.find(hf).blocks == "model.layers"
 
 
 def test_what_is_not_found_is_told_where_to_go() -> None:
