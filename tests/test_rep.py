@@ -117,7 +117,7 @@ def test_training_equals_a_loop_over_plain_modules() -> None:
     g = torch.Generator().manual_seed(0)
     inner, rank, hidden, edits, steps, batch = 12, 3, 5, 3, 6, 4
     rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    e = REP(dropout=0.0, steps=steps, lr=1e-2, consistency=7.0, aggregation=1.5)
+    e = REP(**REP.PRESETS["published"] | {"dropout": 0.0, "steps": steps, "lr": 1e-2, "consistency": 7.0, "aggregation": 1.5})
     keys = Keys(
         rand(20, inner), torch.randint(20, (steps, edits, batch), generator=g), rand(edits, inner),
         nn.functional.normalize(rand(edits, inner), dim=-1), rand(edits, 0, inner),
