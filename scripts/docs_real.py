@@ -123,6 +123,26 @@ def joint(model: str, size: int) -> str:
     return table(["", "n", *(head for head, _, _ in JOINT), "s an edit", "kB"], rows)
 
 
+SURVIVES = (
+    ("other names, seen", "subject_seen"), ("unseen", "subject_unseen"), ("shuffled, seen", "shuffled_seen"), ("unseen", "shuffled_unseen"),
+    ("behind 300 words", "long_unseen"), ("as a question", "question_form"), ("negation", "negation"),
+)  # fmt: skip
+_FIRST = (("reliability", "reliability"), ("generality", "generality"))
+_LAST = (("first word kept", "locality_first_word"), ("watched", "watch"))
+
+
+def robust(model: str) -> str:
+    """Free answers to what an edit should survive, and the neighbours beside them."""
+    found = in_order(of("robust", model))
+    if not found:
+        return "Not measured yet.\n"
+    columns = (*_FIRST, *SURVIVES, *_LAST)
+    rows = [
+        [link(label, "../"), str(c["n"]), *(percent(row(c, m, "starts")) for _, m in columns), costs(c)[0]] for label, c in found.items()
+    ]
+    return table(["", "n", *(head for head, _ in columns), "s an edit"], rows)
+
+
 def openings() -> str:
     """What `scripts/gate_openings.py` counted."""
     rows = []
@@ -145,5 +165,6 @@ def parts() -> dict[str, str]:
     return {
         **{f"single_{model}": single(model) for model in MODELS},
         **{f"joint_{model}_{size}": joint(model, size) for model in MODELS for size in (10, 50)},
+        **{f"robust_{model}": robust(model) for model in MODELS},
         **{f"zsre_{m}_{s}_{p}": continual(m, c, p) for m in MODELS for s, c in streams.items() for p in ("starts", "teacher_forced")},
     }

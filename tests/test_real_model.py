@@ -18,6 +18,7 @@ from errata.score.match import starts
 from errata.score.neighbours import watch
 from errata.subjects import names_in
 from errata.text.corpora import open_corpus
+from errata.text.surfaces import fill, make_surfaces
 
 SMOLLM = catalogue.KNOWN["smollm2-135m"]
 pytestmark = [
@@ -103,6 +104,26 @@ def test_training_methods_write_and_keep_neighbours_as_their_published_settings_
         with smollm.under(patch):
             assert starts(smollm.complete(request.prompt), request.target)
     assert ours.count > published.count and ours.count >= 0.6 * ours.of, (str(ours), str(published))
+
+
+@pytest.mark.slow
+def test_a_trained_gate_reaches_names_that_rome_does_not_and_the_published_one_stays_shut(smollm: LM) -> None:
+    request = EditRequest("Michael Jordan plays the sport of", "tennis", "Michael Jordan")
+    kind, found = registry.get("method", "rep"), make_surfaces(smollm, request)
+    editors = [kind.for_model(smollm, wrapped={"stats_tokens": 2000}, **how) for how in ({"preset": "published"}, {})]
+    rome = editors[0].inner(smollm).edit(smollm, [request])
+    patches = [rome, *(editor.adapt(smollm, [rome])[0] for editor in editors)]
+    names = (*found.names_seen, *found.names_unseen, *found.shuffled_seen, *found.shuffled_unseen)
+    asked = [
+        request.prompt,
+        *(fill(request, name) for name in names),
+        *(fill(request, other) for other in ("Serena Williams", "Tiger Woods")),
+    ]
+    said = [smollm.generate(asked, stacks=[(p,)], rows=[0] * len(asked), max_new_tokens=4) for p in patches]
+    hits = [sum(starts(answer, request.target) for answer in own) for own in said]
+    assert said[1] == said[0] and hits[2] > hits[0], said
+    assert all(starts(own[0], request.target) for own in said)
+    assert said[2][-2:] == said[0][-2:], "other players are answered as ROME leaves them"
 
 
 def test_what_the_watch_half_sees(smollm: LM) -> None:
