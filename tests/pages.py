@@ -48,6 +48,7 @@ REASONS = (
     "needs a model from the hub",
     "needs the published file",
     "needs an endpoint",
+    "needs the hub",
     "needs a program that is not installed here",
     "needs a Ray cluster",
     "sets up a machine",

@@ -21,6 +21,7 @@ _PUBLIC = {
     "LM": "errata.core.model",
     "edit": "errata.editing",
     "load": "errata.core.loading",
+    "load_patch": "errata.core.patch_source",
     "Patch": "errata.core.patch",
     "Case": "errata.request",
     "EditRequest": "errata.request",
@@ -61,12 +62,14 @@ __all__ = [
     "__version__",
     "edit",
     "load",
+    "load_patch",
 ]
 
 if TYPE_CHECKING:
     from errata.core.loading import load
     from errata.core.model import LM
     from errata.core.patch import Patch
+    from errata.core.patch_source import load_patch
     from errata.editing import edit
     from errata.errors import (
         ConfigError,

@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from errata import registry
-from errata.commands import common, export, files
+from errata.commands import common, export, files, hub
 from errata.commands.screen import Screen, finite
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def add(commands: common.Subparsers) -> None:
     out = common.parser(group, "show", patch, "show what a patch edits and where it attaches", model=False)
     out.add_argument("folder", metavar="DIR", help="a patch folder")
     export.add(group)
+    hub.add(group)
     check = _group(commands, "almanac", "the model in the package")
     out = common.parser(check, "check", almanac, "ask the almanac everything it should know", model=False)
     out.add_argument("--model", default="almanac", metavar="PATH", help="another model to ask (the one in the package)")

@@ -6,11 +6,10 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from errata import storage
-from errata.documents import parse_json
-from errata.errors import PatchError, StorageError
+from errata.errors import StorageError
 
 if TYPE_CHECKING:
     from errata.core.patch import Patch
@@ -72,25 +71,8 @@ def save_patches(folder: Path, patches: Sequence[Patch]) -> None:
         patch.save(folder / patch.id)
 
 
-def load_patches(paths: Sequence[str]) -> tuple[Patch, ...]:
-    """The stack that the folders make, in order: patches, or results of ``errata edit --out`` (all their patches)."""
-    from errata.core.patch import Patch
+def load_patches(sources: Sequence[str]) -> tuple[Patch, ...]:
+    """The stack that the places make (`errata.core.patch_source.load_patches`, which brings torch in)."""
+    from errata.core import patch_source
 
-    found: list[Patch] = []
-    for path in map(Path, paths):
-        found += [Patch.load(p) for p in ([path / name for name in _index(path)] if (path / INDEX).is_file() else [path])]
-    twice = [p.id for i, p in enumerate(found) if p.id in {q.id for q in found[:i]}]
-    if twice:
-        raise PatchError(f"patch {twice[0]} is given twice; name each once")
-    return tuple(found)
-
-
-def _index(folder: Path) -> list[str]:
-    try:
-        index: Any = parse_json((folder / INDEX).read_text(encoding="utf-8"))
-        names = [str(p["id"]) for p in index["patches"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PatchError(f"{folder / INDEX}: cannot be read ({type(error).__name__}); name the patch folders in it one by one") from None
-    if wrong := [n for n in names if not n or Path(n).name != n]:
-        raise PatchError(f"{folder / INDEX}: {wrong[0]!r} is not the id of a patch; name the patch folders one by one")
-    return list(dict.fromkeys(names))
+    return patch_source.load_patches(sources)

@@ -19,6 +19,7 @@ from errata.core.families import Family, find, has_linear, resolve, text_config
 from errata.core.fingerprints import fingerprint
 from errata.core.hooks import Hooks
 from errata.core.patch import POINTS, Patch, Site
+from errata.core.patch_card import name_base
 from errata.core.roles import Roles, find_roles
 from errata.core.sites import site_sizes
 from errata.core.tokens import Batch, Encoded, encode, pad, pad_id
@@ -118,6 +119,7 @@ class LM:
         """Names the base: a patch fits a model with this fingerprint."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.hf)
+            name_base(self._fingerprint, self.name)
         return self._fingerprint
 
     # -- stacks ------------------------------------------------------------------------------------------------

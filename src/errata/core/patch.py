@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from errata import registry, storage
-from errata.core import patch_file
+from errata.core import hub, patch_card, patch_file
 from errata.core.op_schema import OpSchema, check_finite
 from errata.errors import ErrataError, PatchError, StorageError
 from errata.request import EditRequest
@@ -229,41 +229,61 @@ class Patch:
 
         ``sync=False`` leaves it to the caller to make many patches durable at once (`errata.storage.flush`).
         """
-        from safetensors.torch import save
-
         folder = Path(folder)
         if folder.exists() and not overwrite:
             raise StorageError(f"{folder} exists already; give another name, or overwrite=True (--force)")
         if folder.exists() and not (folder / "patch.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise StorageError(f"{folder} exists and is not a patch; it is left alone, give another name")
-        self.check()  # what is saved can be opened
-        blob = save({k: t.detach().cpu().contiguous() for k, t in self._tensors().items()})
-        head = {**self._head(), "id": self.id, "sha256": hashlib.sha256(blob).hexdigest(), "notes": dict(self.notes)}
-        files = {
-            "patch.safetensors": blob,
-            "patch.json": json.dumps(head, ensure_ascii=False, indent=1).encode(),
-            "README.md": self._readme().encode(),
-        }
+        files = self._files(patch_card.readme(self))
         with storage.atomic_folder(folder) as temporary:
             for name, content in files.items():
                 storage.write(temporary / name, content, sync)
         return folder
 
-    def _readme(self) -> str:
-        facts = "\n".join(f"- {r.prompt} **{r.target}**" for r in self.requests)
-        return (
-            f"# errata patch `{self.id}`\n\nMade with `{self.method}` for the model with fingerprint `{self.base}`.\n\n"
-            f'Use: `errata ask MODEL "…" --patch THIS_FOLDER`, or `lm.attach(errata.Patch.load("THIS_FOLDER"))`.\n\n## Edits\n\n{facts}\n'
-        )
+    def _files(self, readme: str) -> dict[str, bytes]:
+        """{name: content}: what is saved can be opened."""
+        from safetensors.torch import save
+
+        self.check()
+        blob = save({k: t.detach().cpu().contiguous() for k, t in self._tensors().items()})
+        base = patch_card.base_name(self)
+        notes = {**self.notes, **({"model": base} if base else {})}
+        head = {**self._head(), "id": self.id, "sha256": hashlib.sha256(blob).hexdigest(), "notes": notes}
+        return {
+            "patch.safetensors": blob,
+            "patch.json": json.dumps(head, ensure_ascii=False, indent=1).encode(),
+            "README.md": readme.encode(),
+        }
+
+    def push_to_hub(
+        self, repo: str, *, private: bool | None = None, licence: str | None = None, scores: Mapping[str, float] | None = None,
+        revision: str | None = None, message: str = "", token: str | None = None,
+    ) -> str:  # fmt: skip
+        """One commit to the model repository OWNER/NAME of the hub, made where it is not there; the commit's address.
+
+        ``licence`` (as the hub names it) and ``scores`` ({"reliability": 1.0}, measured by you) stand in its model card.
+        """
+        files = self._files(patch_card.model_card(self, repo, licence, scores or {}))
+        message = message or f"errata patch {self.id}"
+        return hub.push(repo, files, private=private, token=token, revision=revision, message=message)
+
+    @classmethod
+    def from_hub(cls, repo: str, *, revision: str | None = None, token: str | None = None) -> Patch:
+        """The patch of a repository; ``revision``: a branch, a tag, or the commit that pins it."""
+        return cls.load(hub.fetch(repo, revision=revision, token=token))
 
     @classmethod
     def load(cls, folder: str | Path) -> Patch:
-        """Read a patch folder; `PatchError` says what is broken, or is not what its kinds of op declare."""
-        head, tensors = patch_file.read(Path(folder))
+        """Read a patch folder, or one of `errata edit --out` that holds one; `PatchError` says what is broken, or is not what its kinds of
+        op declare, and of several patches their names."""
+        found = patch_file.members(Path(folder))
+        if len(found) != 1:
+            raise PatchError(f"{folder} holds {len(found)} patches; name one of them ({', '.join(p.name for p in found)})")
+        head, tensors = patch_file.read(found[0])
         try:
             return cls._from(head, tensors)
         except ErrataError as error:
-            raise PatchError(f"{Path(folder) / 'patch.json'}: {error}") from None
+            raise PatchError(f"{found[0] / 'patch.json'}: {error}") from None
 
     @classmethod
     def _from(cls, head: patch_file.Head, tensors: Mapping[str, Tensor]) -> Patch:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata import registry
+from errata import registry, storage
 from errata.config import build
 from errata.documents import parse_json
 from errata.errors import ConfigError, PatchError, UnknownNameError
@@ -59,6 +59,21 @@ def content_id(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(str((tuple(flat.shape), str(flat.dtype))).encode() + flat.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def members(folder: Path) -> list[Path]:
+    """The patch folders that an index names, in the order they stack; without an index the folder itself."""
+    path = folder / storage.INDEX
+    if not path.is_file():
+        return [folder]
+    try:
+        index: Any = parse_json(path.read_text(encoding="utf-8"))
+        names = [str(p["id"]) for p in index["patches"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PatchError(f"{path}: cannot be read ({type(error).__name__}); name the patch folders in it one by one") from None
+    if wrong := [n for n in names if not n or Path(n).name != n]:
+        raise PatchError(f"{path}: {wrong[0]!r} is not the id of a patch; name the patch folders one by one")
+    return [folder / name for name in dict.fromkeys(names)]
 
 
 def read(folder: Path) -> tuple[Head, dict[str, Tensor]]:
