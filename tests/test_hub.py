@@ -97,6 +97,25 @@ def test_what_the_hub_refuses_is_one_error(hub: Hub) -> None:
         there[damaged] = kept
 
 
+def test_a_hub_that_is_out_of_reach_is_one_error(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match="did not take the patch"):
+        made(lm("llama"), 1).push_to_hub("me/lyon")
+    with pytest.raises(StorageError, match="could not be fetched"):
+        errata.load_patch("me/lyon")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(StorageError, match="could not be fetched"):
+        errata.load_patch("me/lyon")
+
+
+def test_a_repository_without_a_patch_is_said_to_have_none(hub: Hub) -> None:
+    made(lm("llama"), 1).push_to_hub("me/lyon")
+    for name in ("patch.json", "patch.safetensors"):
+        del hub.files("me/lyon")[name]
+    with pytest.raises(PatchError, match=r"me/lyon.*patch\.json is missing"):
+        errata.load_patch("me/lyon")
+
+
 def _again(hub: Hub) -> str:
     """The same files under a new commit, which no cache has."""
     commit = f"{len(hub.commits['me/lyon']):040d}"

@@ -270,7 +270,11 @@ class Patch:
     @classmethod
     def from_hub(cls, repo: str, *, revision: str | None = None, token: str | None = None) -> Patch:
         """The patch of a repository; ``revision``: a branch, a tag, or the commit that pins it."""
-        return cls.load(hub.fetch(repo, revision=revision, token=token))
+        folder = hub.fetch(repo, revision=revision, token=token)
+        try:
+            return cls.load(folder)
+        except PatchError as error:
+            raise PatchError(f"{repo} on the hub, at {error}") from None
 
     @classmethod
     def load(cls, folder: str | Path) -> Patch:
