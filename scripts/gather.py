@@ -1,9 +1,10 @@
 """What folders of `errata run` came to, as one file under docs/results/real, from which the pages are computed.
 
-    python scripts/gather.py NAME RUN [RUN …]
+    python scripts/gather.py NAME RUN [RUN …] [--replace]
 
-Every complete cell of the folders goes into docs/results/real/NAME.json, in the place of an older one of the same model, method and
-scenario; cells that are there already and in none of the folders stay.  So a table that was run in parts, or on two machines, is one.
+Every complete cell of the folders goes into docs/results/real/NAME.json; cells that are there already stay.  So a table that was run in
+parts, or on two machines, is one.  A cell of the same model, method and scenario that came out otherwise is told, and takes the older
+one's place with ``--replace`` alone: the folder may be the older of the two.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def compared(own: Sequence[Document], other: Sequence[Document]) -> list[Documen
     return out
 
 
-def gather(runs: Sequence[Path], before: Sequence[Document]) -> list[Document]:
-    """The cells of all runs, and of ``before`` those that are in none."""
+def gather(runs: Sequence[Path], before: Sequence[Document], replace: bool = False) -> list[Document]:
+    """The cells of ``before``, and of all runs those that are not among them or, to ``replace``, came out otherwise."""
     cells: dict[str, Document] = {}
     records: dict[str, list[Document]] = {}
     for run in runs:
@@ -88,6 +89,11 @@ def gather(runs: Sequence[Path], before: Sequence[Document]) -> list[Document]:
     for at, cell in cells.items():
         if "difference" not in cell and kept.get(at, {}).get("rows") == cell["rows"]:  # it was compared when both were at hand
             cell |= {k: v for k, v in kept[at].items() if k == "difference"}
+    for at, cell in list(cells.items()):
+        if at in kept and kept[at]["rows"] != cell["rows"]:
+            print(f"{cell['model']} {cell['method']}: came out otherwise; {'replaced' if replace else 'not taken without --replace'}")
+            if not replace:
+                del cells[at]
     return sorted((kept | cells).values(), key=lambda c: (c["model"], c["method"]))
 
 
@@ -95,11 +101,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--replace", action="store_true")
     args = parser.parse_args()
     path = REAL / f"{args.name}.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     REAL.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(cell) for cell in gather(args.runs, before))
+    lines = ",\n".join(json.dumps(cell) for cell in gather(args.runs, before, args.replace))
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     print(f"{path}: {lines.count(chr(10)) + 1} cells")
 
