@@ -240,15 +240,18 @@ class Patch:
                 storage.write(temporary / name, content, sync)
         return folder
 
+    def saved_notes(self) -> dict[str, Any]:
+        """``notes`` as a folder holds them: with the name of the model, where it is known."""
+        base = patch_card.base_name(self)
+        return {**self.notes, **({"model": base} if base else {})}
+
     def _files(self, readme: str) -> dict[str, bytes]:
         """{name: content}: what is saved can be opened."""
         from safetensors.torch import save
 
         self.check()
         blob = save({k: t.detach().cpu().contiguous() for k, t in self._tensors().items()})
-        base = patch_card.base_name(self)
-        notes = {**self.notes, **({"model": base} if base else {})}
-        head = {**self._head(), "id": self.id, "sha256": hashlib.sha256(blob).hexdigest(), "notes": notes}
+        head = {**self._head(), "id": self.id, "sha256": hashlib.sha256(blob).hexdigest(), "notes": self.saved_notes()}
         return {
             "patch.safetensors": blob,
             "patch.json": json.dumps(head, ensure_ascii=False, indent=1).encode(),

@@ -81,7 +81,7 @@ def settled(patch: Patch) -> Patch:
         settings=_plain(patch.settings),
         ops=ops,
         state={k: _own(t) for k, t in patch.state.items()},
-        notes=_plain({k: v for k, v in patch.notes.items() if k != "seconds"}),
+        notes=_plain({k: v for k, v in patch.saved_notes().items() if k != "seconds"}),
     )
 
 
