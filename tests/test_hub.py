@@ -103,6 +103,8 @@ def test_a_hub_that_is_out_of_reach_is_one_error(monkeypatch: pytest.MonkeyPatch
         made(lm("llama"), 1).push_to_hub("me/lyon")
     with pytest.raises(StorageError, match="could not be fetched"):
         errata.load_patch("me/lyon")
+    with pytest.raises(StorageError, match="there is no folder out/lyon, and out/lyon: could not be fetched"):
+        load_patches(["out/lyon"])  # a mistyped folder looks like a repository
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(StorageError, match="could not be fetched"):
         errata.load_patch("me/lyon")

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from errata.core import hub
+
 _SHOWN = 200  # edits that are named one by one
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _NAMES: dict[str, str] = {}  # of the models of this process, by fingerprint
 
 
@@ -25,7 +26,7 @@ def base_name(patch: Any) -> str:
 
 def readme(patch: Any) -> str:
     """In a patch's folder."""
-    return _text(patch, "THIS_FOLDER", "THIS_FOLDER")
+    return _text(patch, "THIS_FOLDER")
 
 
 def model_card(patch: Any, repo: str, licence: str | None, scores: Mapping[str, float]) -> str:
@@ -34,15 +35,15 @@ def model_card(patch: Any, repo: str, licence: str | None, scores: Mapping[str, 
 
     base = base_name(patch)
     fields = ModelCardData(
-        base_model=base if _HUB_NAME.fullmatch(base) else None,
+        base_model=base if hub.NAME.fullmatch(base) else None,
         library_name="errata",
         license=licence,
         tags=["errata", "knowledge-editing", "model-editing", patch.method],
     )
-    return f"---\n{fields.to_yaml()}\n---\n\n{_text(patch, repo, repo, scores)}"
+    return f"---\n{fields.to_yaml()}\n---\n\n{_text(patch, repo, scores)}"
 
 
-def _text(patch: Any, cli: str, python: str, scores: Mapping[str, float] | None = None) -> str:
+def _text(patch: Any, source: str, scores: Mapping[str, float] | None = None) -> str:
     base, more = base_name(patch), len(patch.requests) - _SHOWN
     model, named = (base, f"`{base}` (fingerprint `{patch.base}`)") if base else ("MODEL", f"the model with fingerprint `{patch.base}`")
     facts = "\n".join(f"- {_line(r.prompt)} **{_line(r.target)}**" for r in patch.requests[:_SHOWN]) or "None is named."
@@ -52,8 +53,8 @@ def _text(patch: Any, cli: str, python: str, scores: Mapping[str, float] | None 
         f"# errata patch `{patch.id}`\n\n"
         f"{len(patch.requests):,} edit(s) of {named}, made with `{patch.method}`. It holds no weight of that model, which stays as it is, "
         "and fits no other.\n\n"
-        f'## Use\n\n```sh\nerrata ask {model} "…" --patch {cli}\n```\n\n'
-        f'```python\nlm = errata.load("{model}")\npatch = errata.load_patch("{python}")\nlm.attach(patch)\n```\n\n'
+        f'## Use\n\n```sh\nerrata ask {model} "…" --patch {source}\n```\n\n'
+        f'```python\nlm = errata.load("{model}")\npatch = errata.load_patch("{source}")\nlm.attach(patch)\n```\n\n'
         "## Take it back\n\n`lm.detach(patch)`: the answers are the base's again, bit for bit.\n\n"
         f"## Edits\n\n{facts}\n" + (f"\n## Measured\n\n| | |\n|---|---|\n{measured}" if measured else "")
     )
